@@ -1,0 +1,174 @@
+# Every target does its own set-up, inside this folder: .venv* and build/. `make help` lists them.
+
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 6380
+# More options for pytest: make test-py ARGS="-k reader -x"
+ARGS   ?=
+
+export PYTHON CC
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_NO_INPUT := 1
+# Warnings of pip (not its errors) are about the machine's set-up, not ours.
+PIP := .venv/bin/python -m pip -qq
+
+# What the compiled core is made of; `csrc` itself notices files that went away.
+CORE := pyproject.toml CMakeLists.txt csrc $(wildcard csrc/*.[ch])
+C_FILES = $(shell find csrc tests/c benchmarks -name '*.[ch]')
+PY_FILES = $(shell find anypoll -name '*.py' -o -name '*.pyi')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+.PHONY: help
+help:
+	@echo 'make serve         start the example key-value server on $(HOST):$(PORT)'
+	@echo 'make test          everything that CI runs; its parts:'
+	@echo '  make lint          ruff, mypy, pyright, import-linter, clang-format'
+	@echo '  make test-c        the C tests: plain, with ASan+UBSan, with TSan'
+	@echo '  make test-py       pytest on asyncio, uvloop and trio (ARGS="-k name")'
+	@echo '  make test-asan     pytest against a core built with ASan+UBSan'
+	@echo '  make test-tsan     pytest against a core built with TSan'
+	@echo '  make test-dist     the sdist and the wheel: contents, build, import'
+	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.10 found here'
+	@echo 'make bench         the benchmarks'
+	@echo 'make format        rewrite the sources as `make lint` wants them'
+	@echo 'make clean         remove all that was built'
+
+# --- set-up --------------------------------------------------------------------------------------
+
+.PHONY: check-c
+check-c:
+	@scripts/check-machine c
+
+.venv/.base: pyproject.toml
+	@scripts/check-machine python
+	@echo 'Setting up .venv'
+	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	@$(PIP) install -U 'pip>=25.1'
+	@$(PIP) install --group build
+	@touch $@
+
+# The package itself, editable: enough for `make serve` and `make bench`.
+.venv/.core: .venv/.base $(CORE)
+	@scripts/check-machine c
+	@echo 'Building anypoll'
+	@$(PIP) install --no-build-isolation -e '.[trio,uvloop]'
+	@touch $@
+
+.venv/.dev: .venv/.base
+	@echo 'Installing the development tools'
+	@$(PIP) install --group test --group lint
+	@touch $@
+
+# A sanitizer's build needs an environment of its own, for the editable finder beats PYTHONPATH;
+# all else comes from .venv. The stem is asan or tsan.
+SANITIZE_asan := address,undefined
+SANITIZE_tsan := thread
+.venv-%/.core: .venv/.core .venv/.dev
+	@echo 'Building anypoll for $(SANITIZE_$*)'
+	@rm -rf .venv-$*
+	@.venv/bin/python -m venv --without-pip .venv-$*
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    >"$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(PIP) --python .venv-$*/bin/python install --no-build-isolation --no-deps -e . \
+	    -Ccmake.define.ANYPOLL_SANITIZE=$(SANITIZE_$*) -Ccmake.define.ANYPOLL_DEBUG=ON \
+	    -Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false -Cbuild-dir=build/$*
+	@touch $@
+
+# --- run -----------------------------------------------------------------------------------------
+
+.PHONY: serve bench
+serve: .venv/.core
+	@echo 'Talk to it:  redis-cli -p $(PORT)      or:  nc $(HOST) $(PORT)   and type   PING'
+	@echo 'Stop it:     Ctrl-C'
+	@exec .venv/bin/anypoll serve examples/kv.py:handler --host $(HOST) --port $(PORT)
+
+bench: .venv/.core
+	@exec .venv/bin/python benchmarks/run.py $(ARGS)
+
+# --- test ----------------------------------------------------------------------------------------
+
+include tests/c/rules.mk
+
+PYTEST_SANITIZED := -m pytest -q --capture=sys -o timeout=300 -o faulthandler_timeout=900 \
+                    -m 'not slow and not redis'
+
+.PHONY: test test-py test-asan test-tsan test-dist test-pythons redis-tools
+# test-py comes last, so that its summary does.
+test: lint test-c test-dist test-asan test-tsan test-py
+	@echo 'make test: all parts passed (lint, C tests, wheel, pytest with ASan+UBSan, TSan, plain)'
+
+test-py: .venv/.core .venv/.dev | redis-tools
+	@echo 'pytest'
+	@timeout --kill-after=10 1800 .venv/bin/pytest -q $(ARGS)
+
+test-asan: .venv-asan/.core
+	@echo 'pytest, with ASan+UBSan and debug modes'
+	@PYTHONDEVMODE=1 scripts/sanitized-python asan $(PYTEST_SANITIZED) $(ARGS)
+
+test-tsan: .venv-tsan/.core
+	@echo 'pytest, with TSan'
+	@scripts/sanitized-python tsan $(PYTEST_SANITIZED) $(ARGS)
+
+test-dist: build/site/.done
+	@.venv/bin/python scripts/check-dist.py build/dist build/site
+
+test-pythons:
+	@scripts/test-pythons $(ARGS)
+
+redis-tools:
+	@scripts/redis-tools
+
+# sdist, the wheel built from that sdist, and the wheel unpacked.
+build/site/.done: .venv/.core .venv/.dev README.md LICENSE CHANGELOG.md $(PY_FILES) anypoll/py.typed
+	@echo 'Building the sdist and the wheel'
+	@rm -rf build/dist build/site
+	@.venv/bin/python -m build --no-isolation --outdir build/dist . >build/dist.log 2>&1 || \
+	    { cat build/dist.log; exit 1; }
+	@$(PIP) install --no-deps --target build/site build/dist/*.whl
+	@touch $@
+
+# --- lint ----------------------------------------------------------------------------------------
+
+.PHONY: lint lint-ruff lint-mypy lint-types lint-imports lint-c format
+lint: lint-ruff lint-mypy lint-types lint-imports lint-c
+
+lint-ruff: .venv/.dev
+	@echo 'ruff'
+	@.venv/bin/ruff check --quiet
+	@.venv/bin/ruff format --check --quiet || { .venv/bin/ruff format --diff; exit 1; }
+
+lint-mypy: .venv/.core .venv/.dev
+	@echo 'mypy'
+	@.venv/bin/mypy --no-error-summary
+
+# pyright sees nothing in an editable install, hence build/site.
+lint-types: build/site/.done
+	@echo 'pyright --verifytypes'
+	@.venv/bin/python scripts/verify-types.py build/site
+
+lint-imports: .venv/.core .venv/.dev
+	@echo 'import-linter'
+	@.venv/bin/lint-imports --cache-dir build/cache/import-linter >build/import-linter.log || \
+	    { cat build/import-linter.log; exit 1; }
+
+lint-c: .venv/.dev
+	@echo 'clang-format'
+	@.venv/bin/clang-format --dry-run -Werror $(C_FILES) 2>/dev/null || { \
+	    for file in $(C_FILES); do .venv/bin/clang-format $$file | diff -u $$file -; done; \
+	    echo 'make format rewrites them'; exit 1; }
+
+format: .venv/.dev
+	@.venv/bin/ruff check --quiet --fix-only || true
+	@.venv/bin/ruff format --quiet
+	@.venv/bin/clang-format -i $(C_FILES)
+
+# -------------------------------------------------------------------------------------------------
+
+.PHONY: clean
+clean:
+	rm -rf build .venv .venv-*
+	find anypoll tests examples benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""A native networking engine for AnyIO and Trio.
+
+``async with anypoll.serve(handler, port=8000): ...`` serves connections whose sockets are read and
+written by C threads that never hold the GIL. A connection is an AnyIO ``SocketStream`` with a nocopy
+reader and writer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass as _dataclass
+
+from . import _runtime
+from ._config import Keepalive as Keepalive, LoadBalance as LoadBalance
+from ._dialer import connect_tcp as connect_tcp, connect_unix as connect_unix
+from ._epoll import (
+    ConnectionStatistics as ConnectionStatistics,
+    PollerStatistics as PollerStatistics,
+)
+from ._errors import (
+    ConnectTimeout as ConnectTimeout,
+    IdleTimeout as IdleTimeout,
+    MessageTooLarge as MessageTooLarge,
+    ReadTimeout as ReadTimeout,
+    WriteTimeout as WriteTimeout,
+)
+from ._listener import (
+    SocketListener as SocketListener,
+    create_tcp_listener as create_tcp_listener,
+    create_unix_listener as create_unix_listener,
+)
+from ._server import (
+    Server as Server,
+    ServerStatistics as ServerStatistics,
+    serve as serve,
+    serve_forever as serve_forever,
+)
+from .streams import (
+    Connection as Connection,
+    UNIXConnection as UNIXConnection,
+    socketpair as socketpair,
+)
+
+
+@_dataclass(frozen=True, slots=True)
+class Statistics:
+    """What :func:`statistics` gives."""
+
+    pollers: tuple[PollerStatistics, ...]
+    """one entry per poller; empty before first use"""
+
+
+def statistics() -> Statistics:
+    """Counters of the process's pollers."""
+    return Statistics(pollers=_runtime.poller_statistics())
+
+
+def configure(
+    *,
+    pollers: int | None = None,
+    load_balance: LoadBalance | None = None,
+    checkpoint_budget: int | None = None,
+) -> None:
+    """Sets options of the process; ``None`` leaves one as it is.
+
+    Before first use this only records. Afterwards the number of pollers grows at once; when it
+    shrinks, the pollers beyond it get no new connections and keep those they have.
+
+    :param pollers: threads that read and write, 1 at first
+    :param load_balance: which poller gets a new connection: ``"round_robin"``, ``"random"``,
+        ``"least_connections"``, or a callable that is given the pollers' statistics and returns an
+        index. One that fails, or returns a wrong index, is logged, and round robin chooses.
+    :param checkpoint_budget: how many reads and flushes in a row may do without a checkpoint; holds
+        for connections made from then on
+    :raises ValueError, TypeError: for nonsense; nothing is changed then
+    """
+    _runtime.configure(
+        pollers=pollers, load_balance=load_balance, checkpoint_budget=checkpoint_budget
+    )
+
+
+__all__ = (
+    "ConnectTimeout",
+    "Connection",
+    "ConnectionStatistics",
+    "IdleTimeout",
+    "Keepalive",
+    "LoadBalance",
+    "MessageTooLarge",
+    "PollerStatistics",
+    "ReadTimeout",
+    "Server",
+    "ServerStatistics",
+    "SocketListener",
+    "Statistics",
+    "UNIXConnection",
+    "WriteTimeout",
+    "configure",
+    "connect_tcp",
+    "connect_unix",
+    "create_tcp_listener",
+    "create_unix_listener",
+    "serve",
+    "serve_forever",
+    "socketpair",
+    "statistics",
+)
+
+# Tracebacks and reprs name the public home of a thing, not the file it lies in.
+for _name in __all__:
+    _thing = globals()[_name]
+    if getattr(_thing, "__module__", "").startswith("anypoll._"):
+        _thing.__module__ = "anypoll"
+del _name, _thing

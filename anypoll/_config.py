@@ -1,0 +1,108 @@
+"""Options, validated once and frozen, so that nothing behind them has to check again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+if TYPE_CHECKING:
+    from ._epoll import PollerStatistics
+
+KIB = 1024
+MIB = 1024 * KIB
+
+#: What a connection reads ahead at most, in bytes; it goes on at a quarter of that.
+READ_HIGH_WATER = 256 * KIB
+#: Above this much unsent output a reader call waits for it to drain, in bytes.
+WRITE_HIGH_WATER = 256 * KIB
+#: The largest single request of a reader, in bytes.
+READ_LIMIT = 64 * MIB
+
+LoadBalance = str | Callable[[Sequence["PollerStatistics"]], int]
+
+
+def count(value: SupportsIndex, name: str, *, least: int = 0, most: int | None = None) -> int:
+    """``value`` as an ``int`` of at least ``least``.
+
+    :raises TypeError: if it is not an integer
+    :raises ValueError: if it is too small or too large
+    """
+    try:
+        n = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if n < least or (most is not None and n > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {bounds}, not {n}")
+    return n
+
+
+def seconds(value: float | None, name: str) -> float | None:
+    """``value`` as a number of seconds that is not negative; ``None`` stays ``None``.
+
+    :raises TypeError: if it is not a number
+    :raises ValueError: if it is negative or not a number
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, not {value}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """TCP keepalive: the first probe after ``idle`` seconds of silence, then one every
+    ``interval`` seconds; the connection is broken after ``count`` probes without an answer
+    (see ``tcp(7)``).
+    """
+
+    idle: int = 60
+    interval: int = 15
+    count: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("idle", "interval"):
+            count(getattr(self, name), name, least=1, most=32767)
+        count(self.count, "count", least=1, most=127)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds one connection; all but the timeouts in bytes."""
+
+    read_high_water: int = READ_HIGH_WATER
+    write_high_water: int = WRITE_HIGH_WATER
+    read_limit: int = READ_LIMIT
+    read_timeout: float | None = None
+    write_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        count(self.read_high_water, "read_high_water", least=1, most=2**30)
+        count(self.write_high_water, "write_high_water", least=1)
+        count(self.read_limit, "read_limit", least=1, most=2**31)
+        seconds(self.read_timeout, "read_timeout")
+        seconds(self.write_timeout, "write_timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What :func:`anypoll.configure` sets for the process."""
+
+    pollers: int = 1
+    load_balance: LoadBalance = "round_robin"
+    checkpoint_budget: int = 64
+
+    def __post_init__(self) -> None:
+        count(self.pollers, "pollers", least=1, most=256)
+        count(self.checkpoint_budget, "checkpoint_budget", least=1)
+        balance: Any = self.load_balance
+        names = ("round_robin", "random", "least_connections")
+        if not callable(balance) and balance not in names:
+            raise ValueError(
+                f"load_balance must be one of {', '.join(names)}, or a callable, not {balance!r}"
+            )

@@ -1,0 +1,225 @@
+"""Connecting: with a deadline, over several addresses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.streams.tls import TLSStream
+
+from . import _sockets
+from ._config import Limits, seconds
+from ._errors import ConnectTimeout
+from .streams import Connection, UNIXConnection, open_fd
+
+if TYPE_CHECKING:
+    from ._config import Keepalive
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+__all__ = ("connect_tcp", "connect_unix")
+
+
+@contextmanager
+def _connect_timeout(timeout: float | None) -> Iterator[None]:
+    timeout = seconds(timeout, "timeout")
+    try:
+        with anyio.fail_after(timeout) as scope:
+            yield
+    except TimeoutError:
+        if scope.cancelled_caught:
+            raise ConnectTimeout(f"not connected within {timeout} s") from None
+        raise
+
+
+async def connect_tcp(
+    remote_host: Any,
+    remote_port: int,
+    *,
+    local_host: Any = None,
+    local_port: int | None = None,
+    tls: bool = False,
+    ssl_context: ssl.SSLContext | None = None,
+    tls_standard_compatible: bool = True,
+    tls_hostname: str | None = None,
+    happy_eyeballs_delay: float = 0.25,
+    timeout: float | None = None,
+    read_timeout: float | None = None,
+    write_timeout: float | None = None,
+    keepalive: bool | Keepalive = False,
+) -> Any:
+    """Connects to a TCP server, as :func:`anyio.connect_tcp` does, with these additions.
+
+    :param timeout: seconds for all of it, name resolution and TLS included
+    :param read_timeout: the new connection's
+    :param write_timeout: likewise
+    :param keepalive: TCP keepalive of the new connection
+    :return: a :class:`Connection`; with ``tls``, ``ssl_context`` or ``tls_hostname`` an AnyIO
+        ``TLSStream`` over one
+    :raises ConnectTimeout: after ``timeout`` seconds
+    :raises OSError: if no address could be connected, with the reasons as its cause
+    """
+    limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    with _connect_timeout(timeout):
+        sock = await _race(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
+        try:
+            _sockets.set_keepalive(sock, keepalive)
+        except BaseException:
+            sock.close()
+            raise
+        connection = open_fd(sock, limits)
+        if not (tls or tls_hostname or ssl_context):
+            return connection
+        try:
+            return await TLSStream.wrap(
+                connection,
+                server_side=False,
+                hostname=tls_hostname or str(remote_host),
+                ssl_context=ssl_context,
+                standard_compatible=tls_standard_compatible,
+            )
+        except BaseException:
+            connection.abort()
+            raise
+
+
+async def _local_address(
+    local_host: Any, local_port: int | None
+) -> tuple[int, tuple[Any, ...] | None]:
+    if local_host is None and local_port is None:
+        return socket.AF_UNSPEC, None
+    host = None if local_host is None else str(local_host)
+    found = await anyio.getaddrinfo(host, local_port or 0, type=socket.SOCK_STREAM)
+    family, *_, address = found[0]
+    return family, tuple(address)
+
+
+async def _remote_addresses(host: str, port: int, family: int) -> list[tuple[int, Any]]:
+    """Of both families in turn, IPv6 first (RFC 8305, section 4)."""
+    found = await anyio.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+    six = [(int(f), address) for f, *_, address in found if f == socket.AF_INET6]
+    four = [(int(f), address) for f, *_, address in found if f == socket.AF_INET]
+    mixed = [a for pair in zip(six, four, strict=False) for a in pair]
+    return mixed + six[len(four) :] + four[len(six) :]
+
+
+def _literal(host: str, port: int) -> list[tuple[int, Any]] | None:
+    try:
+        version = ip_address(host).version
+    except ValueError:
+        return None
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    return [(family, _sockets.with_scope(family, (host, port)))]
+
+
+async def _race(
+    remote_host: Any, remote_port: int, local_host: Any, local_port: int | None, delay: float
+) -> socket.socket:
+    """Happy eyeballs (RFC 8305): the addresses are tried in turn, ``delay`` seconds apart, or at
+    once after a failure; the first that connects wins.
+    """
+    family, local = await _local_address(local_host, local_port)
+    host = str(remote_host)
+    targets = _literal(host, remote_port) or await _remote_addresses(host, remote_port, family)
+    winner: socket.socket | None = None
+    errors: list[OSError] = []
+
+    async def attempt(family: int, address: Any, done: anyio.Event) -> None:
+        nonlocal winner
+        try:
+            sock = await _connected(family, address, local)
+        except OSError as exc:
+            errors.append(exc)
+        else:
+            if winner is None:
+                winner = sock
+                group.cancel_scope.cancel()
+            else:
+                sock.close()
+        finally:
+            done.set()
+
+    try:
+        async with anyio.create_task_group() as group:
+            for target_family, address in targets:
+                done = anyio.Event()
+                group.start_soon(attempt, target_family, address, done)
+                with anyio.move_on_after(delay):
+                    await done.wait()
+        if winner is None:
+            cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
+            raise OSError("All connection attempts failed") from cause
+    except BaseException:  # cancelled from outside at the last moment: the winner goes too
+        if winner is not None:
+            winner.close()
+        raise
+    finally:
+        errors.clear()  # breaks the cycle of exceptions, tracebacks and this frame
+    return winner
+
+
+async def _connected(family: int, address: Any, local: tuple[Any, ...] | None) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if local is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(local)
+        await _sockets.connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect_unix(
+    path: str | bytes | os.PathLike[Any],
+    *,
+    kind: int = socket.SOCK_STREAM,
+    timeout: float | None = None,
+    read_timeout: float | None = None,
+    write_timeout: float | None = None,
+) -> UNIXConnection:
+    """Connects to a UNIX socket, as :func:`anyio.connect_unix` does.
+
+    :param path: a leading NUL makes it abstract
+    :param kind: ``SOCK_STREAM``
+    :param timeout: seconds to connect within
+    :param read_timeout: the new connection's
+    :param write_timeout: likewise
+    :raises ConnectTimeout: after ``timeout`` seconds
+    :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
+    :raises ValueError: for another ``kind``
+    """
+    if kind != socket.SOCK_STREAM:
+        raise ValueError(f"unsupported kind of socket: {socket.SocketKind(kind).name}")
+    limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        with _connect_timeout(timeout):
+            await _connect_unix(sock, os.fsencode(os.fspath(path)))
+    except BaseException:
+        sock.close()
+        raise
+    connection: Connection = open_fd(sock, limits)
+    assert isinstance(connection, UNIXConnection)
+    return connection
+
+
+async def _connect_unix(sock: socket.socket, path: bytes) -> None:
+    while True:
+        try:
+            await _sockets.connect(sock, path)
+        except BlockingIOError:  # a full backlog: unlike TCP there is nothing to wait for
+            await anyio.sleep(0.01)
+        else:
+            return

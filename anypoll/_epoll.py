@@ -1,0 +1,409 @@
+"""The compiled core, typed: the only module that imports it.
+
+Functions of the core that a request goes through are handed on as they are, under their names
+without the ``ap_`` (``conn_read``, ``conn_write``, ...): a wrapper would cost as much as the call.
+What they return is a number, or a negative errno, or one of the ``E*`` codes; csrc/anypoll.h has
+the prose. Everything else is wrapped here, and goes through :func:`check`.
+
+Handles are cffi pointers with a destructor: the core counts references, and a handle that is
+collected gives its own back, in whatever thread that happens.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from ._errors import os_error
+
+if sys.implementation.name != "cpython":
+    raise ImportError(f"anypoll needs CPython; this is {sys.implementation.name}")
+
+from ._core import ffi, lib
+
+if TYPE_CHECKING:
+    from ._core import Account, Accepted, Block, Conn, Hub, Listener, Poller, View
+
+    __all__ = ("Account", "Accepted", "Block", "Conn", "Hub", "Listener", "Poller", "View")
+
+NULL = ffi.NULL
+
+EEOF = lib.AP_EEOF
+EQUEUED = lib.AP_EQUEUED
+EDELIM = lib.AP_EDELIM
+EIDLE = lib.AP_EIDLE
+TCP = lib.AP_TCP
+UNIX = lib.AP_UNIX
+NOWAIT = lib.AP_NOWAIT
+SCATTER = lib.AP_SCATTER
+NEW_BLOCK = 1 << lib.AP_NEW_BLOCK_SHIFT
+MAIL_READ = lib.AP_MAIL_READ
+MAIL_WRITE = lib.AP_MAIL_WRITE
+MAIL_SENT = lib.AP_MAIL_SENT
+MAIL_TRIM = lib.AP_MAIL_TRIM
+MAIL_ACCEPT = lib.AP_MAIL_ACCEPT
+MAIL_STARVED = lib.AP_MAIL_STARVED
+MAIL_IDLE = lib.AP_MAIL_IDLE
+IS_CLOSED = lib.AP_IS_CLOSED
+IS_BROKEN = lib.AP_IS_BROKEN
+IS_EOF = lib.AP_IS_EOF
+IS_IDLE_END = lib.AP_IS_IDLE_END
+IS_SHUT = lib.AP_IS_SHUT
+
+conn_read = lib.ap_conn_read
+conn_find = lib.ap_conn_find
+conn_write = lib.ap_conn_write
+conn_drain = lib.ap_conn_drain
+conn_consume = lib.ap_conn_consume
+conn_buffered = lib.ap_conn_buffered
+conn_queued = lib.ap_conn_queued
+conn_hold = lib.ap_conn_hold
+conn_status = lib.ap_conn_status
+conn_disarm_read = lib.ap_conn_disarm_read
+conn_disarm_write = lib.ap_conn_disarm_write
+conn_shutdown = lib.ap_conn_shutdown
+conn_linger = lib.ap_conn_linger
+conn_close = lib.ap_conn_close
+conn_detach = lib.ap_conn_detach
+conn_fd = lib.ap_conn_fd
+conn_set_idle = lib.ap_conn_set_idle
+hub_take = lib.ap_hub_take
+hub_kill = lib.ap_hub_kill
+listener_close = lib.ap_listener_close
+listener_fd = lib.ap_listener_fd
+fd_close = lib.ap_fd_close
+fork_child = lib.ap_fork_child
+
+#: ``struct`` format of an ``ap_token``: id, bits, error.
+TOKEN_FORMAT = "=QIi"
+TOKEN_SIZE = 16
+
+
+def check(code: int) -> int:
+    """``code``, if it is not negative.
+
+    :raises OSError: for a negative errno
+    """
+    if code < 0:
+        raise os_error(code)
+    return code
+
+
+# --- pollers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PollerStatistics:
+    """Counters of one poller since its start, and gauges of now."""
+
+    connections: int
+    """what is assigned to it: open connections and listeners"""
+    waits: int
+    """calls of ``epoll_wait`` that blocked"""
+    events: int
+    reads: int
+    writes: int
+    bytes_received: int
+    bytes_sent: int
+    wakeups: int
+    """how often it woke an event loop"""
+    wakeups_coalesced: int
+    """news for an event loop that had been woken already"""
+    stale_tokens: int
+    """events and news of connections that were closed meanwhile"""
+    stalls: int
+    """writes that the kernel took only in part, or not at all"""
+    timeouts: int
+    blocks_in_use: int
+    blocks_free: int
+    bytes_in_use: int
+    bytes_free: int
+    bytes_pinned: int
+    """in blocks that are read to their end, but kept by views"""
+    polls: int
+    """calls of ``epoll_wait``, all of them"""
+    again: int
+    """reads, writes and accepts for which there was nothing to do"""
+    accepts: int
+    slots: int
+    """connections and listeners, closed ones included that something still refers to"""
+
+
+_STATISTICS = tuple(PollerStatistics.__dataclass_fields__)
+
+
+def open_poller() -> Poller:
+    """A new poller with a running thread.
+
+    :raises OSError: for a lack of descriptors, memory or threads
+    """
+    out = ffi.new("ap_poller **")
+    check(lib.ap_poller_new(out))
+    poller: Poller = ffi.gc(out[0], lib.ap_poller_unref)
+    check(lib.ap_poller_start(poller))
+    return poller
+
+
+def stop_poller(poller: Poller) -> None:
+    """Ends and joins the poller's thread."""
+    lib.ap_poller_stop(poller)
+
+
+def nudge_poller(poller: Poller) -> None:
+    """Makes the poller look at once for what it may recycle."""
+    lib.ap_poller_nudge(poller)
+
+
+def poller_statistics(poller: Poller) -> PollerStatistics:
+    """What the poller has counted.
+
+    :raises OSError: ``ECHILD`` in the child of a fork
+    """
+    out = ffi.new("ap_poller_stats *")
+    check(lib.ap_poller_statistics(poller, out))
+    return PollerStatistics(**{name: getattr(out, name) for name in _STATISTICS})
+
+
+# --- hubs ----------------------------------------------------------------------------------------
+
+
+def open_hub() -> Hub:
+    """A new hub.
+
+    :raises OSError: for a lack of descriptors or memory
+    """
+    out = ffi.new("ap_hub **")
+    check(lib.ap_hub_new(out))
+    hub: Hub = ffi.gc(out[0], lib.ap_hub_unref)
+    return hub
+
+
+def hub_fd(hub: Hub) -> int:
+    """The descriptor that is readable when the hub has tokens."""
+    return check(lib.ap_hub_fd(hub))
+
+
+class Tokens:
+    """Room for the tokens of one ``hub_take``."""
+
+    __slots__ = ("array", "max", "memory")
+
+    def __init__(self, most: int) -> None:
+        self.max = most
+        self.array = ffi.new("ap_token[]", [(0, 0, 0)] * most)
+        self.memory = memoryview(ffi.buffer(self.array, most * TOKEN_SIZE))
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionStatistics:
+    """What has passed through one connection; works after its end too."""
+
+    bytes_received: int
+    bytes_sent: int
+    reads: int
+    """system calls that read something"""
+    writes: int
+    """system calls that wrote something"""
+    wakeups: int
+    """how often the event loop was told of it"""
+    buffered_input: int
+    """bytes received and not consumed"""
+    buffered_output: int
+    """bytes written and not taken by the kernel"""
+    pinned: int
+    """bytes of blocks that only views keep alive"""
+    created_at: float
+    """seconds, as ``time.monotonic()``"""
+    last_activity: float
+    """likewise, to about 4 ms: when a byte last went in or out"""
+
+
+def open_connection(poller: Poller, hub: Hub, fd: int, kind: int, high_water: int) -> Conn:
+    """Takes a connected, non-blocking socket; owns ``fd`` when it returns.
+
+    :raises OSError: ``ENOMEM``; ``EBADF`` if the hub's loop has ended
+    """
+    out = ffi.new("ap_conn **")
+    check(lib.ap_conn_new(poller, hub, fd, kind, high_water, out))
+    conn: Conn = ffi.gc(out[0], lib.ap_conn_release)
+    return conn
+
+
+def conn_id(conn: Conn) -> int:
+    """The number by which tokens name the connection."""
+    return lib.ap_conn_id(conn)
+
+
+def register(conns: Sequence[Conn]) -> list[int]:
+    """Has the connections watched; for each 0 or a negative errno."""
+    array = ffi.new("ap_conn *[]", conns)
+    results = ffi.new("int[]", len(conns))
+    lib.ap_conn_register(array, results, len(conns))
+    return list(results)
+
+
+def new_view() -> View:
+    """A record for :func:`show_block` to fill."""
+    view: View = ffi.new("ap_view *")
+    return view
+
+
+def show_block(conn: Conn, pos: int, view: View) -> memoryview | None:
+    """Fills ``view`` with the window at the first unread byte.
+
+    Returns the block's memory if the caller has not got it yet. The memory lives as long as
+    anything refers to it: ``ffi.buffer`` keeps the owning pointer alive, which holds a reference
+    to the block. (A buffer of a member of the block would not.)
+
+    :raises OSError: ``EBADF`` after the close
+    """
+    if not check(lib.ap_conn_block(conn, pos, view)):
+        return None
+    block = ffi.gc(view.block, lib.ap_block_unref, view.size)
+    return memoryview(ffi.buffer(block, view.size)).toreadonly()
+
+
+Piece = bytes | bytearray | memoryview
+
+
+def _pieces(pieces: Sequence[Piece]) -> tuple[object, object]:
+    keep = [ffi.from_buffer("char[]", piece) for piece in pieces]
+    sizes = [len(buffer) for buffer in keep]
+    return ffi.new("ap_piece[]", list(zip(keep, sizes, strict=True))), keep
+
+
+def conn_send(conn: Conn, pieces: Sequence[Piece]) -> int:
+    """Sends the pieces; the number of bytes queued, or a negative errno.
+
+    The caller keeps the objects alive and unchanged until ``MAIL_SENT`` if any are queued.
+    """
+    array, _keep = _pieces(pieces)
+    return lib.ap_conn_send(conn, array, len(pieces))
+
+
+def conn_requeue(conn: Conn, pieces: Sequence[Piece]) -> int:
+    """Puts ``pieces`` in the place of what is queued, after ``conn_hold``."""
+    array, _keep = _pieces(pieces)
+    return lib.ap_conn_requeue(conn, array, len(pieces))
+
+
+def conn_rest(conn: Conn) -> bytes:
+    """What a detached connection had read ahead."""
+    parts = []
+    room = ffi.new("char[]", 65536)
+    while n := check(lib.ap_conn_rest(conn, room, 65536)):
+        parts.append(bytes(ffi.buffer(room, n)))
+    return b"".join(parts)
+
+
+def connection_statistics(conn: Conn, pos: int, output: int) -> ConnectionStatistics:
+    """What the connection has counted; ``output``: bytes that Python still holds."""
+    out = ffi.new("ap_conn_stats *")
+    check(lib.ap_conn_statistics(conn, pos, out))
+    return ConnectionStatistics(
+        bytes_received=out.bytes_received,
+        bytes_sent=out.bytes_sent,
+        reads=out.reads,
+        writes=out.writes,
+        wakeups=out.wakeups,
+        buffered_input=out.buffered_input,
+        buffered_output=out.buffered_output + output,
+        pinned=out.pinned,
+        created_at=out.created_at / 1e9,
+        last_activity=out.last_activity / 1e9,
+    )
+
+
+# --- accepting -----------------------------------------------------------------------------------
+
+
+def open_account() -> Account:
+    """Credits for accepting, to be shared by listeners.
+
+    :raises OSError: ``ENOMEM``
+    """
+    out = ffi.new("ap_account **")
+    check(lib.ap_account_new(out))
+    account: Account = ffi.gc(out[0], lib.ap_account_unref)
+    return account
+
+
+def add_credits(account: Account, credits: int) -> None:
+    """Lets the account's listeners accept as many connections more."""
+    check(lib.ap_account_add(account, credits))
+
+
+def take_back_credit(account: Account) -> bool:
+    """Whether a credit was still there to be taken back."""
+    return lib.ap_account_take_back(account) == 1
+
+
+def open_listener(poller: Poller, hub: Hub, fd: int, account: Account) -> Listener:
+    """Takes a listening, non-blocking socket; owns ``fd`` when it returns.
+
+    :raises OSError: ``ENOMEM``, ``ENOSPC``; ``EBADF`` if the hub's loop has ended
+    """
+    out = ffi.new("ap_listener **")
+    check(lib.ap_listener_new(poller, hub, fd, account, out))
+    listener: Listener = ffi.gc(out[0], lib.ap_listener_release)
+    return listener
+
+
+def listener_id(listener: Listener) -> int:
+    """The number by which tokens name the listener."""
+    return lib.ap_listener_id(listener)
+
+
+_ACCEPTED = Struct("=iHHI16s")
+_ACCEPT_MOST = 64
+
+
+def take_accepted(listener: Listener) -> list[tuple[int, bytes]]:
+    """Descriptors of accepted connections, which are the caller's then, each with the peer's
+    address for :func:`peer_address`.
+
+    :raises OSError: for an error of ``accept4``; ``EBADF`` after the close
+    """
+    room = ffi.new("ap_accepted[]", _ACCEPT_MOST)
+    n = check(lib.ap_listener_take(listener, room, _ACCEPT_MOST))
+    size = _ACCEPTED.size
+    memory = bytes(ffi.buffer(room, n * size))
+    return [(room[i].fd, memory[i * size : (i + 1) * size]) for i in range(n)]
+
+
+def peer_address(record: bytes) -> tuple[str, int] | str:
+    """The address as AnyIO gives it: host (with ``%scope``, if there is one) and port; ``""`` for
+    a UNIX socket.
+    """
+    _fd, family, port, scope, address = _ACCEPTED.unpack(record)
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, address[:4]), port
+    if family == socket.AF_INET6:
+        host = socket.inet_ntop(socket.AF_INET6, address)
+        return (f"{host}%{scope}" if scope else host), port
+    return ""
+
+
+# --- faults, for tests ---------------------------------------------------------------------------
+
+
+def set_fault(
+    call: str, error: int = 0, *, skip: int = 0, times: int = 1, limit: int = 0
+) -> None:
+    """Makes system calls of a kind (``"READ"``, ``"WRITE"``, ...) fail; see csrc/anypoll.h.
+
+    :raises OSError: ``EINVAL``
+    """
+    check(lib.ap_fault_set(getattr(lib, f"AP_CALL_{call}"), error, skip, times, limit))
+
+
+def clear_faults() -> None:
+    """Ends all faults."""
+    lib.ap_fault_clear()

@@ -1,0 +1,136 @@
+"""The hub: Python's end of one event loop, without the loop.
+
+Pollers put slots into the C hub's mailbox and make its descriptor readable; the loop then calls
+:meth:`Hub.dispatch`, which takes the whole mailbox and wakes the waiters. A wake-up is a hint:
+nothing travels with it, and the task that is woken looks at the connection again. So a wake-up
+that comes too late, twice, or to a task that has been cancelled does no harm.
+
+What is where:
+  - ``readers`` and ``writers`` hold the waiters (a future or a task) strongly while they wait; a
+    suspended task's frame holds its connection, so a connection that is waited for stays alive.
+  - ``endpoints`` holds connections and listeners weakly, by the number that tokens carry.
+  - ``outputs`` holds the objects whose memory the poller is still sending. It is a plain registry,
+    not an attribute of the connection: in a garbage cycle the order of freeing is arbitrary, and
+    the memory must outlive the C side's use of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from struct import Struct
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import _epoll
+from ._epoll import MAIL_READ, MAIL_SENT, MAIL_WRITE, hub_take
+
+if TYPE_CHECKING:
+    from weakref import ref
+
+    from ._epoll import Piece
+
+logger = logging.getLogger("anypoll.hub")
+
+_TOKEN = Struct(_epoll.TOKEN_FORMAT)
+_TOKENS_AT_ONCE = 256
+
+
+class Endpoint(Protocol):
+    """What a token may be for: a connection or a listener."""
+
+    def on_token(self, bits: int, error: int) -> None:
+        """News beyond the end of a wait."""
+
+    def on_hub_end(self) -> None:
+        """The event loop has ended, and the C side has closed the descriptor."""
+
+
+class Hub(ABC):
+    """What an event loop has to do with the pollers; see the module."""
+
+    def __init__(self) -> None:
+        self.handle = _epoll.open_hub()
+        self.view = _epoll.new_view()
+        self.dead = False
+        self.readers: dict[int, Any] = {}
+        self.writers: dict[int, list[Any]] = {}
+        self.endpoints: dict[int, ref[Endpoint]] = {}
+        self.outputs: dict[int, list[Piece]] = {}
+        self._tokens = _epoll.Tokens(_TOKENS_AT_ONCE)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Makes sure that the caller runs in this hub's event loop.
+
+        :raises RuntimeError: if it does not
+        """
+
+    @abstractmethod
+    async def wait_read(self, number: int) -> None:
+        """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection."""
+
+    @abstractmethod
+    async def wait_write(self, number: int) -> None:
+        """The same for :meth:`wake_writers`. Several tasks may wait."""
+
+    @abstractmethod
+    async def checkpoint(self) -> None:
+        """One round of the scheduler; raises if the task has been cancelled."""
+
+    @abstractmethod
+    def wake(self, waiter: Any) -> None:
+        """Resumes a waiter that :meth:`wait_read` or :meth:`wait_write` has filed."""
+
+    def wake_reader(self, number: int) -> None:
+        """Resumes the task that waits in :meth:`wait_read`, if there is one."""
+        waiter = self.readers.pop(number, None)
+        if waiter is not None:
+            self.wake(waiter)
+
+    def wake_writers(self, number: int) -> None:
+        """Resumes all tasks that wait in :meth:`wait_write`."""
+        for waiter in self.writers.pop(number, ()):
+            self.wake(waiter)
+
+    def dispatch(self) -> None:
+        """Takes the mailbox and wakes whom it names. To be called in the loop's thread."""
+        readers, wake, tokens = self.readers, self.wake, self._tokens
+        n = tokens.max
+        while n == tokens.max:
+            n = hub_take(self.handle, tokens.array, n)
+            for number, bits, error in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
+                if bits & MAIL_READ:
+                    waiter = readers.pop(number, None)
+                    if waiter is not None:
+                        wake(waiter)
+                if bits != MAIL_READ:
+                    self._dispatch_rest(number, bits, error)
+
+    def _dispatch_rest(self, number: int, bits: int, error: int) -> None:
+        if bits & MAIL_SENT:
+            self.outputs.pop(number, None)
+        if bits & MAIL_WRITE:
+            self.wake_writers(number)
+        if bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT):
+            found = self.endpoints.get(number)
+            endpoint = found() if found is not None else None
+            if endpoint is not None:
+                try:
+                    endpoint.on_token(bits, error)
+                except Exception:  # a fault of ours must not end the user's event loop
+                    logger.exception("Internal error in a hub")
+
+    def end(self) -> None:
+        """The event loop has ended: closes what is open. Idempotent, any thread."""
+        if self.dead:
+            return
+        self.dead = True
+        _epoll.hub_kill(self.handle)
+        for found in list(self.endpoints.values()):
+            endpoint = found()
+            if endpoint is not None:
+                endpoint.on_hub_end()
+        self.endpoints.clear()
+        self.readers.clear()
+        self.writers.clear()
+        self.outputs.clear()  # last: the C side refers to nothing any more

@@ -1,0 +1,71 @@
+"""The hub of an asyncio event loop; uvloop's is one too.
+
+One persistent reader callback on the hub's descriptor does all the waking; the loop alone holds it.
+Nothing calls us when a loop ends, but it drops its callbacks when it is closed, so a finalizer on
+the callback is the end of the hub. For that the hub must not hold the loop either.
+"""
+
+from __future__ import annotations
+
+import weakref
+from asyncio import AbstractEventLoop, Future, get_running_loop, sleep
+
+from ._epoll import hub_fd
+from ._hub import Hub
+
+
+class _Drain:
+    """The reader callback: an object of its own, since its end is the end of the hub."""
+
+    __slots__ = ("__weakref__", "_hub")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def __call__(self) -> None:
+        self._hub.dispatch()
+
+
+class AsyncioHub(Hub):
+    """See the module."""
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = weakref.ref(loop)
+        drain = _Drain(self)
+        weakref.finalize(drain, self.end).atexit = False
+        loop.add_reader(hub_fd(self.handle), drain)
+
+    def check(self) -> None:
+        if get_running_loop() is not self._loop():
+            raise RuntimeError("This object belongs to another event loop")
+
+    async def wait_read(self, number: int) -> None:
+        future: Future[None] = get_running_loop().create_future()
+        self.readers[number] = future
+        try:
+            await future
+        except BaseException:
+            if self.readers.get(number) is future:
+                del self.readers[number]
+            raise
+
+    async def wait_write(self, number: int) -> None:
+        future: Future[None] = get_running_loop().create_future()
+        self.writers.setdefault(number, []).append(future)
+        try:
+            await future
+        except BaseException:
+            waiters = self.writers.get(number, [])
+            if future in waiters:
+                waiters.remove(future)
+                if not waiters:
+                    del self.writers[number]
+            raise
+
+    async def checkpoint(self) -> None:
+        await sleep(0)
+
+    def wake(self, waiter: Future[None]) -> None:
+        if not waiter.done():  # it may have been cancelled meanwhile
+            waiter.set_result(None)

@@ -1,0 +1,124 @@
+"""Which pool and which hub a task uses: the only mutable state of the process.
+
+Nothing happens at import: the pool starts with the first connection or listener, and a hub with the
+first one in its event loop.
+
+After a fork() the child starts afresh on first use. What it inherited it must not touch (its locks
+may be held for ever, and epoll descriptors are shared with the parent), only close.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from asyncio import AbstractEventLoop
+from collections.abc import MutableMapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from anyio.lowlevel import current_token
+
+from . import _epoll
+from ._config import Settings
+from ._hub_asyncio import AsyncioHub
+from ._pollers import Pool
+
+if TYPE_CHECKING:
+    import socket
+
+    from ._epoll import Poller, PollerStatistics
+    from ._hub import Hub
+
+_lock = threading.Lock()
+_settings = Settings()
+_pool: Pool | None = None
+_hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
+
+#: Sockets that Python owns: a child closes them through their objects.
+raw_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def settings() -> Settings:
+    """What was configured."""
+    return _settings
+
+
+def configure(**changes: Any) -> None:
+    """Changes the settings, and the pool if it runs already.
+
+    :raises TypeError: for an unknown option
+    :raises ValueError: for nonsense; nothing is changed then
+    """
+    global _settings
+    given = {name: value for name, value in changes.items() if value is not None}
+    with _lock:
+        new = replace(_settings, **given)
+        if _pool is not None:
+            _pool.configure(new)
+        _settings = new
+
+
+def pick_poller() -> Poller:
+    """The poller for a new connection or listener; starts the pool if need be.
+
+    :raises OSError: if the pool cannot be started
+    """
+    global _pool
+    with _lock:
+        if _pool is None:
+            pool = Pool(_settings)
+            atexit.register(pool.stop)
+            _pool = pool
+        return _pool.pick()
+
+
+def poller_statistics() -> tuple[PollerStatistics, ...]:
+    """Of all pollers; nothing before first use."""
+    with _lock:
+        return () if _pool is None else _pool.statistics()
+
+
+def nudge() -> None:
+    """Makes the pollers recycle at once what is free, for tests and tools that count."""
+    with _lock:
+        if _pool is not None:
+            _pool.nudge()
+
+
+def current_hub() -> Hub:
+    """The hub of the running event loop, made on first use.
+
+    :raises RuntimeError: outside of an event loop
+    """
+    token = current_token().native_token
+    hub = _hubs.get(token)
+    if hub is None or hub.dead:
+        hub = _new_hub(token)
+        _hubs[token] = hub
+    return hub
+
+
+def _new_hub(token: object) -> Hub:
+    if isinstance(token, AbstractEventLoop):
+        return AsyncioHub(token)
+    from ._hub_trio import TrioHub  # noqa: PLC0415 -- trio is optional
+
+    return TrioHub()
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _pool, _hubs
+    _lock = threading.Lock()
+    if _pool is not None:
+        atexit.unregister(_pool.stop)
+    _pool = None
+    _hubs = weakref.WeakKeyDictionary()
+    for sock in list(raw_sockets):
+        sock.close()
+    raw_sockets.clear()
+    _epoll.fork_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,542 @@
+"""``serve()``: listeners, a task per connection, and an end that loses nothing.
+
+A server owns one task group. In it runs one task per listener, which takes batches of accepted
+descriptors and starts a handler task for each, and the handler tasks. Nothing that happens in a
+handler reaches the task group: its exceptions end at :meth:`Server._run`.
+
+The end comes in one of two ways. Gracefully: listeners close, each idle connection's wait sees the
+end of the stream, busy ones go on until they wait with nothing buffered, and the block ends with the
+last of them, or with ``shutdown_timeout``. By force (an exception in the block, a cancellation, the
+timeout): the handlers are cancelled, and close their connections.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import (
+    BrokenResourceError,
+    ClosedResourceError,
+    DelimiterNotFound,
+    EndOfStream,
+    IncompleteRead,
+)
+from anyio.abc import TaskStatus
+from anyio.streams.stapled import MultiListener
+
+from . import _epoll, _sockets
+from ._config import Keepalive, Limits, count, seconds
+from ._connection import ORIGIN
+from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout, WriteTimeout
+from ._listener import SocketListener, nodelay_fd, open_listeners
+from .streams import Connection, new_connection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+__all__ = ("Server", "ServerStatistics", "serve", "serve_forever")
+
+logger = logging.getLogger("anypoll.server")
+
+Handler = Callable[[Connection], Awaitable[Any]]
+
+#: Connections that may be accepted and not yet have a task.
+_IN_FLIGHT = 64
+
+#: What a connection may end with without anybody having to know; and the reason that is counted.
+_REASONS: dict[type[BaseException], str] = {
+    EndOfStream: "eof",
+    IncompleteRead: "incomplete",
+    BrokenResourceError: "broken",
+    ClosedResourceError: "closed",
+    ReadTimeout: "read_timeout",
+    WriteTimeout: "write_timeout",
+    IdleTimeout: "idle_timeout",
+    DelimiterNotFound: "delimiter_not_found",
+    MessageTooLarge: "message_too_large",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    """Counters of a server since its start."""
+
+    accepted: int
+    active: int
+    """connections that have not ended yet"""
+    rejected: int
+    handler_errors: int
+    closed: Mapping[str, int]
+    """how often connections ended for which reason"""
+    bytes_received: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    limits: Limits
+    keepalive: bool | Keepalive
+    nodelay: bool
+    shutdown_timeout: float
+
+
+class Server:
+    """What ``async with anypoll.serve(...)`` gives."""
+
+    def __init__(self, handler: Handler, options: _Options) -> None:
+        self._handler = handler
+        self._options = options
+        self._account = _epoll.open_account()
+        self._listeners: list[SocketListener] = []
+        self._addresses: tuple[tuple[str, int] | str, ...] = ()
+        self._connections: set[Connection] = set()
+        self._shutting_down = anyio.Event()
+        self._ended = anyio.Event()
+        self._idle = anyio.Event()  # no connection is left, and none will come
+        self._accepting = 0
+        self._deadline = float("inf")
+        self._grace: anyio.CancelScope | None = None
+        self._accepted = self._handler_errors = self._received = self._sent = 0
+        self._closed: Counter[str] = Counter()
+
+    # --- what a user asks ------------------------------------------------------------------------
+
+    @property
+    def listeners(self) -> Sequence[SocketListener]:
+        """The listeners, in the order of their addresses."""
+        return tuple(self._listeners)
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int] | str, ...]:
+        """Of all listeners, as AnyIO's ``local_address`` gives them; also after the end."""
+        return self._addresses
+
+    @property
+    def port(self) -> int:
+        """The TCP port.
+
+        :raises AttributeError: if the server listens on UNIX sockets only
+        """
+        for address in self._addresses:
+            if isinstance(address, tuple):
+                return address[1]
+        raise AttributeError("this server has no TCP port")
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Those whose handlers have not ended yet: a snapshot."""
+        return tuple(self._connections)
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the server is ending, or has ended."""
+        return self._shutting_down.is_set()
+
+    async def wait_shutting_down(self) -> None:
+        """Until the server begins to end."""
+        await self._shutting_down.wait()
+
+    def statistics(self) -> ServerStatistics:
+        """Counters of now; works after the end too."""
+        live = [connection.statistics() for connection in self._connections]
+        return ServerStatistics(
+            accepted=self._accepted,
+            active=len(self._connections),
+            rejected=0,
+            handler_errors=self._handler_errors,
+            closed=MappingProxyType(dict(self._closed)),
+            bytes_received=self._received + sum(s.bytes_received for s in live),
+            bytes_sent=self._sent + sum(s.bytes_sent for s in live),
+        )
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Ends the server gracefully; returns when all is done.
+
+        :param timeout: seconds after which the handlers that still run are cancelled; ``None``:
+            ``shutdown_timeout``. Of several calls the shortest decides.
+        """
+        timeout = seconds(timeout, "timeout")
+        self._begin_shutdown(self._options.shutdown_timeout if timeout is None else timeout)
+        await self._ended.wait()
+
+    # --- accepting -------------------------------------------------------------------------------
+
+    def _adopt(self, listeners: Sequence[SocketListener]) -> None:
+        """Takes over listeners that were made by themselves: their sockets move to the account."""
+        self._open([listener._give_away() for listener in listeners])
+
+    def _open(self, sockets: Sequence[socket.socket]) -> None:
+        self._listeners = open_listeners(sockets, self._account)
+        self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        self._addresses = tuple(
+            _sockets.plain_address(listener._raw_socket.getsockname())
+            for listener in self._listeners
+        )
+
+    async def _accept(self, listener: SocketListener, group: anyio.abc.TaskGroup) -> None:
+        self._accepting += 1
+        try:
+            while True:
+                batch = await listener.accept_batch()
+                for fd, peer in batch:
+                    self._start(listener, fd, peer, group)
+                _epoll.add_credits(self._account, len(batch))
+        except ClosedResourceError:
+            if not self.shutting_down:
+                logger.error("A listener was closed while its server was running")
+        except BrokenResourceError as exc:
+            logger.error("A listener has failed: %s", exc.__cause__)
+        finally:
+            self._accepting -= 1
+            self._check_idle()
+
+    def _start(
+        self, listener: SocketListener, fd: int, peer: bytes, group: anyio.abc.TaskGroup
+    ) -> None:
+        """Makes the connection and its task. An fd that fails here is closed, and nobody else's."""
+        try:
+            connection = self._connection(listener, fd, peer)
+        except OSError as exc:
+            self._closed["failed"] += 1
+            logger.debug("An accepted connection could not be opened: %s", exc)
+            return
+        self._accepted += 1
+        self._connections.add(connection)
+        group.start_soon(self._run, connection, name=self._name(connection))
+
+    @staticmethod
+    def _name(connection: Connection) -> str:
+        return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
+
+    def _connection(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
+        options = self._options
+        kind = listener._kind
+        connection = new_connection(fd, kind, options.limits, peer)
+        core = connection._core
+        try:
+            if kind == _epoll.TCP:
+                if options.nodelay:
+                    nodelay_fd(fd)
+                if options.keepalive:
+                    connection.set_keepalive(options.keepalive)
+            connection._server = self
+            core.draining = self.shutting_down
+            core.register()
+        except BaseException:
+            core.close()
+            raise
+        return connection
+
+    # --- handling --------------------------------------------------------------------------------
+
+    async def _run(self, connection: Connection) -> None:
+        """One connection, from its first byte to its end."""
+        reason = "cancelled"
+        try:
+            await self._handler(connection)
+            reason = "done"
+            await connection._core.finish(self._drain_timeout(connection))
+        except Exception as exc:
+            reason = self._judge(connection, exc)
+        finally:
+            connection._core.close()
+            self._leave(connection, reason)
+
+    def _drain_timeout(self, connection: Connection) -> float:
+        timeout = connection.write_timeout
+        return self._options.shutdown_timeout if timeout is None else timeout
+
+    def _judge(self, connection: Connection, exc: Exception) -> str:
+        reason = _normal_end(exc, connection._core.number)
+        if reason is not None:
+            logger.debug("%r ended: %s", connection, reason)
+            return reason
+        self._handler_errors += 1
+        logger.error("The handler of %r has failed", connection, exc_info=exc)
+        return "error"
+
+    def _leave(self, connection: Connection, reason: str) -> None:
+        statistics = connection.statistics()
+        self._received += statistics.bytes_received
+        self._sent += statistics.bytes_sent
+        self._closed[reason] += 1
+        self._connections.discard(connection)
+        self._check_idle()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        if self.shutting_down and not self._connections and not self._accepting:
+            self._idle.set()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener._close()
+
+    def _begin_shutdown(self, timeout: float) -> None:
+        self._deadline = min(self._deadline, anyio.current_time() + timeout)
+        if self._grace is not None:
+            self._grace.deadline = min(self._grace.deadline, self._deadline)
+        if self.shutting_down:
+            return
+        self._shutting_down.set()
+        self._close_listeners()
+        for connection in self._connections:
+            connection._core.end_if_idle()
+        self._check_idle()
+
+    async def _wait_idle(self) -> None:
+        """Until the last connection has ended, or the grace is over."""
+        with anyio.CancelScope(deadline=self._deadline) as self._grace:
+            await self._idle.wait()
+
+    async def _lifetime(self, *, task_status: TaskStatus[None]) -> None:
+        """Everything a server has runs inside of this."""
+        try:
+            async with anyio.create_task_group() as group:
+                for listener in self._listeners:
+                    group.start_soon(self._accept, listener, group)
+                _epoll.add_credits(self._account, _IN_FLIGHT)
+                task_status.started()
+                await self._shutting_down.wait()
+                await self._wait_idle()
+                group.cancel_scope.cancel()
+        finally:
+            self._shutting_down.set()
+            self._close_listeners()
+            self._ended.set()
+
+
+def _normal_end(exc: BaseException, number: int) -> str | None:
+    """The reason, if nothing is in ``exc`` but what the peer of that connection can cause."""
+    if isinstance(exc, BaseExceptionGroup):
+        reasons = [_normal_end(e, number) for e in exc.exceptions]
+        return reasons[0] if all(reasons) else None
+    about: BaseException | None = exc  # or a wrapper's, with the connection's own as its cause
+    while about is not None and getattr(about, ORIGIN, None) != number:
+        about = about.__cause__
+    if about is None:
+        return None
+    return next((reason for kind, reason in _REASONS.items() if isinstance(exc, kind)), None)
+
+
+# --- serve() -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What to listen on; exactly one kind."""
+
+    host: Any
+    port: int | None
+    path: Any
+    path_mode: int | None
+    sock: Any
+    listeners: Any
+    backlog: int
+    reuse_port: bool
+
+    def __post_init__(self) -> None:
+        tcp = self.host is not None or self.port is not None
+        given = [tcp, self.path is not None, self.sock is not None, self.listeners is not None]
+        if sum(given) != 1:
+            raise ValueError("serve() needs exactly one of host/port, path, sock and listeners")
+        if tcp:
+            count(0 if self.port is None else self.port, "port", most=65535)
+        count(self.backlog, "backlog", least=1)
+
+    async def sockets(self) -> list[socket.socket]:
+        """Listening sockets.
+
+        :raises OSError: for a failed bind; nothing is left open
+        """
+        if self.path is not None:
+            return [
+                _sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)
+            ]
+        if self.sock is not None:
+            given = self.sock if isinstance(self.sock, (list, tuple)) else [self.sock]
+            return [self._listening(sock) for sock in given]
+        return await _sockets.tcp_listening(
+            None if self.host is None else str(self.host),
+            self.port or 0,
+            family=socket.AF_UNSPEC,
+            backlog=self.backlog,
+            reuse_port=self.reuse_port,
+        )
+
+    def _listening(self, sock: socket.socket | int) -> socket.socket:
+        families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+        valid = _sockets.validated(sock, families=families, listening=True)
+        valid.listen(min(self.backlog, _sockets.BACKLOG_MOST))
+        return valid
+
+
+def _flat(listeners: Any) -> Iterable[SocketListener]:
+    """The sockets' listeners in whatever :func:`anypoll.create_tcp_listener` and its like gave."""
+    if isinstance(listeners, SocketListener):
+        yield listeners
+    elif isinstance(listeners, MultiListener):
+        yield from _flat(listeners.listeners)
+    elif isinstance(listeners, (list, tuple)):
+        for listener in listeners:
+            yield from _flat(listener)
+    else:
+        raise ValueError(f"serve() cannot use the listener {listeners!r}")
+
+
+class serve:  # noqa: N801 -- it is used as a function
+    """Serves connections for as long as the block runs.
+
+    ``async with anypoll.serve(handler, host="127.0.0.1", port=0) as server: ...``
+
+    Entering returns a :class:`Server` when every listener accepts. Leaving the block normally shuts
+    the server down gracefully: it stops accepting, idle connections see ``EndOfStream``, busy ones
+    may finish for ``shutdown_timeout`` seconds, and what then still runs is cancelled. Leaving it
+    with an exception, or by cancellation, skips the grace; the exception leaves ``serve()``
+    unchanged. In any case nothing of the server is left when the block has ended.
+
+    Each connection gets a task that runs ``handler(connection)``. The connection is closed when
+    that returns (what was written is sent before, for at most ``write_timeout``, or else
+    ``shutdown_timeout``), raises, or is cancelled. An exception that leaves a handler is logged
+    (logger ``anypoll.server``) and stops nothing else; those that a peer can cause (the end of its
+    stream, a reset, a timeout, a message that is too large) are only counted.
+
+    :param handler: a coroutine function of one argument, the :class:`Connection`
+    :param host: address or name to listen on; ``None`` with a ``port``: all interfaces
+    :param port: 0 chooses one, the same on all addresses; see ``server.port``
+    :param path: a UNIX socket, instead of host and port
+    :param path_mode: permissions of that socket's file
+    :param sock: a bound socket or descriptor, or a list of them, instead
+    :param listeners: of :func:`anypoll.create_tcp_listener` and its like, instead
+    :param backlog: connections that may wait to be accepted
+    :param reuse_port: ``SO_REUSEPORT``
+    :param read_timeout: ``read_timeout`` of each connection, in seconds
+    :param write_timeout: ``write_timeout`` of each connection, in seconds
+    :param keepalive: TCP keepalive: ``True``, or a :class:`Keepalive`
+    :param nodelay: ``TCP_NODELAY``
+    :param shutdown_timeout: seconds that busy connections get when the server ends
+    :param read_high_water: bytes that are read ahead at most
+    :param write_high_water: bytes of pending output above which reads wait
+    :param read_limit: bytes that a single request may ask for
+    :raises ValueError, TypeError: on entering, for nonsense
+    :raises OSError: on entering, for a failed bind
+    """
+
+    def __init__(
+        self,
+        handler: Handler | None = None,
+        *,
+        host: Any = None,
+        port: int | None = None,
+        path: str | bytes | os.PathLike[Any] | None = None,
+        path_mode: int | None = None,
+        sock: Any = None,
+        listeners: Any = None,
+        backlog: int = 65536,
+        reuse_port: bool = False,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+        keepalive: bool | Keepalive = False,
+        nodelay: bool = True,
+        shutdown_timeout: float = 10.0,
+        read_high_water: int | None = None,
+        write_high_water: int | None = None,
+        read_limit: int | None = None,
+    ) -> None:
+        self._handler = handler
+        self._where = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
+        limits = {
+            "read_timeout": read_timeout,
+            "write_timeout": write_timeout,
+            "read_high_water": read_high_water,
+            "write_high_water": write_high_water,
+            "read_limit": read_limit,
+        }
+        self._limits = {name: value for name, value in limits.items() if value is not None}
+        self._options = (keepalive, nodelay, shutdown_timeout)
+
+    async def _server(self) -> Server:
+        """The server, listening; nothing is left open if it fails."""
+        handler = self._handler
+        if not callable(handler):
+            raise ValueError("serve() needs a handler: an async function of one argument")
+        where = _Where(*self._where)
+        keepalive, nodelay, shutdown_timeout = self._options
+        if seconds(shutdown_timeout, "shutdown_timeout") is None:
+            raise TypeError("shutdown_timeout must be a number of seconds")
+        if not isinstance(keepalive, (bool, Keepalive)):
+            raise TypeError(f"keepalive must be a bool or a Keepalive, not {keepalive!r}")
+        options = _Options(Limits(**self._limits), keepalive, bool(nodelay), shutdown_timeout)
+        server = Server(handler, options)
+        if where.listeners is None:
+            server._open(await where.sockets())
+        else:
+            server._adopt(list(_flat(where.listeners)))
+        return server
+
+    async def __aenter__(self) -> Server:
+        server = await self._server()
+        self._running = server
+        self._group = anyio.create_task_group()
+        try:
+            await self._group.__aenter__()
+            try:
+                await self._group.start(server._lifetime)
+            except BaseException as exc:
+                await self._group.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        except BaseException:
+            server._close_listeners()
+            raise
+        return server
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            self._running._begin_shutdown(self._running._options.shutdown_timeout)
+        # With an exception the task group cancels what runs in it: the server's one task.
+        try:
+            await self._group.__aexit__(exc_type, exc, traceback)
+        except BaseExceptionGroup as group:
+            if list(group.exceptions) != [exc]:
+                raise
+            # the block's own exception: it goes on by itself, without the group around it
+
+
+async def serve_forever(
+    handler: Handler,
+    *,
+    task_status: TaskStatus[Server] = anyio.TASK_STATUS_IGNORED,
+    **options: Any,
+) -> None:
+    """Serves until it is cancelled, or ``server.shutdown()`` has ended it.
+
+    The other form of :class:`serve`, for a task group or a Trio nursery::
+
+        server = await tg.start(functools.partial(anypoll.serve_forever, handler, port=8000))
+
+    :param handler: as in :class:`serve`, and so are all other options
+    :param task_status: told the :class:`Server` when every listener accepts
+    """
+    async with serve(handler, **options) as server:
+        task_status.started(server)
+        await server._ended.wait()

@@ -1,0 +1,256 @@
+"""Sockets before they become connections or listeners: making, options, addresses. No awaits but
+for name resolution, which is AnyIO's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from ._config import Keepalive
+
+IPAddress = tuple[str, int]
+Address = IPAddress | str
+
+BACKLOG_MOST = 65536
+_BIND_TRIES = 10
+
+_INET = {socket.AF_INET, socket.AF_INET6}
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+def plain_address(address: Any) -> Address:
+    """A socket's address as AnyIO gives it: an IPv6 one as ``(host%scope, port)``; that of a UNIX
+    socket as a ``str``, an abstract one with its leading NUL.
+    """
+    if isinstance(address, bytes):
+        return os.fsdecode(address)
+    if isinstance(address, tuple):
+        host, port, *rest = address
+        scope = rest[1] if len(rest) == 2 else 0
+        return (f"{host.partition('%')[0]}%{scope}" if scope else host), port
+    return str(address)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def set_nodelay(sock: socket.socket, on: bool) -> None:
+    """``TCP_NODELAY``."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, on)
+
+
+def set_keepalive(sock: socket.socket, keepalive: bool | Keepalive) -> None:
+    """``SO_KEEPALIVE``, and its times if a :class:`~anypoll.Keepalive` is given.
+
+    :raises TypeError: for anything else
+    """
+    if not isinstance(keepalive, (bool, Keepalive)):
+        raise TypeError(f"keepalive must be a bool or a Keepalive, not {keepalive!r}")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(keepalive))
+    if isinstance(keepalive, Keepalive):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive.idle)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.count)
+
+
+# --- adopting ------------------------------------------------------------------------------------
+
+
+def _described(sock: socket.socket) -> tuple[str, str]:
+    return socket.AddressFamily(sock.family).name, socket.SocketKind(sock.type).name
+
+
+def validated(sock_or_fd: Any, *, families: Sequence[int], listening: bool) -> socket.socket:
+    """The socket, non-blocking and known to be what is wanted. The messages are AnyIO's.
+
+    :raises TypeError: if it is neither a socket nor a descriptor
+    :raises ValueError: if it is a wrong kind of socket
+    """
+    if isinstance(sock_or_fd, socket.socket):
+        sock, made = sock_or_fd, False
+    elif isinstance(sock_or_fd, int):
+        try:
+            sock, made = socket.socket(fileno=sock_or_fd), True
+        except OSError as exc:
+            if exc.errno == errno.ENOTSOCK:
+                raise ValueError("the file descriptor does not refer to a socket") from exc
+            raise ValueError(_MISSING[listening]) from exc
+    else:
+        raise TypeError(f"expected an int or socket, got {type(sock_or_fd).__qualname__} instead")
+    try:
+        _validate(sock, families, listening=listening)
+    except BaseException:
+        if made:
+            sock.detach()  # the descriptor stays the caller's
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+_MISSING = {
+    False: "the socket must be connected",
+    True: "the socket must be bound to a local address",
+}
+
+
+def _validate(sock: socket.socket, families: Sequence[int], *, listening: bool) -> None:
+    try:
+        ready = _is_bound(sock) if listening else bool(sock.getpeername() or True)
+    except OSError as exc:
+        raise ValueError(_MISSING[listening]) from exc
+    if not ready:
+        raise ValueError(_MISSING[listening])
+    family, kind = _described(sock)
+    if sock.family not in families:
+        wanted = " or ".join(socket.AddressFamily(f).name for f in families)
+        raise ValueError(f"address family mismatch: expected {wanted}, got {family}")
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"socket type mismatch: expected SOCK_STREAM, got {kind}")
+
+
+def _is_bound(sock: socket.socket) -> bool:
+    name = sock.getsockname()
+    return bool(name[1] if sock.family in _INET else name)
+
+
+# --- listening -----------------------------------------------------------------------------------
+
+
+def _backlog(backlog: int) -> int:
+    if not isinstance(backlog, int):
+        raise TypeError(f"backlog must be an integer, not {type(backlog).__name__}")
+    return min(backlog, BACKLOG_MOST)
+
+
+async def tcp_listening(
+    host: str | None, port: int, *, family: int, backlog: int, reuse_port: bool
+) -> list[socket.socket]:
+    """Listening sockets for every address of ``host``; one dual-stack socket for ``None``. With
+    port 0 all get the same ephemeral port.
+
+    :raises OSError: for a failed bind; nothing is left open
+    """
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an integer, not {type(port).__name__}")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be between 0 and 65535, not {port}")
+    addresses = await _local_addresses(host, port, family)
+    for attempt in range(_BIND_TRIES):
+        try:
+            return _bind_all(addresses, _backlog(backlog), reuse_port=reuse_port)
+        except OSError as exc:
+            # the ephemeral port of the first address was taken on another one: the next may be free
+            taken = exc.errno == errno.EADDRINUSE and port == 0 and len(addresses) > 1
+            if not taken or attempt == _BIND_TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+async def _local_addresses(host: str | None, port: int, family: int) -> list[tuple[int, Any]]:
+    if host is None:
+        if family == socket.AF_INET or not socket.has_dualstack_ipv6():
+            return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 -- that is what was asked for
+        return [(socket.AF_INET6, ("::", port))]
+    found = await anyio.getaddrinfo(
+        host, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    return list(dict.fromkeys((int(f), address) for f, _, _, _, address in found if f in _INET))
+
+
+def _bind_all(
+    addresses: Sequence[tuple[int, Any]], backlog: int, *, reuse_port: bool
+) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    try:
+        for family, address in addresses:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                # alone on "::" it takes both families; beside others each takes its own
+                both = len(addresses) == 1 and address[0] == "::"
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+            if not address[1] and sockets[0] is not sock:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sock.bind(with_scope(family, address))
+            sock.listen(backlog)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def with_scope(family: int, address: Any) -> Any:
+    """``("fe80::1%eth0", port)`` as ``bind`` takes it."""
+    if family == socket.AF_INET6 and "%" in address[0]:
+        host, _, scope = address[0].partition("%")
+        index = int(scope) if scope.isdigit() else socket.if_nametoindex(scope)
+        return host, address[1], 0, index
+    return address
+
+
+def unix_listening(
+    path: str | bytes | os.PathLike[Any], *, mode: int | None, backlog: int
+) -> socket.socket:
+    """A listening UNIX socket. A stale socket file is removed, any other file never.
+
+    :raises OSError: for a failed bind; nothing is left open
+    """
+    name = os.fspath(path)
+    raw = os.fsencode(name)
+    if not raw.startswith(b"\0"):
+        _remove_stale(raw)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind(raw)
+        if mode is not None and not raw.startswith(b"\0"):
+            os.chmod(raw, mode)
+        sock.listen(_backlog(backlog))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: bytes) -> None:
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+# --- connecting ----------------------------------------------------------------------------------
+
+
+async def connect(sock: socket.socket, address: Any) -> None:
+    """Connects a non-blocking socket.
+
+    :raises OSError: if it is refused, unreachable, or the like
+    """
+    try:
+        sock.connect(address)
+    except BlockingIOError as exc:
+        if exc.errno != errno.EINPROGRESS:
+            raise  # a UNIX socket's backlog is full: nothing is under way
+        await anyio.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error)) from None
+    else:
+        await anyio.lowlevel.checkpoint()

@@ -1,0 +1,370 @@
+"""AnyIO's stream classes over the pollers: the public surface of a connection.
+
+A :class:`Connection` is an :class:`anyio.abc.SocketStream`, and any code written for one can use it.
+Beside that it has a nocopy ``reader`` and ``writer`` over the same buffers: ``receive()`` takes from
+what the reader has, and ``send()`` first sends what the writer has pending.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from anyio import ClosedResourceError
+from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
+
+from . import _epoll, _sockets
+from ._config import Limits, seconds
+from ._connection import Core
+from ._epoll import IS_BROKEN, IS_EOF, TCP, UNIX, ConnectionStatistics
+from .nocopy import Reader, Writer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ._config import Keepalive
+    from ._epoll import Piece
+
+__all__ = ("Connection", "UNIXConnection", "socketpair")
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+_DEFAULT = Limits()
+
+
+class Connection(SocketStream):
+    """A connected stream socket in the hands of a poller.
+
+    It comes from a server, a listener, :func:`anypoll.connect_tcp` and their like, or from
+    :meth:`from_socket`. It belongs to the event loop in which it was made: other loops get
+    ``RuntimeError``. One task may read and another write at the same time; two that read, or two
+    that write, are told so by ``BusyResourceError``.
+    """
+
+    __slots__ = ("_core", "_reader", "_server", "_writer", "state")
+
+    state: Any
+    """any object of the user's, ``None`` at first"""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._reader = core.reader = Reader(core)
+        self._writer = core.writer = Writer(core)
+        self._server: Any = None
+        self.state = None
+
+    @classmethod
+    async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
+        """Takes a connected stream socket, TCP or UNIX, and owns it from then on.
+
+        :raises TypeError: if it is neither a socket nor a descriptor
+        :raises ValueError: if it is not a connected stream socket of a family that is supported
+        """
+        families = (socket.AF_UNIX,) if issubclass(cls, UNIXConnection) else _FAMILIES
+        sock = _sockets.validated(sock_or_fd, families=families, listening=False)
+        connection = open_socket(sock)
+        assert isinstance(connection, cls)
+        return connection
+
+    def __repr__(self) -> str:
+        state = "closed" if self._core.closed else f"fd={self.fileno()}"
+        return f"<anypoll.{type(self).__name__} {state}>"
+
+    # --- the nocopy side -------------------------------------------------------------------------
+
+    @property
+    def reader(self) -> Reader:
+        """The nocopy input."""
+        return self._reader
+
+    @property
+    def writer(self) -> Writer:
+        """The nocopy output."""
+        return self._writer
+
+    # Plain functions that return the reader's coroutine: an `async def` would add one.
+
+    def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
+        """:meth:`anypoll.nocopy.Reader.peek`."""
+        return self._reader.peek(n)
+
+    def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
+        """:meth:`anypoll.nocopy.Reader.next`."""
+        return self._reader.next(n)
+
+    def skip(self, n: SupportsIndex, /) -> Coroutine[Any, Any, None]:
+        """:meth:`anypoll.nocopy.Reader.skip`."""
+        return self._reader.skip(n)
+
+    def until(
+        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
+    ) -> Coroutine[Any, Any, memoryview]:
+        """:meth:`anypoll.nocopy.Reader.until`."""
+        return self._reader.until(delimiter, max_bytes=max_bytes)
+
+    # --- AnyIO's stream --------------------------------------------------------------------------
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """At least one and at most ``max_bytes`` bytes, as soon as there are any. A checkpoint.
+
+        :raises EndOfStream: when the peer has ended its side
+        :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
+        :raises BrokenResourceError: after a reset, with the ``OSError`` as its cause
+        :raises ClosedResourceError: if the connection was or is closed
+        :raises BusyResourceError: while another task is reading
+        :raises ValueError: for ``max_bytes`` below 1
+        """
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        return await self._core.receive(max_bytes)
+
+    async def send(self, item: Piece) -> None:
+        """Sends what the writer has pending, then ``item``. A checkpoint.
+
+        Returns when the kernel has everything; ``item`` may be changed then. If the call is
+        cancelled or times out before a byte of ``item`` was sent, none will be; if a part was sent,
+        the rest still goes out, before anything that is sent later.
+
+        :param item: bytes, or anything bytes-like
+        :raises WriteTimeout: after ``write_timeout`` seconds
+        :raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause
+        :raises ClosedResourceError: if the connection was or is closed, or after ``send_eof()``
+        :raises BusyResourceError: while another task is sending
+        """
+        if type(item) is not bytes:
+            item = memoryview(item).cast("B")
+        await self._core.send(item)
+
+    async def send_eof(self) -> None:
+        """Flushes, and ends this side; what the peer sends can still be read. Idempotent."""
+        await self._core.send_eof()
+
+    async def aclose(self) -> None:
+        """Closes the connection. A checkpoint.
+
+        Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
+        the writer has pending is drained first, for at most ``write_timeout``, unless the scope is
+        cancelled. The descriptor is closed on every way out.
+        """
+        await self._core.aclose()
+
+    # --- timeouts --------------------------------------------------------------------------------
+
+    @property
+    def read_timeout(self) -> float | None:
+        """Seconds that one read call may take as a whole; ``None`` for ever.
+
+        It works as a cancel scope around the call would: scopes further out go on working, nothing
+        is lost, and the connection stays usable after the ``ReadTimeout``. It is real time: Trio's
+        ``MockClock`` does not move it.
+        """
+        return self._core.read_timeout
+
+    @read_timeout.setter
+    def read_timeout(self, value: float | None) -> None:
+        self._core.read_timeout = seconds(value, "read_timeout")
+
+    @property
+    def write_timeout(self) -> float | None:
+        """Seconds that one ``send()`` or ``flush()`` may take; ``None`` for ever.
+
+        After a ``WriteTimeout`` the bytes that were not sent are still pending and go out first;
+        ``abort()`` is the way to give up.
+        """
+        return self._core.write_timeout
+
+    @write_timeout.setter
+    def write_timeout(self, value: float | None) -> None:
+        self._core.write_timeout = seconds(value, "write_timeout")
+
+    # --- state -----------------------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """False as soon as the connection is known to be dead or closed; asks nobody for it. A peer
+        that has only ended its own side does not make it False.
+        """
+        return not self._core.closed and not self._core.status() & IS_BROKEN
+
+    @property
+    def at_eof(self) -> bool:
+        """Whether the peer has ended its side and everything was read."""
+        core = self._core
+        return not core.closed and bool(core.status() & IS_EOF) and not len(self._reader)
+
+    @property
+    def server(self) -> Any:
+        """The :class:`anypoll.Server` the connection was accepted by, or ``None``."""
+        return self._server
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once the connection is closed."""
+        return -1 if self._core.closed else max(_epoll.conn_fd(self._core.handle, 0), -1)
+
+    @property
+    def local_address(self) -> tuple[str, int] | str:
+        """The address of this end: host and port, or the path of a UNIX socket.
+
+        :raises ClosedResourceError: if the connection is closed
+        """
+        return _sockets.plain_address(self._socket().getsockname())
+
+    @property
+    def remote_address(self) -> tuple[str, int] | str:
+        """The address of the other end.
+
+        :raises ClosedResourceError: if the connection is closed, and was not accepted
+        :raises OSError: if the peer had gone before anybody asked, and it was not accepted
+        """
+        core = self._core
+        if core.peer is not None:
+            return _epoll.peer_address(core.peer)
+        return _sockets.plain_address(self._socket().getpeername())
+
+    def statistics(self) -> ConnectionStatistics:
+        """Counts of bytes and system calls; works after the close too."""
+        core = self._core
+        return _epoll.connection_statistics(core.handle, self._reader._start, self._writer._size)
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        core = self._core
+        if core.raw is not None:
+            return core.raw
+        return core.raw_socket()
+
+    def _socket(self) -> socket.socket:
+        if self._core.closed:
+            raise ClosedResourceError
+        return self._raw_socket
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """AnyIO's :class:`~anyio.abc.SocketAttribute`."""
+        attributes: dict[Any, Callable[[], Any]] = {
+            SocketAttribute.family: lambda: self._raw_socket.family,
+            SocketAttribute.local_address: lambda: self.local_address,
+            SocketAttribute.raw_socket: lambda: self._raw_socket,
+        }
+        try:
+            remote = self.remote_address
+        except (OSError, ClosedResourceError):
+            remote = None
+        if remote is not None:
+            attributes[SocketAttribute.remote_address] = lambda: remote
+        if self._core.kind == TCP:
+            attributes[SocketAttribute.local_port] = lambda: self.local_address[1]
+            if remote is not None:
+                attributes[SocketAttribute.remote_port] = lambda: remote[1]
+        return attributes
+
+    # --- doing -----------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent."""
+        self._core.close(reset=True)
+
+    async def wait_writable(self) -> None:
+        """Until a ``send()`` would probably not have to wait. A checkpoint.
+
+        :raises BusyResourceError: while another task is sending
+        """
+        await self._core.wait_writable()
+
+    def detach(self) -> tuple[socket.socket, bytes]:
+        """Takes the socket out of the pollers, open, with the bytes that were read ahead.
+
+        The connection counts as closed afterwards.
+
+        :raises BusyResourceError: with pending output or a waiting task
+        """
+        return self._core.detach()
+
+    def set_nodelay(self, on: bool) -> None:
+        """``TCP_NODELAY``, which is on at first; ignored on UNIX sockets."""
+        if self._core.kind == TCP:
+            _sockets.set_nodelay(self._socket(), on)
+
+    def set_keepalive(self, keepalive: bool | Keepalive) -> None:
+        """TCP's keepalive probes, ``True`` with the system's times; ignored on UNIX sockets."""
+        if self._core.kind == TCP:
+            _sockets.set_keepalive(self._socket(), keepalive)
+
+
+class UNIXConnection(Connection, UNIXSocketStream):
+    """A :class:`Connection` over a UNIX socket."""
+
+    __slots__ = ()
+
+    async def send_fds(self, message: bytes, fds: Any) -> None:
+        """Not there yet.
+
+        :raises NotImplementedError: always
+        """
+        raise NotImplementedError("sending descriptors is not supported yet")
+
+    async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
+        """Not there yet.
+
+        :raises NotImplementedError: always
+        """
+        raise NotImplementedError("receiving descriptors is not supported yet")
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
+    """A connection that is not watched yet; owns ``fd`` from the call on.
+
+    :raises OSError: if there are no resources for it
+    """
+    core = Core(fd, kind, limits, peer=peer)
+    return Connection(core) if kind == TCP else UNIXConnection(core)
+
+
+def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
+    """A connection over a connected, non-blocking socket, which it keeps as its raw socket.
+
+    :raises OSError: if there are no resources for it; the socket is closed then
+    """
+    kind = UNIX if sock.family == socket.AF_UNIX else TCP
+    if kind == TCP:
+        _sockets.set_nodelay(sock, True)
+    connection = new_connection(sock.fileno(), kind, limits)
+    connection._core.adopt_raw(sock)
+    connection._core.register()
+    return connection
+
+
+def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
+    """As :func:`open_socket`, without keeping the socket object: it costs memory, and is made anew
+    when somebody asks for it.
+    """
+    kind = UNIX if sock.family == socket.AF_UNIX else TCP
+    if kind == TCP:
+        _sockets.set_nodelay(sock, True)
+    connection = new_connection(sock.detach(), kind, limits)
+    connection._core.register()
+    return connection
+
+
+def socketpair() -> tuple[Connection, Connection]:
+    """Two connections that are connected to each other. A plain function.
+
+    :raises OSError: if there are no resources for them
+    :raises RuntimeError: outside of an event loop
+    """
+    a, b = socket.socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    try:
+        first = open_fd(a)
+    except BaseException:
+        b.close()
+        raise
+    try:
+        return first, open_fd(b)
+    except BaseException:
+        first._core.close()
+        raise

@@ -1,0 +1,44 @@
+"""AnyIO's own streams: rpc through a buffered stream with one send per reply, echo plainly."""
+
+from __future__ import annotations
+
+import anyio
+from _launch import BACKLOG, HEADER_SIZE, HOST, announce, launch
+from anyio.abc import SocketAttribute, SocketStream
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+# What a client that closes, also in the middle of a frame or with a reset, ends a handler with.
+DISCONNECTED = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError)
+
+
+async def handle_rpc(stream: SocketStream) -> None:
+    reader = BufferedByteReceiveStream(stream)
+    async with stream:
+        try:
+            while True:
+                header = await reader.receive_exactly(HEADER_SIZE)
+                payload = await reader.receive_exactly(int.from_bytes(header, "big"))
+                await stream.send(header + payload)
+        except DISCONNECTED:
+            pass
+
+
+async def handle_echo(stream: SocketStream) -> None:
+    async with stream:
+        try:
+            async for chunk in stream:
+                await stream.send(chunk)
+        except DISCONNECTED:
+            pass
+
+
+async def serve(workload: str) -> None:
+    handler = handle_rpc if workload == "rpc" else handle_echo
+    listener = await anyio.create_tcp_listener(local_host=HOST, local_port=0, backlog=BACKLOG)
+    async with listener:
+        announce(listener.extra(SocketAttribute.local_port))
+        await listener.serve(handler)
+
+
+if __name__ == "__main__":
+    launch(serve, ("asyncio", "uvloop", "trio"))

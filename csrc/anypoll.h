@@ -1,0 +1,364 @@
+/* The native core of anypoll: what Python may call.
+ *
+ * This header is included by every C file and, run through the preprocessor
+ * with ANYPOLL_CDEF defined, is the cdef that cffi compiles. So a signature
+ * that differs from its definition does not compile.
+ *
+ * Conventions. A function returns >= 0, or -errno, or one of the AP_E* codes
+ * below; out-parameters are untouched on failure. errno never crosses this
+ * border. Nothing here prints, aborts or exits. Times are nanoseconds of
+ * CLOCK_MONOTONIC; a deadline of 0 means none.
+ *
+ * Threads. "loop" means the thread of the event loop whose hub the object was
+ * opened with; "any" means every thread at any time. A call on an object that
+ * was inherited through fork() returns -ECHILD and touches nothing.
+ */
+#ifndef ANYPOLL_H
+#define ANYPOLL_H
+
+#ifdef ANYPOLL_CDEF
+#define AP_API
+#define AP_MUST_CHECK
+#else
+#include <stddef.h>
+#include <stdint.h>
+#define AP_API __attribute__((visibility("hidden")))
+#define AP_MUST_CHECK __attribute__((warn_unused_result))
+#endif
+
+typedef struct ap_poller ap_poller;
+typedef struct ap_hub ap_hub;
+typedef struct ap_conn ap_conn;
+typedef struct ap_listener ap_listener;
+typedef struct ap_account ap_account;
+typedef struct ap_block ap_block;
+
+/* Codes beside -errno. They lie below every errno. */
+enum {
+    AP_EEOF = -5001,    /* the peer has ended its side, and too little is buffered */
+    AP_EQUEUED = -5002, /* as -EAGAIN (the wait is armed), and some of the output handed
+                         * over with the call was queued: keep it until AP_MAIL_SENT */
+    AP_EDELIM = -5003,  /* no delimiter within the first max_bytes */
+    AP_EIDLE = -5004    /* the connection was ended by its idle timeout */
+};
+
+/* Kinds of sockets. */
+enum { AP_TCP = 1, AP_UNIX = 2 };
+
+/* Bits of a token: why the loop is told about a slot. */
+enum {
+    AP_MAIL_READ = 1,    /* the armed read wait is over: look again */
+    AP_MAIL_WRITE = 2,   /* the armed write wait is over: look again */
+    AP_MAIL_SENT = 4,    /* no queued output is referenced any more */
+    AP_MAIL_TRIM = 8,    /* the empty block was taken back: drop the wrapper */
+    AP_MAIL_ACCEPT = 16, /* accepted descriptors, or an error, wait to be taken */
+    AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
+    AP_MAIL_IDLE = 64    /* the idle timeout has ended the connection */
+};
+
+/* Flags of ap_conn_read and ap_conn_find. */
+enum {
+    AP_NOWAIT = 1,   /* do not arm a wait: -EAGAIN only says that too little is there */
+    AP_SCATTER = 2   /* the bytes need not be contiguous */
+};
+
+/* In the result of ap_conn_read: the window lies in a block that was not
+ * handed out yet; fetch it with ap_conn_block. */
+enum { AP_NEW_BLOCK_SHIFT = 40 };
+
+/* Bits of ap_conn_status. */
+enum {
+    AP_IS_CLOSED = 1, /* closed by its owner (or by the end of its loop) */
+    AP_IS_BROKEN = 2, /* known to be dead: RST, failed write, idle end */
+    AP_IS_EOF = 4,    /* the peer's FIN was read */
+    AP_IS_IDLE_END = 8, /* broken by the idle timeout */
+    AP_IS_SHUT = 16       /* ap_conn_shutdown was called */
+};
+
+/* One entry of the mailbox as the loop sees it. */
+typedef struct {
+    uint64_t id;   /* generation << 32 | slot, as ap_conn_id gives it */
+    uint32_t bits; /* AP_MAIL_* */
+    int32_t error; /* AP_MAIL_STARVED: the errno */
+} ap_token;
+
+/* A readable window of a block. Offsets count from the block's own address,
+ * so the buffer of the owning pointer is the memory they index. */
+typedef struct {
+    ap_block *block;
+    uint32_t size;  /* of the whole block, header included */
+    uint32_t start; /* the first unread byte */
+    uint32_t end;   /* behind the last byte that may be looked at */
+} ap_view;
+
+typedef struct {
+    const void *data;
+    size_t size;
+} ap_piece;
+
+/* An accepted descriptor. address is in network order; port in host order. */
+typedef struct {
+    int32_t fd;
+    uint16_t family;
+    uint16_t port;
+    uint32_t scope;
+    uint8_t address[16];
+} ap_accepted;
+
+typedef struct {
+    uint64_t connections; /* open slots assigned to this poller, listeners too */
+    uint64_t waits;       /* epoll_wait calls that blocked */
+    uint64_t polls;       /* epoll_wait calls, all of them */
+    uint64_t events;
+    uint64_t reads;
+    uint64_t writes;
+    uint64_t again; /* EAGAIN of reads, writes and accepts */
+    uint64_t accepts;
+    uint64_t bytes_received;
+    uint64_t bytes_sent;
+    uint64_t wakeups;           /* eventfd writes to hubs */
+    uint64_t wakeups_coalesced; /* tokens that needed none */
+    uint64_t stale_tokens;      /* events and tokens of slots that had been reused */
+    uint64_t stalls;            /* writes that took less than was offered */
+    uint64_t timeouts;
+    uint64_t slots; /* in use, closed ones that are still referenced included */
+    uint64_t blocks_in_use;
+    uint64_t blocks_free;
+    uint64_t bytes_in_use;
+    uint64_t bytes_free;
+    uint64_t bytes_pinned; /* in blocks that only views keep alive */
+} ap_poller_stats;
+
+typedef struct {
+    uint64_t bytes_received;
+    uint64_t bytes_sent;
+    uint64_t reads;
+    uint64_t writes;
+    uint64_t wakeups;
+    uint64_t buffered_input;
+    uint64_t buffered_output;
+    uint64_t pinned;       /* bytes of blocks the reader has left that views still hold */
+    int64_t created_at;    /* CLOCK_MONOTONIC, ns */
+    int64_t last_activity; /* likewise, at the coarse clock's resolution */
+} ap_conn_stats;
+
+/* ---- pollers ---------------------------------------------------------- */
+
+/* Makes a poller (epoll and event descriptors, no thread yet).
+ * Thread: any. Returns 0; -EMFILE, -ENFILE, -ENOMEM. */
+AP_API int ap_poller_new(ap_poller **out) AP_MUST_CHECK;
+
+/* Starts the thread that drives the poller, with all signals blocked.
+ * Thread: any, once. Returns 0; -EAGAIN if no thread could be had. */
+AP_API int ap_poller_start(ap_poller *poller) AP_MUST_CHECK;
+
+/* Drives the poller once: drains its inbox, fires what is due, waits at most
+ * timeout_ms (-1: until something happens) and serves at most budget slots.
+ * Thread: any; -EBUSY while another thread drives. Returns the slots served. */
+AP_API int ap_poller_step(ap_poller *poller, int timeout_ms, int budget);
+
+/* Ends and joins the thread, if there is one. Connections stay open, but
+ * nothing moves any more. Thread: any but the poller's own. Returns 0. */
+AP_API int ap_poller_stop(ap_poller *poller);
+
+/* Drops the caller's reference; the memory goes with the last slot and block. */
+AP_API void ap_poller_unref(ap_poller *poller);
+
+/* Makes the driver run once, so that what was retired is recycled now. */
+AP_API int ap_poller_nudge(ap_poller *poller);
+
+AP_API int ap_poller_statistics(ap_poller *poller, ap_poller_stats *out);
+
+/* ---- hubs ------------------------------------------------------------- */
+
+/* Makes a hub for one event loop. Thread: any. Returns 0; -errno. */
+AP_API int ap_hub_new(ap_hub **out) AP_MUST_CHECK;
+
+/* The descriptor that becomes readable when tokens wait. */
+AP_API int ap_hub_fd(ap_hub *hub);
+
+/* Takes up to max tokens, oldest first. Every wait reported is over and
+ * disarmed. Thread: loop. Returns their number; when it is max, call again. */
+AP_API int ap_hub_take(ap_hub *hub, ap_token *tokens, int max);
+
+/* The loop has ended: closes all its connections and listeners (of disowned
+ * ones the descriptor stays); signallers find it dead. Idempotent. Thread: any, when the loop no longer runs. */
+AP_API int ap_hub_kill(ap_hub *hub);
+
+/* Drops the caller's reference. The event descriptor is closed with the last
+ * one, so that a late signaller never writes into somebody else's file. */
+AP_API void ap_hub_unref(ap_hub *hub);
+
+/* ---- connections ------------------------------------------------------ */
+
+/* Takes a connected, non-blocking stream socket into a slot. It is not watched
+ * before ap_conn_register. high_water bounds what is read ahead, in bytes.
+ * Owns fd from success on. Thread: loop. Returns 0; -ENOMEM, -EBADF (the hub is dead). */
+AP_API int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_water,
+                       ap_conn **out) AP_MUST_CHECK;
+
+/* Watches count connections; results[i] is 0 or -errno.
+ * Thread: loop. Returns the number of those that failed. */
+AP_API int ap_conn_register(ap_conn **conns, int *results, int count) AP_MUST_CHECK;
+
+/* The identity in tokens, constant for the life of the handle. Thread: any. */
+AP_API uint64_t ap_conn_id(ap_conn *conn);
+
+/* All calls with a parameter pos first consume: pos is the caller's place in
+ * the window it was handed last. */
+
+/* Wants n unread bytes, contiguous unless AP_SCATTER. If they are not there, a
+ * readable socket is read at once; if that does not do, the output given is
+ * sent (what is not taken at once is queued) and the wait is armed.
+ * Thread: loop. Returns the end of the window, with bit AP_NEW_BLOCK_SHIFT set
+ * if its block is new (n == 0 or AP_SCATTER: 0 or more); -EAGAIN or AP_EQUEUED;
+ * AP_EEOF; -ETIMEDOUT; -EBADF when closed; -ENOMEM; the socket's error. */
+AP_API int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
+                            const char *output, size_t output_size);
+
+/* Wants the delimiter within the first max_bytes unread bytes. The search goes
+ * on where the last one for the same delimiter stopped.
+ * Thread: loop. Returns the number of bytes through the delimiter, which are
+ * contiguous then, with bit AP_NEW_BLOCK_SHIFT as in ap_conn_read; otherwise as
+ * ap_conn_read, or AP_EDELIM. */
+AP_API int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, size_t size,
+                            size_t max_bytes, int flags, int64_t deadline, const char *output,
+                            size_t output_size);
+
+/* Fills view with the window at the first unread byte. When its block was not
+ * handed out yet, the caller gets a reference and owes one ap_block_unref:
+ * returns 1 then, 0 if the caller has the block already.
+ * Thread: loop. -ENODATA if nothing is unread; -EBADF. */
+AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHECK;
+
+/* Consumes n more unread bytes, across blocks, and forgets that a window was
+ * handed out: the next one is new. Returns 0; -EINVAL if fewer are there. */
+AP_API int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n) AP_MUST_CHECK;
+
+/* The unread bytes, those included that were read ahead. */
+AP_API int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos);
+
+/* Takes back the wait that ap_conn_read, ap_conn_find or ap_conn_linger armed. */
+AP_API int ap_conn_disarm_read(ap_conn *conn);
+AP_API int ap_conn_disarm_write(ap_conn *conn);
+
+/* Sends pieces in order, behind what is queued: one system call now, the rest
+ * by the poller. Thread: loop. Returns the bytes now queued: 0 means that the
+ * kernel has everything; above 0 the pieces must stay until AP_MAIL_SENT.
+ * -EBADF when closed, -EPIPE after ap_conn_shutdown, -ENOMEM, the socket's error. */
+AP_API int64_t ap_conn_send(ap_conn *conn, const ap_piece *pieces, int count);
+AP_API int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size);
+
+/* The bytes queued and not yet taken by the kernel. */
+AP_API int64_t ap_conn_queued(ap_conn *conn);
+
+/* Waits until queued output is gone; with until_writable also until the socket
+ * would take more. Several tasks may wait: the earliest of their deadlines ends
+ * the wait for all, and each calls again.
+ * Thread: loop. Returns 0; -EAGAIN (armed); -ETIMEDOUT; errors. */
+AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
+
+/* Stops the poller from sending and says how many queued bytes are left; then
+ * ap_conn_requeue puts pieces in their place. Between them the caller may copy
+ * or free the memory. Thread: loop. */
+AP_API int64_t ap_conn_hold(ap_conn *conn);
+AP_API int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count);
+
+/* shutdown(SHUT_WR). Idempotent. Thread: loop. Returns 0; -EBADF; -EBUSY with
+ * queued output; the socket's error. */
+AP_API int ap_conn_shutdown(ap_conn *conn);
+
+/* Behind the last byte of a handler: SHUT_WR, then what still arrives is read
+ * and thrown away until the peer's FIN, because a close with unread input is a
+ * RST that destroys what was sent. Thread: loop. Returns 0 when the socket can
+ * be closed (at once, if nothing is unread and nothing unsent); -EAGAIN
+ * (armed); -ETIMEDOUT. */
+AP_API int ap_conn_linger(ap_conn *conn, int64_t deadline);
+
+/* A real idle timeout: no byte in or out for that long. 0: none. */
+AP_API int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds);
+
+/* Ends the connection: unwatched, its generation bumped, its queues dropped,
+ * and the descriptor closed last (reset: with a RST). With keep_fd it stays
+ * open and is the caller's. Thread: any. Returns the descriptor, if kept, or
+ * 0; -EBADF if it was closed before. */
+AP_API int ap_conn_close(ap_conn *conn, int reset, int keep_fd);
+
+/* As ap_conn_close with keep_fd, but what was read ahead stays for
+ * ap_conn_rest. -EBUSY with queued output. */
+AP_API int ap_conn_detach(ap_conn *conn, uint32_t pos);
+
+/* Moves up to size bytes that were read ahead out of a detached connection. */
+AP_API int64_t ap_conn_rest(ap_conn *conn, char *buffer, size_t size);
+
+/* The descriptor, or -EBADF. With disown, closing it becomes the caller's
+ * business in ap_conn_close(keep_fd) and after fork(). */
+AP_API int ap_conn_fd(ap_conn *conn, int disown);
+
+AP_API int ap_conn_status(ap_conn *conn);
+AP_API int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out);
+
+/* Gives the handle back, closing the connection if it is open. Thread: any. */
+AP_API void ap_conn_release(ap_conn *conn);
+
+/* ---- blocks ----------------------------------------------------------- */
+
+AP_API void ap_block_unref(ap_block *block);
+
+/* ---- accepting -------------------------------------------------------- */
+
+/* Credits for accepting, shared by listeners. Thread of all calls: loop. */
+AP_API int ap_account_new(ap_account **out) AP_MUST_CHECK;
+AP_API void ap_account_unref(ap_account *account);
+
+/* Adds credits and accepts at once where connections wait. */
+AP_API int ap_account_add(ap_account *account, int credits);
+
+/* Takes a credit back. Returns 1, or 0 if it has been spent. */
+AP_API int ap_account_take_back(ap_account *account);
+
+/* Takes a listening, non-blocking socket; as ap_conn_new, and watched at once. */
+AP_API int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
+                           ap_listener **out) AP_MUST_CHECK;
+AP_API uint64_t ap_listener_id(ap_listener *listener);
+
+/* Takes accepted descriptors. Thread: loop. Returns their number, 0 if none
+ * wait; -EBADF when closed; an error of accept4 that is not worth ignoring. */
+AP_API int ap_listener_take(ap_listener *listener, ap_accepted *out, int max);
+
+/* As for connections; descriptors that were not taken are closed. */
+AP_API int ap_listener_close(ap_listener *listener, int keep_fd);
+AP_API int ap_listener_fd(ap_listener *listener, int disown);
+AP_API void ap_listener_release(ap_listener *listener);
+
+/* ---- process ---------------------------------------------------------- */
+
+/* To be called in the child of a fork(), once: closes every descriptor the
+ * core owned and forgets all of the parent's objects. */
+AP_API int ap_fork_child(void);
+
+/* Closes a descriptor that the core had accepted and nobody has opened yet. */
+AP_API int ap_fd_close(int fd);
+
+/* ---- fault injection, for tests --------------------------------------- */
+
+enum {
+    AP_CALL_READ,
+    AP_CALL_WRITE,
+    AP_CALL_ACCEPT,
+    AP_CALL_EPOLL_CREATE,
+    AP_CALL_EPOLL_CTL,
+    AP_CALL_EPOLL_WAIT,
+    AP_CALL_EVENTFD,
+    AP_CALL_ALLOC,
+    AP_CALL_MAP,
+    AP_CALL_THREAD,
+    AP_CALLS
+};
+
+/* After skip calls, the next times calls of that kind fail with error (> 0),
+ * or, when error is 0, transfer at most limit bytes. times < 0: for ever. */
+AP_API int ap_fault_set(int call, int error, int skip, int times, size_t limit);
+AP_API void ap_fault_clear(void);
+
+#endif

@@ -1,0 +1,330 @@
+/* Reading a connection: when, how much, and into what.
+ *
+ * When. With edge-triggered events AP_READABLE is remembered and cleared only
+ * by EAGAIN, on TCP also by a short read as long as nothing but plain input was
+ * ever reported (measured: recv stops at an urgent byte, and on UNIX sockets
+ * behind a message with descriptors, and no further edge comes).
+ *
+ * How much. Input that nobody waits for is read up to high water, and again
+ * once it has fallen to low water. While a wait is armed and not over, reading
+ * is on up to what is waited for, whatever the level: else input paused at
+ * 256 KiB, consumed to 100 KiB, and a wait for 200,000 bytes would never end.
+ *
+ * Into what. First into the rest of the last block, then into a scratch buffer,
+ * from which it is copied to a block of a fitting size: so an idle connection
+ * needs no block, and memory follows what has arrived and never what a length
+ * prefix promised. A connection that has shown to receive much, or waits for
+ * much, reads into a block of its own instead, without the copy.
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+
+/* ---- the wait --------------------------------------------------------- */
+
+static size_t searched_in_chain(const ap_conn *conn)
+{
+    return conn->searched > conn->consumed ? (size_t)(conn->searched - conn->consumed) : 0;
+}
+
+static bool delimiter_found(ap_conn *conn)
+{
+    size_t searched = searched_in_chain(conn);
+    size_t length = ap_chain_find(&conn->input, conn->delimiter, conn->delimiter_size,
+                                  conn->want_bytes, &searched);
+    conn->searched = conn->consumed + searched;
+    return length > 0;
+}
+
+static bool target_met(ap_conn *conn)
+{
+    switch (conn->want) {
+    case AP_WANT_BYTES:
+        return conn->input.size >= conn->want_bytes;
+    case AP_WANT_DELIMITER:
+        return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
+    default:
+        return false;
+    }
+}
+
+bool ap_input_over(ap_conn *conn)
+{
+    if (conn->want == AP_WANT_NOTHING)
+        return false;
+    return conn->want_expired || conn->read_end != 0 || target_met(conn);
+}
+
+/* Publishes what is waited for. The socket has been read before, if it was
+ * known to be readable, so the target is not met now. */
+void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
+{
+    conn->want = (uint8_t)want;
+    conn->want_bytes = n;
+    conn->want_deadline = deadline;
+    conn->want_expired = false;
+    if (deadline)
+        ap_conn_note_deadline(conn, deadline);
+    if (conn->input.size == 0 && conn->input.tail) {
+        conn->trim_at = ap_now_coarse() + AP_TRIM_AFTER;
+        ap_conn_note_deadline(conn, conn->trim_at);
+    }
+    if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+}
+
+/* ---- how much --------------------------------------------------------- */
+
+/* How many unread bytes there may be now. */
+static size_t level_allowed(ap_conn *conn, bool waiting)
+{
+    if (conn->discarding)
+        return SIZE_MAX;
+    if (waiting && conn->want != AP_WANT_END && conn->want_bytes > conn->high)
+        return conn->want_bytes;
+    return conn->high;
+}
+
+/* A wait that is armed and met does not lift the mark: the loop may be long in coming. */
+static bool waiting(ap_conn *conn)
+{
+    return (conn->want == AP_WANT_BYTES || conn->want == AP_WANT_DELIMITER) && !target_met(conn);
+}
+
+bool ap_input_wanted(ap_conn *conn)
+{
+    bool waits = waiting(conn);
+    return conn->read_end == 0 && (!conn->paused || waits || conn->discarding) &&
+           conn->input.size < level_allowed(conn, waits);
+}
+
+/* ---- into what -------------------------------------------------------- */
+
+typedef struct {
+    struct iovec iov[2];
+    int count;
+    size_t tail_room; /* iov[0], if not 0 */
+    ap_block *fresh;  /* the second part, or NULL: the scratch buffer */
+    size_t offered;
+} target;
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static size_t most(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+/* A last block that was read to its end and that no view needs begins anew. */
+static void rewind_tail(ap_conn *conn)
+{
+    ap_block *tail = conn->input.tail;
+    if (!tail || tail->start != tail->end || conn->input.size > 0)
+        return;
+    /* acquire; pairs with the release of the last view */
+    if (atomic_load_explicit(&tail->refs, memory_order_acquire) > 1)
+        return;
+    tail->start = tail->end = AP_BLOCK_HEADER;
+    if (conn->shown == tail)
+        conn->shown = NULL;
+}
+
+/* The size of a block to read to directly; 0: the scratch buffer will do. */
+static size_t fresh_size(const ap_conn *conn, size_t tail_room, size_t max)
+{
+    size_t missing = conn->want == AP_WANT_BYTES && conn->want_bytes > conn->input.size
+                         ? conn->want_bytes - conn->input.size
+                         : 0;
+    size_t arrived = most(conn->high, 2 * conn->input.size);
+    if (missing > tail_room + AP_SCRATCH)
+        return least(missing - tail_room, least(arrived, AP_BLOCK_MAX - AP_BLOCK_HEADER));
+    if (conn->grow >= AP_BLOCK_LARGE && tail_room < conn->recent && max > tail_room)
+        return least(conn->grow - AP_BLOCK_HEADER, max - tail_room);
+    return 0;
+}
+
+static void add(target *into, void *base, size_t size)
+{
+    into->iov[into->count++] = (struct iovec){.iov_base = base, .iov_len = size};
+    into->offered += size;
+}
+
+static void choose_target(ap_context *context, ap_conn *conn, size_t max, target *into)
+{
+    *into = (target){0};
+    rewind_tail(conn);
+    ap_block *tail = conn->discarding ? NULL : conn->input.tail;
+    if (tail)
+        into->tail_room = least(ap_block_room(tail), max);
+    if (into->tail_room)
+        add(into, ap_block_at(tail, tail->end), into->tail_room);
+    size_t rest = max - into->tail_room;
+    size_t fresh = conn->discarding ? 0 : fresh_size(conn, into->tail_room, max);
+    if (fresh)
+        into->fresh = ap_pool_take(context->pool, fresh);
+    if (into->fresh)
+        add(into, ap_block_at(into->fresh, into->fresh->end),
+            least(ap_block_room(into->fresh), rest));
+    else if (rest)
+        add(into, context->scratch, least(AP_SCRATCH, rest));
+}
+
+/* Files got received bytes. False: there was no memory for what was read. */
+static bool file_received(ap_context *context, ap_conn *conn, target *into, size_t got)
+{
+    if (conn->discarding)
+        return true;
+    size_t in_tail = least(got, into->tail_room), rest = got - in_tail;
+    if (in_tail)
+        conn->input.tail->end += (uint32_t)in_tail;
+    conn->input.size += in_tail;
+    if (!rest)
+        return true;
+    if (!into->fresh) {
+        into->fresh = ap_pool_take(context->pool, most(rest, conn->grow - AP_BLOCK_HEADER));
+        if (!into->fresh)
+            return false;
+        memcpy(ap_block_at(into->fresh, AP_BLOCK_HEADER), context->scratch, rest);
+    }
+    into->fresh->end += (uint32_t)rest;
+    ap_chain_append(&conn->input, into->fresh);
+    ap_chain_consume(&conn->input, 0, conn); /* an empty head in front of it leaves */
+    if (conn->shown != conn->input.head)
+        conn->shown = NULL;
+    into->fresh = NULL;
+    conn->input.size += rest;
+    return true;
+}
+
+/* The next block is as large as what arrives at once, so that a message lies in
+ * one block if it can; it shrinks more slowly than it grows. */
+static void adapt(ap_conn *conn, size_t got)
+{
+    conn->recent = (uint32_t)got;
+    size_t bound = most(conn->high, AP_BLOCK_MIN);
+    while (conn->grow < got + AP_BLOCK_HEADER && conn->grow * 2 <= bound)
+        conn->grow *= 2;
+    if (got < conn->grow / 8 && conn->grow > AP_BLOCK_MIN)
+        conn->grow /= 2;
+}
+
+/* ---- reading ---------------------------------------------------------- */
+
+/* Read first, and ask SO_ERROR only if that says nothing: asking clears the
+ * error, and a RST would look like a FIN. What was received before the RST is
+ * still readable then. */
+static void nothing_there(ap_conn *conn)
+{
+    ap_slot *slot = &conn->slot;
+    ap_count(&slot->poller->again, 1);
+    slot->ready &= (uint8_t)~AP_READABLE;
+    if (!(slot->ready & AP_ERR))
+        return;
+    slot->ready &= (uint8_t)~AP_ERR;
+    int error = ap_sys_socket_error(slot->fd);
+    if (error)
+        conn->read_end = -error;
+    else
+        ap_sys_drain_error_queue(slot->fd);
+}
+
+static void note_read(ap_conn *conn, size_t got)
+{
+    ap_poller *poller = conn->slot.poller;
+    ap_count(&conn->reads, 1);
+    ap_count(&poller->reads, 1);
+    ap_count(&conn->bytes_received, got);
+    ap_count(&poller->bytes_received, got);
+    ap_conn_note_activity(conn);
+    adapt(conn, got);
+}
+
+/* A write that fails takes the socket's error with it: recv says 0 after a RST then. */
+static int end_of_stream(const ap_conn *conn)
+{
+    int error = conn->write_error;
+    bool of_socket = error && error != -EPIPE && error != -ENOMEM && error != AP_EIDLE;
+    return of_socket ? error : AP_EEOF;
+}
+
+/* One system call. Returns the bytes received, 0 when that was all for now. */
+static size_t receive(ap_context *context, ap_conn *conn, size_t max)
+{
+    ap_slot *slot = &conn->slot;
+    target into;
+    choose_target(context, conn, max, &into);
+    ssize_t got = ap_sys_recv(slot->fd, into.iov, into.count);
+    if (got > 0 && !file_received(context, conn, &into, (size_t)got))
+        got = -ENOMEM;
+    if (into.fresh)
+        ap_block_unref(into.fresh);
+    if (got > 0) {
+        note_read(conn, (size_t)got);
+        if ((size_t)got < into.offered && conn->type == AP_TCP &&
+            !(slot->ready & AP_NO_SHORT_READ))
+            slot->ready &= (uint8_t)~AP_READABLE;
+        return (size_t)got;
+    }
+    if (got == -EAGAIN)
+        nothing_there(conn);
+    else
+        conn->read_end = got == 0 ? end_of_stream(conn) : (int)got;
+    return 0;
+}
+
+bool ap_input_read(ap_context *context, ap_conn *conn)
+{
+    size_t total = 0;
+    while ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn)) {
+        if (total >= AP_BOUND)
+            return true;
+        size_t room = level_allowed(conn, waiting(conn)) - conn->input.size;
+        size_t got = receive(context, conn, least(room, AP_BOUND - total));
+        if (got == 0)
+            break;
+        total += got;
+    }
+    if (conn->input.size >= conn->high && !conn->discarding)
+        conn->paused = true;
+    return false;
+}
+
+/* Behind paused input only the events tell: an error with a hang-up is a RST,
+ * an error alone is something in the error queue. */
+void ap_input_probe(ap_conn *conn)
+{
+    ap_slot *slot = &conn->slot;
+    if (!(slot->ready & AP_ERR) || conn->read_end != 0)
+        return;
+    if (slot->ready & AP_HUP) {
+        conn->gone = true;
+    } else {
+        slot->ready &= (uint8_t)~AP_ERR;
+        ap_sys_drain_error_queue(slot->fd);
+    }
+}
+
+/* ---- consuming -------------------------------------------------------- */
+
+void ap_input_consume(ap_conn *conn, size_t n)
+{
+    ap_chain_consume(&conn->input, n, conn);
+    conn->consumed += n;
+    if (conn->shown != conn->input.head)
+        conn->shown = NULL;
+    if (conn->paused && conn->input.size <= conn->low) {
+        conn->paused = false;
+        if (conn->slot.ready & AP_READABLE)
+            ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+    }
+}
+
+void ap_input_drop(ap_conn *conn)
+{
+    ap_chain_drop(&conn->input, conn);
+    conn->shown = NULL;
+    conn->want = AP_WANT_NOTHING;
+}

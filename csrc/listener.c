@@ -1,0 +1,334 @@
+/* Listeners: credits, accepting, and handing over in batches.
+ *
+ * A listener is edge-triggered and remembers that it is readable (measured:
+ * three in the backlog, one accepted, no further event). Before each accept4
+ * one credit is taken from the account, which several listeners may share, so
+ * that no more descriptors exist than somebody has asked for: the kernel's
+ * backlog holds the rest. Whoever adds credits accepts at once.
+ *
+ * Out of descriptors or memory, a listener pauses for 100 ms, as often as it
+ * takes; the loop is told once an episode, which ends with the next descriptor
+ * that is accepted. Errors of a connection that died in the backlog are not
+ * the listener's, and are ignored (the list is trio's).
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <sys/epoll.h>
+
+/* ---- accounts --------------------------------------------------------- */
+
+int ap_account_new(ap_account **out)
+{
+    ap_account *account = ap_sys_alloc(sizeof *account);
+    if (!account)
+        return -ENOMEM;
+    atomic_init(&account->refs, 1);
+    account->epoch = ap_epoch_now();
+    pthread_mutex_init(&account->mutex, NULL);
+    *out = account;
+    return 0;
+}
+
+void ap_account_unref(ap_account *account)
+{
+    if (account->epoch != ap_epoch_now())
+        return;
+    /* acq_rel; pairs with itself */
+    if (atomic_fetch_sub_explicit(&account->refs, 1, memory_order_acq_rel) != 1)
+        return;
+    pthread_mutex_destroy(&account->mutex);
+    free(account);
+}
+
+static void join(ap_listener *listener)
+{
+    ap_account *account = listener->account;
+    atomic_fetch_add_explicit(&account->refs, 1, memory_order_relaxed);
+    pthread_mutex_lock(&account->mutex);
+    listener->account_next = account->listeners;
+    account->listeners = listener;
+    pthread_mutex_unlock(&account->mutex);
+}
+
+static void leave(ap_listener *listener)
+{
+    ap_account *account = listener->account;
+    pthread_mutex_lock(&account->mutex);
+    for (ap_listener **at = &account->listeners; *at; at = &(*at)->account_next) {
+        if (*at == listener) {
+            *at = listener->account_next;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&account->mutex);
+}
+
+static bool take_credit(ap_account *account)
+{
+    int32_t credits = atomic_load_explicit(&account->credits, memory_order_relaxed);
+    while (credits > 0) {
+        if (atomic_compare_exchange_weak_explicit(&account->credits, &credits, credits - 1,
+                                                  memory_order_acq_rel, memory_order_relaxed))
+            return true;
+    }
+    return false;
+}
+
+static void give_credit(ap_account *account)
+{
+    atomic_fetch_add_explicit(&account->credits, 1, memory_order_acq_rel);
+}
+
+int ap_account_take_back(ap_account *account)
+{
+    return account->epoch == ap_epoch_now() ? take_credit(account) : -ECHILD;
+}
+
+int ap_account_add(ap_account *account, int credits)
+{
+    if (account->epoch != ap_epoch_now())
+        return -ECHILD;
+    atomic_fetch_add_explicit(&account->credits, credits, memory_order_acq_rel);
+    pthread_mutex_lock(&account->mutex);
+    for (ap_listener *listener = account->listeners; listener; listener = listener->account_next) {
+        ap_slot_lock(&listener->slot);
+        if (!listener->slot.closed && ap_listener_serve(listener))
+            ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
+        ap_slot_unlock(&listener->slot);
+    }
+    pthread_mutex_unlock(&account->mutex);
+    return 0;
+}
+
+/* ---- opening and closing ---------------------------------------------- */
+
+int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
+                    ap_listener **out)
+{
+    if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    ap_slot *slot;
+    int rc = ap_slot_take(AP_SLOT_LISTENER, poller, hub, fd, &slot);
+    if (rc < 0)
+        return rc;
+    ap_listener *listener = (ap_listener *)slot;
+    listener->account = account;
+    join(listener);
+    rc = ap_hub_link(slot);
+    if (rc == 0) {
+        ap_slot_lock(slot);
+        rc = ap_sys_epoll_ctl(poller->epfd, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLET,
+                              ap_slot_tag(slot));
+        ap_slot_unlock(slot);
+    }
+    if (rc < 0) {
+        ap_listener_close(listener, 1);
+        ap_slot_unref(slot);
+        return rc;
+    }
+    ap_fd_own(fd);
+    *out = listener;
+    return 0;
+}
+
+uint64_t ap_listener_id(ap_listener *listener)
+{
+    return listener->slot.id;
+}
+
+static void close_untaken(ap_listener *listener)
+{
+    for (; listener->count > 0; listener->count--)
+        ap_sys_close(listener->queue[listener->first++].fd);
+    free(listener->queue);
+    listener->queue = NULL;
+    listener->first = listener->capacity = 0;
+}
+
+int ap_listener_close(ap_listener *listener, int keep_fd)
+{
+    int rc = ap_slot_enter(&listener->slot);
+    if (rc < 0)
+        return rc;
+    close_untaken(listener);
+    rc = ap_slot_close_locked(&listener->slot, false, keep_fd != 0);
+    ap_slot_unlock(&listener->slot);
+    leave(listener); /* the account's mutex comes before the slot's */
+    ap_slot_closed(&listener->slot);
+    return rc;
+}
+
+void ap_listener_release(ap_listener *listener)
+{
+    if (listener->slot.epoch != ap_epoch_now())
+        return;
+    ap_listener_close(listener, 0);
+    ap_slot_unref(&listener->slot);
+}
+
+void ap_listener_drop(ap_listener *listener)
+{
+    close_untaken(listener);
+    ap_account_unref(listener->account);
+    listener->account = NULL;
+}
+
+int ap_listener_fd(ap_listener *listener, int disown)
+{
+    int rc = ap_slot_enter(&listener->slot);
+    if (rc < 0)
+        return rc;
+    rc = listener->slot.fd;
+    if (disown) {
+        listener->slot.disowned = true;
+        ap_fd_disown(rc);
+    }
+    ap_slot_unlock(&listener->slot);
+    return rc;
+}
+
+/* ---- accepting -------------------------------------------------------- */
+
+static bool worth_ignoring(int error)
+{
+    static const int errors[] = {
+        EPERM,      ECONNABORTED, EPROTO,         ENETDOWN,         ENOPROTOOPT,
+        EHOSTDOWN,  ENONET,       EHOSTUNREACH,   EOPNOTSUPP,       ENETUNREACH,
+        ENOSR,      ETIMEDOUT,    ESOCKTNOSUPPORT, EPROTONOSUPPORT, ECONNRESET,
+    };
+    for (size_t i = 0; i < AP_ARRAY_SIZE(errors); i++) {
+        if (errors[i] == error)
+            return true;
+    }
+    return false;
+}
+
+static bool starves(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
+
+static bool reserve(ap_listener *listener)
+{
+    if (listener->first + listener->count < listener->capacity)
+        return true;
+    if (listener->first > 0) {
+        memmove(listener->queue, listener->queue + listener->first,
+                listener->count * sizeof *listener->queue);
+        listener->first = 0;
+        return true;
+    }
+    uint32_t capacity = listener->capacity ? 2 * listener->capacity : 4;
+    ap_accepted *grown = ap_sys_alloc(capacity * sizeof *grown);
+    if (!grown)
+        return false;
+    if (listener->count)
+        memcpy(grown, listener->queue, listener->count * sizeof *grown);
+    free(listener->queue);
+    listener->queue = grown;
+    listener->capacity = capacity;
+    return true;
+}
+
+static void pause_accepting(ap_listener *listener, int error)
+{
+    ap_slot *slot = &listener->slot;
+    listener->paused_until = ap_now() + AP_ACCEPT_PAUSE;
+    if (listener->paused_until < slot->timer_at) {
+        slot->timer_at = listener->paused_until;
+        ap_poller_push(slot, AP_BOX_DEADLINE, slot->timer_at);
+    }
+    if (listener->starving)
+        return;
+    listener->starving = true;
+    listener->starved_error = error;
+    ap_hub_post(slot, AP_MAIL_STARVED);
+}
+
+/* Accepts one for the credit that was taken. False: no more for now. */
+static bool accept_one(ap_listener *listener)
+{
+    ap_slot *slot = &listener->slot;
+    ap_accepted accepted;
+    int rc = reserve(listener) ? ap_sys_accept(slot->fd, &accepted) : -ENOMEM;
+    if (rc == 0) {
+        listener->queue[listener->first + listener->count++] = accepted;
+        listener->starving = false;
+        ap_count(&slot->poller->accepts, 1);
+        return true;
+    }
+    give_credit(listener->account);
+    if (worth_ignoring(-rc))
+        return true;
+    if (rc == -EAGAIN) {
+        ap_count(&slot->poller->again, 1);
+        slot->ready &= (uint8_t)~AP_READABLE;
+    } else if (starves(-rc)) {
+        pause_accepting(listener, -rc);
+    } else {
+        listener->error = rc;
+        slot->ready &= (uint8_t)~AP_READABLE;
+    }
+    return false;
+}
+
+/* Under the slot's mutex, by the driver or whoever adds credits. True: it
+ * stopped at the bound. */
+bool ap_listener_serve(ap_listener *listener)
+{
+    bool more = true;
+    int left = AP_ACCEPT_BATCH;
+    while (more && left > 0 && (listener->slot.ready & AP_READABLE) &&
+           !listener->paused_until && take_credit(listener->account)) {
+        more = accept_one(listener);
+        left--;
+    }
+    if (listener->count > 0 || listener->error)
+        ap_hub_post(&listener->slot, AP_MAIL_ACCEPT);
+    return more && left == 0;
+}
+
+int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
+{
+    int rc = ap_slot_enter(&listener->slot);
+    if (rc < 0)
+        return rc;
+    int n = 0;
+    for (; n < max && listener->count > 0; n++, listener->count--)
+        out[n] = listener->queue[listener->first++];
+    if (listener->count == 0)
+        listener->first = 0;
+    if (n == 0 && listener->error) {
+        n = listener->error;
+        listener->error = 0;
+    }
+    ap_slot_unlock(&listener->slot);
+    return n;
+}
+
+/* ---- time and tokens -------------------------------------------------- */
+
+int64_t ap_listener_next_deadline(const ap_listener *listener)
+{
+    return listener->paused_until ? listener->paused_until : AP_FOREVER;
+}
+
+void ap_listener_expire(ap_listener *listener, int64_t now)
+{
+    if (!listener->paused_until || now < listener->paused_until)
+        return;
+    listener->paused_until = 0;
+    if (ap_listener_serve(listener))
+        ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
+}
+
+uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *error)
+{
+    uint32_t told = listener->count > 0 || listener->error ? AP_MAIL_ACCEPT : 0;
+    if (bits & AP_MAIL_STARVED) {
+        *error = listener->starved_error;
+        told |= AP_MAIL_STARVED;
+    }
+    return told;
+}

@@ -1,0 +1,376 @@
+/* Writing a connection.
+ *
+ * The caller's own thread tries first; only what the kernel did not take is
+ * queued, by reference, and finished by the driver. The memory belongs to
+ * Python, so whenever the queue has emptied or failed a token is owed
+ * (AP_MAIL_SENT), whether anybody waits or not; only then does the loop let go
+ * of the objects.
+ *
+ * AP_WRITABLE is cleared by EAGAIN and by a write that took less than was
+ * offered: an edge follows those. A write that was cut short by our own bound
+ * leaves it set, and the slot goes to the run list.
+ *
+ * On TCP EPOLLOUT is always in the mask. On UNIX sockets it would cost an event
+ * for every reply, since there each message that the peer reads makes room; so
+ * it is there only while a write is stalled.
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <sys/epoll.h>
+
+#define PIECES_AT_ONCE 64 /* far below IOV_MAX, and a small array on the stack */
+
+static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent);
+
+bool ap_output_over(const ap_conn *conn)
+{
+    if (conn->write_error || conn->drain_expired)
+        return true;
+    return conn->out_bytes == 0 && (!conn->drain_writable || (conn->slot.ready & AP_WRITABLE));
+}
+
+/* Posts what the state of the queue calls for. */
+static void tell(ap_conn *conn)
+{
+    uint32_t bits = 0;
+    if (conn->owed && conn->out_bytes == 0)
+        bits |= AP_MAIL_SENT;
+    if (conn->drain_armed && ap_output_over(conn))
+        bits |= AP_MAIL_WRITE;
+    if (bits)
+        ap_hub_post(&conn->slot, bits);
+}
+
+static void forget_queue(ap_conn *conn)
+{
+    conn->out_first = conn->out_count = 0;
+    conn->out_bytes = 0;
+    if (conn->out_capacity > 16) { /* one stall must not cost memory for ever */
+        free(conn->out);
+        conn->out = NULL;
+        conn->out_capacity = 0;
+    }
+}
+
+void ap_output_fail(ap_conn *conn, int error)
+{
+    if (!conn->write_error)
+        conn->write_error = error;
+    forget_queue(conn);
+    tell(conn);
+}
+
+void ap_output_drop(ap_conn *conn)
+{
+    free(conn->out);
+    conn->out = NULL;
+    conn->out_first = conn->out_count = conn->out_capacity = 0;
+    conn->out_bytes = 0;
+    conn->owed = conn->drain_armed = conn->held = false;
+}
+
+/* ---- the mask of UNIX sockets ----------------------------------------- */
+
+static void watch_out(ap_conn *conn, bool on)
+{
+    ap_slot *slot = &conn->slot;
+    if (conn->type != AP_UNIX || conn->watching_out == on)
+        return;
+    uint32_t events = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET | (on ? EPOLLOUT : 0);
+    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, events,
+                              ap_slot_tag(slot));
+    if (rc < 0)
+        ap_output_fail(conn, rc);
+    else
+        conn->watching_out = on;
+}
+
+static void stalled(ap_conn *conn)
+{
+    conn->slot.ready &= (uint8_t)~AP_WRITABLE;
+    ap_count(&conn->slot.poller->stalls, 1);
+    watch_out(conn, true);
+}
+
+/* ---- the queue -------------------------------------------------------- */
+
+static bool reserve(ap_conn *conn, uint32_t more)
+{
+    if (conn->out_first > 0) {
+        memmove(conn->out, conn->out + conn->out_first, conn->out_count * sizeof *conn->out);
+        conn->out_first = 0;
+    }
+    if (conn->out_count + more <= conn->out_capacity)
+        return true;
+    uint32_t capacity = conn->out_capacity ? conn->out_capacity : 4;
+    while (capacity < conn->out_count + more)
+        capacity *= 2;
+    struct iovec *grown = ap_sys_alloc(capacity * sizeof *grown);
+    if (!grown)
+        return false;
+    if (conn->out_count)
+        memcpy(grown, conn->out, conn->out_count * sizeof *grown);
+    free(conn->out);
+    conn->out = grown;
+    conn->out_capacity = capacity;
+    return true;
+}
+
+/* Queues pieces, without their first skip bytes. */
+static bool queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip)
+{
+    if (!reserve(conn, (uint32_t)count))
+        return false;
+    for (size_t i = 0; i < count; i++) {
+        size_t cut = skip < iov[i].iov_len ? skip : iov[i].iov_len, rest = iov[i].iov_len - cut;
+        skip -= cut;
+        if (rest == 0)
+            continue;
+        conn->out[conn->out_count++] =
+            (struct iovec){.iov_base = (char *)iov[i].iov_base + cut, .iov_len = rest};
+        conn->out_bytes += rest;
+    }
+    return true;
+}
+
+static void advance(ap_conn *conn, size_t n)
+{
+    conn->out_bytes -= n;
+    while (n > 0) {
+        struct iovec *piece = &conn->out[conn->out_first];
+        if (n < piece->iov_len) {
+            piece->iov_base = (char *)piece->iov_base + n;
+            piece->iov_len -= n;
+            return;
+        }
+        n -= piece->iov_len;
+        conn->out_first++;
+        conn->out_count--;
+    }
+}
+
+/* ---- sending ---------------------------------------------------------- */
+
+static void note_sent(ap_conn *conn, size_t n)
+{
+    ap_poller *poller = conn->slot.poller;
+    ap_count(&conn->writes, 1);
+    ap_count(&poller->writes, 1);
+    ap_count(&conn->bytes_sent, n);
+    ap_count(&poller->bytes_sent, n);
+    ap_conn_note_activity(conn);
+}
+
+/* One system call with at most PIECES_AT_ONCE pieces and AP_BOUND bytes. False:
+ * the kernel takes no more now, or the connection has failed. */
+static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent)
+{
+    struct iovec some[PIECES_AT_ONCE];
+    size_t n = 0, offered = 0;
+    for (; n < count && n < PIECES_AT_ONCE && offered < AP_BOUND; n++) {
+        some[n] = iov[n];
+        if (some[n].iov_len > AP_BOUND - offered)
+            some[n].iov_len = AP_BOUND - offered;
+        offered += some[n].iov_len;
+    }
+    *sent = 0;
+    ssize_t took = ap_sys_send(conn->slot.fd, some, n);
+    if (took >= 0) {
+        *sent = (size_t)took;
+        note_sent(conn, *sent);
+        if (*sent < offered)
+            stalled(conn);
+        return *sent == offered;
+    }
+    if (took == -EAGAIN) {
+        ap_count(&conn->slot.poller->again, 1);
+        stalled(conn);
+    } else {
+        ap_output_fail(conn, (int)took);
+    }
+    return false;
+}
+
+/* The driver's part: goes on with the queue. True: work is left. */
+bool ap_output_write(ap_conn *conn)
+{
+    size_t total = 0, sent;
+    while (conn->out_bytes && !conn->held && (conn->slot.ready & AP_WRITABLE)) {
+        if (total >= AP_BOUND)
+            return true;
+        bool all = offer(conn, conn->out + conn->out_first, conn->out_count, &sent);
+        if (conn->out_bytes)
+            advance(conn, sent);
+        total += sent;
+        if (!all)
+            break;
+    }
+    if (conn->out_bytes == 0 && conn->out)
+        forget_queue(conn);
+    if (conn->out_bytes == 0)
+        watch_out(conn, conn->drain_armed && !(conn->slot.ready & AP_WRITABLE));
+    tell(conn);
+    return false;
+}
+
+/* The caller's part. Queues what is not taken; returns the bytes queued. */
+int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
+{
+    /* The same layout, checked below: pieces need no copy. */
+    const struct iovec *iov = (const struct iovec *)pieces;
+    size_t left = (size_t)count, skip = 0, total = 0, sent;
+    if (conn->write_error)
+        return conn->write_error;
+    while (left > 0 && conn->out_bytes == 0 && (conn->slot.ready & AP_WRITABLE)) {
+        if (skip >= iov->iov_len) {
+            skip -= iov->iov_len;
+            iov++;
+            left--;
+            continue;
+        }
+        if (skip > 0 || total >= AP_BOUND)
+            break; /* in the middle of a piece, or at the bound: the queue goes on */
+        offer(conn, iov, left, &sent);
+        total += sent;
+        skip = sent;
+        if (conn->write_error)
+            return conn->write_error;
+    }
+    if (left > 0 && !queue(conn, iov, left, skip)) {
+        ap_output_fail(conn, -ENOMEM);
+        return -ENOMEM;
+    }
+    if (conn->out_bytes == 0)
+        return 0;
+    conn->owed = true;
+    if (conn->slot.ready & AP_WRITABLE)
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+    return (int64_t)conn->out_bytes;
+}
+
+_Static_assert(sizeof(ap_piece) == sizeof(struct iovec) &&
+                   offsetof(ap_piece, data) == offsetof(struct iovec, iov_base) &&
+                   offsetof(ap_piece, size) == offsetof(struct iovec, iov_len),
+               "ap_piece is handed to sendmsg as it is");
+
+/* ---- what the loop calls ---------------------------------------------- */
+
+int64_t ap_conn_send(ap_conn *conn, const ap_piece *pieces, int count)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t left = conn->shut ? -EPIPE : ap_output_send(conn, pieces, count);
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size)
+{
+    ap_piece piece = {.data = data, .size = size};
+    return ap_conn_send(conn, &piece, 1);
+}
+
+static int drain_locked(ap_conn *conn, int64_t deadline)
+{
+    if (conn->write_error)
+        return conn->write_error;
+    if (ap_output_over(conn))
+        return 0;
+    if (deadline && ap_now() >= deadline) {
+        ap_count(&conn->slot.poller->timeouts, 1);
+        return -ETIMEDOUT;
+    }
+    /* another task may wait already: the first deadline of all comes first */
+    if (!conn->drain_armed || !conn->drain_deadline ||
+        (deadline && deadline < conn->drain_deadline))
+        conn->drain_deadline = deadline;
+    conn->drain_armed = true;
+    if (deadline)
+        ap_conn_note_deadline(conn, deadline);
+    if (!(conn->slot.ready & AP_WRITABLE))
+        watch_out(conn, true);
+    return -EAGAIN;
+}
+
+int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->drain_expired = false;
+    conn->drain_writable = until_writable != 0;
+    rc = drain_locked(conn, deadline);
+    ap_slot_unlock(&conn->slot);
+    return rc;
+}
+
+int64_t ap_conn_queued(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t left = (int64_t)conn->out_bytes;
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int ap_conn_disarm_write(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->drain_armed = false;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
+int64_t ap_conn_hold(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->held = true;
+    int64_t left = (int64_t)conn->out_bytes;
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->held = false;
+    forget_queue(conn);
+    int64_t left = conn->write_error;
+    if (!left && count > 0 && !queue(conn, (const struct iovec *)pieces, (size_t)count, 0)) {
+        left = -ENOMEM;
+        ap_output_fail(conn, -ENOMEM);
+    }
+    conn->owed = conn->out_bytes > 0;
+    if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+    if (!left)
+        left = (int64_t)conn->out_bytes;
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int ap_conn_shutdown(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    if (conn->write_error)
+        rc = conn->write_error;
+    else if (conn->out_bytes)
+        rc = -EBUSY;
+    else if (!conn->shut) {
+        rc = shutdown(conn->slot.fd, SHUT_WR) < 0 ? -errno : 0;
+        conn->shut = true;
+    }
+    ap_slot_unlock(&conn->slot);
+    return rc;
+}

@@ -1,0 +1,317 @@
+/* What the loop asks of a connection's input: bytes, a delimiter, a window.
+ *
+ * The loop is shown a window of the first block (ap_conn_block) and walks in it
+ * without calling C; how far it has come it reports with its next call (pos).
+ * So what C holds for unread may be consumed already, which is safe: a block
+ * leaves the chain only when the loop has said that it is done with it.
+ *
+ * Each request looks at what is buffered, reads a socket that is known to be
+ * readable, looks again, and only then arms a wait. It is made again after the
+ * wake-up, from the start: a wake-up is a hint.
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+
+#define WINDOW (64u * 1024) /* what is shown beyond a request: bounds unreported consumption */
+#define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
+
+/* ---- the window ------------------------------------------------------- */
+
+/* The loop reports how far it has come in the block that was shown. */
+void ap_read_to(ap_conn *conn, uint32_t pos)
+{
+    ap_block *block = conn->shown;
+    if (block && pos > block->start && pos <= block->end)
+        ap_input_consume(conn, pos - block->start);
+    else
+        ap_input_consume(conn, 0); /* a head that is empty leaves, if another follows */
+}
+
+static uint32_t window_end(const ap_block *block, size_t n)
+{
+    size_t have = block->end - block->start, shown = n > WINDOW ? n : WINDOW;
+    return block->start + (uint32_t)(have < shown ? have : shown);
+}
+
+static int64_t new_block_bit(const ap_conn *conn)
+{
+    return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
+}
+
+/* Puts block, which holds a copy of the first n unread bytes, in their place. */
+static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+{
+    ap_chain *chain = &conn->input;
+    ap_chain_consume(chain, n, conn);
+    block->end += (uint32_t)n;
+    block->next = chain->head;
+    chain->head = block;
+    if (!chain->tail)
+        chain->tail = block;
+    chain->size += n;
+    conn->shown = NULL;
+}
+
+/* Makes the first n unread bytes lie in one block. Copies in portions, and
+ * without the mutex between them: the driver only appends meanwhile, and only
+ * the loop, which is here, consumes. */
+static int make_contiguous(ap_conn *conn, size_t n)
+{
+    ap_block *head = conn->input.head;
+    if ((size_t)(head->end - head->start) >= n)
+        return 0;
+    ap_context *context = &conn->slot.hub->context;
+    ap_slot_unlock(&conn->slot);
+    ap_block *block = ap_pool_take(context->pool, n);
+    int rc = ap_slot_enter(&conn->slot);
+    size_t done = 0;
+    while (rc == 0 && block && done < n) {
+        size_t portion = n - done < AP_BOUND ? n - done : AP_BOUND;
+        ap_chain_copy(&conn->input, done, ap_block_at(block, block->start) + done, portion);
+        done += portion;
+        if (done < n) {
+            ap_slot_unlock(&conn->slot);
+            rc = ap_slot_enter(&conn->slot);
+        }
+    }
+    if (rc == 0 && block)
+        replace_front(conn, block, n);
+    else if (block)
+        ap_block_unref(block);
+    if (rc < 0)
+        return CLOSED_MEANWHILE;
+    return block ? 0 : -ENOMEM;
+}
+
+int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    ap_block *block = conn->input.head;
+    if (conn->input.size == 0) {
+        rc = -ENODATA;
+    } else {
+        *view = (ap_view){.block = block,
+                          .size = block->size,
+                          .start = block->start,
+                          .end = window_end(block, 0)};
+        if (block != conn->shown) {
+            ap_block_ref(block);
+            conn->shown = block;
+            rc = 1;
+        }
+    }
+    ap_slot_unlock(&conn->slot);
+    return rc;
+}
+
+int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    if (n > conn->input.size)
+        rc = -EINVAL;
+    else
+        ap_input_consume(conn, n);
+    conn->shown = NULL;
+    ap_slot_unlock(&conn->slot);
+    return rc;
+}
+
+size_t ap_read_left(const ap_conn *conn, uint32_t pos)
+{
+    const ap_block *block = conn->shown;
+    bool behind = block && pos > block->start && pos <= block->end;
+    return conn->input.size - (behind ? pos - block->start : 0);
+}
+
+int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t n = (int64_t)ap_read_left(conn, pos);
+    ap_slot_unlock(&conn->slot);
+    return n;
+}
+
+/* ---- reading ---------------------------------------------------------- */
+
+static int64_t leave(ap_conn *conn, int64_t result)
+{
+    if (result == CLOSED_MEANWHILE)
+        return -EBADF;
+    ap_slot_unlock(&conn->slot);
+    return result;
+}
+
+/* Nothing will do but waiting: sends the output that came along, and arms. */
+int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int64_t deadline,
+                        const char *output, size_t output_size)
+{
+    if (flags & AP_NOWAIT)
+        return -EAGAIN;
+    if (deadline && ap_now() >= deadline) {
+        ap_count(&conn->slot.poller->timeouts, 1);
+        return -ETIMEDOUT;
+    }
+    int64_t queued = 0;
+    if (output_size) {
+        ap_piece piece = {.data = output, .size = output_size};
+        queued = ap_output_send(conn, &piece, 1);
+    }
+    ap_input_arm(conn, want, n, deadline);
+    return queued > 0 ? AP_EQUEUED : -EAGAIN;
+}
+
+/* Reads at once what is known to be there: the driver may be paused for the
+ * water mark, or busy elsewhere. */
+static void read_now(ap_conn *conn)
+{
+    if (!(conn->slot.ready & AP_READABLE) || conn->read_end)
+        return;
+    conn->paused = false;
+    if (ap_input_read(&conn->slot.hub->context, conn))
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+}
+
+/* An awaited message should lie in one block. When little of it is here and the
+ * block's rest is too small, it is moved to a block that has the room, while it
+ * is still cheap. Views of the old place stay as they are. */
+static void make_room(ap_conn *conn, size_t n)
+{
+    ap_chain *chain = &conn->input;
+    ap_block *block = chain->head;
+    if (!block || block != chain->tail || chain->size > AP_BLOCK_MIN / 4)
+        return;
+    size_t expected = n > conn->recent ? n : conn->recent;
+    if (ap_block_room(block) + chain->size >= expected || expected > AP_SCRATCH)
+        return;
+    size_t room = conn->grow - AP_BLOCK_HEADER;
+    ap_block *bigger =
+        ap_pool_take(conn->slot.hub->context.pool, expected > room ? expected : room);
+    if (!bigger)
+        return; /* it will have to be merged */
+    ap_chain_copy(chain, 0, ap_block_at(bigger, bigger->start), chain->size);
+    bigger->end += (uint32_t)chain->size;
+    size_t size = chain->size;
+    ap_chain_drop(chain, conn);
+    ap_chain_append(chain, bigger);
+    chain->size = size;
+    conn->shown = NULL;
+}
+
+static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
+                           const char *output, size_t output_size)
+{
+    conn->want = AP_WANT_BYTES; /* what is read now is read for this */
+    conn->want_bytes = n;
+    if (conn->input.size < n) {
+        make_room(conn, n);
+        read_now(conn);
+    }
+    conn->want = AP_WANT_NOTHING;
+    if (conn->input.size >= n) {
+        if (n == 0 || (flags & AP_SCATTER))
+            return 0;
+        int rc = make_contiguous(conn, n);
+        if (rc < 0)
+            return rc;
+        return new_block_bit(conn) | window_end(conn->input.head, n);
+    }
+    if (conn->read_end)
+        return conn->read_end;
+    return ap_read_wait(conn, AP_WANT_BYTES, n, flags, deadline, output, output_size);
+}
+
+int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
+                     const char *output, size_t output_size)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    int64_t result = read_locked(conn, n, flags, deadline, output, output_size);
+    return leave(conn, result);
+}
+
+/* ---- searching -------------------------------------------------------- */
+
+static int keep_delimiter(ap_conn *conn, const char *delimiter, size_t size)
+{
+    if (conn->delimiter_size == size && memcmp(conn->delimiter, delimiter, size) == 0)
+        return 0; /* the search goes on where it stopped */
+    uint8_t *memory = conn->delimiter_inline;
+    if (size > AP_DELIMITER_INLINE && !(memory = ap_sys_alloc(size)))
+        return -ENOMEM;
+    if (conn->delimiter != conn->delimiter_inline)
+        free(conn->delimiter);
+    conn->delimiter = memory;
+    conn->delimiter_size = size;
+    memcpy(memory, delimiter, size);
+    conn->searched = conn->consumed;
+    return 0;
+}
+
+static size_t find_length(ap_conn *conn, size_t max_bytes)
+{
+    size_t searched =
+        conn->searched > conn->consumed ? (size_t)(conn->searched - conn->consumed) : 0;
+    size_t length = ap_chain_find(&conn->input, conn->delimiter, conn->delimiter_size, max_bytes,
+                                  &searched);
+    conn->searched = conn->consumed + searched;
+    return length;
+}
+
+static int64_t find_locked(ap_conn *conn, size_t max_bytes, int flags, int64_t deadline,
+                           const char *output, size_t output_size)
+{
+    size_t length = find_length(conn, max_bytes);
+    if (!length && conn->input.size < max_bytes) {
+        conn->want = AP_WANT_DELIMITER;
+        conn->want_bytes = max_bytes;
+        read_now(conn);
+        conn->want = AP_WANT_NOTHING;
+        length = find_length(conn, max_bytes);
+    }
+    if (length) {
+        int rc = make_contiguous(conn, length);
+        return rc < 0 ? rc : new_block_bit(conn) | (int64_t)length;
+    }
+    if (conn->input.size >= max_bytes)
+        return AP_EDELIM;
+    if (conn->read_end)
+        return conn->read_end;
+    return ap_read_wait(conn, AP_WANT_DELIMITER, max_bytes, flags, deadline, output, output_size);
+}
+
+int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, size_t size,
+                     size_t max_bytes, int flags, int64_t deadline, const char *output,
+                     size_t output_size)
+{
+    if (size == 0)
+        return -EINVAL;
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    int64_t result = keep_delimiter(conn, delimiter, size);
+    if (result == 0)
+        result = find_locked(conn, max_bytes, flags, deadline, output, output_size);
+    return leave(conn, result);
+}
+
+int ap_conn_disarm_read(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->want = AP_WANT_NOTHING;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}

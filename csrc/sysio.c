@@ -1,0 +1,300 @@
+/* System calls that retry on EINTR and return -errno, and the seam where tests
+ * make them fail.
+ *
+ * Every call of the core that can fail for reasons outside of it goes through
+ * here, in the build that ships: what the fault tests exercise is what runs in
+ * production. While no fault is set the seam is one relaxed load.
+ */
+#include "internal.h"
+
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* ---- faults ----------------------------------------------------------- */
+
+typedef struct {
+    _Atomic int error, skip, times; /* (a) relaxed: a test arms them before the calls */
+    _Atomic size_t limit;
+} fault;
+
+static _Atomic int faults_set;
+static fault faults[AP_CALLS];
+
+int ap_fault_set(int call, int error, int skip, int times, size_t limit)
+{
+    if (call < 0 || call >= AP_CALLS)
+        return -EINVAL;
+    fault *f = &faults[call];
+    atomic_store_explicit(&f->error, error, memory_order_relaxed);
+    atomic_store_explicit(&f->skip, skip, memory_order_relaxed);
+    atomic_store_explicit(&f->limit, limit, memory_order_relaxed);
+    atomic_store_explicit(&f->times, times, memory_order_relaxed);
+    atomic_store_explicit(&faults_set, 1, memory_order_release); /* pairs with fault_hits */
+    return 0;
+}
+
+void ap_fault_clear(void)
+{
+    atomic_store_explicit(&faults_set, 0, memory_order_relaxed);
+    for (size_t i = 0; i < AP_CALLS; i++)
+        atomic_store_explicit(&faults[i].times, 0, memory_order_relaxed);
+}
+
+/* Counts down *n unless it is 0; a negative one stays as it is. True: it was not 0. */
+static bool count_down(_Atomic int *n)
+{
+    int old = atomic_load_explicit(n, memory_order_relaxed);
+    while (old > 0) {
+        if (atomic_compare_exchange_weak_explicit(n, &old, old - 1, memory_order_relaxed,
+                                                  memory_order_relaxed))
+            return true;
+    }
+    return old < 0;
+}
+
+static fault *fault_hits(int call)
+{
+    /* acquire; pairs with the release in ap_fault_set */
+    if (!atomic_load_explicit(&faults_set, memory_order_acquire))
+        return NULL;
+    fault *f = &faults[call];
+    if (!atomic_load_explicit(&f->times, memory_order_relaxed) || count_down(&f->skip))
+        return NULL;
+    return count_down(&f->times) ? f : NULL;
+}
+
+/* The error to fail with, or 0. */
+static int fault_error(int call)
+{
+    fault *f = fault_hits(call);
+    return f ? atomic_load_explicit(&f->error, memory_order_relaxed) : 0;
+}
+
+/* As fault_error, but a fault without an error shortens what is offered. */
+static int fault_transfer(int call, const struct iovec **iov, size_t *count, struct iovec *one)
+{
+    fault *f = fault_hits(call);
+    if (!f)
+        return 0;
+    int error = atomic_load_explicit(&f->error, memory_order_relaxed);
+    if (error || *count == 0)
+        return error;
+    size_t limit = atomic_load_explicit(&f->limit, memory_order_relaxed);
+    one->iov_base = (*iov)->iov_base;
+    one->iov_len = (*iov)->iov_len < limit ? (*iov)->iov_len : limit;
+    *iov = one;
+    *count = 1;
+    return 0;
+}
+
+/* Evaluates call until it is not interrupted; the result is >= 0 or -errno. */
+#define RETRY(result, kind, call)                                                                  \
+    do {                                                                                           \
+        int injected = fault_error(kind);                                                          \
+        (result) = injected ? -injected : (call);                                                  \
+        if (!injected && (result) < 0)                                                             \
+            (result) = -errno;                                                                     \
+    } while ((result) == -EINTR)
+
+/* ---- transfers -------------------------------------------------------- */
+
+/* MSG_DONTWAIT, although sockets are non-blocking: whoever holds the raw socket
+ * could make it blocking, and that must not stop a poller. Without a control
+ * buffer the kernel closes descriptors that come along on a UNIX socket. */
+ssize_t ap_sys_recv(int fd, const struct iovec *iov, int count)
+{
+    ssize_t got;
+    do {
+        struct iovec one;
+        const struct iovec *into = iov;
+        size_t n = (size_t)count;
+        int error = fault_transfer(AP_CALL_READ, &into, &n, &one);
+        struct msghdr message = {.msg_iov = (struct iovec *)into, .msg_iovlen = n};
+        got = error ? -1 : recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (got < 0)
+            got = error ? -error : -errno;
+    } while (got == -EINTR);
+    return got;
+}
+
+ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count)
+{
+    ssize_t sent;
+    do {
+        struct iovec one;
+        const struct iovec *from = iov;
+        size_t n = count;
+        int error = fault_transfer(AP_CALL_WRITE, &from, &n, &one);
+        struct msghdr message = {.msg_iov = (struct iovec *)from, .msg_iovlen = n};
+        sent = error ? -1 : sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent < 0)
+            sent = error ? -error : -errno;
+    } while (sent == -EINTR);
+    return sent;
+}
+
+/* ---- accepting -------------------------------------------------------- */
+
+static void note_address(const struct sockaddr_storage *from, ap_accepted *out)
+{
+    out->family = from->ss_family;
+    if (from->ss_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)from;
+        out->port = ntohs(in->sin_port);
+        memcpy(out->address, &in->sin_addr, sizeof in->sin_addr);
+    } else if (from->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
+        out->port = ntohs(in6->sin6_port);
+        out->scope = in6->sin6_scope_id;
+        memcpy(out->address, &in6->sin6_addr, sizeof in6->sin6_addr);
+    }
+}
+
+int ap_sys_accept(int fd, ap_accepted *out)
+{
+    struct sockaddr_storage from;
+    socklen_t size;
+    int got;
+    RETRY(got, AP_CALL_ACCEPT,
+          (size = sizeof from, memset(&from, 0, sizeof from),
+           accept4(fd, (struct sockaddr *)&from, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)));
+    if (got < 0)
+        return got;
+    memset(out, 0, sizeof *out);
+    out->fd = got;
+    note_address(&from, out);
+    ap_fd_own(got);
+    return 0;
+}
+
+/* ---- epoll and eventfd ------------------------------------------------ */
+
+int ap_sys_epoll_create(void)
+{
+    int fd;
+    RETRY(fd, AP_CALL_EPOLL_CREATE, epoll_create1(EPOLL_CLOEXEC));
+    if (fd >= 0)
+        ap_fd_own(fd);
+    return fd;
+}
+
+int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data)
+{
+    struct epoll_event event = {.events = events, .data.u64 = data};
+    int rc;
+    RETRY(rc, AP_CALL_EPOLL_CTL, epoll_ctl(epfd, op, fd, &event));
+    return rc;
+}
+
+int ap_sys_epoll_wait(int epfd, struct epoll_event *events, int max, int timeout_ms)
+{
+    int injected = fault_error(AP_CALL_EPOLL_WAIT);
+    int n = injected ? -1 : epoll_wait(epfd, events, max, timeout_ms);
+    if (n >= 0)
+        return n;
+    int error = injected ? injected : errno;
+    return error == EINTR ? 0 : -error; /* the caller computes its timeout anew */
+}
+
+int ap_sys_eventfd(void)
+{
+    int fd;
+    RETRY(fd, AP_CALL_EVENTFD, eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+    if (fd >= 0)
+        ap_fd_own(fd);
+    return fd;
+}
+
+/* Cannot fail in a way that matters: EAGAIN means 2^64 - 2 unread signals. */
+void ap_sys_signal(int efd)
+{
+    uint64_t one = 1;
+    while (write(efd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+void ap_sys_drain(int efd)
+{
+    uint64_t count;
+    while (read(efd, &count, sizeof count) < 0 && errno == EINTR)
+        ;
+}
+
+/* ---- sockets ---------------------------------------------------------- */
+
+/* The pending error of the socket (> 0), which asking for clears; 0 if none. */
+int ap_sys_socket_error(int fd)
+{
+    int error = 0;
+    socklen_t size = sizeof error;
+    return getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0 ? errno : error;
+}
+
+void ap_sys_drain_error_queue(int fd)
+{
+    char control[512];
+    struct msghdr message = {.msg_control = control, .msg_controllen = sizeof control};
+    for (int i = 0; i < 64; i++) {
+        message.msg_controllen = sizeof control;
+        if (recvmsg(fd, &message, MSG_ERRQUEUE | MSG_DONTWAIT) < 0 && errno != EINTR)
+            return;
+    }
+}
+
+/* Not retried: on Linux the descriptor is gone whatever close returns. */
+void ap_sys_close(int fd)
+{
+    ap_fd_disown(fd);
+    close(fd);
+}
+
+/* ---- memory, threads, time -------------------------------------------- */
+
+void *ap_sys_alloc(size_t size)
+{
+    return fault_error(AP_CALL_ALLOC) ? NULL : calloc(1, size);
+}
+
+void *ap_sys_map(size_t size)
+{
+    if (fault_error(AP_CALL_MAP))
+        return NULL;
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+/* Signals are blocked before the thread exists, so that not even its first
+ * instruction can take one from Python's main thread. */
+int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = fault_error(AP_CALL_THREAD);
+    if (!error)
+        error = pthread_create(thread, NULL, run, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return -error;
+}
+
+static int64_t read_clock(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+int64_t ap_now(void)
+{
+    return read_clock(CLOCK_MONOTONIC);
+}
+
+int64_t ap_now_coarse(void)
+{
+    return read_clock(CLOCK_MONOTONIC_COARSE);
+}

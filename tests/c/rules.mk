@@ -1,0 +1,42 @@
+# The C tests: every tests/c/test_*.c is a program of its own, linked with all of csrc/*.c, and
+# built three times. Included by the Makefile; run with `make test-c`, or one variant with
+# `make test-c-plain`, `test-c-asan`, `test-c-tsan`.
+
+C_VARIANTS := plain asan tsan
+C_SOURCES  := $(wildcard csrc/*.c)
+C_TESTS    := $(patsubst tests/c/%.c,%,$(wildcard tests/c/test_*.c))
+
+# Warnings are errors here and nowhere else; `make test-c WERROR=` builds with a compiler that
+# knows warnings ours does not.
+WERROR ?= -Werror
+C_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes \
+           -Wmissing-prototypes $(WERROR) -fvisibility=hidden -pthread -g \
+           -Icsrc -Itests/c
+C_FLAGS_plain := -O2
+C_FLAGS_asan  := -O1 -DAP_DEBUG=1 -DCHECK_TIMEOUT=180 -fno-omit-frame-pointer \
+                 -fsanitize=address,undefined -fno-sanitize-recover=all
+C_FLAGS_tsan  := -O1 -DAP_DEBUG=1 -DCHECK_TIMEOUT=180 -fno-omit-frame-pointer -fsanitize=thread
+
+.PHONY: test-c $(C_VARIANTS:%=test-c-%)
+test-c: $(C_VARIANTS:%=test-c-%)
+
+# $(1): the variant
+define c_variant
+build/c/$(1)/csrc/%.o: csrc/%.c tests/c/rules.mk | check-c
+	@mkdir -p $$(@D)
+	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) -MMD -MP -c $$< -o $$@
+
+build/c/$(1)/%.o: tests/c/%.c tests/c/rules.mk | check-c
+	@mkdir -p $$(@D)
+	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) -MMD -MP -c $$< -o $$@
+
+build/c/$(1)/test_%: build/c/$(1)/test_%.o $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.o)
+	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) $$^ -o $$@
+
+test-c-$(1): $(C_TESTS:%=build/c/$(1)/%)
+	@scripts/run-c-tests $(1) $$(sort $$(filter build/%,$$^))
+
+.SECONDARY: $(C_TESTS:%=build/c/$(1)/%.o) $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.o)
+-include $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.d) $(C_TESTS:%=build/c/$(1)/%.d)
+endef
+$(foreach variant,$(C_VARIANTS),$(eval $(call c_variant,$(variant))))

@@ -1,0 +1,771 @@
+/* input.c: when a connection is read, how much, and into what. */
+#include "fixture.h"
+
+#include <linux/errqueue.h>
+#include <linux/net_tstamp.h>
+
+static const int kinds[] = {AP_TCP, AP_UNIX};
+#define EACH_KIND(kind) for (int i_ = 0, kind; i_ < 2 && (kind = kinds[i_], 1); i_++)
+
+/* ---- woken once ------------------------------------------------------- */
+
+/* Never per segment (L02): the token comes with the last byte, and once. */
+TEST(input_wakes_once_per_request)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        CHECK_EQ(want(&l, 1000), -EAGAIN);
+        for (uint64_t i = 0; i < 20; i++) {
+            CHECK_EQ(w->tokens, 0);
+            CHECK_EQ(mail_of(w, l.id), 0);
+            peer_say(&l, 1, i * 50, i == 19 ? 49 : 50);
+            UNTIL(w, buffered(&l) >= (int64_t)(i * 50 + 49));
+        }
+        CHECK_EQ(mail_of(w, l.id), 0); /* one byte is missing */
+        peer_say(&l, 1, 999, 1);
+        await(w, l.id, AP_MAIL_READ);
+        CHECK_EQ(w->tokens, 1);
+        CHECK_EQ(stats(w).wakeups + stats(w).wakeups_coalesced, 1);
+        expect(&l, 1, 0, 1000);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+TEST(input_wait_for_delimiter_wakes_with_its_last_byte)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        const char *text = "a\rbc\nd\r\r\n";
+        CHECK_EQ(ap_conn_find(l.conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0), -EAGAIN);
+        for (size_t i = 0; i < strlen(text); i++) {
+            CHECK_EQ(mail_of(w, l.id), 0);
+            peer_send(&l, text + i, 1);
+            UNTIL(w, buffered(&l) == (int64_t)i + 1);
+        }
+        await(w, l.id, AP_MAIL_READ);
+        int64_t length = ap_conn_find(l.conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0);
+        CHECK_EQ(length & UINT32_MAX, strlen(text));
+        CHECK_EQ(w->tokens, 1);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* max_bytes without the delimiter is an end of the wait too. */
+TEST(input_wait_for_delimiter_ends_at_max_bytes)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 100, 0, 0, NULL, 0), -EAGAIN);
+    for (int i = 0; i < 100; i++)
+        peer_send(&l, "x", 1);
+    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 100, 0, 0, NULL, 0), AP_EDELIM);
+    link_close(&l);
+    world_close(w);
+}
+
+TEST(input_nobody_waits_nobody_is_woken)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 1000); /* L16: data before the first wait */
+    UNTIL(w, buffered(&l) == 1000);
+    CHECK_EQ(collect(w), 0);
+    expect(&l, 1, 0, 1000);
+    link_close(&l);
+    world_close(w);
+}
+
+/* ---- the water marks -------------------------------------------------- */
+
+static void fill_to_pause(struct link *l, uint64_t n)
+{
+    peer_say(l, 1, 0, n);
+    UNTIL(l->w, is_paused(l));
+    settle(l->w);
+}
+
+static void consume_to(struct link *l, uint64_t *from, uint64_t level)
+{
+    uint64_t now = (uint64_t)buffered(l);
+    CHECK(now >= level);
+    CHECK_OK(ap_conn_consume(l->conn, l->pos, now - level));
+    *from += now - level;
+    link_drop_block(l);
+}
+
+/* O16: what nobody waits for is bounded, and goes on below a quarter. */
+TEST(input_pauses_at_high_water_and_resumes_at_a_quarter)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, 64 * KB);
+        uint64_t from = 0;
+        peer_say(&l, 1, 0, 64 * KB);
+        UNTIL(w, is_paused(&l));
+        peer_say(&l, 1, 64 * KB, 30 * KB);
+        arrived(&l, 1); /* more waits in the kernel (its count on UNIX is per message) */
+        settle(w);
+        CHECK_EQ(buffered(&l), 64 * KB);
+        consume_to(&l, &from, 16 * KB + 1);
+        settle(w);
+        CHECK(is_paused(&l));
+        CHECK_EQ(buffered(&l), 16 * KB + 1);
+        uint64_t events = stats(w).events;
+        consume_to(&l, &from, 16 * KB);
+        UNTIL(w, buffered(&l) == 46 * KB);
+        CHECK_EQ(stats(w).events, events); /* nothing of epoll: work left over has no edge */
+        expect_stream(&l, 1, from, 46 * KB);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* Measured: 60 KB sent, a part read, and no further EPOLLIN. */
+TEST(input_left_in_the_kernel_has_no_edge)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, 20000);
+        peer_say(&l, 1, 0, 60000);
+        UNTIL(w, is_paused(&l));
+        for (int tries = 0; unread_in_kernel(l.fd) < 40000 && tries < 1000; tries++)
+            usleep(100); /* all has left the peer */
+        settle(w);
+        uint64_t events = stats(w).events;
+        expect_stream(&l, 1, 0, 60000);
+        CHECK_EQ(stats(w).events, events);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* A wait lifts the mark: "paused at 256K, consumed to 100K, next(200_000)" hung for ever. */
+TEST(input_wait_reads_on_although_paused)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        uint64_t from = 0;
+        fill_to_pause(&l, HIGH);
+        size_t more = peer_push(&l, 1, HIGH, 150000);
+        consume_to(&l, &from, 100 * KB);
+        settle(w);
+        CHECK(is_paused(&l));
+        for (int64_t rc; (rc = want(&l, 200000)) != 0;) {
+            CHECK_EQ(rc, -EAGAIN);
+            if (!mail_of(w, l.id))
+                breathe(w);
+            if (more < 150000)
+                more += peer_push(&l, 1, HIGH + more, 150000 - more);
+        }
+        pattern_check(link_at(&l), 1, from, 200000);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+TEST(input_wait_above_high_water)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, 32 * KB);
+        CHECK_EQ(want(&l, MB), -EAGAIN);
+        peer_say(&l, 1, 0, MB);
+        expect(&l, 1, 0, MB);
+        CHECK_EQ(w->tokens, 1);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+TEST(input_wait_for_delimiter_above_high_water)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, 32 * KB);
+    char *text = malloc(300 * KB);
+    memset(text, 'x', 300 * KB);
+    text[300 * KB - 1] = '\n';
+    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, MB, 0, 0, NULL, 0), -EAGAIN);
+    peer_send(&l, text, 300 * KB);
+    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, MB, 0, 0, NULL, 0) & UINT32_MAX, 300 * KB);
+    CHECK_EQ(w->tokens, 1);
+    free(text);
+    link_close(&l);
+    world_close(w);
+}
+
+/* Reading is on while a wait is armed *and not met*: a loop that is busy must not make memory
+ * grow up to max_bytes. */
+TEST(input_met_wait_reads_no_further_than_high_water)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, 32 * KB);
+    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 64 * MB, 0, 0, NULL, 0), -EAGAIN);
+    peer_send(&l, "line\n", 5);
+    UNTIL(w, buffered(&l) == 5);
+    size_t pushed = 0;
+    for (int i = 0; i < 50; i++) { /* the loop does not come */
+        pushed += peer_push(&l, 1, pushed, 64 * KB);
+        settle(w);
+    }
+    CHECK(pushed > 64 * KB);
+    CHECK(buffered(&l) <= 64 * (int64_t)KB);
+    link_close(&l);
+    world_close(w);
+}
+
+TEST(input_wait_for_bytes_reads_no_further_than_it_must)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, 32 * KB);
+    CHECK_EQ(want(&l, 40 * KB), -EAGAIN);
+    size_t pushed = peer_push(&l, 1, 0, 300 * KB);
+    await(w, l.id, AP_MAIL_READ);
+    for (int i = 0; i < 20; i++) {
+        pushed += peer_push(&l, 1, pushed, 64 * KB);
+        settle(w);
+    }
+    CHECK_EQ(buffered(&l), 40 * KB);
+    expect_stream(&l, 1, 0, pushed);
+    link_close(&l);
+    world_close(w);
+}
+
+/* ---- ends ------------------------------------------------------------- */
+
+/* L09, L10: data and FIN together: all of the data, then the end, and one wake-up. */
+TEST(input_data_and_fin_at_once)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        CHECK_EQ(want(&l, 200), -EAGAIN);
+        peer_say(&l, 1, 0, 100);
+        peer_close(&l);
+        await(w, l.id, AP_MAIL_READ);
+        CHECK_EQ(want(&l, 200), AP_EEOF);
+        expect(&l, 1, 0, 100);
+        CHECK_EQ(want(&l, 1), AP_EEOF);
+        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF);
+        CHECK_EQ(w->tokens, 1);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* L08: FIN alone is one wake-up, no spin. */
+TEST(input_fin_alone)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        CHECK_EQ(want(&l, 1), -EAGAIN);
+        settle(w);
+        shutdown(l.peer, SHUT_WR);
+        await(w, l.id, AP_MAIL_READ);
+        CHECK_EQ(want(&l, 1), AP_EEOF);
+        uint64_t events = stats(w).events;
+        settle(w);
+        CHECK_EQ(stats(w).events, events);
+        CHECK_EQ(w->tokens, 1);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* L10: send k bytes and close, for many k. */
+TEST(input_peer_that_sends_and_closes)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        for (size_t k = 1; k < (SANITIZED ? 300000 : 4 * MB); k = k * 3 + 7) {
+            struct link l = link_open(w, kind, 64 * KB);
+            for (size_t sent = 0, read = 0; read < k;) {
+                if (sent < k)
+                    sent += peer_push(&l, 9, sent, k - sent < 64 * KB ? k - sent : 64 * KB);
+                if (sent == k)
+                    peer_close(&l);
+                size_t n = sent - read < 16 * KB ? sent - read : 16 * KB;
+                expect(&l, 9, read, n);
+                read += n;
+            }
+            CHECK_EQ(want_wait(&l, 1), AP_EEOF);
+            link_close(&l);
+        }
+        world_close(w);
+    }
+}
+
+/* O1: half-close is not close. */
+TEST(input_half_close_leaves_writing)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        peer_say(&l, 1, 0, 10);
+        shutdown(l.peer, SHUT_WR);
+        expect(&l, 1, 0, 10);
+        CHECK_EQ(want_wait(&l, 1), AP_EEOF);
+        CHECK_EQ(ap_conn_write(l.conn, "answer", 6), 0);
+        char answer[6];
+        CHECK_EQ(recv(l.peer, answer, 6, MSG_WAITALL), 6);
+        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* Measured: what was received before a RST is still readable; the error comes after it, and is
+ * an error and no FIN (O12). */
+TEST(input_reset_comes_after_the_data)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 1000);
+    arrived(&l, 1000);
+    peer_reset(&l);
+    arrived_event(&l, POLLERR);
+    expect(&l, 1, 0, 1000);
+    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
+    CHECK_EQ(want(&l, 1), -ECONNRESET); /* and stays */
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    link_close(&l);
+    world_close(w);
+}
+
+TEST(input_reset_ends_a_wait)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_EQ(want(&l, 1), -EAGAIN);
+    settle(w);
+    peer_reset(&l);
+    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(want(&l, 1), -ECONNRESET);
+    CHECK_EQ(w->tokens, 1);
+    link_close(&l);
+    world_close(w);
+}
+
+/* A failed write takes the socket's error with it; the reader must not see a FIN then (O12). */
+TEST(input_reset_is_no_fin_after_a_failed_write)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    settle(w);
+    peer_reset(&l);
+    arrived_event(&l, POLLERR);
+    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ECONNRESET);
+    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    link_close(&l);
+    world_close(w);
+}
+
+/* ---- events behind paused input --------------------------------------- */
+
+/* Measured, level-triggered: 229,000 events in 200 ms for RDHUP, 234,000 for HUP, 235,000 for a
+ * RST. Edge-triggered it is a handful. */
+TEST(input_paused_sees_no_event_storm)
+{
+    struct world *w = world_open();
+    for (int end = 0; end < 3; end++) {
+        struct link l = link_open(w, AP_TCP, 4 * KB);
+        peer_say(&l, 1, 0, 6 * KB);
+        UNTIL(w, is_paused(&l));
+        if (end == 1) /* both FINs */
+            CHECK_OK(ap_conn_shutdown(l.conn));
+        settle(w);
+        ap_poller_stats before = stats(w);
+        if (end == 2)
+            peer_reset(&l);
+        else
+            shutdown(l.peer, SHUT_WR);
+        arrived_event(&l, end == 2 ? POLLERR : POLLIN);
+        for (int i = 0; i < 200; i++)
+            step(w, 0);
+        CHECK(stats(w).events - before.events <= 4);
+        CHECK_EQ(stats(w).reads + stats(w).again, before.reads + before.again);
+        CHECK_EQ(buffered(&l), 4 * KB);
+        link_close(&l);
+    }
+    world_close(w);
+}
+
+TEST(input_reset_is_noticed_while_paused)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, 4 * KB);
+    peer_say(&l, 1, 0, 10 * KB);
+    UNTIL(w, is_paused(&l));
+    arrived(&l, 6 * KB);
+    CHECK_EQ(ap_conn_status(l.conn), 0);
+    peer_reset(&l);
+    UNTIL(w, ap_conn_status(l.conn) & AP_IS_BROKEN);
+    expect_stream(&l, 1, 0, 10 * KB); /* found as such only by the reads that follow */
+    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
+    link_close(&l);
+    world_close(w);
+}
+
+/* A FIN behind paused input is no end yet. */
+TEST(input_fin_behind_paused_input)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, 4 * KB);
+    peer_say(&l, 1, 0, 10 * KB);
+    UNTIL(w, is_paused(&l));
+    arrived(&l, 6 * KB);
+    peer_close(&l);
+    arrived_event(&l, POLLRDHUP);
+    settle(w);
+    CHECK_EQ(ap_conn_status(l.conn), 0);
+    expect_stream(&l, 1, 0, 10 * KB);
+    CHECK_EQ(want_wait(&l, 1), AP_EEOF);
+    link_close(&l);
+    world_close(w);
+}
+
+/* Puts a message into the error queue: EPOLLERR, and SO_ERROR is 0. */
+static void make_queued_error(struct link *l)
+{
+    unsigned flags = SOF_TIMESTAMPING_TX_SOFTWARE | SOF_TIMESTAMPING_SOFTWARE;
+    CHECK(setsockopt(l->fd, SOL_SOCKET, SO_TIMESTAMPING, &flags, sizeof flags) == 0);
+    CHECK_EQ(ap_conn_write(l->conn, "t", 1), 0);
+    for (int tries = 0; !(peek_events(l->fd, POLLERR) & POLLERR); tries++) {
+        if (tries > 1000)
+            SKIP("no transmit timestamps here");
+        usleep(1000);
+    }
+    flags = 0;
+    CHECK(setsockopt(l->fd, SOL_SOCKET, SO_TIMESTAMPING, &flags, sizeof flags) == 0);
+}
+
+/* ERR alone is the error queue: drained, and nothing else (L19). */
+TEST(input_error_queue_is_drained)
+{
+    for (int paused = 0; paused < 2; paused++) {
+        struct world *w = world_open();
+        struct link l = link_open(w, AP_TCP, 4 * KB);
+        if (paused) {
+            peer_say(&l, 1, 0, 10 * KB);
+            UNTIL(w, is_paused(&l));
+            arrived(&l, 6 * KB);
+        }
+        settle(w);
+        make_queued_error(&l);
+        UNTIL(w, !(peek_events(l.fd, POLLERR) & POLLERR));
+        CHECK_EQ(ap_conn_status(l.conn), 0);
+        if (!paused)
+            peer_say(&l, 1, 0, 10 * KB);
+        expect_stream(&l, 1, 0, 10 * KB);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* After an error was ever reported a short read says nothing: only EAGAIN does. */
+TEST(input_short_read_proves_nothing_after_an_error)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 100);
+    expect(&l, 1, 0, 100);
+    settle(w);
+    CHECK(!(ready_flags(&l) & AP_READABLE)); /* cleared by the short read */
+    uint64_t again = stats(w).again;
+    peer_say(&l, 1, 100, 100);
+    expect(&l, 1, 100, 100);
+    settle(w);
+    CHECK_EQ(stats(w).again, again); /* which saves the EAGAIN */
+    make_queued_error(&l);
+    UNTIL(w, !(peek_events(l.fd, POLLERR) & POLLERR));
+    again = stats(w).again;
+    peer_say(&l, 1, 200, 100);
+    expect(&l, 1, 200, 100);
+    settle(w);
+    CHECK(stats(w).again > again);
+    link_close(&l);
+    world_close(w);
+}
+
+/* ---- where recv stops ------------------------------------------------- */
+
+/* Measured: recv stops at an urgent byte, and no further edge comes. */
+TEST(input_urgent_data_does_not_hang)
+{
+    struct world *w = world_open();
+    for (int after = 0; after < 2; after++) {
+        struct link l = link_open(w, AP_TCP, HIGH);
+        if (after) { /* the event for plain input came before */
+            CHECK_EQ(want(&l, 6), -EAGAIN);
+            settle(w);
+        }
+        CHECK_EQ(send(l.peer, "abc", 3, 0), 3);
+        CHECK_EQ(send(l.peer, "!", 1, MSG_OOB), 1);
+        CHECK_EQ(send(l.peer, "def", 3, 0), 3);
+        CHECK_EQ(want_wait(&l, 6), 0);
+        CHECK_BYTES(link_at(&l), "abcdef", 6);
+        l.pos += 6;
+        peer_say(&l, 1, 0, 500);
+        expect(&l, 1, 0, 500);
+        link_close(&l);
+    }
+    world_close(w);
+}
+
+static void send_descriptor(int to, const char *text, int fd)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control = {{0}};
+    struct iovec iov = {.iov_base = (char *)text, .iov_len = strlen(text)};
+    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
+    message.msg_control = &control;
+    message.msg_controllen = sizeof control;
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    CHECK_EQ(sendmsg(to, &message, MSG_NOSIGNAL), strlen(text));
+}
+
+/* Measured: recv stops behind a message with descriptors, and no further edge comes. */
+TEST(input_short_read_proves_nothing_on_unix)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, HIGH);
+    CHECK_EQ(want(&l, 9), -EAGAIN);
+    settle(w);
+    send_descriptor(l.peer, "abc", l.peer);
+    send_descriptor(l.peer, "def", l.peer);
+    peer_send(&l, "ghi", 3);
+    CHECK_EQ(want_wait(&l, 9), 0);
+    CHECK_BYTES(link_at(&l), "abcdefghi", 9);
+    link_close(&l); /* the harness counts the descriptors */
+    world_close(w);
+}
+
+/* ---- memory ----------------------------------------------------------- */
+
+/* A length prefix costs nothing: memory follows arrival. */
+TEST(input_memory_follows_arrival)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_EQ(want(&l, 60 * MB), -EAGAIN);
+    peer_say(&l, 1, 0, 10000);
+    UNTIL(w, buffered(&l) == 10000);
+    CHECK(bytes_in_use(w) <= 2 * HIGH);
+    size_t sent = 10000;
+    while (sent < 2 * MB) {
+        peer_say(&l, 1, sent, 64 * KB);
+        sent += 64 * KB;
+        UNTIL(w, buffered(&l) == (int64_t)sent);
+        CHECK(bytes_in_use(w) <= 5 * sent + 3 * HIGH); /* twice what arrived, in powers of two */
+    }
+    link_close(&l);
+    world_close(w);
+}
+
+TEST(input_idle_connections_have_no_block)
+{
+    struct world *w = world_open();
+    struct link links[20];
+    for (int i = 0; i < 20; i++) {
+        links[i] = link_open(w, AP_TCP, HIGH);
+        CHECK_EQ(want(&links[i], 60 * MB), -EAGAIN);
+    }
+    settle(w);
+    CHECK_EQ(bytes_in_use(w), 0);
+    for (int i = 0; i < 20; i++)
+        link_close(&links[i]);
+    world_close(w);
+}
+
+/* The first block is small, and later ones grow with what arrives. */
+TEST(input_blocks_grow_with_what_arrives)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 10);
+    expect(&l, 1, 0, 10);
+    CHECK_EQ(l.block->size, AP_BLOCK_MIN);
+    for (uint64_t i = 0; i < 30; i++) {
+        peer_say(&l, 1, 10 + i * 40 * KB, 40 * KB);
+        UNTIL(w, buffered(&l) == 40 * (int64_t)KB);
+        expect(&l, 1, 10 + i * 40 * KB, 40 * KB);
+    }
+    CHECK(l.block->size >= 40 * KB);
+    link_close(&l);
+    world_close(w);
+}
+
+/* Measured rule: a block is never rewound or moved while a view of it may exist. */
+TEST(input_views_stay_as_they_are)
+{
+    enum { VIEWS = 64 };
+    struct world *w = world_open();
+    EACH_KIND(kind)
+    {
+        struct link l = link_open(w, kind, HIGH);
+        struct {
+            ap_block *block;
+            uint32_t pos;
+            uint64_t from;
+            size_t n;
+        } views[VIEWS];
+        uint64_t from = 0, seed = 17;
+        for (int i = 0; i < VIEWS; i++) {
+            size_t n = 1 + random_below(&seed, 40 * KB);
+            peer_say(&l, 1, from, n);
+            CHECK_EQ(want_wait(&l, n), 0);
+            ap_block_ref(l.block);
+            views[i].block = l.block;
+            views[i].pos = l.pos;
+            views[i].from = from;
+            views[i].n = n;
+            l.pos += (uint32_t)n;
+            from += n;
+        }
+        peer_say(&l, 1, from, 100 * KB);
+        expect_stream(&l, 1, from, 100 * KB);
+        for (int i = 0; i < VIEWS; i++)
+            pattern_check(ap_block_at(views[i].block, views[i].pos), 1, views[i].from, views[i].n);
+        link_drop_block(&l);
+        CHECK(link_stats(&l).pinned > 0);
+        for (int i = 0; i < VIEWS; i++)
+            ap_block_unref(views[i].block);
+        CHECK_EQ(bytes_pinned(w), 0);
+        CHECK_EQ(link_stats(&l).pinned, 0);
+        link_close(&l);
+    }
+    world_close(w);
+}
+
+/* L28, L37: a request at a time in one place: no more memory than the first block. */
+TEST(input_drained_block_begins_anew)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    for (uint64_t i = 0; i < 200; i++) {
+        link_drop_block(&l); /* no view is left */
+        CHECK_EQ(want(&l, 100), -EAGAIN);
+        peer_say(&l, 1, i * 100, 100);
+        expect(&l, 1, i * 100, 100);
+        CHECK(bytes_in_use(w) <= 2 * AP_BLOCK_MIN);
+    }
+    link_close(&l);
+    world_close(w);
+}
+
+/* An empty block goes back about a second after it was drained, with the loop's help when it
+ * has a wrapper of it; and then the pool's slabs. This is the one test that waits for real. */
+TEST(input_empty_block_is_taken_back)
+{
+    struct world *w = world_open();
+    struct link held = link_open(w, AP_TCP, HIGH), dropped = link_open(w, AP_TCP, HIGH);
+    struct link *both[] = {&held, &dropped};
+    for (int i = 0; i < 2; i++) {
+        peer_say(both[i], 1, 0, 100);
+        expect(both[i], 1, 0, 100);
+    }
+    link_drop_block(&dropped);
+    for (int i = 0; i < 2; i++)
+        CHECK_EQ(want(both[i], 1), -EAGAIN);
+    int64_t armed = ap_now();
+    CHECK(bytes_in_use(w) > 0);
+    CHECK_EQ(await(w, held.id, AP_MAIL_TRIM), AP_MAIL_TRIM);
+    CHECK(ap_now() - armed >= AP_TRIM_AFTER - 20 * MS);
+    link_drop_block(&held);
+    UNTIL(w, bytes_in_use(w) == 0);
+    CHECK_EQ(w->tokens, 1);
+    for (int i = 0; i < 2; i++) { /* and the wait is armed as before */
+        peer_say(both[i], 1, 100, 100);
+        await(w, both[i]->id, AP_MAIL_READ);
+        expect(both[i], 1, 100, 100);
+        link_close(both[i]);
+    }
+    world_close(w);
+}
+
+/* ---- faults ----------------------------------------------------------- */
+
+/* L21: interruptions, false EAGAINs and short reads between them lose nothing. */
+TEST(input_survives_faults_of_recv)
+{
+    static const int errors[] = {EINTR, EAGAIN, 0};
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        uint64_t from = 0, seed = 99;
+        for (int i = 0; i < 200; i++) {
+            size_t n = 1 + random_below(&seed, 5000);
+            CHECK_OK(ap_fault_set(AP_CALL_READ, errors[i % 3], (int)random_below(&seed, 3),
+                                  1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
+            peer_say(&l, 1, from, n);
+            while (want(&l, n) == -EAGAIN) {
+                kick(&l);
+                breathe(w);
+                collect(w);
+            }
+            expect(&l, 1, from, n);
+            from += n;
+        }
+        ap_fault_clear();
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+TEST(input_error_of_recv_is_reported)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_EQ(want(&l, 1), -EAGAIN);
+    settle(w);
+    CHECK_OK(ap_fault_set(AP_CALL_READ, ETIMEDOUT, 0, 1, 0));
+    peer_say(&l, 1, 0, 1);
+    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(want(&l, 1), -ETIMEDOUT);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    ap_fault_clear();
+    link_close(&l);
+    world_close(w);
+}
+
+/* Without memory the connection ends with an error, and what was received stays readable. */
+TEST(input_without_memory_ends_the_connection)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_EQ(want(&l, 100), -EAGAIN);
+    settle(w);
+    CHECK_OK(ap_fault_set(AP_CALL_MAP, ENOMEM, 0, -1, 0));
+    peer_say(&l, 1, 0, 100);
+    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(want(&l, 100), -ENOMEM);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    ap_fault_clear();
+    link_close(&l);
+    world_close(w);
+}

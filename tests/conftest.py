@@ -1,0 +1,83 @@
+"""What all tests share: the event loops they run on, and where the foreign programs are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+try:
+    import uvloop
+except ImportError:  # there is none yet for this interpreter
+    _uvloop = pytest.param(None, id="uvloop", marks=pytest.mark.skip(reason="uvloop is missing"))
+else:
+    _uvloop = pytest.param(("asyncio", {"loop_factory": uvloop.new_event_loop}), id="uvloop")
+
+try:
+    from hypothesis import settings
+    from hypothesis.database import DirectoryBasedExampleDatabase
+except ImportError:
+    pass
+else:
+    # Deadlines measure the machine; the examples that failed stay inside build/.
+    settings.register_profile(
+        "anypoll",
+        deadline=None,
+        database=DirectoryBasedExampleDatabase(ROOT / "build" / "cache" / "hypothesis"),
+    )
+    settings.load_profile("anypoll")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {}), id="asyncio"),
+        _uvloop,
+        pytest.param(("trio", {}), id="trio"),
+    ],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """One run of the test on each loop: `pytestmark = pytest.mark.anyio` in the module."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> bool:
+    """Whether a sanitizer watches this run: things take longer then."""
+    return "san" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="session")
+def foreign_env() -> dict[str, str]:
+    """The environment for programs that are not ours: no sanitizer is preloaded there."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
+@pytest.fixture(scope="session")
+def anypoll_command() -> list[str]:
+    """The installed `anypoll`, as its users start it, whatever the environment is called."""
+    return [sys.executable, "-m", "anypoll"]
+
+
+def _program(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian: redis-tools)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def redis_cli() -> str:
+    """The path of redis-cli; the test is skipped where there is none."""
+    return _program("redis-cli")
+
+
+@pytest.fixture(scope="session")
+def redis_benchmark() -> str:
+    """The path of redis-benchmark; the test is skipped where there is none."""
+    return _program("redis-benchmark")
