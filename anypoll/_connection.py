@@ -706,7 +706,7 @@ class Core:
                 if result != _AGAIN:
                     return
                 await self.hub.wait_write(self.number)
-            while not self.closed and _epoll.conn_linger(self.handle, deadline) == _AGAIN:
+            while not self.closed and _epoll.conn_linger(self.handle, self.reader._start, deadline) == _AGAIN:
                 self.reader._end = SHUT
                 await self.hub.wait_read(self.number)
         finally:

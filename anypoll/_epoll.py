@@ -72,6 +72,7 @@ conn_detach = lib.ap_conn_detach
 conn_fd = lib.ap_conn_fd
 conn_set_idle = lib.ap_conn_set_idle
 hub_take = lib.ap_hub_take
+hub_trim = lib.ap_hub_trim
 hub_kill = lib.ap_hub_kill
 listener_close = lib.ap_listener_close
 listener_fd = lib.ap_listener_fd

@@ -22,7 +22,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _epoll
-from ._epoll import MAIL_READ, MAIL_SENT, MAIL_WRITE, hub_take
+from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
 
 if TYPE_CHECKING:
     from weakref import ref
@@ -96,6 +96,7 @@ class Hub(ABC):
         """Takes the mailbox and wakes whom it names. To be called in the loop's thread."""
         readers, wake, tokens = self.readers, self.wake, self._tokens
         n = tokens.max
+        trim = 0
         while n == tokens.max:
             n = hub_take(self.handle, tokens.array, n)
             for number, bits, error in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
@@ -104,7 +105,10 @@ class Hub(ABC):
                     if waiter is not None:
                         wake(waiter)
                 if bits != MAIL_READ:
+                    trim |= bits & MAIL_TRIM
                     self._dispatch_rest(number, bits, error)
+        if trim:  # now that the wrappers of the blocks are gone
+            _epoll.hub_trim(self.handle)
 
     def _dispatch_rest(self, number: int, bits: int, error: int) -> None:
         if bits & MAIL_SENT:

@@ -181,12 +181,17 @@ AP_API int ap_hub_fd(ap_hub *hub);
  * disarmed. Thread: loop. Returns their number; when it is max, call again. */
 AP_API int ap_hub_take(ap_hub *hub, ap_token *tokens, int max);
 
+/* Gives free memory of the hub's back to the system. Thread: loop. */
+AP_API int ap_hub_trim(ap_hub *hub);
+
+/* The blocks of the hub: only those fields are set. Thread: any. */
+AP_API int ap_hub_statistics(ap_hub *hub, ap_poller_stats *out);
+
 /* The loop has ended: closes all its connections and listeners (of disowned
  * ones the descriptor stays); signallers find it dead. Idempotent. Thread: any, when the loop no longer runs. */
 AP_API int ap_hub_kill(ap_hub *hub);
 
-/* Drops the caller's reference. The event descriptor is closed with the last
- * one, so that a late signaller never writes into somebody else's file. */
+/* Drops the caller's reference. */
 AP_API void ap_hub_unref(ap_hub *hub);
 
 /* ---- connections ------------------------------------------------------ */
@@ -238,7 +243,8 @@ AP_API int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n) AP_MUST_CHECK;
 /* The unread bytes, those included that were read ahead. */
 AP_API int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos);
 
-/* Takes back the wait that ap_conn_read, ap_conn_find or ap_conn_linger armed. */
+/* Takes back the wait that ap_conn_read, ap_conn_find or ap_conn_linger armed
+ * (which the next such call does too); that for writing, for all who wait. */
 AP_API int ap_conn_disarm_read(ap_conn *conn);
 AP_API int ap_conn_disarm_write(ap_conn *conn);
 
@@ -272,8 +278,8 @@ AP_API int ap_conn_shutdown(ap_conn *conn);
  * and thrown away until the peer's FIN, because a close with unread input is a
  * RST that destroys what was sent. Thread: loop. Returns 0 when the socket can
  * be closed (at once, if nothing is unread and nothing unsent); -EAGAIN
- * (armed); -ETIMEDOUT. */
-AP_API int ap_conn_linger(ap_conn *conn, int64_t deadline);
+ * (armed); -ETIMEDOUT; -EBUSY with queued output. */
+AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
 
 /* A real idle timeout: no byte in or out for that long. 0: none. */
 AP_API int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds);
@@ -337,7 +343,8 @@ AP_API void ap_listener_release(ap_listener *listener);
  * core owned and forgets all of the parent's objects. */
 AP_API int ap_fork_child(void);
 
-/* Closes a descriptor that the core had accepted and nobody has opened yet. */
+/* Closes a descriptor that the core had accepted and nobody has opened yet.
+ * -EBADF if it is not the core's. */
 AP_API int ap_fd_close(int fd);
 
 /* ---- fault injection, for tests --------------------------------------- */

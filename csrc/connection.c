@@ -57,11 +57,9 @@ static int register_one(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    uint32_t events = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET;
-    if (conn->type == AP_TCP)
-        events |= EPOLLOUT;
-    rc = ap_sys_epoll_ctl(conn->slot.poller->epfd, EPOLL_CTL_ADD, conn->slot.fd, events,
-                          ap_slot_tag(&conn->slot));
+    rc = ap_sys_epoll_ctl(conn->slot.poller->epfd, EPOLL_CTL_ADD, conn->slot.fd,
+                          ap_output_events(conn), ap_slot_tag(&conn->slot));
+    conn->registered = rc == 0;
     ap_slot_unlock(&conn->slot);
     return rc;
 }
@@ -90,7 +88,7 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
         more = ap_input_read(context, conn);
     else
         ap_input_probe(conn);
-    if (conn->out_bytes || conn->drain_armed)
+    if (conn->out_bytes || conn->drain_armed || conn->watching_out)
         more |= ap_output_write(conn);
     if (ap_input_over(conn))
         ap_hub_post(&conn->slot, AP_MAIL_READ);
@@ -157,9 +155,12 @@ static int64_t write_deadline(const ap_conn *conn)
     return set ? conn->drain_deadline : AP_FOREVER;
 }
 
+#define COARSE_TICK ((int64_t)10 * 1000 * 1000) /* at CONFIG_HZ=100; others are finer */
+
 static int64_t idle_deadline(const ap_conn *conn)
 {
-    return conn->idle ? conn->idle_from + conn->idle : AP_FOREVER;
+    /* idle_from is up to a tick of the coarse clock behind: never end early */
+    return conn->idle ? conn->idle_from + conn->idle + COARSE_TICK : AP_FOREVER;
 }
 
 int64_t ap_conn_next_deadline(const ap_conn *conn)
@@ -240,6 +241,8 @@ static bool may_close(const ap_conn *conn)
 
 static int linger_locked(ap_conn *conn, int64_t deadline)
 {
+    if (conn->out_bytes)
+        return -EBUSY;
     if (may_close(conn))
         return 0;
     if (!conn->shut) {
@@ -252,11 +255,12 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
     return (int)ap_read_wait(conn, AP_WANT_END, 0, 0, deadline, NULL, 0);
 }
 
-int ap_conn_linger(ap_conn *conn, int64_t deadline)
+int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline)
 {
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
+    ap_read_to(conn, pos);
     rc = linger_locked(conn, deadline);
     ap_slot_unlock(&conn->slot);
     return rc;
@@ -269,10 +273,9 @@ int ap_conn_close(ap_conn *conn, int reset, int keep_fd)
         return rc;
     ap_input_drop(conn);
     ap_output_drop(conn);
-    rc = ap_slot_close_locked(&conn->slot, reset != 0, keep_fd != 0);
+    int fd = ap_slot_close_locked(&conn->slot);
     ap_slot_unlock(&conn->slot);
-    ap_slot_closed(&conn->slot);
-    return rc;
+    return ap_slot_closed(&conn->slot, fd, reset != 0, keep_fd != 0);
 }
 
 int ap_conn_detach(ap_conn *conn, uint32_t pos)
@@ -285,10 +288,9 @@ int ap_conn_detach(ap_conn *conn, uint32_t pos)
         return -EBUSY;
     }
     ap_read_to(conn, pos);
-    rc = ap_slot_close_locked(&conn->slot, false, true);
+    int fd = ap_slot_close_locked(&conn->slot);
     ap_slot_unlock(&conn->slot);
-    ap_slot_closed(&conn->slot);
-    return rc;
+    return ap_slot_closed(&conn->slot, fd, false, true);
 }
 
 int64_t ap_conn_rest(ap_conn *conn, char *buffer, size_t size)
@@ -308,7 +310,7 @@ void ap_conn_release(ap_conn *conn)
 {
     if (conn->slot.epoch != ap_epoch_now())
         return;
-    if (ap_conn_close(conn, 0, 0) < 0) { /* detached, perhaps: what nobody fetched */
+    if (ap_conn_close(conn, 0, conn->slot.disowned) < 0) { /* detached, perhaps: what nobody fetched */
         ap_slot_lock(&conn->slot);
         ap_input_drop(conn);
         ap_slot_unlock(&conn->slot);
@@ -351,9 +353,9 @@ int ap_conn_status(ap_conn *conn)
     int status = conn->slot.closed ? AP_IS_CLOSED : 0;
     if (conn->read_end == AP_EEOF)
         status |= AP_IS_EOF;
-    else if (conn->read_end || conn->gone)
+    else if (conn->read_end)
         status |= AP_IS_BROKEN;
-    if (conn->write_error)
+    if (conn->write_error || conn->gone)
         status |= AP_IS_BROKEN;
     if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
         status |= AP_IS_IDLE_END | AP_IS_BROKEN;

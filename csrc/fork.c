@@ -39,9 +39,14 @@ void ap_fd_disown(int fd)
         atomic_fetch_and_explicit(word, ~((uint64_t)1 << (fd % 64)), memory_order_relaxed);
 }
 
+/* Only if it is (still) the core's: in a child the number may be somebody else's. */
 int ap_fd_close(int fd)
 {
-    ap_sys_close(fd);
+    _Atomic uint64_t *word = owned_word(fd);
+    uint64_t bit = (uint64_t)1 << ((unsigned)fd % 64);
+    if (word && !(atomic_fetch_and_explicit(word, ~bit, memory_order_relaxed) & bit))
+        return -EBADF;
+    close(fd);
     return 0;
 }
 

@@ -58,6 +58,18 @@ void ap_hub_ref(ap_hub *hub)
     atomic_fetch_add_explicit(&hub->refs, 1, memory_order_relaxed);
 }
 
+/* Under the mutex that signallers hold around their write, so that none writes
+ * into somebody else's file. */
+static void close_signal(ap_hub *hub)
+{
+    pthread_mutex_lock(&hub->mutex);
+    hub->dead = true;
+    if (hub->efd >= 0)
+        ap_sys_close(hub->efd);
+    hub->efd = -1;
+    pthread_mutex_unlock(&hub->mutex);
+}
+
 void ap_hub_unref(ap_hub *hub)
 {
     if (hub->epoch != ap_epoch_now())
@@ -65,7 +77,7 @@ void ap_hub_unref(ap_hub *hub)
     /* acq_rel; pairs with itself */
     if (atomic_fetch_sub_explicit(&hub->refs, 1, memory_order_acq_rel) != 1)
         return;
-    ap_sys_close(hub->efd);
+    close_signal(hub);
     ap_context_free(&hub->context);
     pthread_mutex_destroy(&hub->mutex);
     free(hub);
@@ -206,11 +218,26 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
         bits = resolve(slot, bits, &error);
         if (bits)
             tokens[n++] = (ap_token){.id = slot->id, .bits = bits, .error = error};
-        if (bits & AP_MAIL_TRIM)
-            ap_pool_trim(hub->context.pool);
         ap_slot_unref(slot);
     }
     return n;
+}
+
+int ap_hub_trim(ap_hub *hub)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    ap_pool_trim(hub->context.pool);
+    return 0;
+}
+
+int ap_hub_statistics(ap_hub *hub, ap_poller_stats *out)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    memset(out, 0, sizeof *out);
+    ap_pool_statistics(hub->context.pool, out);
+    return 0;
 }
 
 /* ---- the end ---------------------------------------------------------- */
@@ -252,5 +279,6 @@ int ap_hub_kill(ap_hub *hub)
             ap_slot_unref(take_one(hub, &bits));
         }
     } while (atomic_load_explicit(&hub->mailbox, memory_order_seq_cst));
+    close_signal(hub);
     return 0;
 }

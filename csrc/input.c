@@ -102,7 +102,7 @@ bool ap_input_wanted(ap_conn *conn)
 
 typedef struct {
     struct iovec iov[2];
-    int count;
+    size_t count;
     size_t tail_room; /* iov[0], if not 0 */
     ap_block *fresh;  /* the second part, or NULL: the scratch buffer */
     size_t offered;
@@ -119,7 +119,7 @@ static size_t most(size_t a, size_t b)
 }
 
 /* A last block that was read to its end and that no view needs begins anew. */
-static void rewind_tail(ap_conn *conn)
+void ap_input_rewind(ap_conn *conn)
 {
     ap_block *tail = conn->input.tail;
     if (!tail || tail->start != tail->end || conn->input.size > 0)
@@ -155,14 +155,14 @@ static void add(target *into, void *base, size_t size)
 static void choose_target(ap_context *context, ap_conn *conn, size_t max, target *into)
 {
     *into = (target){0};
-    rewind_tail(conn);
+    ap_input_rewind(conn);
     ap_block *tail = conn->discarding ? NULL : conn->input.tail;
     if (tail)
         into->tail_room = least(ap_block_room(tail), max);
     if (into->tail_room)
         add(into, ap_block_at(tail, tail->end), into->tail_room);
     size_t rest = max - into->tail_room;
-    size_t fresh = conn->discarding ? 0 : fresh_size(conn, into->tail_room, max);
+    size_t fresh = conn->discarding || !rest ? 0 : fresh_size(conn, into->tail_room, max);
     if (fresh)
         into->fresh = ap_pool_take(context->pool, fresh);
     if (into->fresh)
@@ -245,9 +245,8 @@ static void note_read(ap_conn *conn, size_t got)
 /* A write that fails takes the socket's error with it: recv says 0 after a RST then. */
 static int end_of_stream(const ap_conn *conn)
 {
-    int error = conn->write_error;
-    bool of_socket = error && error != -EPIPE && error != -ENOMEM && error != AP_EIDLE;
-    return of_socket ? error : AP_EEOF;
+    int error = conn->send_error;
+    return error && error != -EPIPE && error != -ENOMEM ? error : AP_EEOF;
 }
 
 /* One system call. Returns the bytes received, 0 when that was all for now. */
@@ -256,7 +255,7 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
     ap_slot *slot = &conn->slot;
     target into;
     choose_target(context, conn, max, &into);
-    ssize_t got = ap_sys_recv(slot->fd, into.iov, into.count);
+    ssize_t got = ap_sys_recv(slot->fd, into.iov, into.count, &into.offered);
     if (got > 0 && !file_received(context, conn, &into, (size_t)got))
         got = -ENOMEM;
     if (into.fresh)
@@ -278,9 +277,7 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
 bool ap_input_read(ap_context *context, ap_conn *conn)
 {
     size_t total = 0;
-    while ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn)) {
-        if (total >= AP_BOUND)
-            return true;
+    while ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn) && total < AP_BOUND) {
         size_t room = level_allowed(conn, waiting(conn)) - conn->input.size;
         size_t got = receive(context, conn, least(room, AP_BOUND - total));
         if (got == 0)
@@ -289,7 +286,7 @@ bool ap_input_read(ap_context *context, ap_conn *conn)
     }
     if (conn->input.size >= conn->high && !conn->discarding)
         conn->paused = true;
-    return false;
+    return (conn->slot.ready & AP_READABLE) && ap_input_wanted(conn);
 }
 
 /* Behind paused input only the events tell: an error with a hang-up is a RST,
@@ -297,7 +294,7 @@ bool ap_input_read(ap_context *context, ap_conn *conn)
 void ap_input_probe(ap_conn *conn)
 {
     ap_slot *slot = &conn->slot;
-    if (!(slot->ready & AP_ERR) || conn->read_end != 0)
+    if (!(slot->ready & AP_ERR) || (conn->read_end != 0 && conn->read_end != AP_EEOF))
         return;
     if (slot->ready & AP_HUP) {
         conn->gone = true;

@@ -75,8 +75,9 @@ static inline uint64_t ap_counted(const ap_counter *counter)
 
 /* ---- sysio.c ---------------------------------------------------------- */
 
-AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, int count);
-AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count);
+/* *offered: what iov holds; on return, what the kernel was offered of it. */
+AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered);
+AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered);
 AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);
 AP_MUST_CHECK int ap_sys_epoll_create(void);
 AP_MUST_CHECK int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data);
@@ -307,11 +308,12 @@ static inline uint64_t ap_slot_tag(const ap_slot *slot)
 /* Locks the slot if it is open. 0; -ECHILD; -EBADF. */
 AP_MUST_CHECK int ap_slot_enter(ap_slot *slot);
 
-/* The part of closing that connections and listeners share: out of epoll, the
- * generation bumped, and the descriptor closed last. Under the slot's mutex. */
-int ap_slot_close_locked(ap_slot *slot, bool reset, bool keep_fd);
-/* The rest of it, without the mutex: out of the hub, to the driver. */
-void ap_slot_closed(ap_slot *slot);
+/* The part of closing that connections and listeners share, under the slot's
+ * mutex: out of epoll, the generation bumped. Returns the descriptor. */
+int ap_slot_close_locked(ap_slot *slot);
+/* The rest of it, without the mutex: out of the hub, and the descriptor closed
+ * last, since that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
+int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
 
 /* ---- poller.c --------------------------------------------------------- */
 
@@ -351,7 +353,7 @@ void ap_poller_ref(ap_poller *poller);
 /* ---- hub.c ------------------------------------------------------------ */
 
 struct ap_hub {
-    int efd;                      /* (c) */
+    int efd;                      /* (h) written; the loop, which ends first, reads it freely */
     uint32_t epoch;               /* (c) */
     _Atomic int32_t refs;         /* (a) acq_rel: the loop, each open slot */
     pthread_mutex_t mutex;
@@ -392,7 +394,6 @@ struct ap_conn {
     /* the read wait, all (m) */
     uint8_t want;          /* enum ap_want */
     bool want_expired;
-    uint8_t want_delimiter_size;
     size_t want_bytes;     /* bytes, or max_bytes of a delimiter */
     int64_t want_deadline;
     uint8_t delimiter_inline[AP_DELIMITER_INLINE];
@@ -409,7 +410,9 @@ struct ap_conn {
     bool held;             /* between ap_conn_hold and ap_conn_requeue */
     bool owed;             /* AP_MAIL_SENT must follow */
     bool shut;             /* SHUT_WR was done */
+    bool registered;       /* epoll watches it */
     bool watching_out;     /* AP_UNIX: EPOLLOUT is in the mask */
+    int send_error;        /* the errno of sendmsg, which has taken the socket's error */
     bool drain_armed, drain_writable, drain_expired;
     int64_t drain_deadline;
 
@@ -443,6 +446,8 @@ void ap_input_probe(ap_conn *conn);
 void ap_input_consume(ap_conn *conn, size_t n);
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline);
 void ap_input_drop(ap_conn *conn);
+/* A last block that was read to its end, and that no view needs, begins anew. */
+void ap_input_rewind(ap_conn *conn);
 
 /* Consumes up to pos in the block that is shown; what is unread behind it. */
 void ap_read_to(ap_conn *conn, uint32_t pos);
@@ -451,6 +456,7 @@ size_t ap_read_left(const ap_conn *conn, uint32_t pos);
 int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int64_t deadline,
                      const char *output, size_t output_size);
 
+uint32_t ap_output_events(const ap_conn *conn);
 bool ap_output_write(ap_conn *conn);
 bool ap_output_over(const ap_conn *conn);
 int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count);

@@ -85,6 +85,20 @@ int ap_account_take_back(ap_account *account)
     return account->epoch == ap_epoch_now() ? take_credit(account) : -ECHILD;
 }
 
+/* Whoever was first is last the next time: one with a long backlog would take
+ * every credit. */
+static void take_turns(ap_account *account)
+{
+    ap_listener *first = account->listeners, **end = &account->listeners;
+    if (!first)
+        return;
+    account->listeners = first->account_next;
+    while (*end)
+        end = &(*end)->account_next;
+    first->account_next = NULL;
+    *end = first;
+}
+
 int ap_account_add(ap_account *account, int credits)
 {
     if (account->epoch != ap_epoch_now())
@@ -97,6 +111,7 @@ int ap_account_add(ap_account *account, int credits)
             ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
         ap_slot_unlock(&listener->slot);
     }
+    take_turns(account);
     pthread_mutex_unlock(&account->mutex);
     return 0;
 }
@@ -137,13 +152,16 @@ uint64_t ap_listener_id(ap_listener *listener)
     return listener->slot.id;
 }
 
-static void close_untaken(ap_listener *listener)
+/* Returns how many there were: their credits are given back. */
+static int close_untaken(ap_listener *listener)
 {
+    int n = (int)listener->count;
     for (; listener->count > 0; listener->count--)
         ap_sys_close(listener->queue[listener->first++].fd);
     free(listener->queue);
     listener->queue = NULL;
     listener->first = listener->capacity = 0;
+    return n;
 }
 
 int ap_listener_close(ap_listener *listener, int keep_fd)
@@ -151,19 +169,20 @@ int ap_listener_close(ap_listener *listener, int keep_fd)
     int rc = ap_slot_enter(&listener->slot);
     if (rc < 0)
         return rc;
-    close_untaken(listener);
-    rc = ap_slot_close_locked(&listener->slot, false, keep_fd != 0);
+    int untaken = close_untaken(listener);
+    int fd = ap_slot_close_locked(&listener->slot);
     ap_slot_unlock(&listener->slot);
     leave(listener); /* the account's mutex comes before the slot's */
-    ap_slot_closed(&listener->slot);
-    return rc;
+    if (untaken)
+        ap_account_add(listener->account, untaken);
+    return ap_slot_closed(&listener->slot, fd, false, keep_fd != 0);
 }
 
 void ap_listener_release(ap_listener *listener)
 {
     if (listener->slot.epoch != ap_epoch_now())
         return;
-    ap_listener_close(listener, 0);
+    ap_listener_close(listener, listener->slot.disowned);
     ap_slot_unref(&listener->slot);
 }
 
@@ -267,8 +286,7 @@ static bool accept_one(ap_listener *listener)
     } else if (starves(-rc)) {
         pause_accepting(listener, -rc);
     } else {
-        listener->error = rc;
-        slot->ready &= (uint8_t)~AP_READABLE;
+        listener->error = rc; /* accepting rests until it was taken */
     }
     return false;
 }
@@ -279,11 +297,14 @@ bool ap_listener_serve(ap_listener *listener)
 {
     bool more = true;
     int left = AP_ACCEPT_BATCH;
-    while (more && left > 0 && (listener->slot.ready & AP_READABLE) &&
+    uint32_t before = listener->count;
+    while (more && left > 0 && (listener->slot.ready & AP_READABLE) && !listener->error &&
            !listener->paused_until && take_credit(listener->account)) {
         more = accept_one(listener);
         left--;
     }
+    if (left == 0 && listener->count == before)
+        pause_accepting(listener, EPERM); /* nothing but errors that are ignored: no spin */
     if (listener->count > 0 || listener->error)
         ap_hub_post(&listener->slot, AP_MAIL_ACCEPT);
     return more && left == 0;

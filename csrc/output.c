@@ -72,18 +72,31 @@ void ap_output_drop(ap_conn *conn)
 
 /* ---- the mask of UNIX sockets ----------------------------------------- */
 
+uint32_t ap_output_events(const ap_conn *conn)
+{
+    bool out = conn->type == AP_TCP || conn->watching_out;
+    return EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET | (out ? EPOLLOUT : 0);
+}
+
 static void watch_out(ap_conn *conn, bool on)
 {
     ap_slot *slot = &conn->slot;
     if (conn->type != AP_UNIX || conn->watching_out == on)
         return;
-    uint32_t events = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET | (on ? EPOLLOUT : 0);
-    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, events,
-                              ap_slot_tag(slot));
+    conn->watching_out = on;
+    if (!conn->registered)
+        return; /* it will be with this mask */
+    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd,
+                              ap_output_events(conn), ap_slot_tag(slot));
     if (rc < 0)
         ap_output_fail(conn, rc);
-    else
-        conn->watching_out = on;
+}
+
+/* Nothing is stalled any more, unless somebody waits for room. */
+static void unwatch_out(ap_conn *conn)
+{
+    if (conn->out_bytes == 0)
+        watch_out(conn, conn->drain_armed && !(conn->slot.ready & AP_WRITABLE));
 }
 
 static void stalled(ap_conn *conn)
@@ -175,7 +188,7 @@ static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *
         offered += some[n].iov_len;
     }
     *sent = 0;
-    ssize_t took = ap_sys_send(conn->slot.fd, some, n);
+    ssize_t took = ap_sys_send(conn->slot.fd, some, n, &offered);
     if (took >= 0) {
         *sent = (size_t)took;
         note_sent(conn, *sent);
@@ -187,6 +200,7 @@ static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *
         ap_count(&conn->slot.poller->again, 1);
         stalled(conn);
     } else {
+        conn->send_error = (int)took;
         ap_output_fail(conn, (int)took);
     }
     return false;
@@ -208,8 +222,7 @@ bool ap_output_write(ap_conn *conn)
     }
     if (conn->out_bytes == 0 && conn->out)
         forget_queue(conn);
-    if (conn->out_bytes == 0)
-        watch_out(conn, conn->drain_armed && !(conn->slot.ready & AP_WRITABLE));
+    unwatch_out(conn);
     tell(conn);
     return false;
 }
@@ -299,8 +312,9 @@ int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    conn->drain_expired = false;
-    conn->drain_writable = until_writable != 0;
+    if (!conn->drain_armed)
+        conn->drain_expired = conn->drain_writable = false;
+    conn->drain_writable |= until_writable != 0;
     rc = drain_locked(conn, deadline);
     ap_slot_unlock(&conn->slot);
     return rc;
@@ -322,6 +336,7 @@ int ap_conn_disarm_write(ap_conn *conn)
     if (rc < 0)
         return rc;
     conn->drain_armed = false;
+    unwatch_out(conn);
     ap_slot_unlock(&conn->slot);
     return 0;
 }
@@ -331,8 +346,8 @@ int64_t ap_conn_hold(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    conn->held = true;
     int64_t left = (int64_t)conn->out_bytes;
+    conn->held = left > 0;
     ap_slot_unlock(&conn->slot);
     return left;
 }
@@ -350,6 +365,7 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
         ap_output_fail(conn, -ENOMEM);
     }
     conn->owed = conn->out_bytes > 0;
+    unwatch_out(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
         ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
     if (!left)

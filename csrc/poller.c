@@ -1,8 +1,9 @@
 /* A poller: one epoll descriptor and ap_poller_step, which drives it.
  *
- * Whoever holds the lease drives. Today that is the poller's own thread; an
- * event loop can watch the epoll descriptor and step it by itself, so nothing
- * below assumes which thread it is on.
+ * Whoever holds the lease drives, and nothing below assumes which thread that
+ * is. Today it is the poller's own, which steps again at once: between two steps
+ * blocked_until is 0, "running". An event loop that drives by watching the epoll
+ * descriptor would have to leave there what it sleeps until.
  *
  * A step: the inbox (what loops want), then one epoll_wait, whose events are
  * all remembered in their slots before any is served, then the run list, then
@@ -335,11 +336,15 @@ static bool serve(ap_poller *poller, ap_slot *slot)
     return more;
 }
 
+/* Each slot once: those that have work left go behind the last one, and wait for
+ * the next step, so that events, the inbox and the timers get their turn. */
 static int run(ap_poller *poller, int budget)
 {
+    ap_slot **end = poller->run_tail;
     int served = 0;
-    for (; poller->run_head && served < budget; served++) {
+    for (bool last = false; poller->run_head && !last && served < budget; served++) {
         ap_slot *slot = poller->run_head;
+        last = &slot->run_next == end;
         poller->run_head = slot->run_next;
         if (!poller->run_head)
             poller->run_tail = &poller->run_head;
@@ -438,6 +443,9 @@ int ap_poller_stop(ap_poller *poller)
     ap_sys_signal(poller->efd);
     pthread_join(poller->thread, NULL);
     atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
+    /* What was closed meanwhile is let go of. What is closed later stays until
+     * somebody steps: at the end of the process nobody misses it. */
+    ap_poller_step(poller, 0, THREAD_BUDGET);
     return 0;
 }
 

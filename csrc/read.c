@@ -161,9 +161,11 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
         return -ETIMEDOUT;
     }
     int64_t queued = 0;
-    if (output_size) {
+    if (output_size && !conn->shut) {
         ap_piece piece = {.data = output, .size = output_size};
         queued = ap_output_send(conn, &piece, 1);
+        if (queued == -ENOMEM)
+            return queued; /* the request is lost, and so the answer would never come */
     }
     ap_input_arm(conn, want, n, deadline);
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
@@ -186,6 +188,7 @@ static void read_now(ap_conn *conn)
 static void make_room(ap_conn *conn, size_t n)
 {
     ap_chain *chain = &conn->input;
+    ap_input_rewind(conn);
     ap_block *block = chain->head;
     if (!block || block != chain->tail || chain->size > AP_BLOCK_MIN / 4)
         return;

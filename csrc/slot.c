@@ -162,15 +162,7 @@ int ap_slot_enter(ap_slot *slot)
     return -EBADF;
 }
 
-static void close_fd(int fd, bool reset)
-{
-    struct linger now = {.l_onoff = 1, .l_linger = 0};
-    if (reset)
-        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
-    ap_sys_close(fd);
-}
-
-int ap_slot_close_locked(ap_slot *slot, bool reset, bool keep_fd)
+int ap_slot_close_locked(ap_slot *slot)
 {
     AP_ASSERT_LOCKED(slot);
     int fd = slot->fd;
@@ -181,15 +173,19 @@ int ap_slot_close_locked(ap_slot *slot, bool reset, bool keep_fd)
     (void)rc;
     atomic_fetch_add_explicit(&slot->generation, 1, memory_order_relaxed);
     ap_poller_push(slot, AP_BOX_CLOSED, AP_FOREVER);
+    return fd;
+}
+
+int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd)
+{
+    struct linger now = {.l_onoff = 1, .l_linger = 0};
+    ap_hub_unlink(slot);
+    ap_uncount(&slot->poller->connections, 1);
+    if (reset)
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
     if (!keep_fd)
-        close_fd(fd, reset);
+        ap_sys_close(fd);
     else
         ap_fd_disown(fd);
     return keep_fd ? fd : 0;
-}
-
-void ap_slot_closed(ap_slot *slot)
-{
-    ap_hub_unlink(slot);
-    ap_uncount(&slot->poller->connections, 1);
 }

@@ -75,8 +75,10 @@ static int fault_error(int call)
     return f ? atomic_load_explicit(&f->error, memory_order_relaxed) : 0;
 }
 
-/* As fault_error, but a fault without an error shortens what is offered. */
-static int fault_transfer(int call, const struct iovec **iov, size_t *count, struct iovec *one)
+/* As fault_error, but a fault without an error shortens what is offered, and says
+ * so: a transfer that the kernel did not cut short is followed by no event. */
+static int fault_transfer(int call, const struct iovec **iov, size_t *count, struct iovec *one,
+                          size_t *offered)
 {
     fault *f = fault_hits(call);
     if (!f)
@@ -89,6 +91,7 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
     one->iov_len = (*iov)->iov_len < limit ? (*iov)->iov_len : limit;
     *iov = one;
     *count = 1;
+    *offered = one->iov_len;
     return 0;
 }
 
@@ -106,14 +109,14 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
 /* MSG_DONTWAIT, although sockets are non-blocking: whoever holds the raw socket
  * could make it blocking, and that must not stop a poller. Without a control
  * buffer the kernel closes descriptors that come along on a UNIX socket. */
-ssize_t ap_sys_recv(int fd, const struct iovec *iov, int count)
+ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered)
 {
     ssize_t got;
     do {
         struct iovec one;
         const struct iovec *into = iov;
-        size_t n = (size_t)count;
-        int error = fault_transfer(AP_CALL_READ, &into, &n, &one);
+        size_t n = count;
+        int error = fault_transfer(AP_CALL_READ, &into, &n, &one, offered);
         struct msghdr message = {.msg_iov = (struct iovec *)into, .msg_iovlen = n};
         got = error ? -1 : recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
         if (got < 0)
@@ -122,14 +125,14 @@ ssize_t ap_sys_recv(int fd, const struct iovec *iov, int count)
     return got;
 }
 
-ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count)
+ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered)
 {
     ssize_t sent;
     do {
         struct iovec one;
         const struct iovec *from = iov;
         size_t n = count;
-        int error = fault_transfer(AP_CALL_WRITE, &from, &n, &one);
+        int error = fault_transfer(AP_CALL_WRITE, &from, &n, &one, offered);
         struct msghdr message = {.msg_iov = (struct iovec *)from, .msg_iovlen = n};
         sent = error ? -1 : sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0)

@@ -798,11 +798,13 @@ DATABASE: Final = Database()
 
 
 async def handler(conn: anypoll.Connection) -> None:
-    """Serve a connection. When the peer leaves, a read ends this with `EndOfStream`."""
+    """Serve a connection. What was written before a return still goes out."""
     client = Client(DATABASE)
     while not client.quitting:
         try:
             request = await read_request(conn)
+        except (anyio.EndOfStream, anyio.IncompleteRead):
+            return
         except Error as error:  # what follows would make no sense
             conn.writer.write(error.encode())
             return

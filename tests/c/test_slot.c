@@ -74,7 +74,7 @@ static int64_t do_fd(ap_conn *c)
 }
 static int64_t do_linger(ap_conn *c)
 {
-    return ap_conn_linger(c, 0);
+    return ap_conn_linger(c, 0, 0);
 }
 static int64_t do_shutdown(ap_conn *c)
 {

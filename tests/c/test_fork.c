@@ -1,0 +1,336 @@
+/* fork.c: the child touches nothing that it inherited, and can start afresh. */
+#include "fixture.h"
+
+/* Runs body(arg) in a child, with checks; the parent takes its result. */
+static void in_child(void (*body)(void *), void *arg)
+{
+    fflush(NULL);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        body(arg);
+        check_leave(0);
+    }
+    int status;
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    CHECK(WIFEXITED(status));
+    CHECK_EQ(WEXITSTATUS(status), 0);
+}
+
+struct family {
+    struct world *w;
+    struct link l;
+    ap_account *account;
+    ap_listener *listener;
+    int listening;
+    struct sockaddr_in address;
+};
+
+static struct family family_open(void)
+{
+    struct family f = {.w = world_open()};
+    f.l = link_open(f.w, AP_TCP, HIGH);
+    CHECK_OK(ap_account_new(&f.account));
+    f.listening = listen_tcp(8, &f.address);
+    CHECK_OK(ap_listener_new(f.w->poller, f.w->hub, f.listening, f.account, &f.listener));
+    peer_say(&f.l, 1, 0, 100);
+    expect(&f.l, 1, 0, 50);
+    return f;
+}
+
+static void family_close(struct family *f)
+{
+    ap_listener_release(f->listener);
+    ap_account_unref(f->account);
+    link_close(&f->l);
+    world_close(f->w);
+}
+
+/* The parent's connection goes on as if nothing had been. */
+static void parent_goes_on(struct family *f)
+{
+    struct link *l = &f->l;
+    expect(l, 1, 50, 50);
+    CHECK_EQ(want(l, 100), -EAGAIN);
+    settle(f->w);
+    peer_say(l, 1, 100, 100);
+    await(f->w, l->id, AP_MAIL_READ);
+    expect(l, 1, 100, 100);
+    CHECK_EQ(ap_conn_write(l->conn, "abc", 3), 0);
+    CHECK_OK(ap_account_add(f->account, 1));
+    int peer = connect_tcp(&f->address);
+    await(f->w, ap_listener_id(f->listener), AP_MAIL_ACCEPT);
+    ap_accepted got;
+    CHECK_EQ(ap_listener_take(f->listener, &got, 1), 1);
+    ap_fd_close(got.fd);
+    close(peer);
+}
+
+/* ---- every entry ------------------------------------------------------ */
+
+static void poller_refuses(struct family *f)
+{
+    ap_poller *p = f->w->poller;
+    ap_poller_stats s;
+    CHECK_EQ(ap_poller_start(p), -ECHILD);
+    CHECK_EQ(ap_poller_step(p, 0, 1), -ECHILD);
+    CHECK_EQ(ap_poller_stop(p), -ECHILD);
+    CHECK_EQ(ap_poller_nudge(p), -ECHILD);
+    CHECK_EQ(ap_poller_statistics(p, &s), -ECHILD);
+    ap_poller_unref(p);
+}
+
+static void hub_refuses(struct family *f)
+{
+    ap_hub *h = f->w->hub;
+    ap_token token;
+    CHECK_EQ(ap_hub_fd(h), -ECHILD);
+    CHECK_EQ(ap_hub_take(h, &token, 1), -ECHILD);
+    CHECK_EQ(ap_hub_kill(h), -ECHILD);
+    ap_hub_unref(h);
+}
+
+static void conn_refuses(struct family *f)
+{
+    ap_conn *c = f->l.conn;
+    ap_conn_stats s;
+    ap_view view;
+    ap_piece piece = {"x", 1};
+    char byte;
+    int result;
+    CHECK_EQ(ap_conn_register(&c, &result, 1), 1);
+    CHECK_EQ(result, -ECHILD);
+    CHECK_EQ(ap_conn_id(c), f->l.id);
+    CHECK_EQ(ap_conn_read(c, 0, 1, 0, 0, NULL, 0), -ECHILD);
+    CHECK_EQ(ap_conn_find(c, 0, "x", 1, 1, 0, 0, NULL, 0), -ECHILD);
+    CHECK_EQ(ap_conn_block(c, 0, &view), -ECHILD);
+    CHECK_EQ(ap_conn_consume(c, 0, 1), -ECHILD);
+    CHECK_EQ(ap_conn_buffered(c, 0), -ECHILD);
+    CHECK_EQ(ap_conn_disarm_read(c), -ECHILD);
+    CHECK_EQ(ap_conn_disarm_write(c), -ECHILD);
+    CHECK_EQ(ap_conn_send(c, &piece, 1), -ECHILD);
+    CHECK_EQ(ap_conn_write(c, "x", 1), -ECHILD);
+    CHECK_EQ(ap_conn_drain(c, 0, 0), -ECHILD);
+    CHECK_EQ(ap_conn_hold(c), -ECHILD);
+    CHECK_EQ(ap_conn_requeue(c, &piece, 1), -ECHILD);
+    CHECK_EQ(ap_conn_shutdown(c), -ECHILD);
+    CHECK_EQ(ap_conn_linger(c, 0, 0), -ECHILD);
+    CHECK_EQ(ap_conn_set_idle(c, 1), -ECHILD);
+    CHECK_EQ(ap_conn_close(c, 1, 0), -ECHILD);
+    CHECK_EQ(ap_conn_detach(c, 0), -ECHILD);
+    CHECK_EQ(ap_conn_rest(c, &byte, 1), -ECHILD);
+    CHECK_EQ(ap_conn_fd(c, 1), -ECHILD);
+    CHECK_EQ(ap_conn_status(c) & AP_IS_CLOSED, AP_IS_CLOSED);
+    CHECK_EQ(ap_conn_statistics(c, 0, &s), -ECHILD);
+    ap_block_unref(f->l.block); /* leaks, in the child only */
+    ap_conn_release(c);
+}
+
+static void listener_refuses(struct family *f)
+{
+    ap_accepted got;
+    ap_listener *made;
+    ap_conn *conn;
+    CHECK_EQ(ap_account_add(f->account, 1), -ECHILD);
+    CHECK_EQ(ap_account_take_back(f->account), -ECHILD);
+    CHECK_EQ(ap_listener_take(f->listener, &got, 1), -ECHILD);
+    CHECK_EQ(ap_listener_fd(f->listener, 0), -ECHILD);
+    CHECK_EQ(ap_listener_close(f->listener, 0), -ECHILD);
+    ap_listener_release(f->listener);
+    ap_account_unref(f->account);
+    CHECK_EQ(ap_listener_new(f->w->poller, f->w->hub, 0, f->account, &made), -ECHILD);
+    CHECK_EQ(ap_conn_new(f->w->poller, f->w->hub, 0, AP_TCP, HIGH, &conn), -ECHILD);
+}
+
+static void touch_everything(void *arg)
+{
+    struct family *f = arg;
+    conn_refuses(f);
+    listener_refuses(f);
+    hub_refuses(f);
+    poller_refuses(f);
+}
+
+/* Measured: an EPOLL_CTL_DEL of the child silenced the parent's connection. */
+TEST(fork_child_touches_nothing)
+{
+    struct family f = family_open();
+    in_child(touch_everything, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
+/* A poller's thread, and a mutex that somebody held at the moment of the fork. */
+TEST(fork_child_takes_no_inherited_lock)
+{
+    struct family f = family_open();
+    ap_slot_lock(&f.l.conn->slot);
+    pthread_mutex_lock(&f.w->hub->mutex);
+    pthread_mutex_lock(&f.w->poller->lease);
+    pthread_mutex_lock(&f.account->mutex);
+    in_child(touch_everything, &f);
+    pthread_mutex_unlock(&f.account->mutex);
+    pthread_mutex_unlock(&f.w->poller->lease);
+    pthread_mutex_unlock(&f.w->hub->mutex);
+    ap_slot_unlock(&f.l.conn->slot);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
+/* ---- descriptors ------------------------------------------------------ */
+
+static bool is_open(int fd)
+{
+    return fcntl(fd, F_GETFD) >= 0;
+}
+
+static void close_inherited(void *arg)
+{
+    struct family *f = arg;
+    int mine[] = {f->w->poller->epfd, f->w->poller->efd, f->w->hub->efd, f->l.fd, f->listening};
+    CHECK_OK(ap_fork_child());
+    for (size_t i = 0; i < AP_ARRAY_SIZE(mine); i++)
+        CHECK(!is_open(mine[i]));
+    CHECK(is_open(f->l.peer)); /* only what the core owned */
+    CHECK(is_open(2));
+    CHECK_OK(ap_fork_child());
+    CHECK(is_open(f->l.peer));
+    touch_everything(f);
+}
+
+TEST(fork_child_closes_what_the_core_owned)
+{
+    struct family f = family_open();
+    in_child(close_inherited, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
+struct accepted_fds {
+    struct family f;
+    int untaken, taken, kept, disowned;
+};
+
+static void close_accepted(void *arg)
+{
+    struct accepted_fds *a = arg;
+    CHECK_OK(ap_fork_child());
+    CHECK(!is_open(a->untaken));
+    CHECK(!is_open(a->taken)); /* taken, and not opened yet: still the core's */
+    CHECK(is_open(a->kept));
+    CHECK(is_open(a->disowned));
+}
+
+/* Also those that were accepted and not yet taken or opened; not those that were given away. */
+TEST(fork_child_closes_what_was_accepted)
+{
+    struct accepted_fds a = {.f = family_open()};
+    struct family *f = &a.f;
+    int peers[2];
+    CHECK_OK(ap_account_add(f->account, 2));
+    for (int i = 0; i < 2; i++)
+        peers[i] = connect_tcp(&f->address);
+    UNTIL(f->w, stats(f->w).accepts == 2);
+    ap_accepted got;
+    CHECK_EQ(ap_listener_take(f->listener, &got, 1), 1);
+    a.taken = got.fd;
+    a.untaken = f->listener->queue[f->listener->first].fd;
+
+    struct link kept = link_open(f->w, AP_UNIX, HIGH), disowned = link_open(f->w, AP_UNIX, HIGH);
+    a.kept = ap_conn_close(kept.conn, 0, 1);
+    a.disowned = ap_conn_fd(disowned.conn, 1);
+    in_child(close_accepted, &a);
+
+    ap_fd_close(a.taken);
+    CHECK(!is_open(a.taken));
+    close(a.kept);
+    link_close(&kept);
+    link_close(&disowned);
+    close(a.disowned); /* the caller's business */
+    close(peers[0]);
+    close(peers[1]);
+    family_close(f);
+}
+
+/* A number that the core has closed may be anybody's in the child. */
+static void spare_reused(void *arg)
+{
+    int *fd = arg;
+    CHECK_OK(ap_fork_child());
+    CHECK(is_open(*fd));
+}
+
+TEST(fork_child_spares_reused_numbers)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, HIGH);
+    int fd = l.fd;
+    link_close(&l);
+    int mine = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    CHECK_EQ(mine, fd);
+    in_child(spare_reused, &mine);
+    close(mine);
+    world_close(w);
+}
+
+/* ---- starting afresh -------------------------------------------------- */
+
+static void start_afresh(void *arg)
+{
+    struct family *f = arg;
+    CHECK_OK(ap_fork_child());
+    struct world *w = world_open();
+    for (int i = 0; i < 100; i++) { /* more than a chunk of slots */
+        struct link l = link_open(w, AP_TCP, HIGH);
+        CHECK((uint32_t)l.id != (uint32_t)f->l.id);
+        peer_say(&l, 1, 0, 1000);
+        expect(&l, 1, 0, 1000);
+        CHECK_EQ(ap_conn_write(l.conn, "abc", 3), 0);
+        link_close(&l);
+    }
+    world_close(w);
+}
+
+TEST(fork_child_starts_afresh)
+{
+    struct family f = family_open();
+    in_child(start_afresh, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
+static void fork_again(void *arg)
+{
+    struct family *f = arg;
+    CHECK_OK(ap_fork_child());
+    struct family mine = family_open();
+    in_child(touch_everything, f);
+    in_child(close_inherited, &mine);
+    parent_goes_on(&mine);
+    family_close(&mine);
+}
+
+TEST(fork_grandchild)
+{
+    struct family f = family_open();
+    in_child(fork_again, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
+/* With the poller's thread at work: the child has no such thread, and needs none of its locks. */
+TEST(fork_while_the_poller_works)
+{
+    struct family f = family_open();
+    expect(&f.l, 1, 50, 50);
+    world_start(f.w);
+    uint64_t from = 100;
+    for (int i = 0; i < 20; i++) {
+        peer_say(&f.l, 1, from, 10000);
+        in_child(close_inherited, &f);
+        expect(&f.l, 1, from, 10000);
+        from += 10000;
+    }
+    world_stop(f.w);
+    family_close(&f);
+}
