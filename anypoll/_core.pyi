@@ -85,6 +85,7 @@ class Lib(Protocol):
         output_size: int,
         /,
     ) -> int: ...
+    def ap_conn_want(self, conn: Conn, pos: int, n: int, /) -> int: ...
     def ap_conn_find(
         self,
         conn: Conn,

@@ -55,6 +55,7 @@ IS_IDLE_END = lib.AP_IS_IDLE_END
 IS_SHUT = lib.AP_IS_SHUT
 
 conn_read = lib.ap_conn_read
+conn_want = lib.ap_conn_want
 conn_find = lib.ap_conn_find
 conn_write = lib.ap_conn_write
 conn_drain = lib.ap_conn_drain

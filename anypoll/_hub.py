@@ -25,6 +25,7 @@ from . import _epoll
 from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from weakref import ref
 
     from ._epoll import Piece
@@ -66,8 +67,11 @@ class Hub(ABC):
         """
 
     @abstractmethod
-    async def wait_read(self, number: int) -> None:
-        """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection."""
+    def wait_read(self, number: int) -> Awaitable[None]:
+        """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection.
+
+        Whoever awaits it removes the entry in ``readers`` when that raises.
+        """
 
     @abstractmethod
     async def wait_write(self, number: int) -> None:

@@ -40,15 +40,13 @@ class AsyncioHub(Hub):
         if get_running_loop() is not self._loop():
             raise RuntimeError("This object belongs to another event loop")
 
-    async def wait_read(self, number: int) -> None:
-        future: Future[None] = get_running_loop().create_future()
+    def wait_read(self, number: int) -> Future[None]:
+        loop = get_running_loop()
+        if loop is not self._loop():
+            raise RuntimeError("This object belongs to another event loop")
+        future: Future[None] = loop.create_future()
         self.readers[number] = future
-        try:
-            await future
-        except BaseException:
-            if self.readers.get(number) is future:
-                del self.readers[number]
-            raise
+        return future
 
     async def wait_write(self, number: int) -> None:
         future: Future[None] = get_running_loop().create_future()

@@ -162,6 +162,7 @@ class SocketListener(AnyIOSocketListener):
             while not self._closed and not self._take():
                 await self._hub.wait_read(self._number)
         except BaseException:
+            self._hub.readers.pop(self._number, None)
             if not self._closed:
                 _epoll.take_back_credit(self._account)
             raise
@@ -186,6 +187,9 @@ class SocketListener(AnyIOSocketListener):
             batch = list(self._ready)
             self._ready.clear()
             return batch
+        except BaseException:
+            self._hub.readers.pop(self._number, None)
+            raise
         finally:
             self._accepting = False
 

@@ -51,13 +51,14 @@ class Reader:
     except for one in ``checkpoint_budget`` calls in a row.
     """
 
-    __slots__ = ("_budget", "_core", "_end", "_start", "_view")
+    __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._view = _EMPTY
         self._start = self._end = 0
         self._budget = core.budget
+        self._limit = core.limits.read_limit
 
     # --- the window ------------------------------------------------------------------------------
 
@@ -98,8 +99,16 @@ class Reader:
 
     async def peek(self, n: SupportsIndex, /) -> memoryview:
         """``n`` contiguous bytes, which stay unread."""
-        n = await self._have(n)
-        return self._view[self._start : self._start + n]
+        start = self._start
+        stop = start + n  # type: ignore[operator]  # what is no integer fails below
+        if start < stop <= self._end and self._budget > 0:
+            self._budget -= 1
+            return self._view[start:stop]
+        if type(n) is not int or not 0 < n <= self._limit:
+            n = self._count(n)
+        await self._core.fill(n)
+        start = self._start
+        return self._view[start : start + n]
 
     async def next(self, n: SupportsIndex, /) -> memoryview:
         """``n`` contiguous bytes, consumed."""
@@ -110,7 +119,9 @@ class Reader:
             self._start = stop
             self._budget -= 1
             return view
-        n = await self._have(n)
+        if type(n) is not int or not 0 < n <= self._limit:
+            n = self._count(n)
+        await self._core.fill(n)
         start = self._start
         self._start = start + n
         return self._view[start : start + n]
@@ -253,14 +264,6 @@ class Reader:
             raise ValueError("delimiter must not be empty")
         return bytes(delimiter), count(max_bytes, "max_bytes", most=2**31)
 
-    async def _have(self, n: SupportsIndex) -> int:
-        n = self._count(n)
-        if n > self._end - self._start or self._budget <= 0:
-            await self._core.fill(n)
-        else:
-            self._budget -= 1
-        return n
-
     def _have_nowait(self, n: SupportsIndex) -> int:
         n = self._count(n)
         if n > self._end - self._start:
@@ -298,12 +301,13 @@ class Writer:
     closed or has broken every call raises what its streams raise.
     """
 
-    __slots__ = ("_core", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
+    __slots__ = ("_core", "_high_water", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._pieces: list[bytes] = []  # what may be sent
         self._size = 0  # bytes in _pieces
+        self._high_water = core.limits.write_high_water
         self._reserved: list[memoryview] = []  # what malloc() has handed out
         self._reserved_size = 0
         self._shut = False  # closed, broken, or ended by send_eof()
@@ -349,8 +353,8 @@ class Writer:
     def __len__(self) -> int:
         """Bytes written and not yet taken by the kernel, an open reservation included."""
         core = self._core
-        queued = conn_queued(core.handle) if core.number in core.hub.outputs else 0
-        return self._size + self._reserved_size + max(queued, 0)
+        queued = 0 if core.closed else max(conn_queued(core.handle), 0)
+        return self._size + self._reserved_size + queued
 
     def __bool__(self) -> bool:
         return True
@@ -373,7 +377,8 @@ class Writer:
         :raises TypeError: if ``data`` is not bytes-like
         """
         if type(data) is not bytes:
-            data = bytes(memoryview(data))  # not bytes(data): that would take a number for a size
+            # not bytes(data) of just anything: that would take a number for a size
+            data = data.tobytes() if type(data) is memoryview else bytes(memoryview(data))
         if self._shut:
             raise self._core.why_unwritable()
         if self._reserved:
@@ -381,7 +386,7 @@ class Writer:
         size = len(data)
         self._pieces.append(data)
         self._size += size
-        if self._size >= self._core.limits.write_high_water:
+        if self._size >= self._high_water:
             self._core.reader._end = SHUT  # the next reader call lets it drain first
         return size
 

@@ -214,12 +214,16 @@ AP_API uint64_t ap_conn_id(ap_conn *conn);
 
 /* Wants n unread bytes, contiguous unless AP_SCATTER. If they are not there, a
  * readable socket is read at once; if that does not do, the output given is
- * sent (what is not taken at once is queued) and the wait is armed.
+ * sent (here, or a copy by the poller; what is not taken at once is queued) and
+ * the wait is armed.
  * Thread: loop. Returns the end of the window, with bit AP_NEW_BLOCK_SHIFT set
  * if its block is new (n == 0 or AP_SCATTER: 0 or more); -EAGAIN or AP_EQUEUED;
  * AP_EEOF; -ETIMEDOUT; -EBADF when closed; -ENOMEM; the socket's error. */
 AP_API int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
                             const char *output, size_t output_size);
+
+/* The same without flags, deadline and output: most requests have none. */
+AP_API int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n);
 
 /* Wants the delimiter within the first max_bytes unread bytes. The search goes
  * on where the last one for the same delimiter stopped.
@@ -264,7 +268,8 @@ AP_API int64_t ap_conn_queued(ap_conn *conn);
  * Thread: loop. Returns 0; -EAGAIN (armed); -ETIMEDOUT; errors. */
 AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
 
-/* Stops the poller from sending and says how many queued bytes are left; then
+/* Stops the poller from sending and says how many queued bytes are left (of
+ * what was given by reference; copies stay before them); then
  * ap_conn_requeue puts pieces in their place. Between them the caller may copy
  * or free the memory. Thread: loop. */
 AP_API int64_t ap_conn_hold(ap_conn *conn);

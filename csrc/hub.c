@@ -220,6 +220,7 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
             tokens[n++] = (ap_token){.id = slot->id, .bits = bits, .error = error};
         ap_slot_unref(slot);
     }
+    hub->batch = n;
     return n;
 }
 

@@ -362,6 +362,7 @@ struct ap_hub {
     ap_slot *_Atomic mailbox;     /* (a) see ap_hub_post */
     _Atomic uint32_t signalled;   /* (a) see ap_hub_post */
     ap_slot *taken;               /* (l) the rest of a list that was taken */
+    int batch;                    /* (l) how many tokens the last take gave */
     ap_context context;           /* (l) */
 };
 
@@ -403,7 +404,10 @@ struct ap_conn {
     int64_t trim_at;       /* when to take an empty tail back; AP_FOREVER: never */
 
     /* output, all (m) */
-    struct iovec *out;     /* queued pieces */
+    struct iovec *out;     /* queued pieces: first our own copies, then Python's memory */
+    ap_block *own;         /* what the first own_count pieces lie in */
+    uint32_t own_count;
+    size_t own_bytes;
     uint32_t out_first, out_count, out_capacity;
     size_t out_bytes;
     int write_error;       /* 0, AP_EIDLE or -errno */
@@ -460,6 +464,8 @@ uint32_t ap_output_events(const ap_conn *conn);
 bool ap_output_write(ap_conn *conn);
 bool ap_output_over(const ap_conn *conn);
 int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count);
+/* Copies a little output, for the driver to send. False: do it otherwise. */
+bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size);
 void ap_output_fail(ap_conn *conn, int error);
 void ap_output_drop(ap_conn *conn);
 

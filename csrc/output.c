@@ -19,6 +19,8 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 
+#define HAND_OVER_FROM 4 /* connections that were ready together */
+#define HAND_OVER_MOST (16u * 1024)
 #define PIECES_AT_ONCE 64 /* far below IOV_MAX, and a small array on the stack */
 
 static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent);
@@ -42,8 +44,18 @@ static void tell(ap_conn *conn)
         ap_hub_post(&conn->slot, bits);
 }
 
+static void forget_own(ap_conn *conn)
+{
+    if (conn->own)
+        ap_block_unref(conn->own);
+    conn->own = NULL;
+    conn->own_count = 0;
+    conn->own_bytes = 0;
+}
+
 static void forget_queue(ap_conn *conn)
 {
+    forget_own(conn);
     conn->out_first = conn->out_count = 0;
     conn->out_bytes = 0;
     if (conn->out_capacity > 16) { /* one stall must not cost memory for ever */
@@ -63,6 +75,7 @@ void ap_output_fail(ap_conn *conn, int error)
 
 void ap_output_drop(ap_conn *conn)
 {
+    forget_own(conn);
     free(conn->out);
     conn->out = NULL;
     conn->out_first = conn->out_count = conn->out_capacity = 0;
@@ -130,7 +143,7 @@ static bool reserve(ap_conn *conn, uint32_t more)
     return true;
 }
 
-/* Queues pieces, without their first skip bytes. */
+/* Queues pieces of Python's, without their first skip bytes. */
 static bool queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip)
 {
     if (!reserve(conn, (uint32_t)count))
@@ -150,6 +163,7 @@ static bool queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t s
 static void advance(ap_conn *conn, size_t n)
 {
     conn->out_bytes -= n;
+    conn->own_bytes -= n < conn->own_bytes ? n : conn->own_bytes;
     while (n > 0) {
         struct iovec *piece = &conn->out[conn->out_first];
         if (n < piece->iov_len) {
@@ -160,6 +174,8 @@ static void advance(ap_conn *conn, size_t n)
         n -= piece->iov_len;
         conn->out_first++;
         conn->out_count--;
+        if (conn->own_count && --conn->own_count == 0)
+            forget_own(conn);
     }
 }
 
@@ -262,6 +278,31 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
     return (int64_t)conn->out_bytes;
 }
 
+/* Who makes the system call for the output of a task that now waits for input?
+ * With one connection the task's own thread, since waking the driver costs more
+ * than the call. When many connections are served at once the driver, which is
+ * awake then, and shares the work (measured: docs/internals/threads.md). It gets
+ * a copy, so Python has nothing to keep and nothing to be told. At most one is
+ * under way: with anything queued, the queue and its bound are the caller's. The
+ * caller pushes the slot, as the last thing before it lets go of the mutex, which
+ * the driver will want. */
+bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size)
+{
+    ap_hub *hub = conn->slot.hub;
+    if (hub->batch < HAND_OVER_FROM || size > HAND_OVER_MOST || conn->out_bytes ||
+        conn->write_error || !(conn->slot.ready & AP_WRITABLE) || !reserve(conn, 1))
+        return false;
+    conn->own = ap_pool_take(hub->context.pool, size);
+    if (!conn->own)
+        return false;
+    uint8_t *copy = ap_block_at(conn->own, AP_BLOCK_HEADER);
+    memcpy(copy, data, size);
+    conn->out[0] = (struct iovec){.iov_base = copy, .iov_len = size};
+    conn->out_count = conn->own_count = 1;
+    conn->out_bytes = conn->own_bytes = size;
+    return true;
+}
+
 _Static_assert(sizeof(ap_piece) == sizeof(struct iovec) &&
                    offsetof(ap_piece, data) == offsetof(struct iovec, iov_base) &&
                    offsetof(ap_piece, size) == offsetof(struct iovec, iov_len),
@@ -346,7 +387,7 @@ int64_t ap_conn_hold(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    int64_t left = (int64_t)conn->out_bytes;
+    int64_t left = (int64_t)(conn->out_bytes - conn->own_bytes);
     conn->held = left > 0;
     ap_slot_unlock(&conn->slot);
     return left;
@@ -358,13 +399,14 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
     if (rc < 0)
         return rc;
     conn->held = false;
-    forget_queue(conn);
+    conn->out_count = conn->own_count;
+    conn->out_bytes = conn->own_bytes;
     int64_t left = conn->write_error;
     if (!left && count > 0 && !queue(conn, (const struct iovec *)pieces, (size_t)count, 0)) {
         left = -ENOMEM;
         ap_output_fail(conn, -ENOMEM);
     }
-    conn->owed = conn->out_bytes > 0;
+    conn->owed = conn->out_bytes > conn->own_bytes;
     unwatch_out(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
         ap_poller_push(&conn->slot, AP_BOX_WORK, 0);

@@ -161,13 +161,16 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
         return -ETIMEDOUT;
     }
     int64_t queued = 0;
-    if (output_size && !conn->shut) {
+    bool handed_over = output_size && !conn->shut && ap_output_hand_over(conn, output, output_size);
+    if (output_size && !conn->shut && !handed_over) {
         ap_piece piece = {.data = output, .size = output_size};
         queued = ap_output_send(conn, &piece, 1);
         if (queued == -ENOMEM)
             return queued; /* the request is lost, and so the answer would never come */
     }
     ap_input_arm(conn, want, n, deadline);
+    if (handed_over)
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
 }
 
@@ -241,6 +244,11 @@ int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t d
     ap_read_to(conn, pos);
     int64_t result = read_locked(conn, n, flags, deadline, output, output_size);
     return leave(conn, result);
+}
+
+int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n)
+{
+    return ap_conn_read(conn, pos, n, 0, 0, NULL, 0);
 }
 
 /* ---- searching -------------------------------------------------------- */

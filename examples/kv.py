@@ -300,6 +300,7 @@ def commands(owner: Any) -> Any:
         most = sys.maxsize if is_open else size + len(parameters)
         key = int(issubclass(owner, Value) or any(p.name == "key" for p in parameters))
         COMMANDS[words] = Command(owner, method, least, most, SPANS.get(name, (key, key, key)))
+        COMMANDS.setdefault(words[:1], Command(owner, method, 2, sys.maxsize, (0, 0, 0)))
     return owner
 
 
@@ -320,13 +321,14 @@ class Value:
 
 @commands
 class List(deque[bytes], Value):
-    def lpush(self, element: bytes, *more: bytes) -> Reply:
-        self.extendleft((element, *more))
+    llen = deque.__len__
+
+    def _push(self, extend: Callable[..., None], element: bytes, *more: bytes) -> Reply:
+        extend(self, (element, *more))
         return len(self)
 
-    def rpush(self, element: bytes, *more: bytes) -> Reply:
-        self.extend((element, *more))
-        return len(self)
+    lpush = partialmethod(_push, deque.extendleft)
+    rpush = partialmethod(_push, deque.extend)
 
     def _pop(self, take: Callable[[List], bytes], count: bytes | None = None) -> Reply:
         size = min(pops(count), len(self))
@@ -336,7 +338,6 @@ class List(deque[bytes], Value):
 
     lpop = partialmethod(_pop, deque.popleft)
     rpop = partialmethod(_pop, deque.pop)
-    llen = deque.__len__
 
     def lrange(self, start: bytes, stop: bytes) -> Reply:
         return [*itertools.islice(self, *clip(start, stop, len(self)))]
@@ -346,15 +347,13 @@ class List(deque[bytes], Value):
 class Set(set[bytes], Value):
     scard = set.__len__
 
-    def sadd(self, member: bytes, *more: bytes) -> Reply:
+    def _change(self, change: Callable[..., None], member: bytes, *more: bytes) -> Reply:
         before = len(self)
-        self.update((member, *more))
-        return len(self) - before
+        change(self, (member, *more))
+        return abs(len(self) - before)
 
-    def srem(self, member: bytes, *more: bytes) -> Reply:
-        before = len(self)
-        self.difference_update((member, *more))
-        return before - len(self)
+    sadd = partialmethod(_change, set.update)
+    srem = partialmethod(_change, set.difference_update)
 
     def smembers(self) -> Reply:
         return self
@@ -599,7 +598,7 @@ class Client:
         matches = [compile_glob(p.lower()) for p in (pattern, *more)]
         return {k: v for k, v in known.items() if any(match(k) for match in matches)}
 
-    def command(self) -> Reply:
+    def command(self, *_: bytes) -> Reply:
         return [row.describe(words[0]) for words, row in COMMANDS.items() if len(words) == 1]
 
     def command_count(self) -> Reply:
@@ -718,19 +717,25 @@ class Client:
     def strlen(self, key: bytes) -> Reply:
         return len(self.db.string(key) or b"")
 
-    def incrby(self, key: bytes, increment: bytes) -> Reply:
-        by, old = integer(increment), self.db.string(key)
+    def _add(self, by: int, key: bytes) -> Reply:
+        old = self.db.string(key)
         total = by if old is None else integer(old) + by
         if not -INT64 <= total < INT64:
             raise Error("ERR increment or decrement would overflow")
         self.db.put(key, b"%d" % total)
         return total
 
-    def incr(self, key: bytes) -> Reply:
-        return self.incrby(key, b"1")
+    incr = partialmethod(_add, 1)
+    decr = partialmethod(_add, -1)
 
-    def decr(self, key: bytes) -> Reply:
-        return self.incrby(key, b"-1")
+    def incrby(self, key: bytes, increment: bytes) -> Reply:
+        return self._add(integer(increment), key)
+
+    def decrby(self, key: bytes, decrement: bytes) -> Reply:  # some clients know no DECR
+        by = -integer(decrement)
+        if by == INT64:
+            raise Error("ERR decrement would overflow")
+        return self._add(by, key)
 
     def mset(self, key: bytes, value: bytes, *more: bytes) -> Reply:
         if len(more) % 2:
@@ -768,8 +773,6 @@ def unknown(request: Sequence[bytes]) -> Error:
     """Return the error for a request that is not in the table."""
     name = latin(request[0])
     if request[0].lower() in CONTAINERS:
-        if len(request) == 1:
-            return arity_error(name.lower())
         subcommand = latin(request[1][:128])
         return Error(f"ERR unknown subcommand '{subcommand}'. Try {name.upper()} HELP.")
     shown = ""
@@ -779,8 +782,9 @@ def unknown(request: Sequence[bytes]) -> Error:
     return Error(f"ERR unknown command '{name[:128]}', with args beginning with: {shown}")
 
 
-def answer(client: Client, request: Sequence[bytes], writer: anypoll.nocopy.Writer) -> None:
+def answer(conn: anypoll.Connection, client: Client, request: Sequence[bytes]) -> None:
     """Carry out a request, and write the reply."""
+    writer = conn.writer
     try:
         reply = execute(client, request)
     except Error as error:
@@ -809,7 +813,7 @@ async def handler(conn: anypoll.Connection) -> None:
             conn.writer.write(error.encode())
             return
         if request:
-            answer(client, request, conn.writer)
+            answer(conn, client, request)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,12 @@ INTEGERS: Table = [
     ("SET n text", b"+OK\r\n"),
     ("INCRBY n 5", NOT_AN_INTEGER),
     ("INCRBY n", arity("incrby")),
+    ("SET n 5", b"+OK\r\n"),
+    ("DECRBY n 7", b":-2\r\n"),
+    ("DECRBY n -9223372036854775808", b"-ERR decrement would overflow\r\n"),
+    ("DECRBY n 9223372036854775807", OVERFLOW),
+    ("DECRBY n x", NOT_AN_INTEGER),
+    ("DECRBY n", arity("decrby")),
     ("INCR", arity("incr")),
 ]
 
@@ -725,6 +731,8 @@ async def test_command_lists_every_command_with_its_arity_and_keys(kv: ModuleTyp
         row(b"zadd", -4, 1, 1, 1),
         row(b"expire", -3, 1, 1, 1),
         row(b"hello", -1, 0, 0, 0),
+        row(b"client", -2, 0, 0, 0),
+        row(b"command", -1, 0, 0, 0),
         row(b"keys", 2, 0, 0, 0),
     ):
         assert expected in listed

@@ -85,11 +85,11 @@ static inline ap_poller_stats stats(struct world *w)
     return s;
 }
 
-/* Of the hub's own pool, which has no statistics of its own. */
+/* Of the blocks that the loop made. */
 static inline ap_poller_stats hub_blocks(struct world *w)
 {
     ap_poller_stats s = {0};
-    ap_pool_statistics(w->hub->context.pool, &s);
+    CHECK_OK(ap_hub_statistics(w->hub, &s));
     return s;
 }
 

@@ -164,15 +164,15 @@ TEST(fork_child_touches_nothing)
 TEST(fork_child_takes_no_inherited_lock)
 {
     struct family f = family_open();
+    pthread_mutex_lock(&f.account->mutex);
+    pthread_mutex_lock(&f.w->poller->lease);
     ap_slot_lock(&f.l.conn->slot);
     pthread_mutex_lock(&f.w->hub->mutex);
-    pthread_mutex_lock(&f.w->poller->lease);
-    pthread_mutex_lock(&f.account->mutex);
     in_child(touch_everything, &f);
-    pthread_mutex_unlock(&f.account->mutex);
-    pthread_mutex_unlock(&f.w->poller->lease);
     pthread_mutex_unlock(&f.w->hub->mutex);
     ap_slot_unlock(&f.l.conn->slot);
+    pthread_mutex_unlock(&f.w->poller->lease);
+    pthread_mutex_unlock(&f.account->mutex);
     parent_goes_on(&f);
     family_close(&f);
 }

@@ -1,0 +1,382 @@
+"""The command: what it serves, what it says, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from anypoll import _cli
+
+TARGETS = """
+import functools
+
+import anyio
+import sibling
+
+
+async def echo(conn):
+    async for chunk in conn:
+        await conn.send(chunk)
+
+
+async def busy(conn):
+    await conn.send(b"busy")
+    await anyio.sleep_forever()
+
+
+async def failing(conn):
+    raise RuntimeError("as told")
+
+
+async def two(first, conn):
+    await echo(conn)
+
+
+class Server:
+    async def method(self, conn):
+        await echo(conn)
+
+    async def __call__(self, conn):
+        await echo(conn)
+
+
+@functools.wraps(echo)
+def wrapped(conn):
+    return echo(conn)
+
+
+partial = functools.partial(two, 1)
+instance = Server()
+
+
+def plain(conn):
+    pass
+"""
+
+BACKENDS = ["asyncio", "uvloop", "trio"]
+
+Anypoll = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], cwd: Path | None = None) -> Iterator[tuple[Process, str]]:
+    """The command and where it listens; it is killed at the end if it still runs."""
+    with subprocess.Popen(
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on "), process.communicate()
+            yield process, line.removeprefix("listening on ").rstrip("\n")
+        finally:
+            process.kill()
+
+
+Process = subprocess.Popen[str]
+
+
+def connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=30)
+
+
+def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
+    """A stop that nobody complains about."""
+    process.send_signal(signum)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0
+
+
+def needs(backend: str) -> None:
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is missing")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory with targets."""
+    (tmp_path / "targets.py").write_text(TARGETS)
+    (tmp_path / "sibling.py").touch()
+    (tmp_path / "broken.py").write_text("x = 1\n\nraise KeyError('told\\nso')\n")
+    (tmp_path / "syntax.py").write_text("x = 1\ny = = 2\n")
+    (tmp_path / "needy.py").write_text("import no_such_module\n")
+    return tmp_path
+
+
+@pytest.fixture
+def anypoll(anypoll_command: list[str], directory: Path) -> Anypoll:
+    """Runs the command in that directory to its end."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*anypoll_command, *arguments],
+            cwd=directory,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+# --- wrong calls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("targets", "'targets' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
+        ("targets.py", "'targets.py' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
+        (":echo", "':echo' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
+        ("targets:", "'targets:' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
+        ("nosuch:echo", "cannot import 'nosuch': ModuleNotFoundError: No module named 'nosuch'"),
+        ("no/such.py:echo", "there is no file 'no/such.py'"),
+        ("targets.py:nosuch", "'targets.py' has no attribute 'nosuch'"),
+        ("targets:nosuch", "'targets' has no attribute 'nosuch'"),
+        ("targets:instance.nosuch", "'targets' has no attribute 'instance.nosuch'"),
+        ("targets:plain", "'plain' in 'targets' is not a coroutine function"),
+        ("targets:Server", "'Server' in 'targets' is not a coroutine function"),
+        ("targets:__name__", "'__name__' in 'targets' is not a coroutine function"),
+        (
+            "needy:echo",
+            "cannot import 'needy': ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+    ],
+)
+def test_a_wrong_target_gives_one_line(anypoll: Anypoll, target: str, message: str) -> None:
+    done = anypoll("serve", target)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"anypoll: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("broken", "KeyError: 'told\\nso' ({}:3)"),
+        ("syntax", "SyntaxError: invalid syntax (syntax.py, line 2)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".py"])
+def test_a_target_that_fails_gives_one_line_that_says_where(
+    anypoll: Anypoll, directory: Path, name: str, suffix: str, reason: str
+) -> None:
+    done = anypoll("serve", f"{name}{suffix}:handler")
+    assert (done.returncode, done.stdout) == (2, "")
+    reason = reason.format(directory / f"{name}.py")
+    assert done.stderr == f"anypoll: cannot import '{name}{suffix}': {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--path", "s", "--port", "1"], "--path excludes --host and --port"),
+        (["--path", "s", "--host", "localhost"], "--path excludes --host and --port"),
+        (["--port", "65536"], "--port must be between 0 and 65535, not 65536"),
+        (["--port", "-1"], "--port must be between 0 and 65535, not -1"),
+    ],
+)
+def test_options_that_make_no_sense(anypoll: Anypoll, options: list[str], message: str) -> None:
+    done = anypoll("serve", "targets:echo", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"anypoll: {message}\n")
+
+
+def test_options_that_anypoll_refuses(anypoll: Anypoll) -> None:
+    done = anypoll("serve", "targets:echo", "--pollers", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("anypoll: --pollers 0: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nosuch"],
+        ["serve"],
+        ["serve", "targets:echo", "--port", "x"],
+        ["serve", "targets:echo", "--backend", "curio"],
+    ],
+)
+def test_what_cannot_be_parsed(anypoll: Anypoll, arguments: list[str]) -> None:
+    done = anypoll(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: anypoll")
+
+
+@pytest.mark.parametrize("backend", ["uvloop", "trio"])
+def test_a_backend_that_is_not_installed(
+    backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _cli.main(["serve", "asyncio:sleep", "--backend", backend]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"anypoll: --backend {backend}: {backend} is not installed\n",
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+def test_help(anypoll: Anypoll, arguments: list[str]) -> None:
+    done = anypoll(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: anypoll")
+
+
+# --- listening -----------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_gives_one_line(anypoll: Anypoll) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = anypoll("serve", "targets:echo", "--port", str(port))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"anypoll: cannot listen on 127.0.0.1:{port}: ")
+    assert done.stderr.endswith("Address already in use\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_path_that_is_a_file_stays_one(anypoll: Anypoll, directory: Path) -> None:
+    done = anypoll("serve", "targets:echo", "--path", "targets.py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("anypoll: cannot listen on targets.py: ")
+    assert done.stderr.count("\n") == 1
+    assert (directory / "targets.py").read_text() == TARGETS
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "targets:echo",
+        "targets.py:echo",
+        "./targets.py:echo",
+        "targets:partial",
+        "targets:wrapped",
+        "targets:instance",
+        "targets:instance.method",
+    ],
+)
+def test_targets(anypoll_command: list[str], directory: Path, target: str) -> None:
+    with running([*anypoll_command, "serve", target], directory) as (process, address):
+        with connect(address) as client:
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+        stop(process)
+
+
+def test_a_file_in_another_directory_finds_its_siblings(
+    anypoll_command: list[str], directory: Path
+) -> None:
+    target = f"{directory / 'targets.py'}:echo"
+    with running([*anypoll_command, "serve", target], Path("/")) as (process, address):
+        connect(address).close()
+        stop(process)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_unix_socket(anypoll_command: list[str], directory: Path, backend: str) -> None:
+    needs(backend)
+    command = [*anypoll_command, "serve", "targets:echo", "--path", "s", "--backend", backend]
+    with running(command, directory) as (process, address):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(directory / address))
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+        stop(process)
+
+
+def test_two_pollers_and_all_interfaces(anypoll_command: list[str], directory: Path) -> None:
+    options = ["--host", "", "--pollers", "2"]
+    with running([*anypoll_command, "serve", "targets:echo", *options], directory) as (
+        process,
+        address,
+    ):
+        port = address.rpartition(":")[2]
+        for _ in range(4):
+            with connect(f"127.0.0.1:{port}") as client:
+                client.sendall(b"hello")
+                assert client.recv(100) == b"hello"
+        process.terminate()
+        more, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+        assert all(line.startswith("listening on ") for line in more.splitlines())
+
+
+def test_addresses_are_shown_as_people_write_them() -> None:
+    assert _cli._show(("127.0.0.1", 80)) == "127.0.0.1:80"
+    assert _cli._show(("::1", 80, 0, 0)) == "[::1]:80"
+    assert _cli._show("/run/s") == "/run/s"
+    assert _cli._show(b"/run/\xff") == "/run/\udcff"
+    assert _cli._show("\0name") == "@name"
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_signal_closes_idle_connections(
+    anypoll_command: list[str], directory: Path, backend: str, signum: signal.Signals
+) -> None:
+    needs(backend)
+    command = [*anypoll_command, "serve", "targets:echo", "--backend", backend]
+    with running(command, directory) as (process, address), connect(address) as client:
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+        stop(process, signum)
+        assert client.recv(100) == b""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_busy_handler_is_cancelled(
+    anypoll_command: list[str], directory: Path, backend: str
+) -> None:
+    needs(backend)
+    command = [*anypoll_command, "serve", "targets:busy", "--backend", backend]
+    with running(command, directory) as (process, address), connect(address) as client:
+        assert client.recv(100) == b"busy"
+        stop(process)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_signal_ends_the_grace(directory: Path, backend: str) -> None:
+    needs(backend)
+    arguments = ["serve", "targets:busy", "--backend", backend]
+    program = (
+        f"from anypoll import _cli; _cli._GRACE = 1000; raise SystemExit(_cli.main({arguments}))"
+    )
+    with (
+        running([sys.executable, "-c", program], directory) as (process, address),
+        connect(address) as client,
+    ):
+        assert client.recv(100) == b"busy"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        with pytest.raises(ConnectionRefusedError):  # the grace has begun
+            connect(address)
+        stop(process, signal.SIGTERM)
+
+
+def test_a_failing_handler_is_logged_and_others_are_served(
+    anypoll_command: list[str], directory: Path
+) -> None:
+    command = [*anypoll_command, "serve", "targets:failing"]
+    with running(command, directory) as (process, address):
+        for _ in range(2):
+            with connect(address) as client, contextlib.suppress(ConnectionResetError):
+                assert client.recv(100) == b""
+        process.terminate()
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "")
+    assert errors.count("RuntimeError: as told\n") == 2
+    assert errors.count("ERROR anypoll.server: ") == 2
