@@ -1,8 +1,8 @@
 """A native networking engine for AnyIO and Trio.
 
 ``async with anypoll.serve(handler, port=8000): ...`` serves connections whose sockets are read and
-written by C threads that never hold the GIL. A connection is an AnyIO ``SocketStream`` with a nocopy
-reader and writer.
+written by C threads that never hold the GIL. A connection is an AnyIO ``SocketStream`` with a
+nocopy reader and writer.
 """
 
 from __future__ import annotations

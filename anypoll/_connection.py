@@ -10,7 +10,7 @@ the start, until it is answered: so cancellation loses nothing, a wake-up needs 
 timeout that has come together with the data gives the data.
 
 The gate. A waiting reader, a close, output above high water and a spent checkpoint budget must all
-stop the reader's fast path. They do it by ``reader._end = SHUT``, which no request can meet, and the
+stop the reader's fast path. They do it by ``reader._end = SHUT``, which no request can meet; the
 next call of C opens it again.
 
 Output. What the writer has pending is handed to C together with the wait, in one call. What the
@@ -58,10 +58,12 @@ from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout, WriteTimeout, os
 
 if TYPE_CHECKING:
     from ._config import Limits
-    from ._epoll import Piece
+    from ._epoll import Conn, Piece
+    from ._hub import Hub
     from .nocopy import Reader, Writer
 
 _AGAIN = -EAGAIN
+_WAITING = frozenset({_AGAIN, EQUEUED})  # the wait is armed
 SHUT = -1  # an end of the window that no request can meet
 _VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
 
@@ -86,6 +88,7 @@ class Core:
         "__weakref__",
         "_abandoned",
         "_flushing",
+        "_owner",
         "_reading",
         "_writing",
         "budget",
@@ -109,28 +112,47 @@ class Core:
 
     reader: Reader
     writer: Writer
+    hub: Hub
+    handle: Conn
+    number: int
+    """by which tokens name the connection"""
+    kind: int
+    limits: Limits
+    budget: int
+    read_timeout: float | None
+    write_timeout: float | None
+    peer: bytes | None
+    """the peer's address, if accept4 has told it"""
+    raw: socket.socket | None
+    """the descriptor as a Python socket, which owns it then"""
+    closed: bool
+    draining: bool
+    """a wait with nothing buffered ends as if the peer had ended"""
+    failure: int
+    """the first error of the socket that was seen"""
+    name: str
 
     def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
         self.closed = True  # until there is something to close
         try:
             hub = self.hub = _runtime.current_hub()
-            self.handle = _epoll.open_connection(
+            self._owner = _epoll.open_connection(
                 _runtime.pick_poller(), hub.handle, fd, kind, limits.read_high_water
             )
         except BaseException:
             _epoll.fd_close(fd)
             raise
+        self.handle = _epoll.bare(self._owner)
         self.kind = kind
         self.limits = limits
         self.number = _epoll.conn_id(self.handle)
         self.budget = _runtime.settings().checkpoint_budget
         self.read_timeout = limits.read_timeout
         self.write_timeout = limits.write_timeout
-        self.peer = peer  # the peer's address, if accept4 has told it
-        self.raw: socket.socket | None = None
-        self.closed = False
-        self.draining = False  # a wait with nothing buffered ends as if the peer had ended
-        self.failure = 0  # the first error of the socket that was seen
+        self.peer = peer
+        self.raw = None
+        self.closed = self.draining = False
+        self.failure = 0
         self.name = ""
         self._reading = self._writing = self._flushing = False
         self._abandoned = False  # what is queued is the rest of a send that was given up
@@ -148,7 +170,8 @@ class Core:
 
     def __del__(self) -> None:
         if not self.closed:
-            warnings.warn(f"unclosed {self.name or 'connection'}", ResourceWarning, source=self)
+            what = self.name or "connection"
+            warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=1, source=self)
             self.close()
 
     # --- what the hub tells ----------------------------------------------------------------------
@@ -282,7 +305,7 @@ class Core:
                             result &= NEW_BLOCK - 1
                         reader._end = result
                     return suspended
-                if result != _AGAIN and result != EQUEUED:
+                if result not in _WAITING:
                     raise self._read_error(result)
                 if self.draining:
                     self._end_if_drained()
@@ -343,7 +366,7 @@ class Core:
                 )
                 if output and result != _AGAIN:
                     self._after_output(result, output)
-                if result != _AGAIN and result != EQUEUED:
+                if result not in _WAITING:
                     return self._found(result, max_bytes)
                 if self.draining:
                     self._end_if_drained()
@@ -740,7 +763,7 @@ class Core:
                 if result != _AGAIN:
                     return
                 await self.hub.wait_write(self.number)
-            while not self.closed and _epoll.conn_linger(self.handle, self.reader._start, deadline) == _AGAIN:
+            while _epoll.conn_linger(self.handle, self.reader._start, deadline) == _AGAIN:
                 self.reader._end = SHUT
                 await self.hub.wait_read(self.number)
         finally:
@@ -779,5 +802,5 @@ def _notify_closing(sock: socket.socket) -> None:
     """Tells tasks that wait for the raw socket through the event loop's own means."""
     try:
         anyio.notify_closing(sock)
-    except Exception:  # no event loop here, or one without waiters: nobody to tell
+    except Exception:  # noqa: BLE001 -- no event loop here, or another one: nobody to tell
         return

@@ -1,6 +1,6 @@
 # What cffi makes of csrc/anypoll.h, as far as Python uses it. The header has the prose.
 # tests/test_epoll.py holds the names and the number of arguments against it.
-from typing import Any, Final, NewType, Protocol
+from typing import Any, NewType, Protocol
 
 Poller = NewType("Poller", object)
 Hub = NewType("Hub", object)
@@ -23,37 +23,37 @@ class Accepted(Protocol):
     address: Any
 
 class Lib(Protocol):
-    AP_EEOF: Final[int]
-    AP_EQUEUED: Final[int]
-    AP_EDELIM: Final[int]
-    AP_EIDLE: Final[int]
-    AP_TCP: Final[int]
-    AP_UNIX: Final[int]
-    AP_MAIL_READ: Final[int]
-    AP_MAIL_WRITE: Final[int]
-    AP_MAIL_SENT: Final[int]
-    AP_MAIL_TRIM: Final[int]
-    AP_MAIL_ACCEPT: Final[int]
-    AP_MAIL_STARVED: Final[int]
-    AP_MAIL_IDLE: Final[int]
-    AP_NOWAIT: Final[int]
-    AP_SCATTER: Final[int]
-    AP_NEW_BLOCK_SHIFT: Final[int]
-    AP_IS_CLOSED: Final[int]
-    AP_IS_BROKEN: Final[int]
-    AP_IS_EOF: Final[int]
-    AP_IS_IDLE_END: Final[int]
-    AP_IS_SHUT: Final[int]
-    AP_CALL_READ: Final[int]
-    AP_CALL_WRITE: Final[int]
-    AP_CALL_ACCEPT: Final[int]
-    AP_CALL_EPOLL_CREATE: Final[int]
-    AP_CALL_EPOLL_CTL: Final[int]
-    AP_CALL_EPOLL_WAIT: Final[int]
-    AP_CALL_EVENTFD: Final[int]
-    AP_CALL_ALLOC: Final[int]
-    AP_CALL_MAP: Final[int]
-    AP_CALL_THREAD: Final[int]
+    AP_EEOF: int
+    AP_EQUEUED: int
+    AP_EDELIM: int
+    AP_EIDLE: int
+    AP_TCP: int
+    AP_UNIX: int
+    AP_MAIL_READ: int
+    AP_MAIL_WRITE: int
+    AP_MAIL_SENT: int
+    AP_MAIL_TRIM: int
+    AP_MAIL_ACCEPT: int
+    AP_MAIL_STARVED: int
+    AP_MAIL_IDLE: int
+    AP_NOWAIT: int
+    AP_SCATTER: int
+    AP_NEW_BLOCK_SHIFT: int
+    AP_IS_CLOSED: int
+    AP_IS_BROKEN: int
+    AP_IS_EOF: int
+    AP_IS_IDLE_END: int
+    AP_IS_SHUT: int
+    AP_CALL_READ: int
+    AP_CALL_WRITE: int
+    AP_CALL_ACCEPT: int
+    AP_CALL_EPOLL_CREATE: int
+    AP_CALL_EPOLL_CTL: int
+    AP_CALL_EPOLL_WAIT: int
+    AP_CALL_EVENTFD: int
+    AP_CALL_ALLOC: int
+    AP_CALL_MAP: int
+    AP_CALL_THREAD: int
 
     def ap_poller_new(self, out: Any, /) -> int: ...
     def ap_poller_start(self, poller: Poller, /) -> int: ...
@@ -135,9 +135,7 @@ class Lib(Protocol):
     def ap_listener_release(self, listener: Listener, /) -> None: ...
     def ap_fork_child(self, /) -> int: ...
     def ap_fd_close(self, fd: int, /) -> int: ...
-    def ap_fault_set(
-        self, call: int, error: int, skip: int, times: int, limit: int, /
-    ) -> int: ...
+    def ap_fault_set(self, call: int, error: int, skip: int, times: int, limit: int, /) -> int: ...
     def ap_fault_clear(self, /) -> None: ...
 
 class FFI(Protocol):

@@ -6,7 +6,8 @@ What they return is a number, or a negative errno, or one of the ``E*`` codes; c
 the prose. Everything else is wrapped here, and goes through :func:`check`.
 
 Handles are cffi pointers with a destructor: the core counts references, and a handle that is
-collected gives its own back, in whatever thread that happens.
+collected gives its own back, in whatever thread that happens. Calls that are made for every request
+take a bare pointer (:func:`bare`) beside it: cffi converts that in half the time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ._errors import os_error
 
@@ -26,9 +27,9 @@ if sys.implementation.name != "cpython":
 from ._core import ffi, lib
 
 if TYPE_CHECKING:
-    from ._core import Account, Accepted, Block, Conn, Hub, Listener, Poller, View
+    from ._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
 
-    __all__ = ("Account", "Accepted", "Block", "Conn", "Hub", "Listener", "Poller", "View")
+    __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
 
 NULL = ffi.NULL
 
@@ -198,6 +199,15 @@ class Tokens:
         self.max = most
         self.array = ffi.new("ap_token[]", [(0, 0, 0)] * most)
         self.memory = memoryview(ffi.buffer(self.array, most * TOKEN_SIZE))
+
+
+Handle = TypeVar("Handle")
+
+
+def bare(handle: Handle) -> Handle:
+    """The same pointer without the destructor; valid as long as ``handle`` is."""
+    pointer: Handle = ffi.cast(ffi.typeof(handle), handle)
+    return pointer
 
 
 # --- connections ---------------------------------------------------------------------------------
@@ -396,9 +406,7 @@ def peer_address(record: bytes) -> tuple[str, int] | str:
 # --- faults, for tests ---------------------------------------------------------------------------
 
 
-def set_fault(
-    call: str, error: int = 0, *, skip: int = 0, times: int = 1, limit: int = 0
-) -> None:
+def set_fault(call: str, error: int = 0, *, skip: int = 0, times: int = 1, limit: int = 0) -> None:
     """Makes system calls of a kind (``"READ"``, ``"WRITE"``, ...) fail; see csrc/anypoll.h.
 
     :raises OSError: ``EINVAL``

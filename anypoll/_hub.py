@@ -25,10 +25,9 @@ from . import _epoll
 from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-    from weakref import ref
+    from collections.abc import Awaitable, Callable, Iterable
 
-    from ._epoll import Piece
+    from ._epoll import Hub as HubHandle, Piece, View
 
 logger = logging.getLogger("anypoll.hub")
 
@@ -49,13 +48,20 @@ class Endpoint(Protocol):
 class Hub(ABC):
     """What an event loop has to do with the pollers; see the module."""
 
+    handle: HubHandle
+    view: View
+    """room for the answer of ``show_block``"""
+    dead: bool
+    """the event loop has ended"""
+
     def __init__(self) -> None:
-        self.handle = _epoll.open_hub()
+        self._owner = _epoll.open_hub()
+        self.handle = _epoll.bare(self._owner)
         self.view = _epoll.new_view()
         self.dead = False
         self.readers: dict[int, Any] = {}
         self.writers: dict[int, list[Any]] = {}
-        self.endpoints: dict[int, ref[Endpoint]] = {}
+        self.endpoints: dict[int, Callable[[], Endpoint | None]] = {}  # weak references
         self.outputs: dict[int, list[Piece]] = {}
         self._tokens = _epoll.Tokens(_TOKENS_AT_ONCE)
 
@@ -98,23 +104,29 @@ class Hub(ABC):
 
     def dispatch(self) -> None:
         """Takes the mailbox and wakes whom it names. To be called in the loop's thread."""
-        readers, wake, tokens = self.readers, self.wake, self._tokens
+        tokens = self._tokens
         n = tokens.max
         trim = 0
         while n == tokens.max:
             n = hub_take(self.handle, tokens.array, n)
+            readable = []
             for number, bits, error in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
-                if bits & MAIL_READ:
-                    waiter = readers.pop(number, None)
-                    if waiter is not None:
-                        wake(waiter)
-                if bits != MAIL_READ:
+                if bits == MAIL_READ:
+                    readable.append(number)
+                else:
                     trim |= bits & MAIL_TRIM
-                    self._dispatch_rest(number, bits, error)
+                    self._dispatch_one(number, bits, error)
+            self._wake_readers(readable)
         if trim:  # now that the wrappers of the blocks are gone
             _epoll.hub_trim(self.handle)
 
-    def _dispatch_rest(self, number: int, bits: int, error: int) -> None:
+    def _wake_readers(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.wake_reader(number)
+
+    def _dispatch_one(self, number: int, bits: int, error: int) -> None:
+        if bits & MAIL_READ:
+            self.wake_reader(number)
         if bits & MAIL_SENT:
             self.outputs.pop(number, None)
         if bits & MAIL_WRITE:

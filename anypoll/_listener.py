@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import BusyResourceError, ClosedResourceError
@@ -38,7 +38,6 @@ __all__ = ("SocketListener", "create_tcp_listener", "create_unix_listener")
 logger = logging.getLogger("anypoll.server")
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-_T = TypeVar("_T")
 
 
 class SocketListener(AnyIOSocketListener):
@@ -91,7 +90,7 @@ class SocketListener(AnyIOSocketListener):
 
     def __del__(self) -> None:
         if not self._closed:
-            warnings.warn("unclosed anypoll listener", ResourceWarning, source=self)
+            warnings.warn("unclosed anypoll listener", ResourceWarning, stacklevel=1, source=self)
             self._close()
 
     def __repr__(self) -> str:
@@ -225,7 +224,7 @@ class SocketListener(AnyIOSocketListener):
         self._forget()
         try:
             anyio.notify_closing(self._raw)
-        except Exception:  # noqa: S110 -- no event loop here, so nobody waits either
+        except Exception:  # noqa: BLE001, S110 -- no event loop here, so nobody waits either
             pass
         self._raw.close()
 
@@ -257,7 +256,7 @@ def open_listeners(
     listeners: list[SocketListener] = []
     try:
         for sock in sockets:
-            listeners.append(SocketListener(sock, account))
+            listeners += [SocketListener(sock, account)]
     except BaseException:
         for listener in listeners:
             listener._close()

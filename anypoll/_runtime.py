@@ -103,7 +103,7 @@ def current_hub() -> Hub:
 def _new_hub(token: object) -> Hub:
     if isinstance(token, AbstractEventLoop):
         return AsyncioHub(token)
-    from ._hub_trio import TrioHub  # noqa: PLC0415 -- trio is optional
+    from ._hub_trio import TrioHub
 
     return TrioHub()
 

@@ -5,9 +5,9 @@ descriptors and starts a handler task for each, and the handler tasks. Nothing t
 handler reaches the task group: its exceptions end at :meth:`Server._run`.
 
 The end comes in one of two ways. Gracefully: listeners close, each idle connection's wait sees the
-end of the stream, busy ones go on until they wait with nothing buffered, and the block ends with the
-last of them, or with ``shutdown_timeout``. By force (an exception in the block, a cancellation, the
-timeout): the handlers are cancelled, and close their connections.
+end of the stream, busy ones go on until they wait with nothing buffered, and the block ends with
+the last of them, or with ``shutdown_timeout``. By force (an exception in the block, a cancellation,
+the timeout): the handlers are cancelled, and close their connections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from anyio import (
@@ -39,9 +39,6 @@ from ._connection import ORIGIN
 from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout, WriteTimeout
 from ._listener import SocketListener, nodelay_fd, open_listeners
 from .streams import Connection, new_connection
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -250,7 +247,7 @@ class Server:
             await self._handler(connection)
             reason = "done"
             await connection._core.finish(self._drain_timeout(connection))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
             reason = self._judge(connection, exc)
         finally:
             connection._core.close()
@@ -365,9 +362,7 @@ class _Where:
         :raises OSError: for a failed bind; nothing is left open
         """
         if self.path is not None:
-            return [
-                _sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)
-            ]
+            return [_sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)]
         if self.sock is not None:
             given = self.sock if isinstance(self.sock, (list, tuple)) else [self.sock]
             return [self._listening(sock) for sock in given]
@@ -467,7 +462,9 @@ class serve:  # noqa: N801 -- it is used as a function
             "write_high_water": write_high_water,
             "read_limit": read_limit,
         }
-        self._limits = {name: value for name, value in limits.items() if value is not None}
+        self._limits: dict[str, Any] = {
+            name: value for name, value in limits.items() if value is not None
+        }
         self._options = (keepalive, nodelay, shutdown_timeout)
 
     async def _server(self) -> Server:

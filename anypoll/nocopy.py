@@ -136,9 +136,7 @@ class Reader:
         await self._core.fill(n, SCATTER)
         self._consume(n)
 
-    async def until(
-        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
-    ) -> memoryview:
+    async def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
         """The bytes through the delimiter, consumed.
 
         :param delimiter: one byte or several; they may lie in different blocks
@@ -183,9 +181,7 @@ class Reader:
         self._core.fill_nowait(n, SCATTER)
         self._consume(n)
 
-    def until_nowait(
-        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
-    ) -> memoryview:
+    def until_nowait(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
         """As :meth:`until`, without waiting.
 
         :raises WouldBlock: if the delimiter is not there, but may still come
@@ -456,4 +452,3 @@ class Writer:
         :raises BusyResourceError: while another task is sending
         """
         await self._core.flush()
-

@@ -47,19 +47,19 @@ enum { AP_TCP = 1, AP_UNIX = 2 };
 
 /* Bits of a token: why the loop is told about a slot. */
 enum {
-    AP_MAIL_READ = 1,    /* the armed read wait is over: look again */
-    AP_MAIL_WRITE = 2,   /* the armed write wait is over: look again */
-    AP_MAIL_SENT = 4,    /* no queued output is referenced any more */
-    AP_MAIL_TRIM = 8,    /* the empty block was taken back: drop the wrapper */
-    AP_MAIL_ACCEPT = 16, /* accepted descriptors, or an error, wait to be taken */
+    AP_MAIL_READ = 1,     /* the armed read wait is over: look again */
+    AP_MAIL_WRITE = 2,    /* the armed write wait is over: look again */
+    AP_MAIL_SENT = 4,     /* no queued output is referenced any more */
+    AP_MAIL_TRIM = 8,     /* the empty block was taken back: drop the wrapper */
+    AP_MAIL_ACCEPT = 16,  /* accepted descriptors, or an error, wait to be taken */
     AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
-    AP_MAIL_IDLE = 64    /* the idle timeout has ended the connection */
+    AP_MAIL_IDLE = 64     /* the idle timeout has ended the connection */
 };
 
 /* Flags of ap_conn_read and ap_conn_find. */
 enum {
-    AP_NOWAIT = 1,   /* do not arm a wait: -EAGAIN only says that too little is there */
-    AP_SCATTER = 2   /* the bytes need not be contiguous */
+    AP_NOWAIT = 1, /* do not arm a wait: -EAGAIN only says that too little is there */
+    AP_SCATTER = 2 /* the bytes need not be contiguous */
 };
 
 /* In the result of ap_conn_read: the window lies in a block that was not
@@ -68,11 +68,11 @@ enum { AP_NEW_BLOCK_SHIFT = 40 };
 
 /* Bits of ap_conn_status. */
 enum {
-    AP_IS_CLOSED = 1, /* closed by its owner (or by the end of its loop) */
-    AP_IS_BROKEN = 2, /* known to be dead: RST, failed write, idle end */
-    AP_IS_EOF = 4,    /* the peer's FIN was read */
+    AP_IS_CLOSED = 1,   /* closed by its owner (or by the end of its loop) */
+    AP_IS_BROKEN = 2,   /* known to be dead: RST, failed write, idle end */
+    AP_IS_EOF = 4,      /* the peer's FIN was read */
     AP_IS_IDLE_END = 8, /* broken by the idle timeout */
-    AP_IS_SHUT = 16       /* ap_conn_shutdown was called */
+    AP_IS_SHUT = 16     /* ap_conn_shutdown was called */
 };
 
 /* One entry of the mailbox as the loop sees it. */
@@ -188,7 +188,8 @@ AP_API int ap_hub_trim(ap_hub *hub);
 AP_API int ap_hub_statistics(ap_hub *hub, ap_poller_stats *out);
 
 /* The loop has ended: closes all its connections and listeners (of disowned
- * ones the descriptor stays); signallers find it dead. Idempotent. Thread: any, when the loop no longer runs. */
+ * ones the descriptor stays); signallers find it dead. Idempotent. Thread: any, when the loop no
+ * longer runs. */
 AP_API int ap_hub_kill(ap_hub *hub);
 
 /* Drops the caller's reference. */

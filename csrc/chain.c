@@ -83,8 +83,8 @@ static bool matches(const ap_block *block, size_t at, const uint8_t *delimiter, 
 
 /* Within one block memmem is quicker than anything by hand; only the last
  * size - 1 positions of a block need the slow comparison across blocks. */
-size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size,
-                     size_t max_bytes, size_t *searched)
+size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size, size_t max_bytes,
+                     size_t *searched)
 {
     size_t limit = chain->size < max_bytes ? chain->size : max_bytes;
     size_t base = 0; /* bytes of the blocks before this one */

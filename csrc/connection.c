@@ -310,7 +310,8 @@ void ap_conn_release(ap_conn *conn)
 {
     if (conn->slot.epoch != ap_epoch_now())
         return;
-    if (ap_conn_close(conn, 0, conn->slot.disowned) < 0) { /* detached, perhaps: what nobody fetched */
+    if (ap_conn_close(conn, 0, conn->slot.disowned) <
+        0) { /* detached, perhaps: what nobody fetched */
         ap_slot_lock(&conn->slot);
         ap_input_drop(conn);
         ap_slot_unlock(&conn->slot);

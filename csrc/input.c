@@ -39,12 +39,9 @@ static bool delimiter_found(ap_conn *conn)
 static bool target_met(ap_conn *conn)
 {
     switch (conn->want) {
-    case AP_WANT_BYTES:
-        return conn->input.size >= conn->want_bytes;
-    case AP_WANT_DELIMITER:
-        return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
-    default:
-        return false;
+    case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
+    case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
+    default: return false;
     }
 }
 
@@ -262,8 +259,7 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
         ap_block_unref(into.fresh);
     if (got > 0) {
         note_read(conn, (size_t)got);
-        if ((size_t)got < into.offered && conn->type == AP_TCP &&
-            !(slot->ready & AP_NO_SHORT_READ))
+        if ((size_t)got < into.offered && conn->type == AP_TCP && !(slot->ready & AP_NO_SHORT_READ))
             slot->ready &= (uint8_t)~AP_READABLE;
         return (size_t)got;
     }

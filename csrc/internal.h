@@ -31,10 +31,10 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#define AP_BOUND (256u * 1024)     /* bytes moved under one hold of a slot's mutex */
-#define AP_SCRATCH (64u * 1024)    /* where input of unknown size is read to first */
-#define AP_BLOCK_MIN (2u * 1024)   /* smallest block, header included */
-#define AP_BLOCK_LARGE (32u * 1024) /* from here on blocks are mapped one by one */
+#define AP_BOUND (256u * 1024)          /* bytes moved under one hold of a slot's mutex */
+#define AP_SCRATCH (64u * 1024)         /* where input of unknown size is read to first */
+#define AP_BLOCK_MIN (2u * 1024)        /* smallest block, header included */
+#define AP_BLOCK_LARGE (32u * 1024)     /* from here on blocks are mapped one by one */
 #define AP_BLOCK_MAX (8u * 1024 * 1024) /* largest block that input is read to */
 #define AP_DELIMITER_INLINE 16
 #define AP_ACCEPT_BATCH 64
@@ -52,7 +52,7 @@
 #endif
 
 #define AP_ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
-#define AP_CONTAINER(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+#define AP_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
 
 /* ---- counters ---------------------------------------------------------
  * Relaxed: they order nothing, and a reader may see them a little late. */
@@ -170,8 +170,8 @@ void ap_chain_drop(ap_chain *chain, ap_conn *conn);
 size_t ap_chain_copy(const ap_chain *chain, size_t skip, uint8_t *out, size_t n);
 /* Finds the delimiter at or behind *searched and within max_bytes. Returns the
  * length through it, or 0 and moves *searched. */
-size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size,
-                     size_t max_bytes, size_t *searched);
+size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size, size_t max_bytes,
+                     size_t *searched);
 
 /* ---- timer.c ---------------------------------------------------------- */
 
@@ -184,10 +184,10 @@ typedef struct ap_timer {
 } ap_timer;
 
 typedef struct {
-    uint64_t now;                                   /* (d) the last tick that was run */
-    uint64_t used[AP_WHEEL_LEVELS];                 /* (d) a bit per slot that is not empty */
+    uint64_t now;                                    /* (d) the last tick that was run */
+    uint64_t used[AP_WHEEL_LEVELS];                  /* (d) a bit per slot that is not empty */
     ap_timer slots[AP_WHEEL_LEVELS][AP_WHEEL_SLOTS]; /* (d) heads of rings */
-    size_t filed;                                   /* (d) */
+    size_t filed;                                    /* (d) */
 } ap_wheel;
 
 void ap_wheel_init(ap_wheel *wheel, int64_t now);
@@ -261,13 +261,13 @@ struct ap_slot {
     ap_timer timer;    /* (d) */
     int64_t timer_at;  /* (m) the moment the timer is or will be filed for; AP_FOREVER: none */
 
-    ap_slot *_Atomic box_next;  /* (a) release in the push, read by the taker of the list */
-    _Atomic uint32_t box_bits;  /* (a) see poller.c */
-    ap_slot *_Atomic mail_next; /* (a) likewise */
-    _Atomic uint32_t mail_bits; /* (a) see hub.c */
+    ap_slot *_Atomic box_next;    /* (a) release in the push, read by the taker of the list */
+    _Atomic uint32_t box_bits;    /* (a) see poller.c */
+    ap_slot *_Atomic mail_next;   /* (a) likewise */
+    _Atomic uint32_t mail_bits;   /* (a) see hub.c */
     ap_slot *hub_prev, *hub_next; /* (h) the hub's open slots */
     bool hub_linked;              /* (h) */
-    ap_slot *free_next;         /* (s) */
+    ap_slot *free_next;           /* (s) */
 };
 
 int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out) AP_MUST_CHECK;
@@ -293,7 +293,7 @@ static inline void ap_slot_unlock(ap_slot *slot)
 }
 
 #ifdef AP_DEBUG
-#define AP_ASSERT_LOCKED(slot)                                                                     \
+#define AP_ASSERT_LOCKED(slot) \
     assert(atomic_load_explicit(&(slot)->owner, memory_order_relaxed) == (uintptr_t)pthread_self())
 #else
 #define AP_ASSERT_LOCKED(slot) ((void)0)
@@ -318,22 +318,22 @@ int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
 /* ---- poller.c --------------------------------------------------------- */
 
 struct ap_poller {
-    int epfd;                          /* (c) */
-    int efd;                           /* (c) */
-    uint32_t epoch;                    /* (c) */
-    _Atomic int32_t refs;              /* (a) acq_rel: the creator, and each open slot */
-    pthread_mutex_t lease;             /* held by the driver, only ever tried */
-    pthread_t thread;                  /* (c) once started */
-    _Atomic bool started;              /* (a) relaxed: start and stop come from one place */
-    _Atomic bool stopping;             /* (a) release in stop; acquire in the thread */
-    ap_slot *_Atomic inbox;            /* (a) see ap_poller_push */
-    _Atomic int64_t blocked_until;     /* (a) see ap_poller_push; 0: running */
-    ap_slot *run_head, **run_tail;     /* (d) slots with work left */
-    ap_wheel wheel;                    /* (d) */
-    ap_context context;                /* (d) */
-    int64_t now;                       /* (d) when epoll_wait last returned */
-    bool busy;                         /* (d) the last epoll_wait found something */
-    int64_t sweep_at;                  /* (d) when to trim the pool; AP_FOREVER: nothing to do */
+    int epfd;                      /* (c) */
+    int efd;                       /* (c) */
+    uint32_t epoch;                /* (c) */
+    _Atomic int32_t refs;          /* (a) acq_rel: the creator, and each open slot */
+    pthread_mutex_t lease;         /* held by the driver, only ever tried */
+    pthread_t thread;              /* (c) once started */
+    _Atomic bool started;          /* (a) relaxed: start and stop come from one place */
+    _Atomic bool stopping;         /* (a) release in stop; acquire in the thread */
+    ap_slot *_Atomic inbox;        /* (a) see ap_poller_push */
+    _Atomic int64_t blocked_until; /* (a) see ap_poller_push; 0: running */
+    ap_slot *run_head, **run_tail; /* (d) slots with work left */
+    ap_wheel wheel;                /* (d) */
+    ap_context context;            /* (d) */
+    int64_t now;                   /* (d) when epoll_wait last returned */
+    bool busy;                     /* (d) the last epoll_wait found something */
+    int64_t sweep_at;              /* (d) when to trim the pool; AP_FOREVER: nothing to do */
     ap_counter connections, waits, polls, events, reads, writes, again, accepts, bytes_received,
         bytes_sent, wakeups, wakeups_coalesced, stale_tokens, stalls, timeouts, slots;
 };
@@ -353,17 +353,17 @@ void ap_poller_ref(ap_poller *poller);
 /* ---- hub.c ------------------------------------------------------------ */
 
 struct ap_hub {
-    int efd;                      /* (h) written; the loop, which ends first, reads it freely */
-    uint32_t epoch;               /* (c) */
-    _Atomic int32_t refs;         /* (a) acq_rel: the loop, each open slot */
+    int efd;              /* (h) written; the loop, which ends first, reads it freely */
+    uint32_t epoch;       /* (c) */
+    _Atomic int32_t refs; /* (a) acq_rel: the loop, each open slot */
     pthread_mutex_t mutex;
-    bool dead;                    /* (h) */
-    ap_slot *open;                /* (h) */
-    ap_slot *_Atomic mailbox;     /* (a) see ap_hub_post */
-    _Atomic uint32_t signalled;   /* (a) see ap_hub_post */
-    ap_slot *taken;               /* (l) the rest of a list that was taken */
-    int batch;                    /* (l) how many tokens the last take gave */
-    ap_context context;           /* (l) */
+    bool dead;                  /* (h) */
+    ap_slot *open;              /* (h) */
+    ap_slot *_Atomic mailbox;   /* (a) see ap_hub_post */
+    _Atomic uint32_t signalled; /* (a) see ap_hub_post */
+    ap_slot *taken;             /* (l) the rest of a list that was taken */
+    int batch;                  /* (l) how many tokens the last take gave */
+    ap_context context;         /* (l) */
 };
 
 void ap_hub_ref(ap_hub *hub);
@@ -382,41 +382,41 @@ struct ap_conn {
 
     /* input, all (m) */
     ap_chain input;
-    ap_block *shown;       /* the block that was handed out; always input.head or NULL */
-    uint64_t consumed;     /* bytes, since the beginning */
-    uint32_t high, low;    /* water marks */
-    uint32_t grow;         /* size of the next block */
-    uint32_t recent;       /* bytes that the last read brought */
-    int read_end;          /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
-    bool paused;           /* above high water, until below low */
-    bool discarding;       /* what arrives is thrown away */
-    bool gone;             /* RST noticed behind paused input */
+    ap_block *shown;    /* the block that was handed out; always input.head or NULL */
+    uint64_t consumed;  /* bytes, since the beginning */
+    uint32_t high, low; /* water marks */
+    uint32_t grow;      /* size of the next block */
+    uint32_t recent;    /* bytes that the last read brought */
+    int read_end;       /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
+    bool paused;        /* above high water, until below low */
+    bool discarding;    /* what arrives is thrown away */
+    bool gone;          /* RST noticed behind paused input */
 
     /* the read wait, all (m) */
-    uint8_t want;          /* enum ap_want */
+    uint8_t want; /* enum ap_want */
     bool want_expired;
-    size_t want_bytes;     /* bytes, or max_bytes of a delimiter */
+    size_t want_bytes; /* bytes, or max_bytes of a delimiter */
     int64_t want_deadline;
     uint8_t delimiter_inline[AP_DELIMITER_INLINE];
-    uint8_t *delimiter;    /* delimiter_inline or allocated */
+    uint8_t *delimiter; /* delimiter_inline or allocated */
     size_t delimiter_size;
-    uint64_t searched;     /* position in the stream up to which it is known to be absent */
-    int64_t trim_at;       /* when to take an empty tail back; AP_FOREVER: never */
+    uint64_t searched; /* position in the stream up to which it is known to be absent */
+    int64_t trim_at;   /* when to take an empty tail back; AP_FOREVER: never */
 
     /* output, all (m) */
-    struct iovec *out;     /* queued pieces: first our own copies, then Python's memory */
-    ap_block *own;         /* what the first own_count pieces lie in */
+    struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
+    ap_block *own;     /* what the first own_count pieces lie in */
     uint32_t own_count;
     size_t own_bytes;
     uint32_t out_first, out_count, out_capacity;
     size_t out_bytes;
-    int write_error;       /* 0, AP_EIDLE or -errno */
-    bool held;             /* between ap_conn_hold and ap_conn_requeue */
-    bool owed;             /* AP_MAIL_SENT must follow */
-    bool shut;             /* SHUT_WR was done */
-    bool registered;       /* epoll watches it */
-    bool watching_out;     /* AP_UNIX: EPOLLOUT is in the mask */
-    int send_error;        /* the errno of sendmsg, which has taken the socket's error */
+    int write_error;   /* 0, AP_EIDLE or -errno */
+    bool held;         /* between ap_conn_hold and ap_conn_requeue */
+    bool owed;         /* AP_MAIL_SENT must follow */
+    bool shut;         /* SHUT_WR was done */
+    bool registered;   /* epoll watches it */
+    bool watching_out; /* AP_UNIX: EPOLLOUT is in the mask */
+    int send_error;    /* the errno of sendmsg, which has taken the socket's error */
     bool drain_armed, drain_writable, drain_expired;
     int64_t drain_deadline;
 
@@ -476,19 +476,19 @@ struct ap_account {
     _Atomic int32_t credits; /* (a) acq_rel: one is taken before each accept4 */
     uint32_t epoch;          /* (c) */
     pthread_mutex_t mutex;
-    ap_listener *listeners;  /* under mutex */
+    ap_listener *listeners; /* under mutex */
 };
 
 struct ap_listener {
     ap_slot slot;
-    ap_account *account;     /* (c) */
+    ap_account *account;       /* (c) */
     ap_listener *account_next; /* under the account's mutex */
-    ap_accepted *queue;      /* (m) accepted and not yet taken */
+    ap_accepted *queue;        /* (m) accepted and not yet taken */
     uint32_t first, count, capacity;
-    int error;               /* (m) of accept4, to be reported once */
-    int64_t paused_until;    /* (m) 0: not paused */
-    bool starving;           /* (m) an episode is on, and was told */
-    int starved_error;       /* (m) */
+    int error;            /* (m) of accept4, to be reported once */
+    int64_t paused_until; /* (m) 0: not paused */
+    bool starving;        /* (m) an episode is on, and was told */
+    int starved_error;    /* (m) */
 };
 
 bool ap_listener_serve(ap_listener *listener);

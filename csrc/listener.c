@@ -118,8 +118,7 @@ int ap_account_add(ap_account *account, int credits)
 
 /* ---- opening and closing ---------------------------------------------- */
 
-int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
-                    ap_listener **out)
+int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account, ap_listener **out)
 {
     if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
         return -ECHILD;
@@ -133,8 +132,8 @@ int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
     rc = ap_hub_link(slot);
     if (rc == 0) {
         ap_slot_lock(slot);
-        rc = ap_sys_epoll_ctl(poller->epfd, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLET,
-                              ap_slot_tag(slot));
+        rc =
+            ap_sys_epoll_ctl(poller->epfd, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLET, ap_slot_tag(slot));
         ap_slot_unlock(slot);
     }
     if (rc < 0) {
@@ -212,9 +211,9 @@ int ap_listener_fd(ap_listener *listener, int disown)
 static bool worth_ignoring(int error)
 {
     static const int errors[] = {
-        EPERM,      ECONNABORTED, EPROTO,         ENETDOWN,         ENOPROTOOPT,
-        EHOSTDOWN,  ENONET,       EHOSTUNREACH,   EOPNOTSUPP,       ENETUNREACH,
-        ENOSR,      ETIMEDOUT,    ESOCKTNOSUPPORT, EPROTONOSUPPORT, ECONNRESET,
+        EPERM,     ECONNABORTED, EPROTO,          ENETDOWN,        ENOPROTOOPT,
+        EHOSTDOWN, ENONET,       EHOSTUNREACH,    EOPNOTSUPP,      ENETUNREACH,
+        ENOSR,     ETIMEDOUT,    ESOCKTNOSUPPORT, EPROTONOSUPPORT, ECONNRESET,
     };
     for (size_t i = 0; i < AP_ARRAY_SIZE(errors); i++) {
         if (errors[i] == error)

@@ -99,8 +99,8 @@ static void watch_out(ap_conn *conn, bool on)
     conn->watching_out = on;
     if (!conn->registered)
         return; /* it will be with this mask */
-    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd,
-                              ap_output_events(conn), ap_slot_tag(slot));
+    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, ap_output_events(conn),
+                              ap_slot_tag(slot));
     if (rc < 0)
         ap_output_fail(conn, rc);
 }

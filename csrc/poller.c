@@ -270,8 +270,7 @@ static int wait_events(ap_poller *poller, struct epoll_event *events, int timeou
         if (n != 0)
             return n;
     }
-    int64_t limit =
-        timeout_ms < 0 ? AP_FOREVER : ap_now() + (int64_t)timeout_ms * 1000000;
+    int64_t limit = timeout_ms < 0 ? AP_FOREVER : ap_now() + (int64_t)timeout_ms * 1000000;
     int64_t due = earlier(ap_wheel_next(&poller->wheel), poller->sweep_at);
     return block(poller, events, earlier(limit, due));
 }

@@ -43,13 +43,13 @@ struct ap_slab {
 };
 
 struct ap_pool {
-    _Atomic uint32_t refs;                /* (a) acq_rel on the way down */
-    uint32_t epoch;                       /* (c) */
-    ap_slab partial[SMALL_CLASSES];       /* (o) ring heads */
-    uint32_t empty[SMALL_CLASSES];        /* (o) slabs in the ring that are wholly free */
-    ap_block *cached[CACHED_CLASSES];     /* (o) */
-    _Atomic size_t cached_bytes;          /* (a) relaxed: a bound, not a ledger */
-    ap_block *_Atomic returned;           /* (a) release in give_back, acquire in reclaim */
+    _Atomic uint32_t refs;            /* (a) acq_rel on the way down */
+    uint32_t epoch;                   /* (c) */
+    ap_slab partial[SMALL_CLASSES];   /* (o) ring heads */
+    uint32_t empty[SMALL_CLASSES];    /* (o) slabs in the ring that are wholly free */
+    ap_block *cached[CACHED_CLASSES]; /* (o) */
+    _Atomic size_t cached_bytes;      /* (a) relaxed: a bound, not a ledger */
+    ap_block *_Atomic returned;       /* (a) release in give_back, acquire in reclaim */
     ap_counter blocks_in_use, bytes_in_use, blocks_free, bytes_free, bytes_pinned;
 };
 
@@ -254,8 +254,7 @@ static bool cache_has_room(ap_pool *pool, const ap_block *block)
 {
     if (block->size_class == UNCACHED)
         return false;
-    size_t had =
-        atomic_fetch_add_explicit(&pool->cached_bytes, block->size, memory_order_relaxed);
+    size_t had = atomic_fetch_add_explicit(&pool->cached_bytes, block->size, memory_order_relaxed);
     if (had + block->size <= CACHE_LIMIT)
         return true;
     atomic_fetch_sub_explicit(&pool->cached_bytes, block->size, memory_order_relaxed);

@@ -13,7 +13,7 @@
 
 #include <stdlib.h>
 
-#define WINDOW (64u * 1024) /* what is shown beyond a request: bounds unreported consumption */
+#define WINDOW (64u * 1024)      /* what is shown beyond a request: bounds unreported consumption */
 #define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
 
 /* ---- the window ------------------------------------------------------- */
@@ -152,7 +152,7 @@ static int64_t leave(ap_conn *conn, int64_t result)
 
 /* Nothing will do but waiting: sends the output that came along, and arms. */
 int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int64_t deadline,
-                        const char *output, size_t output_size)
+                     const char *output, size_t output_size)
 {
     if (flags & AP_NOWAIT)
         return -EAGAIN;
@@ -212,8 +212,8 @@ static void make_room(ap_conn *conn, size_t n)
     conn->shown = NULL;
 }
 
-static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
-                           const char *output, size_t output_size)
+static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline, const char *output,
+                           size_t output_size)
 {
     conn->want = AP_WANT_BYTES; /* what is read now is read for this */
     conn->want_bytes = n;
@@ -273,8 +273,8 @@ static size_t find_length(ap_conn *conn, size_t max_bytes)
 {
     size_t searched =
         conn->searched > conn->consumed ? (size_t)(conn->searched - conn->consumed) : 0;
-    size_t length = ap_chain_find(&conn->input, conn->delimiter, conn->delimiter_size, max_bytes,
-                                  &searched);
+    size_t length =
+        ap_chain_find(&conn->input, conn->delimiter, conn->delimiter_size, max_bytes, &searched);
     conn->searched = conn->consumed + searched;
     return length;
 }

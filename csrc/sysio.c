@@ -96,12 +96,12 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
 }
 
 /* Evaluates call until it is not interrupted; the result is >= 0 or -errno. */
-#define RETRY(result, kind, call)                                                                  \
-    do {                                                                                           \
-        int injected = fault_error(kind);                                                          \
-        (result) = injected ? -injected : (call);                                                  \
-        if (!injected && (result) < 0)                                                             \
-            (result) = -errno;                                                                     \
+#define RETRY(result, kind, call)                 \
+    do {                                          \
+        int injected = fault_error(kind);         \
+        (result) = injected ? -injected : (call); \
+        if (!injected && (result) < 0)            \
+            (result) = -errno;                    \
     } while ((result) == -EINTR)
 
 /* ---- transfers -------------------------------------------------------- */

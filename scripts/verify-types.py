@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 
@@ -16,8 +17,19 @@ def main() -> None:
     site = sys.argv[1]
     pyright = Path(sys.executable).with_name("pyright")
     run = subprocess.run(
-        [pyright, "--outputjson", "--verifytypes", "anypoll", "--ignoreexternal"],
-        env={**os.environ, "PYTHONPATH": site, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
+        [
+            pyright,
+            "--outputjson",
+            "--verifytypes",
+            "anypoll",
+            "--ignoreexternal",
+        ],
+        # here --verifytypes finds packages only on PYTHONPATH: ours, and those its types come from
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{site}:{sysconfig.get_path('purelib')}",
+            "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1",
+        },
         check=False,
         capture_output=True,
         text=True,

@@ -173,11 +173,11 @@ static inline void breathe(struct world *w)
         step(w, 5);
 }
 
-#define UNTIL(w, condition)                                        \
-    for (int64_t end_ = ap_now() + PATIENCE; !(condition);) {      \
-        breathe(w);                                                \
-        if (ap_now() > end_)                                       \
-            CHECK_FAIL("UNTIL(%s): it did not come", #condition);  \
+#define UNTIL(w, condition)                                       \
+    for (int64_t end_ = ap_now() + PATIENCE; !(condition);) {     \
+        breathe(w);                                               \
+        if (ap_now() > end_)                                      \
+            CHECK_FAIL("UNTIL(%s): it did not come", #condition); \
     }
 
 /* Waits for any of bits, and takes those that came out of the mail. */
@@ -322,8 +322,8 @@ struct link {
     struct world *w;
     ap_conn *conn;
     uint64_t id;
-    int fd;   /* of conn */
-    int peer; /* -1 once closed */
+    int fd;          /* of conn */
+    int peer;        /* -1 once closed */
     ap_block *block; /* what was handed out; we own one reference */
     uint32_t pos;    /* our place in it */
 };

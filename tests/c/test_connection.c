@@ -175,7 +175,7 @@ TEST(linger_has_nothing_to_do)
         UNTIL(w, unread_in_kernel(l.peer) == 3);
         CHECK_EQ(recv(l.peer, got, 3, 0), 3);
         /* not 40 ms for the acknowledgement: SIOCOUTQNSD, and not SIOCOUTQ (measured) */
-        CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), 0);
+        CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
         link_close(&l);
         world_close(w);
     }
@@ -223,11 +223,11 @@ TEST(linger_loses_no_byte)
     if (ap_conn_write(l.conn, (char *)data, n) > 0)
         await(w, l.id, AP_MAIL_SENT);
     arrived(&l, 1); /* something is unread */
-    int rc = ap_conn_linger(l.conn, l.pos, 0, 0);
+    int rc = ap_conn_linger(l.conn, l.pos, 0);
     CHECK_EQ(rc, -EAGAIN);
     CHECK_EQ(ap_conn_status(l.conn) & AP_IS_SHUT, AP_IS_SHUT);
     await(w, l.id, AP_MAIL_READ); /* the peer closes after it has seen our end */
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), 0);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
     pthread_join(thread, NULL);
     l.peer = -1;
     CHECK_EQ(t.heard, n);
@@ -270,11 +270,11 @@ TEST(linger_deadline)
     peer_say(&l, 1, 0, 100);
     arrived(&l, 100);
     int64_t deadline = ap_now() + 5 * MS;
-    int rc = ap_conn_linger(l.conn, l.pos, 0, deadline);
+    int rc = ap_conn_linger(l.conn, l.pos, deadline);
     CHECK_EQ(rc, -EAGAIN);
     await(w, l.id, AP_MAIL_READ);
     CHECK(ap_now() >= deadline);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, deadline), -ETIMEDOUT);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, deadline), -ETIMEDOUT);
     peer_expect_eof(&l);
     link_close(&l);
     world_close(w);
@@ -288,7 +288,7 @@ TEST(linger_after_the_end)
     peer_close(&l);
     expect(&l, 1, 0, 50);
     CHECK_EQ(want_wait(&l, 100), AP_EEOF);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), 0); /* all was read, and nothing more comes */
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0); /* all was read, and nothing more comes */
     link_close(&l);
     world_close(w);
 }
@@ -299,11 +299,11 @@ TEST(linger_ends_with_a_reset)
     struct link l = link_open(w, AP_TCP, HIGH);
     peer_say(&l, 1, 0, 100);
     arrived(&l, 100);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
     settle(w);
     peer_reset(&l);
     await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), 0);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
     link_close(&l);
     world_close(w);
 }
@@ -316,7 +316,7 @@ TEST(linger_does_not_cut_off_queued_output)
     uint8_t *data = pattern_make(1, 0, 8 * MB);
     CHECK(ap_conn_write(l.conn, (char *)data, 8 * MB) > 0);
     settle(w);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0, 0), -EBUSY);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EBUSY);
     peer_expect(&l, 1, 0, 8 * MB);
     await(w, l.id, AP_MAIL_SENT);
     free(data);

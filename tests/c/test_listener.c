@@ -238,8 +238,8 @@ static void starve(struct door *d, int error, int episode)
     CHECK_EQ(mail_at(d->w, id)->error, error);
     while (ap_now() - begin < 3 * AP_ACCEPT_PAUSE / 2) /* into the second pause */
         step(d->w, 20);
-    CHECK_EQ(mail_of(d->w, id), 0);                /* told once an episode */
-    CHECK(stats(d->w).polls - polls < 100);        /* L35: no spin */
+    CHECK_EQ(mail_of(d->w, id), 0);         /* told once an episode */
+    CHECK(stats(d->w).polls - polls < 100); /* L35: no spin */
     ap_fault_clear();
     int64_t recovered = ap_now();
     await(d->w, id, AP_MAIL_ACCEPT);
@@ -297,8 +297,8 @@ TEST(listener_without_memory)
 /* A connection that died in the backlog is not the listener's error (O5). */
 TEST(listener_ignores_errors_of_connections)
 {
-    static const int errors[] = {ECONNABORTED, EPROTO, ENETDOWN, EHOSTUNREACH, ETIMEDOUT, EPERM,
-                                 ECONNRESET};
+    static const int errors[] = {ECONNABORTED, EPROTO, ENETDOWN,  EHOSTUNREACH,
+                                 ETIMEDOUT,    EPERM,  ECONNRESET};
     struct door d = door_open();
     for (size_t i = 0; i < AP_ARRAY_SIZE(errors); i++) {
         CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, errors[i], 0, 5, 0));

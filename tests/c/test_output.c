@@ -144,7 +144,7 @@ TEST(output_many_pieces)
         send_pieces(kind, 3000, 7);
         send_pieces(kind, 3000, 1000);
         send_pieces(kind, 5, 700 * KB);
-        send_pieces(kind, 64, 4096);     /* the bound falls on the end of a piece */
+        send_pieces(kind, 64, 4096); /* the bound falls on the end of a piece */
         send_pieces(kind, 65, 4096);
     }
 }

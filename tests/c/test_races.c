@@ -278,7 +278,9 @@ static void *brawl_peer(void *arg)
         switch (random_below(&seed, 10)) {
         case 0: shutdown(fd, SHUT_WR); break;
         case 1: shutdown(fd, SHUT_RDWR); break;
-        case 2: case 3: case 4:
+        case 2:
+        case 3:
+        case 4:
             while (recv(fd, buffer, sizeof buffer, MSG_DONTWAIT) > 0)
                 ;
             break;

@@ -90,14 +90,22 @@ static int64_t do_close(ap_conn *c)
 }
 
 static const struct verb verbs[] = {
-    {"register", do_register},         {"read", do_read},
-    {"find", do_find},                 {"block", do_block},
-    {"consume", do_consume},           {"buffered", do_buffered},
-    {"disarm_read", do_disarm_read},   {"disarm_write", do_disarm_write},
-    {"write", do_write},               {"send nothing", do_send_nothing},
-    {"drain", do_drain},               {"hold", do_hold},
-    {"requeue", do_requeue},           {"set_idle", do_idle},
-    {"fd", do_fd},                     {"linger", do_linger},
+    {"register", do_register},
+    {"read", do_read},
+    {"find", do_find},
+    {"block", do_block},
+    {"consume", do_consume},
+    {"buffered", do_buffered},
+    {"disarm_read", do_disarm_read},
+    {"disarm_write", do_disarm_write},
+    {"write", do_write},
+    {"send nothing", do_send_nothing},
+    {"drain", do_drain},
+    {"hold", do_hold},
+    {"requeue", do_requeue},
+    {"set_idle", do_idle},
+    {"fd", do_fd},
+    {"linger", do_linger},
     {"shutdown", do_shutdown},
 };
 

@@ -1,0 +1,176 @@
+"""Connections with a plain socket at their other end, so that a test decides on every segment."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+import pytest
+
+import anypoll
+
+T = TypeVar("T")
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def pattern(size: int, seed: int = 0) -> bytes:
+    """Bytes that tell when any of them are lost, repeated or moved."""
+    return random.Random(seed).randbytes(size)
+
+
+async def holds(condition: Callable[[], object], *, within: float = 30) -> None:
+    """Until the condition is true. `within` only keeps a failure from hanging."""
+    with anyio.fail_after(within):
+        while not condition():
+            await anyio.sleep(0.001)
+
+
+async def within(awaitable: Awaitable[T], seconds: float = 30) -> T:
+    """What is awaited, without hanging for ever if it never comes."""
+    with anyio.fail_after(seconds):
+        return await awaitable
+
+
+def at_once(awaitable: Awaitable[T]) -> T:
+    """What the coroutine returns, or raises, without suspending its task."""
+    assert inspect.iscoroutine(awaitable)
+    try:
+        awaitable.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    awaitable.close()
+    pytest.fail("the call suspended its task")
+
+
+def suspends(awaitable: Awaitable[Any]) -> bool:
+    """Whether the coroutine suspends its task; it is given up then."""
+    assert inspect.iscoroutine(awaitable)
+    try:
+        awaitable.send(None)
+    except StopIteration:
+        return False
+    awaitable.close()
+    return True
+
+
+def socket_pair(kind: str) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, "tcp" or "unix"."""
+    if kind == "unix":
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        first = socket.create_connection(listening.getsockname())
+        second, _ = listening.accept()
+    second.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return first, second
+
+
+@asynccontextmanager
+async def opened(
+    kind: str = "unix",
+) -> AsyncIterator[tuple[anypoll.Connection, socket.socket]]:
+    """A connection, and the non-blocking socket at its other end."""
+    ours, peer = socket_pair(kind)
+    peer.setblocking(False)
+    with peer:
+        async with await anypoll.Connection.from_socket(ours) as conn:
+            yield conn, peer
+
+
+@asynccontextmanager
+async def served(
+    *, path: str | None = None, **options: Any
+) -> AsyncIterator[tuple[anypoll.Connection, socket.socket]]:
+    """The same, with the options of a server: it lends its connection to the test."""
+    lent: list[anypoll.Connection] = []
+    given_back = anyio.Event()
+
+    async def handler(conn: anypoll.Connection) -> None:
+        lent.append(conn)
+        await given_back.wait()
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0, **options) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as peer:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.setblocking(False)
+            await holds(lambda: lent)
+            try:
+                yield lent[0], peer
+                peer.close()
+            finally:
+                given_back.set()
+
+
+async def send_all(peer: socket.socket, data: bytes) -> None:
+    """As much as it takes, as the other end reads."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[peer.send(rest) :]
+        except BlockingIOError:
+            await anyio.wait_writable(peer)
+
+
+async def send_until_full(peer: socket.socket, data: bytes) -> int:
+    """Sends until neither the kernel nor the other end takes more, and returns how much that was."""
+    sent = 0
+    with anyio.move_on_after(0.25) as scope:
+        while sent < len(data):
+            try:
+                sent += peer.send(memoryview(data)[sent : sent + 64 * KIB])
+                scope.deadline = anyio.current_time() + 0.25
+            except BlockingIOError:
+                await anyio.wait_writable(peer)
+    return sent
+
+
+async def arrive(conn: anypoll.Connection, peer: socket.socket, data: bytes) -> None:
+    """Sends a segment and returns when it has been read ahead, as one of its own."""
+    after = conn.statistics().bytes_received + len(data)
+    await send_all(peer, data)
+    await holds(lambda: conn.statistics().bytes_received == after)
+
+
+async def read_all(peer: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes; fewer if the stream ends."""
+    got = bytearray()
+    with anyio.fail_after(30):
+        while len(got) < size:
+            try:
+                piece = peer.recv(min(size - len(got), 256 * KIB))
+            except BlockingIOError:
+                await anyio.wait_readable(peer)
+                continue
+            if not piece:
+                break
+            got += piece
+    return bytes(got)
+
+
+async def read_to_end(peer: socket.socket) -> bytes:
+    """All bytes up to the end of the stream."""
+    return await read_all(peer, 1 << 62)
+
+
+def arrived(peer: socket.socket) -> int:
+    """How many bytes wait to be read by the plain socket."""
+    import array
+    import fcntl
+    import termios
+
+    count = array.array("i", [0])
+    fcntl.ioctl(peer, termios.FIONREAD, count)
+    return count[0]
+
+
+def reset(peer: socket.socket) -> None:
+    """Closes a TCP socket with a RST."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
