@@ -28,12 +28,8 @@ from ._listener import (
     create_tcp_listener as create_tcp_listener,
     create_unix_listener as create_unix_listener,
 )
-from ._server import (
-    Server as Server,
-    ServerStatistics as ServerStatistics,
-    serve as serve,
-    serve_forever as serve_forever,
-)
+from ._serve import serve as serve, serve_forever as serve_forever
+from ._server import Server as Server, ServerStatistics as ServerStatistics
 from .streams import (
     Connection as Connection,
     UNIXConnection as UNIXConnection,

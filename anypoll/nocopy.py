@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 from anyio import EndOfStream
 
 from ._config import count
-from ._connection import SHUT
+from ._endpoint import SHUT
 from ._epoll import SCATTER, conn_buffered, conn_consume, conn_queued, show_block
 
 if TYPE_CHECKING:

@@ -1,0 +1,150 @@
+"""What reading, writing and closing a connection have in common: its fields, and its errors.
+
+A connection is one object in four files, each of which adds to the one above it: this one,
+``_output`` (flushing and sending), ``_input`` (waiting for bytes), and ``_connection`` (opening and
+the end).
+"""
+
+from __future__ import annotations
+
+import time
+from errno import EAGAIN, EBADF, ECONNRESET, EPIPE, ETIMEDOUT
+from typing import TYPE_CHECKING, TypeVar
+
+from anyio import ClosedResourceError, EndOfStream, IncompleteRead
+
+from . import _epoll
+from ._epoll import EEOF, EIDLE, conn_buffered
+from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
+
+if TYPE_CHECKING:
+    import socket
+
+    from ._config import Limits
+    from ._epoll import Conn
+    from ._hub import Hub
+    from .nocopy import Reader, Writer
+
+AGAIN = -EAGAIN
+SHUT = -1  # an end of the window that no request can meet
+
+#: The attribute that says which connection an exception is about.
+ORIGIN = "_anypoll_connection"
+
+_E = TypeVar("_E", bound=Exception)
+
+
+def deadline_after(timeout: float | None) -> int:
+    """The nanosecond of ``CLOCK_MONOTONIC`` at which ``timeout`` seconds are over; 0: never."""
+    if timeout is None or timeout > 1e9:
+        return 0
+    return time.monotonic_ns() + int(timeout * 1e9)
+
+
+class Endpoint:
+    """See the module."""
+
+    __slots__ = (
+        "__weakref__",
+        "_abandoned",
+        "_flushing",
+        "_owner",
+        "_reading",
+        "_writing",
+        "budget",
+        "closed",
+        "draining",
+        "failure",
+        "handle",
+        "hub",
+        "kind",
+        "limits",
+        "name",
+        "number",
+        "on_end",
+        "peer",
+        "raw",
+        "read_timeout",
+        "reader",
+        "write_timeout",
+        "writer",
+    )
+
+    reader: Reader
+    writer: Writer
+    hub: Hub
+    handle: Conn
+    number: int
+    """by which tokens name the connection"""
+    kind: int
+    limits: Limits
+    budget: int
+    read_timeout: float | None
+    write_timeout: float | None
+    peer: bytes | None
+    """the peer's address, if accept4 has told it"""
+    raw: socket.socket | None
+    """the descriptor as a Python socket, which owns it then"""
+    closed: bool
+    draining: bool
+    """a wait with nothing buffered ends as if the peer had ended"""
+    failure: int
+    """the first error of the socket that was seen"""
+    name: str
+    _reading: bool
+    _writing: bool
+    _flushing: bool
+    _abandoned: bool
+    """what is queued is the rest of a send that was given up"""
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise self._own(ClosedResourceError())
+        self.hub.check()
+
+    def _own(self, exc: _E) -> _E:
+        """Marks an exception as this connection's, so that a server can tell a peer that has gone
+        from a handler that has lost something else.
+        """
+        exc.__dict__[ORIGIN] = self.number
+        return exc
+
+    def _read_error(self, code: int) -> Exception:
+        if self.closed or code == -EBADF:
+            return self._own(ClosedResourceError())
+        if code == EEOF:
+            buffered = conn_buffered(self.handle, self.reader._start)
+            return self._own(IncompleteRead() if buffered > 0 else EndOfStream())
+        if code == -ETIMEDOUT:
+            return self._own(ReadTimeout(f"not received within {self.read_timeout} s"))
+        return self._fail(code)
+
+    def _write_error(self, code: int) -> Exception:
+        if self.closed:
+            return self._own(ClosedResourceError())
+        if code == -ETIMEDOUT:
+            return self._own(WriteTimeout(f"not sent within {self.write_timeout} s"))
+        if _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
+            return self._own(ClosedResourceError())  # after send_eof(), as Trio has it
+        return self._fail(code)
+
+    def _fail(self, code: int) -> Exception:
+        """The connection has broken: no write is taken from now on."""
+        self.failure = self.failure or code
+        self.writer._shut = True
+        if code == EIDLE:
+            return self._own(IdleTimeout("the connection was idle for too long"))
+        return self._own(stream_error(code))
+
+    def why_unwritable(self) -> Exception:
+        """What a write raises once ``writer._shut`` is set."""
+        return self._write_error(self.failure or -EPIPE)
+
+    def status(self) -> int:
+        """The ``IS_*`` bits of now; a connection that turns out to be broken is so for writes."""
+        if self.closed:
+            return _epoll.IS_CLOSED
+        status = _epoll.conn_status(self.handle)
+        if status & _epoll.IS_BROKEN and not self.failure:
+            self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
+        return status

@@ -1,0 +1,219 @@
+"""The output of a connection: flushing, sending, and what happens when that is given up.
+
+What the writer has pending goes to C in one call: with the wait, when a reader has to wait (C sends
+it, or has the poller send a copy), or by itself. What the kernel does not take at once stays in C's
+queue by reference, and ``hub.outputs`` keeps the objects until C says that it is done with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import BusyResourceError, ClosedResourceError
+
+from . import _epoll
+from ._endpoint import AGAIN, SHUT, Endpoint, deadline_after
+from ._epoll import EQUEUED, conn_queued, conn_write
+from ._errors import IdleTimeout, ReadTimeout, WriteTimeout
+
+if TYPE_CHECKING:
+    from ._epoll import Piece
+
+VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
+
+
+class Output(Endpoint):
+    """See the module."""
+
+    __slots__ = ()
+
+    def _keep(self, pieces: list[Piece]) -> None:
+        """Keeps alive what C has queued, until it says that it is done."""
+        outputs = self.hub.outputs
+        if self.number in outputs:
+            outputs[self.number].extend(pieces)
+        else:
+            outputs[self.number] = pieces
+            self._abandoned = False
+
+    def _take_small(self) -> bytes:
+        """The writer's pending output in one piece, to go along with a read call; nothing if it is
+        too much for that, and was sent by itself.
+        """
+        writer = self.writer
+        if writer._size < VECTORED:
+            return writer._take_joined()
+        self._send(writer._take())
+        return b""
+
+    def _after_output(self, result: int, output: bytes) -> None:
+        """``output`` went along with a read call; C sends it only when it has to wait."""
+        if result == EQUEUED:
+            self._keep([output])
+        elif result != AGAIN:
+            self.writer._put_back(output)
+
+    def _send(self, pieces: list[Piece]) -> int:
+        """Sends; the bytes queued, or a negative code."""
+        if len(pieces) == 1 and type(pieces[0]) is bytes:
+            left = conn_write(self.handle, pieces[0], len(pieces[0]))
+        else:
+            left = _epoll.conn_send(self.handle, pieces)
+        if left > 0:
+            self._keep(pieces)
+        return left
+
+    def _enter_writing(self) -> None:
+        if self._writing:
+            raise BusyResourceError("writing to")
+        self._check_usable()
+        self._writing = True
+
+    async def flush(self) -> None:
+        """Returns when the kernel has all that was written.
+
+        :raises WriteTimeout: after ``write_timeout``; what is left is still pending
+        """
+        self._enter_writing()
+        try:
+            self.writer._seal()
+            await self._flush()
+        finally:
+            self._writing = False
+
+    async def _flush(self) -> None:
+        deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+        if self.writer._size:
+            left = self._send(self.writer._take())
+        else:
+            left = conn_queued(self.handle)
+        if left < 0:
+            raise self._write_error(left)
+        if left:
+            await self._drain(deadline)
+            return
+        self.reader._budget -= 1
+        if self.reader._budget < 0:
+            await self.hub.checkpoint()
+            self.reader._budget = self.budget
+
+    async def _drain(self, deadline: int, *, until_writable: bool = False) -> None:
+        """Waits until C's queue is empty."""
+        while True:
+            result = _epoll.conn_drain(self.handle, until_writable, deadline)
+            if result == 0:
+                self._abandoned = False
+                return
+            if result != AGAIN:
+                raise self._write_error(result)
+            try:
+                await self.hub.wait_write(self.number)
+            except BaseException:
+                if self.number not in self.hub.writers:
+                    _epoll.conn_disarm_write(self.handle)
+                raise
+            self.reader._budget = self.budget
+            if self.closed:
+                raise self._own(ClosedResourceError())
+
+    async def send(self, item: Piece) -> None:
+        """Sends what the writer has pending, then ``item``; returns when the kernel has it all.
+
+        Always a checkpoint, taken first. If it is cancelled or times out before a byte of ``item``
+        was sent, none ever will be; else the rest is copied and goes out before anything later.
+        """
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            if self.closed:
+                raise self._own(ClosedResourceError())
+            deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+            if self.number in self.hub.outputs:
+                await self._drain(deadline)
+            self.writer._seal()
+            pieces = self.writer._take()
+            if len(item):
+                pieces.append(item)
+            left = self._send(pieces) if pieces else 0
+            if left < 0:
+                raise self._write_error(left)
+            if left:
+                try:
+                    await self._drain(deadline)
+                except BaseException:
+                    self._withdraw(item)
+                    raise
+        finally:
+            self._writing = False
+
+    def _withdraw(self, item: Piece) -> None:
+        """``item`` is not waited for any more: takes it out of the queue if nothing of it was
+        sent, else copies its rest, since the caller may change it from now on.
+        """
+        left = _epoll.conn_hold(self.handle) if not self.closed else 0
+        if left <= 0:
+            return
+        self._abandoned = True
+        rest: list[Piece] = []
+        for piece in reversed(self.hub.outputs[self.number]):
+            size = min(len(piece), left)
+            left -= size
+            if piece is not item:
+                rest.append(memoryview(piece)[len(piece) - size :])
+            elif size < len(piece):
+                rest.append(bytes(memoryview(piece)[len(piece) - size :]))
+            if left == 0:
+                break
+        rest = [piece for piece in reversed(rest) if len(piece)]
+        if rest:
+            self.hub.outputs[self.number] = rest
+        _epoll.conn_requeue(self.handle, rest)
+        if not rest:
+            self.hub.outputs.pop(self.number, None)
+
+    async def _bound_output(self, deadline: int) -> bool:
+        """Keeps the output of a peer that does not read from growing: above high water it must
+        drain before a reader call goes on. Not what another task is sending, or duplex protocols
+        would deadlock. Returns whether the task was suspended.
+        """
+        queued = max(conn_queued(self.handle), 0)
+        if self._writing or queued + self.writer._size < self.limits.write_high_water:
+            return False
+        left = self._send(self.writer._take()) if self.writer._size else queued
+        self.reader._end = SHUT
+        if left <= 0:
+            return False  # sent, or broken: the reader may go on, the writer will be told
+        try:
+            await self._drain(deadline)
+        except WriteTimeout:
+            raise self._own(ReadTimeout("pending output did not drain in time")) from None
+        except (anyio.BrokenResourceError, IdleTimeout):
+            pass
+        return True
+
+    async def wait_writable(self) -> None:
+        """Until a send would probably not block."""
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            await self._drain(0, until_writable=True)
+        finally:
+            self._writing = False
+
+    async def send_eof(self) -> None:
+        """Flushes, then ends this side. Idempotent."""
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            if self.closed:
+                raise self._own(ClosedResourceError())
+            self.writer._seal()
+            if not _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
+                await self._flush()
+                result = _epoll.conn_shutdown(self.handle)
+                if result < 0:
+                    raise self._write_error(result)
+                self.writer._shut = True
+        finally:
+            self._writing = False
