@@ -13,53 +13,22 @@ from __future__ import annotations
 import socket
 import struct
 import warnings
-import weakref
-from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
-from anyio import BusyResourceError, ClosedResourceError
+from anyio import BusyResourceError
 
-from . import _epoll, _runtime
+from . import _epoll
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import MAIL_IDLE, MAIL_TRIM, conn_queued
 from ._errors import os_error, stream_error
 from ._input import Input
 
-if TYPE_CHECKING:
-    from ._config import Limits
-
 
 class Core(Input):
-    """See the module. ``fd`` is owned from the call on, also if it fails."""
+    """See the module."""
 
     __slots__ = ()
-
-    def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
-        self.closed = True  # until there is something to close
-        try:
-            hub = self.hub = _runtime.current_hub()
-            self._owner = _epoll.open_connection(
-                _runtime.pick_poller(), hub.handle, fd, kind, limits.read_high_water
-            )
-        except BaseException:
-            _epoll.fd_close(fd)
-            raise
-        self.handle = _epoll.bare(self._owner)
-        self.kind = kind
-        self.limits = limits
-        self.number = _epoll.conn_id(self.handle)
-        self.budget = _runtime.settings().checkpoint_budget
-        self.read_timeout = limits.read_timeout
-        self.write_timeout = limits.write_timeout
-        self.peer = peer
-        self.raw = None
-        self.closed = self.draining = False
-        self.failure = 0
-        self.name = ""
-        self._reading = self._writing = self._flushing = False
-        self._abandoned = False  # what is queued is the rest of a send that was given up
-        hub.endpoints[self.number] = weakref.ref(self)
 
     def register(self) -> None:
         """Has the descriptor watched.
@@ -89,42 +58,20 @@ class Core(Input):
 
     def on_hub_end(self) -> None:
         """The event loop has ended: C has closed the descriptor, unless Python owned it."""
-        self.closed = True
+        self._mark_closed()
         self.reader._end = SHUT
         self._close_raw()
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def raw_socket(self) -> socket.socket:
-        """The descriptor as a Python socket, made on first use; always the same object."""
-        if self.raw is None:
-            fd = _epoll.conn_fd(self.handle, 1)
-            if fd < 0:
-                raise self._own(ClosedResourceError())
-            self.adopt_raw(socket.socket(fileno=fd))
-        assert self.raw is not None
-        return self.raw
-
-    def adopt_raw(self, sock: socket.socket) -> None:
-        """Has the descriptor closed through ``sock``, which owns it."""
-        _epoll.conn_fd(self.handle, 1)
-        self.raw = sock
-        _runtime.raw_sockets.add(sock)
-
-    def _close_raw(self) -> None:
-        raw = self.raw
-        if raw is not None and raw.fileno() >= 0:
-            _notify_closing(raw)
-            raw.close()
-
     def close(self, *, reset: bool = False) -> None:
         """Closes the descriptor, now, and wakes whoever waits. Idempotent, any thread."""
-        self.closed = True
+        self._mark_closed()
         if hasattr(self, "reader"):
             self.reader._close()
             self.writer._close()
         hub = self.hub
-        hub.endpoints.pop(self.number, None)
+        hub.addressees.pop(self.number, None)
         if self.raw is None:
             _epoll.conn_close(self.handle, reset, 0)
         elif _epoll.conn_close(self.handle, 0, 1) >= 0:
@@ -162,7 +109,8 @@ class Core(Input):
 
     async def _drain_and_close(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
-        self.closed = self._flushing = True
+        self._flushing = True
+        self._mark_closed()
         self.reader._end = SHUT
         self.hub.wake_reader(self.number)
         self.writer._seal()
@@ -212,10 +160,9 @@ class Core(Input):
         result = _epoll.conn_detach(self.handle, self.reader._start)
         if result < 0:
             raise stream_error(result)
-        self.closed = True
-        self.raw = None
-        _runtime.raw_sockets.discard(raw)
-        self.hub.endpoints.pop(self.number, None)
+        self._mark_closed()
+        self._forget_raw()
+        self.hub.addressees.pop(self.number, None)
         rest = _epoll.conn_rest(self.handle)
         self.reader._close()
         self.writer._close()
@@ -225,11 +172,3 @@ class Core(Input):
 def linger_now(sock: socket.socket) -> None:
     """Makes the close of ``sock`` a RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def _notify_closing(sock: socket.socket) -> None:
-    """Tells tasks that wait for the raw socket through the event loop's own means."""
-    try:
-        anyio.notify_closing(sock)
-    except Exception:  # noqa: BLE001 -- no event loop here, or another one: nobody to tell
-        return

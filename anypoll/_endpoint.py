@@ -7,19 +7,20 @@ the end).
 
 from __future__ import annotations
 
+import socket
 import time
+import weakref
 from errno import EAGAIN, EBADF, ECONNRESET, EPIPE, ETIMEDOUT
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 
-from . import _epoll
+from . import _epoll, _runtime
 from ._epoll import EEOF, EIDLE, conn_buffered
 from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
-    import socket
-
     from ._config import Limits
     from ._epoll import Conn
     from ._hub import Hub
@@ -42,7 +43,7 @@ def deadline_after(timeout: float | None) -> int:
 
 
 class Endpoint:
-    """See the module."""
+    """See the module. ``fd`` is owned from the call on, also if it fails."""
 
     __slots__ = (
         "__weakref__",
@@ -97,6 +98,70 @@ class Endpoint:
     _abandoned: bool
     """what is queued is the rest of a send that was given up"""
 
+    def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
+        self.closed = True  # until there is something to close
+        try:
+            hub = self.hub = _runtime.current_hub()
+            self._owner = _epoll.open_connection(
+                _runtime.pick_poller(), hub.handle, fd, kind, limits.read_high_water
+            )
+        except BaseException:
+            _epoll.fd_close(fd)
+            raise
+        self.handle = _epoll.bare(self._owner)
+        self.kind = kind
+        self.limits = limits
+        self.number = _epoll.conn_id(self.handle)
+        self.budget = _runtime.settings().checkpoint_budget
+        self.read_timeout = limits.read_timeout
+        self.write_timeout = limits.write_timeout
+        self.peer = peer
+        self.raw = None
+        self.closed = self.draining = False
+        self.failure = 0
+        self.name = ""
+        self._reading = self._writing = self._flushing = False
+        self._abandoned = False  # what is queued is the rest of a send that was given up
+        this: Any = weakref.ref(self)  # of a Core, which can take tokens
+        hub.addressees[self.number] = this
+
+    def _mark_closed(self) -> None:
+        self.closed = True
+
+    def _begin_draining(self) -> None:
+        self.draining = True
+
+    # --- the socket object -----------------------------------------------------------------------
+
+    def raw_socket(self) -> socket.socket:
+        """The descriptor as a Python socket, made on first use; always the same object."""
+        if self.raw is None:
+            fd = _epoll.conn_fd(self.handle, 1)
+            if fd < 0:
+                raise self._own(ClosedResourceError())
+            self.adopt_raw(socket.socket(fileno=fd))
+        assert self.raw is not None
+        return self.raw
+
+    def adopt_raw(self, sock: socket.socket) -> None:
+        """Has the descriptor closed through ``sock``, which owns it."""
+        _epoll.conn_fd(self.handle, 1)
+        self.raw = sock
+        _runtime.raw_sockets.add(sock)
+
+    def _close_raw(self) -> None:
+        raw = self.raw
+        if raw is not None and raw.fileno() >= 0:
+            _notify_closing(raw)
+            raw.close()
+
+    def _forget_raw(self) -> None:
+        if self.raw is not None:
+            _runtime.raw_sockets.discard(self.raw)
+        self.raw = None
+
+    # --- errors ----------------------------------------------------------------------------------
+
     def _check_usable(self) -> None:
         if self.closed:
             raise self._own(ClosedResourceError())
@@ -148,3 +213,11 @@ class Endpoint:
         if status & _epoll.IS_BROKEN and not self.failure:
             self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
         return status
+
+
+def _notify_closing(sock: socket.socket) -> None:
+    """Tells tasks that wait for the raw socket through the event loop's own means."""
+    try:
+        anyio.notify_closing(sock)
+    except Exception:  # noqa: BLE001 -- no event loop here, or another one: nobody to tell
+        return

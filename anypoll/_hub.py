@@ -8,7 +8,7 @@ that comes too late, twice, or to a task that has been cancelled does no harm.
 What is where:
   - ``readers`` and ``writers`` hold the waiters (a future or a task) strongly while they wait; a
     suspended task's frame holds its connection, so a connection that is waited for stays alive.
-  - ``endpoints`` holds connections and listeners weakly, by the number that tokens carry.
+  - ``addressees`` holds connections and listeners weakly, by the number that tokens carry.
   - ``outputs`` holds the objects whose memory the poller is still sending. It is a plain registry,
     not an attribute of the connection: in a garbage cycle the order of freeing is arbitrary, and
     the memory must outlive the C side's use of it.
@@ -35,7 +35,7 @@ _TOKEN = Struct(_epoll.TOKEN_FORMAT)
 _TOKENS_AT_ONCE = 256
 
 
-class Endpoint(Protocol):
+class Addressee(Protocol):
     """What a token may be for: a connection or a listener."""
 
     def on_token(self, bits: int, error: int) -> None:
@@ -61,7 +61,7 @@ class Hub(ABC):
         self.dead = False
         self.readers: dict[int, Any] = {}
         self.writers: dict[int, list[Any]] = {}
-        self.endpoints: dict[int, Callable[[], Endpoint | None]] = {}  # weak references
+        self.addressees: dict[int, Callable[[], Addressee | None]] = {}  # weak references
         self.outputs: dict[int, list[Piece]] = {}
         self._tokens = _epoll.Tokens(_TOKENS_AT_ONCE)
 
@@ -132,11 +132,11 @@ class Hub(ABC):
         if bits & MAIL_WRITE:
             self.wake_writers(number)
         if bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT):
-            found = self.endpoints.get(number)
-            endpoint = found() if found is not None else None
-            if endpoint is not None:
+            found = self.addressees.get(number)
+            addressee = found() if found is not None else None
+            if addressee is not None:
                 try:
-                    endpoint.on_token(bits, error)
+                    addressee.on_token(bits, error)
                 except Exception:  # a fault of ours must not end the user's event loop
                     logger.exception("Internal error in a hub")
 
@@ -146,11 +146,11 @@ class Hub(ABC):
             return
         self.dead = True
         _epoll.hub_kill(self.handle)
-        for found in list(self.endpoints.values()):
-            endpoint = found()
-            if endpoint is not None:
-                endpoint.on_hub_end()
-        self.endpoints.clear()
+        for found in list(self.addressees.values()):
+            addressee = found()
+            if addressee is not None:
+                addressee.on_hub_end()
+        self.addressees.clear()
         self.readers.clear()
         self.writers.clear()
         self.outputs.clear()  # last: the C side refers to nothing any more

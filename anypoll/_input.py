@@ -101,7 +101,7 @@ class Input(Output):
                         reader._end = result
                     return suspended
                 if result not in _WAITING:
-                    raise self._read_error(result)
+                    raise self._ended(result)
                 if self.draining:
                     self._end_if_drained()
                 reader._end = SHUT
@@ -139,6 +139,14 @@ class Input(Output):
             raise BusyResourceError("reading from")
         self._check_usable()
         self._reading = True
+
+    def _ended(self, code: int) -> Exception:
+        """Nothing more will come. What was written in answer to all that came before must not be
+        lost to a handler that lets the exception pass: it is sent as if the reader had waited.
+        """
+        if self.writer._size:
+            self._send(self.writer._take())
+        return self._read_error(code)
 
     async def find(self, delimiter: bytes, max_bytes: int) -> int:
         """Waits for the delimiter; the number of bytes through it, with the window open on them.
@@ -196,7 +204,7 @@ class Input(Output):
         if result == EDELIM:
             raise self._own(DelimiterNotFound(max_bytes))
         if result < 0:
-            raise self._read_error(result)
+            raise self._ended(result)
         length = result & (NEW_BLOCK - 1)
         reader = self.reader
         if result & NEW_BLOCK:
@@ -254,7 +262,7 @@ class Input(Output):
 
     def end_if_idle(self) -> None:
         """From now on a wait with nothing buffered, the present one too, sees the end of stream."""
-        self.draining = True
+        self._begin_draining()
         self.hub.wake_reader(self.number)
 
     @property

@@ -74,7 +74,7 @@ class SocketListener(AnyIOSocketListener):
         self._ready: deque[tuple[int, bytes]] = deque()
         self._accepting = False
         self._closed = False
-        self._hub.endpoints[self._number] = weakref.ref(self)
+        self._hub.addressees[self._number] = weakref.ref(self)
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
@@ -213,7 +213,7 @@ class SocketListener(AnyIOSocketListener):
 
     def _forget(self) -> None:
         self._closed = True
-        self._hub.endpoints.pop(self._number, None)
+        self._hub.addressees.pop(self._number, None)
         _epoll.listener_close(self._handle, 1)
         self._drop_ready()
         self._hub.wake_reader(self._number)

@@ -64,6 +64,10 @@ _REASONS: dict[type[BaseException], str] = {
 }
 
 
+#: The peer has said all it had to say, and may still wait for the answers: as good as a return.
+_ENDED_BY_PEER = frozenset({"eof", "incomplete"})
+
+
 @dataclass(frozen=True, slots=True)
 class ServerStatistics:
     """Counters of a server since its start."""
@@ -247,6 +251,8 @@ class Server:
             await connection._core.finish(self._drain_timeout(connection))
         except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
             reason = self._judge(connection, exc)
+            if reason in _ENDED_BY_PEER:
+                await connection._core.finish(self._drain_timeout(connection))
         finally:
             connection._core.close()
             self._leave(connection, reason)
