@@ -83,15 +83,14 @@ class Core(Input):
         hub.wake_writers(self.number)
 
     async def aclose(self) -> None:
-        """Drains what the writer has pending, unless the scope is cancelled, and closes. The
+        """Drains what the writer has pending (not an open reservation), unless the scope is
+        cancelled, and closes. The
         descriptor is closed on every way out. Always a checkpoint.
         """
         self._check_loop()
         if not self.closed:
             pending = not self._writing and (
-                self.writer._size > 0
-                or self.writer._reserved_size > 0
-                or (not self._abandoned and conn_queued(self.handle) > 0)
+                self.writer._size > 0 or (not self._abandoned and conn_queued(self.handle) > 0)
             )
             if pending:
                 try:
@@ -113,7 +112,6 @@ class Core(Input):
         self._mark_closed()
         self.reader._end = SHUT
         self.hub.wake_reader(self.number)
-        self.writer._seal()
         try:
             left = self._send(self.writer._take()) if self.writer._size else 1
             while left > 0 and _epoll.conn_drain(self.handle, 0, deadline) == AGAIN:
@@ -133,7 +131,6 @@ class Core(Input):
         deadline = deadline_after(timeout)
         if self.closed:
             return
-        self.writer._seal()
         try:
             left = self._send(self.writer._take()) if self.writer._size else 1
             while left and (result := _epoll.conn_drain(self.handle, 0, deadline)):

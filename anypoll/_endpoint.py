@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .nocopy import Reader, Writer
 
 AGAIN = -EAGAIN
+_WINDOW = 64 * 1024  # what C shows beyond a request
 SHUT = -1  # an end of the window that no request can meet
 
 #: The attribute that says which connection an exception is about.
@@ -111,6 +112,8 @@ class Endpoint:
         self.handle = _epoll.bare(self._owner)
         self.kind = kind
         self.limits = limits
+        if limits.read_limit < _WINDOW:  # the window must not let a larger request pass
+            _epoll.conn_set_window(self.handle, limits.read_limit)
         self.number = _epoll.conn_id(self.handle)
         self.budget = _runtime.settings().checkpoint_budget
         self.read_timeout = limits.read_timeout

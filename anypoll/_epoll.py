@@ -61,6 +61,7 @@ conn_find = lib.ap_conn_find
 conn_write = lib.ap_conn_write
 conn_drain = lib.ap_conn_drain
 conn_consume = lib.ap_conn_consume
+conn_set_window = lib.ap_conn_set_window
 conn_buffered = lib.ap_conn_buffered
 conn_queued = lib.ap_conn_queued
 conn_hold = lib.ap_conn_hold

@@ -221,6 +221,7 @@ class Input(Output):
         reader = self.reader
         suspended = await self._bound_output(deadline)
         if reader._budget < 0 and not suspended:
+            reader._end = SHUT  # nobody else gets any bytes meanwhile
             await self.hub.checkpoint()
             suspended = True
         if suspended:

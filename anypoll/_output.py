@@ -84,10 +84,8 @@ class Output(Endpoint):
 
     async def _flush(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
-        if self.writer._size:
-            left = self._send(self.writer._take())
-        else:
-            left = conn_queued(self.handle)
+        # without anything of its own it waits for what is queued, and learns of a failure of that
+        left = self._send(self.writer._take()) if self.writer._size else 1
         if left < 0:
             raise self._write_error(left)
         if left:

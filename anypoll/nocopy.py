@@ -99,11 +99,12 @@ class Reader:
 
     async def peek(self, n: SupportsIndex, /) -> memoryview:
         """``n`` contiguous bytes, which stay unread."""
-        start = self._start
-        stop = start + n  # type: ignore[operator]  # what is no integer fails below
-        if start < stop <= self._end and self._budget > 0:
-            self._budget -= 1
-            return self._view[start:stop]
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._budget -= 1
+                return self._view[start:stop]
         if type(n) is not int or not 0 < n <= self._limit:
             n = self._count(n)
         await self._core.fill(n)
@@ -112,13 +113,13 @@ class Reader:
 
     async def next(self, n: SupportsIndex, /) -> memoryview:
         """``n`` contiguous bytes, consumed."""
-        start = self._start
-        stop = start + n  # type: ignore[operator]  # what is no integer fails below
-        if start < stop <= self._end and self._budget > 0:
-            view = self._view[start:stop]
-            self._start = stop
-            self._budget -= 1
-            return view
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._start = stop
+                self._budget -= 1
+                return self._view[start:stop]
         if type(n) is not int or not 0 < n <= self._limit:
             n = self._count(n)
         await self._core.fill(n)
@@ -202,13 +203,13 @@ class Reader:
 
     async def read_bytes(self, n: SupportsIndex, /) -> bytes:
         """``n`` bytes, consumed, as a copy."""
-        start = self._start
-        stop = start + n  # type: ignore[operator]
-        if start < stop <= self._end and self._budget > 0:
-            data = bytes(self._view[start:stop])
-            self._start = stop
-            self._budget -= 1
-            return data
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._start = stop
+                self._budget -= 1
+                return bytes(self._view[start:stop])
         parts = await self.next_parts(n)
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 

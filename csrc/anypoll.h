@@ -241,6 +241,9 @@ AP_API int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, 
  * Thread: loop. -ENODATA if nothing is unread; -EBADF. */
 AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHECK;
 
+/* How many bytes a window shows beyond what was asked for, 64 KiB at first. */
+AP_API int ap_conn_set_window(ap_conn *conn, uint32_t size);
+
 /* Consumes n more unread bytes, across blocks, and forgets that a window was
  * handed out: the next one is new. Returns 0; -EINVAL if fewer are there. */
 AP_API int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n) AP_MUST_CHECK;

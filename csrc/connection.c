@@ -36,6 +36,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     conn->type = (uint8_t)kind;
     conn->high = high_water;
     conn->low = high_water / 4;
+    conn->window = AP_WINDOW;
     conn->grow = AP_BLOCK_MIN;
     conn->trim_at = AP_FOREVER;
     conn->delimiter = conn->delimiter_inline;

@@ -36,6 +36,7 @@
 #define AP_BLOCK_MIN (2u * 1024)        /* smallest block, header included */
 #define AP_BLOCK_LARGE (32u * 1024)     /* from here on blocks are mapped one by one */
 #define AP_BLOCK_MAX (8u * 1024 * 1024) /* largest block that input is read to */
+#define AP_WINDOW (64u * 1024)
 #define AP_DELIMITER_INLINE 16
 #define AP_ACCEPT_BATCH 64
 #define AP_TRIM_AFTER ((int64_t)1000 * 1000 * 1000)
@@ -383,6 +384,7 @@ struct ap_conn {
     /* input, all (m) */
     ap_chain input;
     ap_block *shown;    /* the block that was handed out; always input.head or NULL */
+    uint32_t window;    /* what is shown beyond a request: bounds unreported consumption */
     uint64_t consumed;  /* bytes, since the beginning */
     uint32_t high, low; /* water marks */
     uint32_t grow;      /* size of the next block */

@@ -322,6 +322,7 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
     if (n == 0 && listener->error) {
         n = listener->error;
         listener->error = 0;
+        ap_poller_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
     }
     ap_slot_unlock(&listener->slot);
     return n;

@@ -13,7 +13,6 @@
 
 #include <stdlib.h>
 
-#define WINDOW (64u * 1024)      /* what is shown beyond a request: bounds unreported consumption */
 #define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
 
 /* ---- the window ------------------------------------------------------- */
@@ -28,9 +27,10 @@ void ap_read_to(ap_conn *conn, uint32_t pos)
         ap_input_consume(conn, 0); /* a head that is empty leaves, if another follows */
 }
 
-static uint32_t window_end(const ap_block *block, size_t n)
+static uint32_t window_end(const ap_conn *conn, size_t n)
 {
-    size_t have = block->end - block->start, shown = n > WINDOW ? n : WINDOW;
+    const ap_block *block = conn->input.head;
+    size_t have = block->end - block->start, shown = n > conn->window ? n : conn->window;
     return block->start + (uint32_t)(have < shown ? have : shown);
 }
 
@@ -97,7 +97,7 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
         *view = (ap_view){.block = block,
                           .size = block->size,
                           .start = block->start,
-                          .end = window_end(block, 0)};
+                          .end = window_end(conn, 0)};
         if (block != conn->shown) {
             ap_block_ref(block);
             conn->shown = block;
@@ -106,6 +106,16 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
     }
     ap_slot_unlock(&conn->slot);
     return rc;
+}
+
+int ap_conn_set_window(ap_conn *conn, uint32_t size)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->window = size;
+    ap_slot_unlock(&conn->slot);
+    return 0;
 }
 
 int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
@@ -228,7 +238,7 @@ static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
         int rc = make_contiguous(conn, n);
         if (rc < 0)
             return rc;
-        return new_block_bit(conn) | window_end(conn->input.head, n);
+        return new_block_bit(conn) | window_end(conn, n);
     }
     if (conn->read_end)
         return conn->read_end;

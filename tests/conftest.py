@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import leaks
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,30 @@ else:
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """One run of the test on each loop: `pytestmark = pytest.mark.anyio` in the module."""
     return request.param
+
+
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test after which a descriptor, a connection, a block or a thread is left."""
+    leaks.start()
+    before = leaks.Snapshot.take()
+    yield
+    if not request.node.stash.get(_failed, False):  # the traceback of a failure holds its objects
+        left = leaks.leaks_since(before)
+        if left:
+            pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
 @pytest.fixture(scope="session")

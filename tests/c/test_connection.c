@@ -380,6 +380,40 @@ TEST(connection_disowned_descriptor)
     world_close(w);
 }
 
+/* A handle that is dropped without a close leaves a disowned descriptor open. */
+TEST(connection_release_keeps_a_disowned_descriptor)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, HIGH);
+    CHECK_EQ(ap_conn_fd(l.conn, 1), l.fd);
+    ap_conn_release(l.conn);
+    l.conn = NULL;
+    CHECK(fcntl(l.fd, F_GETFD) >= 0);
+    close(l.fd);
+    peer_close(&l);
+    settle(w);
+    CHECK_EQ(stats(w).slots, 0);
+    world_close(w);
+}
+
+/* What was consumed in the window counts for what is unread. */
+TEST(linger_knows_what_was_consumed)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 100);
+    CHECK_EQ(want_wait(&l, 100), 0);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
+    link_close(&l);
+
+    l = link_open(w, AP_TCP, HIGH);
+    peer_say(&l, 1, 0, 100);
+    expect(&l, 1, 0, 100);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
+    link_close(&l);
+    world_close(w);
+}
+
 /* The poller lives as long as its slots, whatever order they go in. */
 TEST(connection_outlives_the_handles_of_poller_and_hub)
 {

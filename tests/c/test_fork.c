@@ -219,6 +219,9 @@ static void close_accepted(void *arg)
     CHECK(!is_open(a->taken)); /* taken, and not opened yet: still the core's */
     CHECK(is_open(a->kept));
     CHECK(is_open(a->disowned));
+    CHECK_EQ(ap_fd_close(a->taken), -EBADF); /* the number may be somebody else's now */
+    CHECK_EQ(ap_fd_close(a->kept), -EBADF);
+    CHECK(is_open(a->kept));
 }
 
 /* Also those that were accepted and not yet taken or opened; not those that were given away. */

@@ -167,6 +167,25 @@ TEST(hub_dead_takes_no_connections)
     world_close(w);
 }
 
+/* A disowned descriptor is somebody else's to close: Python's socket has it. */
+TEST(hub_kill_keeps_disowned_descriptors)
+{
+    struct world *w = world_open();
+    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
+    CHECK_EQ(ap_conn_fd(a.conn, 1), a.fd);
+    CHECK_OK(ap_hub_kill(w->hub));
+    CHECK(fcntl(a.fd, F_GETFD) >= 0);
+    CHECK(fcntl(b.fd, F_GETFD) < 0);
+    uint64_t events = stats(w).events;
+    CHECK_EQ(write(a.peer, "x", 1), 1);
+    settle(w);
+    CHECK_EQ(stats(w).events, events); /* but it is out of epoll */
+    close(a.fd);
+    link_close(&a);
+    link_close(&b);
+    world_close(w);
+}
+
 /* A dead hub is never signalled: its descriptor's number may be somebody else's. */
 TEST(hub_dead_is_not_signalled)
 {

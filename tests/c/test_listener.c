@@ -336,11 +336,79 @@ TEST(listener_reports_other_errors_once)
     int peer = knock(&d);
     await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
     ap_fault_clear();
+    settle(d.w);
+    CHECK_EQ(accepts(&d), 0); /* it rests until the error was taken ... */
     CHECK_EQ(ap_listener_take(d.listener, &got, 1), -EINVAL);
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), 0);
-    CHECK_EQ(ap_account_take_back(d.account), 1);
+    settle(d.w);
+    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT); /* ... and goes on by itself */
+    CHECK_EQ(take_and_close(&d), 1);
+    CHECK_EQ(ap_account_take_back(d.account), 0);
     close(peer);
     door_close(&d);
+}
+
+/* What was accepted before an error is handed over before it. */
+TEST(listener_error_comes_after_what_was_accepted)
+{
+    struct door d = door_open();
+    int peers[3];
+    ap_accepted got;
+    for (int i = 0; i < 3; i++)
+        peers[i] = knock(&d);
+    CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EINVAL, 2, 1, 0));
+    CHECK_OK(ap_account_add(d.account, 3));
+    settle(d.w);
+    ap_fault_clear();
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(ap_listener_take(d.listener, &got, 1), 1);
+        ap_fd_close(got.fd);
+    }
+    CHECK_EQ(ap_listener_take(d.listener, &got, 1), -EINVAL);
+    for (int i = 0; i < 3; i++)
+        close(peers[i]);
+    door_close(&d);
+}
+
+/* Nothing but errors that are ignored is no reason to spin. */
+TEST(listener_does_not_spin_on_ignored_errors)
+{
+    struct door d = door_open();
+    CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EPERM, 0, -1, 0));
+    CHECK_OK(ap_account_add(d.account, 1));
+    int peer = knock(&d);
+    settle(d.w);
+    uint64_t polls = stats(d.w).polls;
+    for (int64_t end = ap_now() + AP_ACCEPT_PAUSE / 2; ap_now() < end;)
+        step(d.w, 10);
+    CHECK(stats(d.w).polls - polls < 50);
+    ap_fault_clear();
+    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
+    CHECK_EQ(take_and_close(&d), 1);
+    close(peer);
+    door_close(&d);
+}
+
+/* The credits of those that nobody took come back, and serve the other listeners at once. */
+TEST(listener_close_gives_credits_back)
+{
+    struct door a = door_open(), b;
+    door_open_at(&b, a.w, a.account);
+    int peers[4];
+    for (int i = 0; i < 2; i++)
+        peers[i] = knock(&a);
+    CHECK_OK(ap_account_add(a.account, 2));
+    settle(a.w);
+    CHECK_EQ(accepts(&a), 2);
+    for (int i = 2; i < 4; i++)
+        peers[i] = knock(&b);
+    settle(a.w);
+    CHECK_EQ(accepts(&a), 2);
+    CHECK_OK(ap_listener_close(a.listener, 0));
+    CHECK_EQ(take_and_close(&b), 2);
+    for (int i = 0; i < 4; i++)
+        close(peers[i]);
+    ap_listener_release(b.listener);
+    door_close(&a);
 }
 
 TEST(listener_new_unwinds)

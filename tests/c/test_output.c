@@ -365,6 +365,31 @@ TEST(output_drain_taken_back)
     world_close(w);
 }
 
+/* Several tasks wait: the first deadline of all comes first, and none is lost with it. */
+TEST(output_drain_of_several_tasks)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    uint8_t *data = pattern_make(1, 0, MUCH);
+    stall(&l, data, MUCH);
+    int64_t soon = ap_now() + 20 * MS, late = ap_now() + 3600 * 1000 * MS;
+    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_drain(l.conn, 1, late), -EAGAIN);
+    CHECK_EQ(ap_conn_drain(l.conn, 0, soon), -EAGAIN);
+    CHECK_EQ(ap_conn_drain(l.conn, 0, late), -EAGAIN); /* does not put it off */
+    await(w, l.id, AP_MAIL_WRITE);
+    CHECK(ap_now() >= soon);
+    CHECK_EQ(ap_conn_drain(l.conn, 0, soon), -ETIMEDOUT);
+    CHECK_EQ(ap_conn_drain(l.conn, 0, late), -EAGAIN); /* each looks again, and waits on */
+    settle(w);
+    CHECK_EQ(mail_of(w, l.id), 0);
+    peer_expect(&l, 1, 0, MUCH);
+    await(w, l.id, AP_MAIL_WRITE);
+    free(data);
+    link_close(&l);
+    world_close(w);
+}
+
 /* ---- hold and requeue ------------------------------------------------- */
 
 /* A cancelled send: the driver keeps its hands off between the two calls, the caller copies the
@@ -431,6 +456,175 @@ TEST(output_requeue_after_failure)
     CHECK(ap_conn_write(l.conn, "x", 1) < 0);
     link_close(&l);
     world_close(w);
+}
+
+/* ---- handed over: output of a task that waits for input ---------------- */
+
+#define BUSY 6
+
+/* Connections that were ready together, so that the loop counts as busy. */
+struct busy {
+    struct world *w;
+    struct link links[BUSY];
+};
+
+static struct busy busy_open(int kind)
+{
+    struct busy b = {.w = world_open()};
+    for (int i = 0; i < BUSY; i++) {
+        b.links[i] = link_open(b.w, kind, HIGH);
+        CHECK_EQ(want(&b.links[i], 10), -EAGAIN);
+        peer_say(&b.links[i], 1, 0, 10);
+        arrived(&b.links[i], 1);
+    }
+    settle(b.w);
+    CHECK_EQ(collect(b.w), BUSY);
+    for (int i = 0; i < BUSY; i++)
+        expect(&b.links[i], 1, 0, 10);
+    return b;
+}
+
+static void busy_close(struct busy *b)
+{
+    for (int i = 0; i < BUSY; i++)
+        link_close(&b->links[i]);
+    world_close(b->w);
+}
+
+/* Asks for input, with n bytes of stream 9 as output, from memory that is gone right after. */
+static int64_t ask(struct link *l, uint64_t from, size_t n)
+{
+    uint8_t *data = pattern_make(9, from, n);
+    int64_t rc = ap_conn_read(l->conn, l->pos, 10, 0, 0, (char *)data, n);
+    memset(data, 0xee, n);
+    free(data);
+    return rc;
+}
+
+TEST(output_handed_over_is_sent_by_the_driver)
+{
+    EACH_KIND(kind)
+    {
+        struct busy b = busy_open(kind);
+        for (int i = 0; i < BUSY; i++)
+            CHECK_EQ(ask(&b.links[i], 0, 500), -EAGAIN); /* Python keeps nothing */
+        CHECK_EQ(stats(b.w).writes, 0);
+        for (int i = 0; i < BUSY; i++)
+            CHECK_EQ(ap_conn_queued(b.links[i].conn), 500);
+        for (int i = 0; i < BUSY; i++) {
+            peer_expect(&b.links[i], 9, 0, 500);
+            CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
+            peer_say(&b.links[i], 1, 10, 10);
+            expect(&b.links[i], 1, 10, 10);
+        }
+        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
+        for (int i = 0; i < BUSY; i++)
+            CHECK_EQ(mail_of(b.w, b.links[i].id) & AP_MAIL_SENT, 0); /* nothing is owed */
+        busy_close(&b);
+    }
+}
+
+/* What follows it goes behind it, and only that is held and put back. */
+TEST(output_handed_over_stays_in_front)
+{
+    EACH_KIND(kind)
+    {
+        struct busy b = busy_open(kind);
+        struct link *l = &b.links[0];
+        uint8_t *data = pattern_make(9, 500, MB), *copy = pattern_make(9, 500, MB);
+        CHECK_EQ(ask(l, 0, 500), -EAGAIN);
+        CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB + 500);
+        CHECK_EQ(ap_conn_hold(l->conn), MB);
+        settle(b.w);
+        memset(data, 0, MB);
+        ap_piece pieces[2] = {{copy, 1000}, {copy + 1000, MB - 1000}};
+        CHECK_EQ(ap_conn_requeue(l->conn, pieces, 2), MB + 500);
+        free(data);
+        peer_expect(l, 9, 0, 500 + MB);
+        CHECK_EQ(await(b.w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+        free(copy);
+        busy_close(&b);
+    }
+}
+
+/* A cancelled send that had queued nothing of its own leaves the answer before it alone. */
+TEST(output_handed_over_survives_an_empty_requeue)
+{
+    struct busy b = busy_open(AP_TCP);
+    struct link *l = &b.links[0];
+    CHECK_EQ(ask(l, 0, 500), -EAGAIN);
+    CHECK_EQ(ap_conn_hold(l->conn), 0);
+    CHECK_EQ(ap_conn_requeue(l->conn, NULL, 0), 500);
+    CHECK_EQ(ap_conn_shutdown(l->conn), -EBUSY);
+    CHECK_EQ(ap_conn_detach(l->conn, l->pos), -EBUSY);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EBUSY);
+    CHECK_EQ(ap_conn_drain(l->conn, 0, 0), -EAGAIN);
+    peer_expect(l, 9, 0, 500);
+    await(b.w, l->id, AP_MAIL_WRITE);
+    CHECK_OK(ap_conn_shutdown(l->conn));
+    busy_close(&b);
+}
+
+TEST(output_handed_over_may_stall)
+{
+    EACH_KIND(kind)
+    {
+        struct busy b = busy_open(kind);
+        struct link *l = &b.links[0];
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, 0, 0, 3, 100)); /* in portions */
+        CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
+        step(b.w, 0);
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, EAGAIN, 0, 1, 0));
+        ap_fault_clear();
+        peer_expect(l, 9, 0, 1000);
+        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
+        busy_close(&b);
+    }
+}
+
+/* The connection breaks, or is closed, with it under way: its block goes back. */
+TEST(output_handed_over_and_broken)
+{
+    EACH_KIND(kind)
+    {
+        struct busy b = busy_open(kind);
+        for (int i = 0; i < BUSY; i++) {
+            struct link *l = &b.links[i];
+            CHECK_OK(ap_fault_set(AP_CALL_WRITE, ECONNRESET, 0, 1, 0));
+            CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
+            if (i % 2)
+                settle(b.w);
+            else
+                CHECK_OK(ap_conn_close(l->conn, 0, 0));
+            CHECK_EQ(ap_conn_queued(l->conn), i % 2 ? 0 : -EBADF);
+            if (i % 2)
+                CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
+            ap_fault_clear();
+        }
+        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
+        busy_close(&b);
+    }
+}
+
+/* Without memory for a copy the caller sends it by itself. */
+TEST(output_not_handed_over)
+{
+    struct busy b = busy_open(AP_TCP);
+    CHECK_OK(ap_fault_set(AP_CALL_MAP, ENOMEM, 0, -1, 0));
+    CHECK_EQ(ask(&b.links[0], 0, 1000), -EAGAIN);
+    ap_fault_clear();
+    CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
+    CHECK_EQ(ask(&b.links[1], 0, 1000), -EAGAIN);
+    ap_fault_clear();
+    CHECK_EQ(ask(&b.links[2], 0, 32 * KB), -EAGAIN); /* too large to be copied */
+    CHECK_OK(ap_conn_shutdown(b.links[3].conn));
+    CHECK_EQ(ask(&b.links[3], 0, 10), -EAGAIN); /* nothing may be sent: not even tried */
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
+        peer_expect(&b.links[i], 9, 0, i == 2 ? 32 * KB : 1000);
+    }
+    CHECK_EQ(stats(b.w).writes, 3);
+    busy_close(&b);
 }
 
 /* ---- the mask --------------------------------------------------------- */

@@ -1,0 +1,117 @@
+"""What a test may leave behind: nothing. A snapshot before it, and what has grown since."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import anypoll
+from anypoll import _runtime
+
+#: Gauges of a poller that go back to what they were.
+_GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")
+#: What one poller has for as long as the process lives.
+_FDS_OF_A_POLLER = 2
+#: Worker threads that libraries keep for a while, or for ever.
+_OTHERS_THREADS = ("Trio thread", "libuv-worker")
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return found
+
+
+def _native_threads() -> int:
+    """Threads that Python does not know of: the pollers', and those of libraries."""
+    python = {thread.native_id for thread in threading.enumerate()}
+    count = 0
+    for number in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{number}/comm") as comm:
+                name = comm.read()
+        except OSError:  # it has ended
+            continue
+        count += int(number) not in python and not name.startswith(_OTHERS_THREADS)
+    return count
+
+
+def _python_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if not t.name.startswith(_OTHERS_THREADS)}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    pollers: int
+    gauges: dict[str, int]
+    hubs: int
+    descriptors: dict[int, str]
+    native_threads: int
+    python_threads: set[threading.Thread]
+
+    @classmethod
+    def take(cls) -> Snapshot:
+        statistics = anypoll.statistics().pollers
+        return cls(
+            pollers=len(statistics),
+            gauges={name: sum(getattr(s, name) for s in statistics) for name in _GAUGES},
+            hubs=len(_runtime._hubs),
+            descriptors=_descriptors(),
+            native_threads=_native_threads(),
+            python_threads=_python_threads(),
+        )
+
+    def grown(self) -> list[str]:
+        """What there is now and was not then, in words."""
+        now = self.take()
+        new_pollers = now.pollers - self.pollers
+        words = [
+            f"{name}: {self.gauges[name]} before, {now.gauges[name]} now"
+            for name in _GAUGES
+            if now.gauges[name] > self.gauges[name]
+        ]
+        if now.hubs > self.hubs:
+            words.append(f"hubs: {self.hubs} before, {now.hubs} now")
+        new = {
+            fd: target
+            for fd, target in now.descriptors.items()
+            if self.descriptors.get(fd) != target
+        }
+        # those of the kernel's anonymous files look alike, so only their number tells
+        anonymous = [fd for fd, target in new.items() if target.startswith("anon_inode:")]
+        for fd in anonymous[: new_pollers * _FDS_OF_A_POLLER]:
+            del new[fd]
+        words += [f"descriptor {fd}: {target}" for fd, target in new.items()]
+        if now.native_threads > self.native_threads + new_pollers:
+            words.append(f"native threads: {self.native_threads} before, {now.native_threads} now")
+        words += [f"thread: {thread}" for thread in now.python_threads - self.python_threads]
+        return words
+
+
+def start() -> None:
+    """Starts once what then stays for the life of the process, so that it is in every snapshot."""
+    if not anypoll.statistics().pollers:
+        _runtime.pick_poller()
+        gc.collect()
+        gc.freeze()  # or each collection would look at pytest and all libraries again
+
+
+def leaks_since(before: Snapshot, *, within: float = 10) -> list[str]:
+    """What the test has left behind. Returns at once when that is nothing; what only takes its
+    time to go, such as blocks that a poller will recycle, gets it.
+    """
+    deadline = time.monotonic() + within
+    while True:
+        gc.collect()
+        _runtime.nudge()
+        words = before.grown()
+        if not words or time.monotonic() > deadline:
+            return words
+        time.sleep(0.002)
