@@ -111,6 +111,7 @@ class Core(Input):
         self._flushing = True
         self._mark_closed()
         self.reader._end = SHUT
+        self.writer._shut = True
         self.hub.wake_reader(self.number)
         try:
             left = self._send(self.writer._take()) if self.writer._size else 1

@@ -84,25 +84,27 @@ class Output(Endpoint):
 
     async def _flush(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+        if self.failure:
+            raise self._write_error(self.failure)
         # without anything of its own it waits for what is queued, and learns of a failure of that
         left = self._send(self.writer._take()) if self.writer._size else 1
         if left < 0:
             raise self._write_error(left)
-        if left:
-            await self._drain(deadline)
+        if left and await self._drain(deadline):
             return
         self.reader._budget -= 1
         if self.reader._budget < 0:
             await self.hub.checkpoint()
             self.reader._budget = self.budget
 
-    async def _drain(self, deadline: int, *, until_writable: bool = False) -> None:
-        """Waits until C's queue is empty."""
+    async def _drain(self, deadline: int, *, until_writable: bool = False) -> bool:
+        """Waits until C's queue is empty. Returns whether the task was suspended."""
+        suspended = False
         while True:
             result = _epoll.conn_drain(self.handle, until_writable, deadline)
             if result == 0:
                 self._abandoned = False
-                return
+                return suspended
             if result != AGAIN:
                 raise self._write_error(result)
             try:
@@ -111,6 +113,7 @@ class Output(Endpoint):
                 if self.number not in self.hub.writers:
                     _epoll.conn_disarm_write(self.handle)
                 raise
+            suspended = True
             self.reader._budget = self.budget
             if self.closed:
                 raise self._own(ClosedResourceError())
