@@ -38,7 +38,7 @@ _TOKENS_AT_ONCE = 256
 class Addressee(Protocol):
     """What a token may be for: a connection or a listener."""
 
-    def on_token(self, bits: int, error: int) -> None:
+    def on_token(self, bits: int, value: int) -> None:
         """News beyond the end of a wait."""
 
     def on_hub_end(self) -> None:
@@ -73,10 +73,11 @@ class Hub(ABC):
         """
 
     @abstractmethod
-    def wait_read(self, number: int) -> Awaitable[None]:
+    def wait_read(self, number: int) -> Awaitable[int | None]:
         """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection.
 
-        Whoever awaits it removes the entry in ``readers`` when that raises.
+        The result may say where the window ends now (``ap_token.value``); if it does not, or if it
+        gets lost, C is asked. Whoever awaits it removes the entry in ``readers`` when that raises.
         """
 
     @abstractmethod
@@ -110,21 +111,22 @@ class Hub(ABC):
         while n == tokens.max:
             n = hub_take(self.handle, tokens.array, n)
             readable = []
-            for number, bits, error in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
-                if bits == MAIL_READ:
-                    readable.append(number)
+            for token in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
+                if token[1] == MAIL_READ:
+                    readable.append(token)
                 else:
-                    trim |= bits & MAIL_TRIM
-                    self._dispatch_one(number, bits, error)
+                    trim |= token[1] & MAIL_TRIM
+                    self._dispatch_one(*token)
             self._wake_readers(readable)
         if trim:  # now that the wrappers of the blocks are gone
             _epoll.hub_trim(self.handle)
 
-    def _wake_readers(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self.wake_reader(number)
+    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
+        """Of tokens that say nothing but that a read wait is over."""
+        for token in tokens:
+            self.wake_reader(token[0])
 
-    def _dispatch_one(self, number: int, bits: int, error: int) -> None:
+    def _dispatch_one(self, number: int, bits: int, value: int) -> None:
         if bits & MAIL_READ:
             self.wake_reader(number)
         if bits & MAIL_SENT:
@@ -136,7 +138,7 @@ class Hub(ABC):
             addressee = found() if found is not None else None
             if addressee is not None:
                 try:
-                    addressee.on_token(bits, error)
+                    addressee.on_token(bits, value)
                 except Exception:  # a fault of ours must not end the user's event loop
                     logger.exception("Internal error in a hub")
 

@@ -41,11 +41,11 @@ class AsyncioHub(Hub):
         if get_running_loop() is not self._loop():
             raise RuntimeError("This object belongs to another event loop")
 
-    def wait_read(self, number: int) -> Future[None]:
+    def wait_read(self, number: int) -> Future[int | None]:
         loop = get_running_loop()
         if loop is not self._loop():
             raise RuntimeError("This object belongs to another event loop")
-        future: Future[None] = loop.create_future()
+        future: Future[int | None] = loop.create_future()
         self.readers[number] = future
         return future
 
@@ -66,12 +66,12 @@ class AsyncioHub(Hub):
         await sleep(0)
 
     # Calling wake_reader() and wake() for each would double the cost of a wake-up.
-    def _wake_readers(self, numbers: Iterable[int]) -> None:
+    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
         pop = self.readers.pop
-        for number in numbers:
+        for number, _, end in tokens:
             future = pop(number, None)
             if future is not None and not future.done():
-                future.set_result(None)
+                future.set_result(end)
 
     def wake(self, waiter: Future[None]) -> None:
         if not waiter.done():  # it may have been cancelled meanwhile

@@ -73,15 +73,15 @@ class Input(Output):
             raise self._own(ClosedResourceError())
         reader, writer, hub, handle = self.reader, self.writer, self.hub, self.handle
         deadline = 0 if self.read_timeout is None else deadline_after(self.read_timeout)
-        reader._budget -= 1
         self._reading = True
         suspended = False
         try:
-            if reader._budget < 0 or writer._size >= VECTORED or self.number in hub.outputs:
+            if reader._budget <= 0 or writer._size >= VECTORED or self.number in hub.outputs:
                 suspended = await self._before_reading(deadline)
             while True:
-                if writer._size:
-                    output = self._take_small()
+                size = writer._size
+                if size:
+                    output = writer._take_joined() if size < VECTORED else self._send_all()
                     result = conn_read(
                         handle, reader._start, n, flags, deadline, output, len(output)
                     )
@@ -94,6 +94,7 @@ class Input(Output):
                 if result >= 0:
                     if not suspended:
                         hub.check()
+                        reader._budget -= 1
                     if n and not flags & SCATTER:
                         if result & NEW_BLOCK:
                             self._show()
@@ -106,13 +107,16 @@ class Input(Output):
                     self._end_if_drained()
                 reader._end = SHUT
                 try:
-                    await hub.wait_read(self.number)
+                    end = await hub.wait_read(self.number)
                 except BaseException:  # cancelled: nothing was consumed, the buffer has it all
                     self._stop_waiting()
                     raise
                 if self.closed:
                     raise self._own(ClosedResourceError())
                 reader._budget = self.budget
+                if end and not flags:
+                    reader._end = end
+                    return True
                 suspended = True
         finally:
             self._reading = False
@@ -156,20 +160,21 @@ class Input(Output):
         self._enter_reading()
         reader, writer, hub, handle = self.reader, self.writer, self.hub, self.handle
         deadline = 0 if self.read_timeout is None else deadline_after(self.read_timeout)
-        size = len(delimiter)
-        reader._budget -= 1
+        length = len(delimiter)
         try:
-            if reader._budget < 0 or writer._size >= VECTORED or self.number in hub.outputs:
+            if reader._budget <= 0 or writer._size >= VECTORED or self.number in hub.outputs:
                 await self._before_reading(deadline)
             while True:
-                output = self._take_small() if writer._size else b""
+                size = writer._size
+                output = writer._take_joined() if size < VECTORED else self._send_all()
                 start = reader._start
                 result = conn_find(
-                    handle, start, delimiter, size, max_bytes, 0, deadline, output, len(output)
+                    handle, start, delimiter, length, max_bytes, 0, deadline, output, len(output)
                 )
                 if output and result != AGAIN:
                     self._after_output(result, output)
                 if result not in _WAITING:
+                    reader._budget -= 1
                     return self._found(result, max_bytes)
                 if self.draining:
                     self._end_if_drained()
@@ -220,7 +225,7 @@ class Input(Output):
         """
         reader = self.reader
         suspended = await self._bound_output(deadline)
-        if reader._budget < 0 and not suspended:
+        if reader._budget <= 0 and not suspended:
             reader._end = SHUT  # nobody else gets any bytes meanwhile
             await self.hub.checkpoint()
             suspended = True

@@ -37,14 +37,11 @@ class Output(Endpoint):
             outputs[self.number] = pieces
             self._abandoned = False
 
-    def _take_small(self) -> bytes:
-        """The writer's pending output in one piece, to go along with a read call; nothing if it is
-        too much for that, and was sent by itself.
+    def _send_all(self) -> bytes:
+        """What the writer has pending is too much to be joined and go along with a read call: it is
+        sent by itself, and nothing goes along.
         """
-        writer = self.writer
-        if writer._size < VECTORED:
-            return writer._take_joined()
-        self._send(writer._take())
+        self._send(self.writer._take())
         return b""
 
     def _after_output(self, result: int, output: bytes) -> None:

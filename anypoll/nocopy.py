@@ -338,7 +338,12 @@ class Writer:
         return out
 
     def _take_joined(self) -> bytes:
-        pieces, self._pieces, self._size = self._pieces, [], 0
+        """What may be sent, in one piece, and not pending any more."""
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        self._pieces = []
+        self._size = 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _put_back(self, data: bytes) -> None:

@@ -79,7 +79,8 @@ enum {
 typedef struct {
     uint64_t id;   /* generation << 32 | slot, as ap_conn_id gives it */
     uint32_t bits; /* AP_MAIL_* */
-    int32_t error; /* AP_MAIL_STARVED: the errno */
+    int32_t value; /* AP_MAIL_STARVED: the errno. AP_MAIL_READ: the end of the window, if what
+                    * was waited for lies in the block that was shown last; else 0 */
 } ap_token;
 
 /* A readable window of a block. Offsets count from the block's own address,

@@ -98,10 +98,12 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
 
 /* What the loop is told of a slot in its mailbox. Everything is looked at
  * again: the bits only say that it is worth while. */
-uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits)
+uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
 {
     uint32_t told = bits & AP_MAIL_IDLE;
     if (ap_input_over(conn)) {
+        if (conn->want == AP_WANT_BYTES && conn->input.size >= conn->want_bytes)
+            *value = (int32_t)ap_read_shown(conn, conn->want_bytes);
         conn->want = AP_WANT_NOTHING;
         told |= AP_MAIL_READ;
     }

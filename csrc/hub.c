@@ -190,16 +190,16 @@ static ap_slot *take_one(ap_hub *hub, uint32_t *bits)
     return slot;
 }
 
-static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *error)
+static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *value)
 {
     ap_slot_lock(slot);
     uint32_t told = 0;
     if (slot->closed)
         ap_count(&slot->poller->stale_tokens, 1);
     else if (slot->kind == AP_SLOT_CONN)
-        told = ap_conn_resolve((ap_conn *)slot, bits);
+        told = ap_conn_resolve((ap_conn *)slot, bits, value);
     else
-        told = ap_listener_resolve((ap_listener *)slot, bits, error);
+        told = ap_listener_resolve((ap_listener *)slot, bits, value);
     ap_slot_unlock(slot);
     return told;
 }
@@ -213,11 +213,11 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
     int n = 0;
     while (hub->taken && n < max) {
         uint32_t bits;
-        int32_t error = 0;
+        int32_t value = 0;
         ap_slot *slot = take_one(hub, &bits);
-        bits = resolve(slot, bits, &error);
+        bits = resolve(slot, bits, &value);
         if (bits)
-            tokens[n++] = (ap_token){.id = slot->id, .bits = bits, .error = error};
+            tokens[n++] = (ap_token){.id = slot->id, .bits = bits, .value = value};
         ap_slot_unref(slot);
     }
     hub->batch = n;

@@ -438,7 +438,7 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
 bool ap_conn_serve(ap_context *context, ap_conn *conn);
 void ap_conn_expire(ap_conn *conn, int64_t now);
 int64_t ap_conn_next_deadline(const ap_conn *conn);
-uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits);
+uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value);
 void ap_conn_drop(ap_conn *conn);
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
@@ -458,6 +458,8 @@ void ap_input_rewind(ap_conn *conn);
 /* Consumes up to pos in the block that is shown; what is unread behind it. */
 void ap_read_to(ap_conn *conn, uint32_t pos);
 size_t ap_read_left(const ap_conn *conn, uint32_t pos);
+/* The end of the window, if n bytes lie in the block that was shown; else 0. */
+uint32_t ap_read_shown(const ap_conn *conn, size_t n);
 /* Nothing will do but waiting: sends the output that came along, and arms. */
 int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int64_t deadline,
                      const char *output, size_t output_size);
@@ -496,7 +498,7 @@ struct ap_listener {
 bool ap_listener_serve(ap_listener *listener);
 void ap_listener_expire(ap_listener *listener, int64_t now);
 int64_t ap_listener_next_deadline(const ap_listener *listener);
-uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *error);
+uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value);
 void ap_listener_drop(ap_listener *listener);
 
 #endif

@@ -344,11 +344,11 @@ void ap_listener_expire(ap_listener *listener, int64_t now)
         ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
 }
 
-uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *error)
+uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value)
 {
     uint32_t told = listener->count > 0 || listener->error ? AP_MAIL_ACCEPT : 0;
     if (bits & AP_MAIL_STARVED) {
-        *error = listener->starved_error;
+        *value = listener->starved_error;
         told |= AP_MAIL_STARVED;
     }
     return told;

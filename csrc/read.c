@@ -34,6 +34,12 @@ static uint32_t window_end(const ap_conn *conn, size_t n)
     return block->start + (uint32_t)(have < shown ? have : shown);
 }
 
+uint32_t ap_read_shown(const ap_conn *conn, size_t n)
+{
+    const ap_block *block = conn->shown;
+    return block && block->end - block->start >= n ? window_end(conn, n) : 0;
+}
+
 static int64_t new_block_bit(const ap_conn *conn)
 {
     return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -95,15 +96,26 @@ class Snapshot:
         return words
 
 
+def _warm_up_uvloop() -> None:
+    """Its first loop makes a pipe for signals, and its first name resolution worker threads."""
+    try:
+        import uvloop
+    except ImportError:
+        return
+    with contextlib.closing(uvloop.new_event_loop()) as loop:
+        loop.run_until_complete(loop.getaddrinfo("127.0.0.1", 0))
+
+
 def start() -> None:
     """Starts once what then stays for the life of the process, so that it is in every snapshot."""
     if not anypoll.statistics().pollers:
         _runtime.pick_poller()
+        _warm_up_uvloop()
         gc.collect()
         gc.freeze()  # or each collection would look at pytest and all libraries again
 
 
-def leaks_since(before: Snapshot, *, within: float = 10) -> list[str]:
+def leaks_since(before: Snapshot, *, within: float = 5) -> list[str]:
     """What the test has left behind. Returns at once when that is nothing; what only takes its
     time to go, such as blocks that a poller will recycle, gets it.
     """

@@ -138,7 +138,7 @@ static inline int collect(struct world *w)
         for (int i = 0; i < n; i++) {
             struct mail *m = mail_at(w, tokens[i].id);
             m->bits |= tokens[i].bits;
-            m->error = tokens[i].error ? tokens[i].error : m->error;
+            m->error = tokens[i].value ? tokens[i].value : m->error;
         }
         all += n;
     } while (n == 16);
