@@ -27,6 +27,7 @@ class Lib(Protocol):
     AP_EQUEUED: int
     AP_EDELIM: int
     AP_EIDLE: int
+    AP_ELATE: int
     AP_TCP: int
     AP_UNIX: int
     AP_MAIL_READ: int

@@ -7,17 +7,18 @@ the end).
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import weakref
-from errno import EAGAIN, EBADF, ECONNRESET, EPIPE, ETIMEDOUT
+from errno import EAGAIN, EBADF, ECONNRESET, EPIPE
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 
 from . import _epoll, _runtime
-from ._epoll import EEOF, EIDLE, conn_buffered
+from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
 from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Endpoint:
                 _runtime.pick_poller(), hub.handle, fd, kind, limits.read_high_water
             )
         except BaseException:
-            _epoll.fd_close(fd)
+            if _epoll.fd_close(fd) < 0:  # it was not the core's yet
+                os.close(fd)
             raise
         self.handle = _epoll.bare(self._owner)
         self.kind = kind
@@ -183,14 +185,14 @@ class Endpoint:
         if code == EEOF:
             buffered = conn_buffered(self.handle, self.reader._start)
             return self._own(IncompleteRead() if buffered > 0 else EndOfStream())
-        if code == -ETIMEDOUT:
+        if code == ELATE:
             return self._own(ReadTimeout(f"not received within {self.read_timeout} s"))
         return self._fail(code)
 
     def _write_error(self, code: int) -> Exception:
         if self.closed:
             return self._own(ClosedResourceError())
-        if code == -ETIMEDOUT:
+        if code == ELATE:
             return self._own(WriteTimeout(f"not sent within {self.write_timeout} s"))
         if _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
             return self._own(ClosedResourceError())  # after send_eof(), as Trio has it

@@ -22,7 +22,7 @@ class TrioHub(Hub):
 
     def __init__(self) -> None:
         super().__init__()
-        self._token = trio.lowlevel.current_trio_token()
+        self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
         trio.lowlevel.spawn_system_task(self._drain)
 
     async def _drain(self) -> None:
@@ -33,6 +33,7 @@ class TrioHub(Hub):
                 self.dispatch()
         finally:
             self.end()
+            self._token = None  # the registry of hubs would keep both for ever
 
     def check(self) -> None:
         try:

@@ -114,7 +114,7 @@ class Input(Output):
                 if self.closed:
                     raise self._own(ClosedResourceError())
                 reader._budget = self.budget
-                if end and not flags:
+                if end and not flags and reader._end == SHUT:  # else a release() came between
                     reader._end = end
                     return True
                 suspended = True

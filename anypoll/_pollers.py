@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import random
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,9 @@ class Pool:
         if balance != "round_robin":
             statistics = [poller_statistics(poller) for poller in active]
             try:
-                index = balance(statistics) if callable(balance) else _least(statistics)
+                index = operator.index(
+                    balance(statistics) if callable(balance) else _least(statistics)
+                )
                 if 0 <= index < len(active):
                     return index
                 logger.error("load_balance returned %r for %d pollers", index, len(active))

@@ -85,6 +85,13 @@ def _flat(listeners: Any) -> Iterable[SocketListener]:
         raise ValueError(f"serve() cannot use the listener {listeners!r}")
 
 
+def _leaves(exc: BaseException) -> set[int]:
+    """The identities of the exceptions in a group: Trio rebuilds the groups themselves."""
+    if isinstance(exc, BaseExceptionGroup):
+        return set().union(*(_leaves(e) for e in exc.exceptions))
+    return {id(exc)}
+
+
 class serve:  # noqa: N801 -- it is used as a function
     """Serves connections for as long as the block runs.
 
@@ -205,7 +212,7 @@ class serve:  # noqa: N801 -- it is used as a function
         try:
             await self._group.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
-            if list(group.exceptions) != [exc]:
+            if exc is None or not _leaves(group) <= _leaves(exc):
                 raise
             # the block's own exception: it goes on by itself, without the group around it
 

@@ -314,9 +314,9 @@ class UNIXConnection(Connection, UNIXSocketStream):
 
 
 def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
-    """A connection that is not watched yet; owns ``fd`` from the call on.
+    """A connection that is not watched yet; owns ``fd`` when it returns.
 
-    :raises OSError: if there are no resources for it
+    :raises OSError: if there are no resources for it; a descriptor that was accepted is closed then
     """
     core = Core(fd, kind, limits, peer=peer)
     return Connection(core) if kind == TCP else UNIXConnection(core)
@@ -327,10 +327,7 @@ def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
 
     :raises OSError: if there are no resources for it; the socket is closed then
     """
-    kind = UNIX if sock.family == socket.AF_UNIX else TCP
-    if kind == TCP:
-        _sockets.set_nodelay(sock, True)
-    connection = new_connection(sock.fileno(), kind, limits)
+    connection = _over(sock, limits)
     connection._core.adopt_raw(sock)
     connection._core.register()
     return connection
@@ -340,12 +337,21 @@ def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
     """As :func:`open_socket`, without keeping the socket object: it costs memory, and is made anew
     when somebody asks for it.
     """
-    kind = UNIX if sock.family == socket.AF_UNIX else TCP
-    if kind == TCP:
-        _sockets.set_nodelay(sock, True)
-    connection = new_connection(sock.detach(), kind, limits)
+    connection = _over(sock, limits)
+    sock.detach()
     connection._core.register()
     return connection
+
+
+def _over(sock: socket.socket, limits: Limits) -> Connection:
+    kind = UNIX if sock.family == socket.AF_UNIX else TCP
+    try:
+        if kind == TCP:
+            _sockets.set_nodelay(sock, True)
+        return new_connection(sock.fileno(), kind, limits)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def socketpair() -> tuple[Connection, Connection]:

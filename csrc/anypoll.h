@@ -39,7 +39,8 @@ enum {
     AP_EQUEUED = -5002, /* as -EAGAIN (the wait is armed), and some of the output handed
                          * over with the call was queued: keep it until AP_MAIL_SENT */
     AP_EDELIM = -5003,  /* no delimiter within the first max_bytes */
-    AP_EIDLE = -5004    /* the connection was ended by its idle timeout */
+    AP_EIDLE = -5004,   /* the connection was ended by its idle timeout */
+    AP_ELATE = -5005    /* the deadline of the call has passed; -ETIMEDOUT is the socket's */
 };
 
 /* Kinds of sockets. */
@@ -220,7 +221,7 @@ AP_API uint64_t ap_conn_id(ap_conn *conn);
  * the wait is armed.
  * Thread: loop. Returns the end of the window, with bit AP_NEW_BLOCK_SHIFT set
  * if its block is new (n == 0 or AP_SCATTER: 0 or more); -EAGAIN or AP_EQUEUED;
- * AP_EEOF; -ETIMEDOUT; -EBADF when closed; -ENOMEM; the socket's error. */
+ * AP_EEOF; AP_ELATE; -EBADF when closed; -ENOMEM; the socket's error. */
 AP_API int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
                             const char *output, size_t output_size);
 
@@ -270,7 +271,7 @@ AP_API int64_t ap_conn_queued(ap_conn *conn);
 /* Waits until queued output is gone; with until_writable also until the socket
  * would take more. Several tasks may wait: the earliest of their deadlines ends
  * the wait for all, and each calls again.
- * Thread: loop. Returns 0; -EAGAIN (armed); -ETIMEDOUT; errors. */
+ * Thread: loop. Returns 0; -EAGAIN (armed); AP_ELATE; errors. */
 AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
 
 /* Stops the poller from sending and says how many queued bytes are left (of
@@ -288,7 +289,7 @@ AP_API int ap_conn_shutdown(ap_conn *conn);
  * and thrown away until the peer's FIN, because a close with unread input is a
  * RST that destroys what was sent. Thread: loop. Returns 0 when the socket can
  * be closed (at once, if nothing is unread and nothing unsent); -EAGAIN
- * (armed); -ETIMEDOUT; -EBUSY with queued output. */
+ * (armed); AP_ELATE; -EBUSY with queued output. */
 AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
 
 /* A real idle timeout: no byte in or out for that long. 0: none. */

@@ -208,8 +208,10 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
 {
     if (hub->epoch != ap_epoch_now())
         return -ECHILD;
-    if (!hub->taken)
+    if (!hub->taken) {
         hub->taken = take_list(hub);
+        hub->batch = 0; /* else this call goes on with a list */
+    }
     int n = 0;
     while (hub->taken && n < max) {
         uint32_t bits;
@@ -220,7 +222,7 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
             tokens[n++] = (ap_token){.id = slot->id, .bits = bits, .value = value};
         ap_slot_unref(slot);
     }
-    hub->batch = n;
+    hub->batch += n;
     return n;
 }
 

@@ -363,12 +363,12 @@ struct ap_hub {
     ap_slot *_Atomic mailbox;   /* (a) see ap_hub_post */
     _Atomic uint32_t signalled; /* (a) see ap_hub_post */
     ap_slot *taken;             /* (l) the rest of a list that was taken */
-    int batch;                  /* (l) how many tokens the last take gave */
+    int batch;                  /* (l) how many tokens the last list gave */
     ap_context context;         /* (l) */
 };
 
 void ap_hub_ref(ap_hub *hub);
-/* Tells the loop. Any thread, with or without the slot's mutex. */
+/* Tells the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
 void ap_hub_post(ap_slot *slot, uint32_t bits);
 AP_MUST_CHECK int ap_hub_link(ap_slot *slot);
 void ap_hub_unlink(ap_slot *slot);

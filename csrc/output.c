@@ -1,7 +1,8 @@
 /* Writing a connection.
  *
  * The caller's own thread tries first; only what the kernel did not take is
- * queued, by reference, and finished by the driver. The memory belongs to
+ * queued, by reference, and finished by the driver (except for a little output
+ * of a busy loop, of which the driver gets a copy: ap_output_hand_over). The memory belongs to
  * Python, so whenever the queue has emptied or failed a token is owed
  * (AP_MAIL_SENT), whether anybody waits or not; only then does the loop let go
  * of the objects.
@@ -334,7 +335,7 @@ static int drain_locked(ap_conn *conn, int64_t deadline)
         return 0;
     if (deadline && ap_now() >= deadline) {
         ap_count(&conn->slot.poller->timeouts, 1);
-        return -ETIMEDOUT;
+        return AP_ELATE;
     }
     /* another task may wait already: the first deadline of all comes first */
     if (!conn->drain_armed || !conn->drain_deadline ||

@@ -28,7 +28,7 @@
 #endif
 
 #define SMALL_CLASSES 4  /* 2, 4, 8, 16 KiB: from slabs */
-#define CACHED_CLASSES 9 /* 32 KiB to 8 MiB: mapped, and cached when free */
+#define CACHED_CLASSES 9 /* 32 KiB to 8 MiB: mapped, and cached if the limit allows */
 #define UNCACHED 255     /* other sizes: mapped, never kept */
 #define SLAB_MIN (64u * 1024)
 #define SLAB_BLOCKS_MIN 8u

@@ -37,7 +37,8 @@ static uint32_t window_end(const ap_conn *conn, size_t n)
 uint32_t ap_read_shown(const ap_conn *conn, size_t n)
 {
     const ap_block *block = conn->shown;
-    return block && block->end - block->start >= n ? window_end(conn, n) : 0;
+    uint32_t end = block && block->end - block->start >= n ? window_end(conn, n) : 0;
+    return end <= INT32_MAX ? end : 0; /* it travels in a token */
 }
 
 static int64_t new_block_bit(const ap_conn *conn)
@@ -174,7 +175,7 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
         return -EAGAIN;
     if (deadline && ap_now() >= deadline) {
         ap_count(&conn->slot.poller->timeouts, 1);
-        return -ETIMEDOUT;
+        return AP_ELATE;
     }
     int64_t queued = 0;
     bool handed_over = output_size && !conn->shut && ap_output_hand_over(conn, output, output_size);

@@ -8,6 +8,7 @@
  *   - the driver, until it has taken AP_BOX_CLOSED from its inbox, which it does
  *     between two batches of events,
  *   - a mailbox the slot is queued in,
+ *   - a kill of the hub, while it closes the slot,
  *   - each block that only views keep alive (pool.c).
  *
  * Life of a slot; the verbs are the only ones that change it:

@@ -1,9 +1,10 @@
 /* System calls that retry on EINTR and return -errno, and the seam where tests
  * make them fail.
  *
- * Every call of the core that can fail for reasons outside of it goes through
- * here, in the build that ships: what the fault tests exercise is what runs in
- * production. While no fault is set the seam is one relaxed load.
+ * The calls of the core that can fail for reasons outside of it go through here
+ * (AP_CALL_*: transfers, accepting, epoll, eventfd, memory, threads; not shutdown
+ * and socket options, whose failure changes nothing), in the build that ships: what the fault tests
+ * exercise is what runs in production. While no fault is set the seam is one relaxed load.
  */
 #include "internal.h"
 

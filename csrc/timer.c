@@ -7,7 +7,7 @@
  * its slot comes up (at most AP_WHEEL_LEVELS times in its life).
  *
  * Deadlines round up: a timer is never early, and late by at most one tick.
- * Timers are lazy (core.md, Time 1): the wheel only says "look at this slot
+ * Timers are lazy: the wheel only says "look at this slot
  * now", and the slot knows whether anything is due. See also the kernel's
  * timer wheel (kernel/time/timer.c) for the idea.
  */

@@ -870,18 +870,12 @@ async def test_two_readers_while_one_takes_a_checkpoint(second: str) -> None:
         await arrive(conn, peer, b"ab")
         for _ in range(64):
             at_once(conn.reader.peek(2))
-        told = []
-
-        async def other() -> None:
-            try:
-                await called(READS[second], conn)
-            except BusyResourceError as exc:
-                told.append(exc)
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(other)
-            assert await within(conn.reader.next(2), 5) == b"ab"
-            assert told
+        first = conn.reader.next(2)
+        first.send(None)  # to where it lets the other tasks run
+        with pytest.raises(BusyResourceError):
+            await called(READS[second], conn)
+        first.close()
+        assert await within(conn.reader.next(2)) == b"ab"
 
 
 async def test_a_cancelled_wait_loses_nothing() -> None:
@@ -924,18 +918,26 @@ async def test_the_budget_of_calls_without_suspension(method: str) -> None:
         for _ in range(64):
             at_once(call(*arguments))
         assert suspends(call(*arguments))
+        await within(call(*arguments))
+        for _ in range(63):
+            at_once(call(*arguments))
+        assert suspends(call(*arguments)) or suspends(call(*arguments))
+
+
+async def test_other_tasks_run_meanwhile() -> None:
+    async with opened() as (conn, peer), anyio.create_task_group() as group:
+        await arrive(conn, peer, b"x")
         ran = []
 
         async def other() -> None:
             ran.append(True)
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(other)
-            await within(call(*arguments), 5)
-            assert ran  # and now there are 64 more
-            for _ in range(64):
-                at_once(call(*arguments))
-            assert suspends(call(*arguments))
+        group.start_soon(other)
+        for _ in range(65 * 50):  # in what order a loop runs its tasks is up to it
+            await conn.reader.peek(1)
+            if ran:
+                break
+        assert ran
 
 
 async def test_flushes_count_as_well() -> None:
@@ -1466,13 +1468,14 @@ async def test_a_peer_that_does_not_read_stops_the_reader(kind: str, method: str
 async def test_the_output_of_a_server_is_bounded() -> None:
     """Pipelined requests for large answers, from a peer that does not read."""
     answer = pattern(100_000)
-    most = 0
+    most = answers = 0
 
     async def handler(conn: anypoll.Connection) -> None:
-        nonlocal most
+        nonlocal most, answers
         while True:
             await conn.reader.next(10)
             conn.writer.write(answer)
+            answers += 1
             most = max(most, len(conn.writer))
 
     async with anypoll.serve(handler, host="127.0.0.1", port=0, write_high_water=300_000) as server:
@@ -1481,7 +1484,9 @@ async def test_the_output_of_a_server_is_bounded() -> None:
             await send_all(peer, b"0123456789" * 500)
             await holds(lambda: server.connections)
             [conn] = server.connections
-            await holds(lambda: conn.statistics().buffered_output > 200_000)
+            await holds(lambda: conn.statistics().buffered_output)
+            await anyio.wait_all_tasks_blocked()
+            assert answers < 400  # the kernel's buffers hold some
             for _ in range(500):
                 assert await read_all(peer, len(answer)) == answer
             peer.shutdown(socket.SHUT_WR)

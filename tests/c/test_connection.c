@@ -274,7 +274,7 @@ TEST(linger_deadline)
     CHECK_EQ(rc, -EAGAIN);
     await(w, l.id, AP_MAIL_READ);
     CHECK(ap_now() >= deadline);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, deadline), -ETIMEDOUT);
+    CHECK_EQ(ap_conn_linger(l.conn, l.pos, deadline), AP_ELATE);
     peer_expect_eof(&l);
     link_close(&l);
     world_close(w);

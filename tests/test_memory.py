@@ -1,0 +1,209 @@
+"""What memory connections take, and that they give it back. Counted, never timed."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+
+import anyio
+import pytest
+from peers import (
+    KIB,
+    MIB,
+    arrive,
+    holds,
+    opened,
+    pattern,
+    read_all,
+    send_all,
+    within,
+)
+
+import anypoll
+from anypoll import _runtime
+
+pytestmark = pytest.mark.anyio
+
+
+def in_use() -> int:
+    """Bytes of blocks that something refers to."""
+    _runtime.nudge()
+    return sum(p.bytes_in_use for p in anypoll.statistics().pollers)
+
+
+def pinned() -> int:
+    _runtime.nudge()
+    return sum(p.bytes_pinned for p in anypoll.statistics().pollers)
+
+
+def free() -> int:
+    _runtime.nudge()
+    return sum(p.bytes_free for p in anypoll.statistics().pollers)
+
+
+async def test_peeks_across_blocks_take_constant_memory() -> None:
+    """L37: merging for a peek must not allocate each time, nor leave anything behind."""
+    data = pattern(20_000)
+    async with opened() as (conn, peer):
+        before = in_use()
+        for first in range(0, len(data), 500):
+            await arrive(conn, peer, data[first : first + 500])
+        view = await conn.reader.peek(15_000)
+        most = in_use()
+        for i in range(10_000):
+            view = await conn.reader.peek(14_000 + i % 1000)
+        assert view == data[: len(view)]
+        assert in_use() <= most
+        for round_ in range(300):  # and while it goes on
+            n = 997 + round_
+            await conn.reader.skip(n)
+            data = data[n:] + pattern(n, round_)
+            await arrive(conn, peer, pattern(n, round_))
+            assert await conn.reader.peek(15_000) == data[:15_000]
+            assert in_use() - before <= 4 * len(data) + 64 * KIB
+        del view
+        await conn.reader.skip(20_000)
+        conn.reader.release()
+        await holds(lambda: in_use() - before <= 64 * KIB)
+    await holds(lambda: in_use() <= before)
+
+
+async def test_views_pin_their_blocks_and_nothing_else() -> None:
+    data = pattern(4 * MIB)
+    async with opened() as (conn, peer), anyio.create_task_group() as group:
+        before = in_use()
+        group.start_soon(send_all, peer, data)
+        held = []
+        for place in range(0, len(data), 64 * KIB):
+            view = await within(conn.reader.next(64 * KIB))
+            if place % MIB == 0:
+                held.append((place, view[:100]))
+        del view
+        conn.reader.release()
+        await holds(lambda: 0 < in_use() - before <= 4 * (512 * KIB) + MIB)
+        for place, view in held:
+            assert view == data[place : place + 100]
+        del view
+        held.clear()
+        await holds(lambda: in_use() - before <= 512 * KIB)
+    await holds(lambda: in_use() <= before)
+
+
+async def test_pinned_memory_is_counted() -> None:
+    async with opened() as (conn, peer):
+        before, in_all = conn.statistics().pinned, pinned()
+        await arrive(conn, peer, bytes(1000))
+        view = await conn.reader.next(1000)
+        assert conn.statistics().pinned == before  # the reader has not left the block
+        await arrive(conn, peer, bytes(30_000))
+        await conn.reader.skip(30_000)
+        conn.reader.release()
+        assert conn.statistics().pinned > before
+        assert pinned() > in_all
+        del view
+        await holds(lambda: conn.statistics().pinned == before)
+        await holds(lambda: pinned() == in_all)
+
+
+@pytest.mark.slow
+async def test_idle_connections_give_their_blocks_back() -> None:
+    """L28, O25: after about a second of waiting with nothing buffered."""
+    count, size = 50, 100_000
+    pairs = [anypoll.socketpair() for _ in range(count)]
+    before = in_use()
+    try:
+        async with anyio.create_task_group() as group:
+
+            async def wait(conn: anypoll.Connection, got: list[bytes]) -> None:
+                got.append(await conn.reader.read_bytes(size))
+                got.append(await conn.reader.read_bytes(1))
+
+            async def send(conn: anypoll.Connection) -> None:
+                await conn.send(pattern(size))
+
+            outcomes: list[list[bytes]] = []
+            for ours, theirs in pairs:
+                outcomes.append([])
+                group.start_soon(wait, ours, outcomes[-1])
+                group.start_soon(send, theirs)
+            await holds(lambda: all(len(got) == 1 for got in outcomes))
+            await holds(lambda: in_use() <= before)
+            await holds(lambda: free() <= 2 * MIB)  # and the burst does not stay, either
+            for _, theirs in pairs:
+                await theirs.send(b"x")  # they still work
+        assert all(got == [pattern(size), b"x"] for got in outcomes)
+    finally:
+        for pair in pairs:
+            for conn in pair:
+                await conn.aclose()
+
+
+async def test_a_connection_takes_no_block_before_it_receives() -> None:
+    before = in_use()
+    pairs = [anypoll.socketpair() for _ in range(100)]
+    async with anyio.create_task_group() as group:
+        for ours, _ in pairs:
+            group.start_soon(ours.reader.peek, 1)
+        await anyio.wait_all_tasks_blocked()
+        assert in_use() == before
+        group.cancel_scope.cancel()
+    for pair in pairs:
+        for conn in pair:
+            await conn.aclose()
+
+
+async def test_reading_and_writing_for_long_leaves_nothing() -> None:
+    """No view, piece, token or frame stays behind: Python's memory, too, is what it was."""
+
+    async def rounds(count: int) -> None:
+        for i in range(count):
+            conn.writer.write(b"request %d\n" % i)
+            conn.writer.malloc(10)[:] = b"0123456789"
+            await conn.writer.flush()
+            assert await read_all(peer, 19 + len(str(i))) == b"request %d\n0123456789" % i
+            await send_all(peer, b"answer %d\n" % i)
+            view = await conn.until(b"\n")
+            assert view == b"answer %d\n" % i
+            await send_all(peer, bytes(3000))
+            await conn.receive(1)
+            await conn.reader.next_parts(2000)
+            await conn.reader.skip(999)
+            with anyio.move_on_after(0):
+                await conn.reader.next(1 << 20)
+
+    async with opened() as (conn, peer):
+        await rounds(300)
+        gc.collect()
+        before = in_use()
+        tracemalloc.start()
+        try:
+            await rounds(300)
+            gc.collect()
+            first, _ = tracemalloc.get_traced_memory()
+            await rounds(900)
+            gc.collect()
+            second, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert second - first < 50 * KIB
+        assert in_use() - before <= 512 * KIB
+
+
+async def test_connections_leave_nothing() -> None:
+    """Also those that ended in the middle of something."""
+    before = in_use()
+    for end in range(60):
+        async with opened("tcp" if end % 2 else "unix") as (conn, peer):
+            async with anyio.create_task_group() as group:
+                await arrive(conn, peer, pattern(10_000))
+                kept = await conn.reader.next(5000)
+                conn.writer.write(bytes(MIB))
+                group.start_soon(conn.writer.flush)
+                await anyio.wait_all_tasks_blocked()
+                group.cancel_scope.cancel()
+            conn.abort()
+        assert kept == pattern(10_000)[:5000]
+    del kept
+    gc.collect()
+    await holds(lambda: in_use() <= before)
+    await holds(lambda: sum(p.bytes_pinned for p in anypoll.statistics().pollers) == 0)
