@@ -59,7 +59,8 @@ class Core(Input):
     def on_hub_end(self) -> None:
         """The event loop has ended: C has closed the descriptor, unless Python owned it."""
         self._mark_closed()
-        self.reader._end = SHUT
+        self.reader._close()
+        self.writer._close()
         self._close_raw()
 
     # --- the end ---------------------------------------------------------------------------------

@@ -144,7 +144,9 @@ class Endpoint:
             fd = _epoll.conn_fd(self.handle, 1)
             if fd < 0:
                 raise self._own(ClosedResourceError())
-            self.adopt_raw(socket.socket(fileno=fd))
+            raw = socket.socket(fileno=fd)
+            raw.setblocking(False)  # it is; but the object does not know
+            self.adopt_raw(raw)
         assert self.raw is not None
         return self.raw
 

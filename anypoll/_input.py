@@ -129,6 +129,8 @@ class Input(Output):
         self._enter_reading()
         self._reading = False
         result = conn_read(self.handle, self.reader._start, n, flags | NOWAIT, 0, b"", 0)
+        if result < 0:
+            self.reader._end = SHUT  # C may have moved what is there
         if result == AGAIN:
             raise anyio.WouldBlock
         if result < 0:
@@ -150,6 +152,7 @@ class Input(Output):
         """
         if self.writer._size:
             self._send(self.writer._take())
+        self.reader._end = SHUT  # C may have moved what is there
         return self._read_error(code)
 
     async def find(self, delimiter: bytes, max_bytes: int) -> int:
@@ -251,7 +254,12 @@ class Input(Output):
         :raises EndOfStream: when the peer has ended
         """
         reader = self.reader
-        if not await self.fill(1):
+        try:
+            suspended = await self.fill(1)
+        except EndOfStream:  # this is success, to code that makes b"" of it
+            await self.hub.checkpoint()
+            raise
+        if not suspended:
             # a checkpoint before anything is taken: cancelled, it stays
             self._reading, end, reader._end = True, reader._end, SHUT
             try:

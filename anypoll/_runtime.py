@@ -114,10 +114,12 @@ def _after_fork_in_child() -> None:
     if _pool is not None:
         atexit.unregister(_pool.stop)
     _pool = None
-    _hubs = weakref.WeakKeyDictionary()
     for sock in list(raw_sockets):
         sock.close()
     raw_sockets.clear()
+    for hub in list(_hubs.values()):
+        hub.end()  # what was inherited is closed, to whoever asks
+    _hubs = weakref.WeakKeyDictionary()
     _epoll.fork_child()
 
 

@@ -219,6 +219,7 @@ class Server:
 
     @staticmethod
     def _name(connection: Connection) -> str:
+        """For tasks and log records, which may be kept for long: not the connection itself."""
         return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
 
     def _connection(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
@@ -264,10 +265,10 @@ class Server:
     def _judge(self, connection: Connection, exc: Exception) -> str:
         reason = _normal_end(exc, connection._core.number)
         if reason is not None:
-            logger.debug("%r ended: %s", connection, reason)
+            logger.debug("%s ended: %s", self._name(connection), reason)
             return reason
         self._handler_errors += 1
-        logger.error("The handler of %r has failed", connection, exc_info=exc)
+        logger.error("The handler of %s has failed", self._name(connection), exc_info=exc)
         return "error"
 
     def _leave(self, connection: Connection, reason: str) -> None:

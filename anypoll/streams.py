@@ -314,9 +314,9 @@ class UNIXConnection(Connection, UNIXSocketStream):
 
 
 def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
-    """A connection that is not watched yet; owns ``fd`` when it returns.
+    """A connection that is not watched yet; owns ``fd`` from the call on.
 
-    :raises OSError: if there are no resources for it; a descriptor that was accepted is closed then
+    :raises OSError: if there are no resources for it
     """
     core = Core(fd, kind, limits, peer=peer)
     return Connection(core) if kind == TCP else UNIXConnection(core)
@@ -345,12 +345,16 @@ def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
 
 def _over(sock: socket.socket, limits: Limits) -> Connection:
     kind = UNIX if sock.family == socket.AF_UNIX else TCP
-    try:
-        if kind == TCP:
+    if kind == TCP:
+        try:
             _sockets.set_nodelay(sock, True)
+        except BaseException:
+            sock.close()
+            raise
+    try:
         return new_connection(sock.fileno(), kind, limits)
     except BaseException:
-        sock.close()
+        sock.detach()  # the descriptor was closed
         raise
 
 

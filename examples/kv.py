@@ -1,204 +1,139 @@
 """A key-value server for any Redis client: an example of a pipelining request/reply protocol.
 
 Start it with `anypoll serve examples/kv.py:handler --port 6380`, and talk to it with
-`redis-cli -p 6380`. It speaks RESP2 and, after `HELLO 3`, RESP3; what it knows of Redis 7.0's
-commands, it answers as Redis does. From the bottom up:
+`redis-cli -p 6380`. It speaks RESP2 and, after `HELLO 3`, RESP3, and answers as Redis 7.0 does.
 
-- *Replies* are plain Python values: `encode` makes RESP of a status (`str`), a bulk string
-  (`bytes`), a null (`None`), a map (`dict`) and so on. An exception, `Error`, is an error line.
-- *Requests* are read by `read_request`. What it keeps is a copy, for a view holds on to the whole
-  block it points into. A length is checked before it is believed, and a long string is read in
-  pieces: memory follows what has arrived, never what was announced.
-- *Commands* are functions in a table; their parameters are the arity. None awaits: each is atomic.
-- `handler` joins these. It never flushes: replies pile up in the writer while there are requests
-  at hand, and go out in one system call when the reader has to wait for more, or at the end.
+What is kept of a request is copied: a view would hold on to its whole block. Lengths are checked
+before they are believed, and long strings read in pieces: memory follows what has arrived, not what
+was announced. `handler` never flushes: replies pile up in the writer while there are requests at
+hand, and go out in one system call when the reader has to wait. No command awaits: each is atomic.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import math
 import re
-import sys
+import shlex
 import time
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set as AbstractSet
-from operator import itemgetter
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Final
 
 import anyio
 
 import anypoll
 
-INT64: Final = 2**63
-MAX_LINE: Final = 64 * 1024
-MAX_BULK: Final = 512 * 1024 * 1024
-PIECE: Final = 1024 * 1024  # a longer string is read this much at a time
-BY_REFERENCE: Final = 16 * 1024  # a string of this size is sent without being copied
-
-NOT_AN_INTEGER: Final = "ERR value is not an integer or out of range"
-SYNTAX_ERROR: Final = "ERR syntax error"
-WRONG_ARITY: Final = "ERR wrong number of arguments for '{}' command"
-PROTOCOL: Final = "ERR Protocol error: "
-
-# --- Replies ---
-
-
-class Verbatim(bytes):
-    """Text for people; RESP3 marks it as such."""
-
-
-class Pairs(list[tuple[bytes, float]]):
-    """Members with scores; in RESP2 they all follow one another."""
-
-
-Many: TypeAlias = "Sequence[Reply] | AbstractSet[Reply] | Mapping[bytes, Reply]"
-Reply: TypeAlias = "int | float | str | bytes | Many | None"  # () is RESP2's null for an array
+INT64: Final = range(-(2**63), 2**63)
+COUNTS: Final = range(-(2**63), 1_000_000)  # of the strings in a request
+LENGTHS: Final = range(512 * 1024 * 1024 + 1)  # of a string
+IDS: Final = itertools.count(1)  # of connections
+BIG: Final = 256 * 1024  # a longer string is read in pieces, and sent without being copied
+NOT_INTEGER: Final = b"ERR value is not an integer or out of range"
+SYNTAX_ERROR: Final = b"ERR syntax error"
+WRONG_ARITY: Final = b"ERR wrong number of arguments for '%b' command"
+WRONG_TYPE: Final = b"WRONGTYPE Operation against a key holding the wrong kind of value"
+BAD_COUNT: Final = b"ERR Protocol error: invalid multibulk length"
 
 
 class Error(Exception):
-    """An error line. What it quotes of a request is Latin-1, so that any byte will do."""
-
-    def encode(self) -> bytes:
-        return b"-%b\r\n" % str(self).replace("\r", " ").replace("\n", " ").encode("latin-1")
+    """An error line, in bytes."""
 
 
-def encode(reply: Reply, resp3: bool) -> bytes:
+def require(condition: bool, error: bytes) -> str:
+    if not condition:
+        raise Error(error)
+    return "OK"
+
+
+async def read_request(conn: anypoll.Connection) -> list[bytes]:
+    """Read an array of bulk strings, or a line as people type it; it may be empty."""
+    line = bytes(await conn.until(b"\n"))
+    if not line.startswith(b"*"):
+        return split(line.strip())
+    request = []
+    for _ in range(integer(line[1:].removesuffix(b"\r\n"), BAD_COUNT, COUNTS)):
+        line = bytes(await conn.until(b"\r\n"))
+        if not line.startswith(b"$"):
+            raise Error(b"ERR Protocol error: expected '$', got '%b'" % line[:1])
+        length = integer(line[1:-2], b"ERR Protocol error: invalid bulk length", LENGTHS)
+        if length <= BIG:
+            request.append(bytes((await conn.next(length + 2))[:-2]))
+        else:
+            sizes = [BIG] * (length // BIG) + [length % BIG]
+            request.append(b"".join([await conn.reader.read_bytes(size) for size in sizes]))
+            await conn.skip(2)
+    return request
+
+
+def split(line: bytes) -> list[bytes]:
+    """Split a line into words, which may be quoted as in a shell."""
+    if not re.search(rb"[\"']", line):
+        return line.split()
+    try:
+        return [word.encode("latin-1") for word in shlex.split(line.decode("latin-1"))]
+    except ValueError:
+        raise Error(b"ERR Protocol error: unbalanced quotes in request") from None
+
+
+def encode(reply: Any, resp3: bool) -> bytes:
+    """Make RESP of a value: a `str` is a status, `()` RESP2's null for an array, a `bytearray` text
+    for people, and a list of tuples are pairs, which RESP2 has flat.
+    """
     if isinstance(reply, bytes):
-        if resp3 and isinstance(reply, Verbatim):
-            return b"=%d\r\ntxt:%b\r\n" % (len(reply) + 4, reply)
         return b"$%d\r\n%b\r\n" % (len(reply), reply)
+    if isinstance(reply, bytearray):
+        text = bytes(reply)
+        return b"=%d\r\ntxt:%b\r\n" % (len(text) + 4, text) if resp3 else encode(text, resp3)
     if isinstance(reply, int):
         return b":%d\r\n" % reply
     if isinstance(reply, float):
         return b",%.17g\r\n" % reply if resp3 else encode(b"%.17g" % reply, resp3)
     if isinstance(reply, str):
         return b"+%b\r\n" % reply.encode()
+    if isinstance(reply, Error):
+        return b"-%b\r\n" % reply.args[0].replace(b"\r", b" ").replace(b"\n", b" ")
     if reply is None or reply == ():
         return b"_\r\n" if resp3 else b"$-1\r\n" if reply is None else b"*-1\r\n"
-    mark, size, items = b"*", len(reply), iter(reply)
-    if isinstance(reply, Mapping):
-        items = itertools.chain.from_iterable(reply.items())
-        mark, size = (b"%", size) if resp3 else (b"*", 2 * size)
-    elif isinstance(reply, AbstractSet) and resp3:
-        mark = b"~"
-    elif isinstance(reply, Pairs) and not resp3:
-        size, items = 2 * size, itertools.chain.from_iterable(reply)
+    is_map = isinstance(reply, dict)
+    items = [*(reply.items() if is_map else reply)]
+    size, mark = len(items), b"%" if is_map else b"~" if isinstance(reply, set) else b"*"
+    if items and isinstance(items[0], tuple) and (is_map or not resp3):
+        items = [*itertools.chain.from_iterable(items)]
+    mark, size = (mark, size) if resp3 else (b"*", len(items))
     return b"%b%d\r\n%b" % (mark, size, b"".join([encode(item, resp3) for item in items]))
 
 
-# --- Requests ---
-
-
-async def read_request(conn: anypoll.Connection) -> list[bytes]:
-    """Read an array of bulk strings, or a line as people type it; it may be empty."""
-    try:
-        line = bytes(await conn.until(b"\n", max_bytes=MAX_LINE))
-    except anyio.DelimiterNotFound:
-        is_array = bytes(conn.reader.peek_nowait(1)) == b"*"
-        what = "mbulk count string" if is_array else "inline request"
-        raise Error(f"{PROTOCOL}too big {what}") from None
-    if not line.startswith(b"*"):
-        return split(line.strip())
-    return [await read_bulk(conn) for _ in range(parse_length(line))]
-
-
-async def read_bulk(conn: anypoll.Connection) -> bytes:
-    try:
-        line = bytes(await conn.until(b"\r\n", max_bytes=MAX_LINE))
-    except anyio.DelimiterNotFound:
-        raise Error(f"{PROTOCOL}too big bulk count string") from None
-    if not line.startswith(b"$"):
-        raise Error(f"{PROTOCOL}expected '$', got '{chr(line[0])}'")
-    length = parse_length(line)
-    if length <= PIECE:
-        return bytes((await conn.next(length + 2))[:-2])
-    sizes = [PIECE] * (length // PIECE) + [length % PIECE]
-    value = b"".join([await conn.reader.read_bytes(size) for size in sizes])
-    await conn.skip(2)
-    return value
-
-
-@functools.lru_cache(1024)  # most requests have the same few; what is refused is not kept
-def parse_length(line: bytes) -> int:
-    """Return the number in a line such as `*3` or `$12`."""
-    if line.startswith(b"$"):
-        return integer(line[1:-2], f"{PROTOCOL}invalid bulk length", 0, MAX_BULK)
-    digits = line[1:-2] if line.endswith(b"\r\n") else b""
-    return integer(digits, f"{PROTOCOL}invalid multibulk length", most=999_999)
-
-
-WORD: Final = re.compile(  # spaces, then anything, then perhaps a string in quotes of either kind
-    rb"""(?s)\s*(?!\s)([^\s"']*)(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\'|\\(?!'))*)')?(?=\s|$)"""
-)
-ESCAPE: Final = re.compile(rb"(?s)\\(?:x([0-9a-fA-F]{2})|(.))")
-ESCAPES: Final = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\a"}
-
-
-def split(line: bytes) -> list[bytes]:
-    """Split a line into words, each of which may be, or end in, a quoted string."""
-    words: list[bytes] = []
-    position = 0
-    while position < len(line):
-        match = WORD.match(line, position)
-        if match is None:
-            raise Error(f"{PROTOCOL}unbalanced quotes in request")
-        plain, double, single = match.groups(b"")
-        words.append(plain + ESCAPE.sub(unescape, double) + single.replace(rb"\'", b"'"))
-        position = match.end()
-    return words
-
-
-def unescape(match: re.Match[bytes]) -> bytes:
-    return bytes.fromhex(match[1].decode()) if match[1] else ESCAPES.get(match[2], match[2])
-
-
-# --- Arguments ---
-
-
-def latin(text: bytes) -> str:
-    return text.decode("latin-1")
-
-
-def integer(
-    text: bytes, error: str = NOT_AN_INTEGER, least: int = -INT64, most: int = INT64 - 1
-) -> int:
+@lru_cache(1024)  # the lengths in requests are few; what is refused is not kept
+def integer(text: bytes, error: bytes = NOT_INTEGER, allowed: range = INT64) -> int:
     """Return an integer's value; it must be written in the one way that Redis accepts."""
-    if re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", text) and least <= int(text) <= most:
+    if re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", text) and int(text) in allowed:
         return int(text)
     raise Error(error)
 
 
 def real(text: bytes) -> float:
     """Return a score's value: no NaN, and infinity only by its name."""
-    named = re.fullmatch(rb"(?i)[+-]?inf(?:inity)?", text)
-    if named or re.fullmatch(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", text):
-        value = float(text)
-        if named or math.isfinite(value):
-            return value + 0.0  # never -0
-    raise Error("ERR value is not a valid float")
+    is_name = re.fullmatch(rb"(?i)[+-]?inf(inity)?", text)
+    is_number = re.fullmatch(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    if is_name or (is_number and math.isfinite(float(text))):
+        return float(text) + 0.0  # never -0
+    raise Error(b"ERR value is not a valid float")
 
 
-def pops(count: bytes | None) -> int:
-    return 1 if count is None else integer(count, "ERR value is out of range, must be positive", 0)
-
-
-def clip(start: bytes, stop: bytes, size: int) -> tuple[int, int]:
+def span(start: bytes, stop: bytes, size: int) -> tuple[int, int]:
     """Turn a range with its end included, negative from the end, into one as slices have it."""
-    first, last = integer(start), integer(stop)
-    first = min(max(first + size if first < 0 else first, 0), size)
-    last = min(last + size if last < 0 else last, size - 1)
-    return first, max(first, last + 1)
+    first, last = (n + size if n < 0 else n for n in (integer(start), integer(stop)))
+    return min(max(first, 0), size), min(max(last + 1, 0), size)
 
 
-def deadline(command: str, text: bytes, unit: int, least: int) -> int:
-    """Return the time that it will be so many units from now."""
+def deadline(command: bytes, text: bytes, unit: int, least: int) -> int:
     amount, now = integer(text), milliseconds()
-    if amount < least or not -INT64 <= amount * unit < INT64 - now:
-        raise Error(f"ERR invalid expire time in '{command}' command")
+    is_valid = amount >= least and amount * unit in INT64 and now + amount * unit in INT64
+    require(is_valid, b"ERR invalid expire time in '%b' command" % command)
     return now + amount * unit
 
 
@@ -206,18 +141,20 @@ def milliseconds() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-def options(
-    words: Iterable[bytes], error: str = SYNTAX_ERROR, **arguments: int
-) -> dict[str, bytes]:
-    """Return the options given, each with its first argument, if it has any."""
+def paired(error: bytes, *words: bytes) -> list[tuple[bytes, bytes]]:
+    require(bool(words) and len(words) % 2 == 0, error)
+    return [*zip(words[::2], words[1::2], strict=True)]
+
+
+def options(words: Sequence[bytes], error: bytes, **sizes: int) -> dict[str, bytes]:
+    """Return the options that are given, each with the first of as many arguments as it takes."""
     given: dict[str, bytes] = {}
     rest = iter(words)
     for word in rest:
-        name = latin(word).upper()
-        values = [*itertools.islice(rest, arguments.get(name, 0))]
-        if len(values) != arguments.get(name):
-            raise Error(error.format(latin(word)))
-        given[name] = values[0] if values else b""
+        name = word.decode("latin-1").upper()
+        arguments = [*itertools.islice(rest, sizes.get(name, 0))]
+        require(len(arguments) == sizes.get(name), error.replace(b"%b", word))
+        given[name] = b"".join(arguments[:1])
     return given
 
 
@@ -225,23 +162,18 @@ GLOB: Final = re.compile(rb"(?s)(\*+)|(\?)|\[(\^?)((?:\\.|[^\]]-.|[^\]])*)\]?|\\
 GLOB_CLASS: Final = re.compile(rb"(?s)\\(.)|(.)-(.)|(.)")
 
 
-@functools.lru_cache(64)
+@lru_cache(64)
 def compile_glob(pattern: bytes) -> Callable[[bytes], object]:
-    """Return a function that tells whether a key matches.
-
-    What stands between two stars is looked for once, from the left, and never again (an atomic
-    group, as Python 3.10 can have it), so no pattern takes more time than length times length.
-    """
-    if len(pattern) > 4096:
-        raise Error("ERR pattern is too long")
+    """Return a function that tells whether a key matches."""
+    require(len(pattern) <= 4096, b"ERR pattern is too long")
     first, *rest = GLOB.sub(translate, pattern).split(b"*")
     last = b".*" + rest.pop() if rest else b""
+    # Atomic groups, as Python 3.10 can have them: what was found is never looked for again.
     found = [b"(?=(?P<p%d>.*?%b))(?P=p%d)" % (n, part, n) for n, part in enumerate(rest)]
     return re.compile(b"".join([b"(?s)", first, *found, last])).fullmatch
 
 
 def translate(match: re.Match[bytes]) -> bytes:
-    """Translate a part of a pattern into a regular expression, but leave it its stars."""
     star, single, negation, members, literal = match.groups()
     if star or single or literal:
         return b"*" if star else b"." if single else b"\\x%02x" % ord(literal)
@@ -251,189 +183,337 @@ def translate(match: re.Match[bytes]) -> bytes:
     return b"[%b%b]" % (negation, ranges) if ranges else b"." if negation else b"(?!)"
 
 
-# --- The database ---
-
-
-class SortedSet:
+class SortedSet(dict[bytes, float]):
     """Members with their scores, and in their order."""
 
     def __init__(self) -> None:
-        self.scores: dict[bytes, float] = {}
         self.order: list[tuple[float, bytes]] = []
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def put(self, member: bytes, score: float) -> bool:
-        """Add a member, or move it; true if it was not there."""
-        old = self.scores.get(member)
-        if score != old:
-            if old is not None:
-                del self.order[bisect_left(self.order, (old, member))]
-            self.scores[member] = score
+    def add(self, *pairs: bytes) -> Any:
+        old = len(self)
+        for member, score in [(m, real(s)) for s, m in paired(SYNTAX_ERROR, *pairs)]:
+            if member in self:
+                del self.order[bisect_left(self.order, (self[member], member))]
+            self[member] = score
             insort(self.order, (score, member))
-        return old is None
+        return len(self) - old
 
-    def page(self, start: int, stop: int) -> Pairs:
-        return Pairs((member, score) for score, member in self.order[start:stop])
+    def pop_min(self, size: int) -> list[tuple[bytes, float]]:
+        page = self.order[:size]
+        del self.order[:size]
+        return [(member, self.pop(member)) for _, member in page]
+
+    def range(self, start: bytes, stop: bytes, *words: bytes) -> Any:
+        with_scores = options(words, SYNTAX_ERROR, WITHSCORES=0)
+        page = self.order[slice(*span(start, stop, len(self)))]
+        return [(member, score) if with_scores else member for score, member in page]
 
 
-Value: TypeAlias = "bytes | deque[bytes] | set[bytes] | dict[bytes, bytes] | SortedSet"
-TYPES: Final[dict[type, str]] = {
-    bytes: "string", deque: "list", set: "set", dict: "hash", SortedSet: "zset", type(None): "none",
-}  # fmt: skip
-T = TypeVar("T", bound=Value)
+TYPES: Final[Any] = {bytes: "string", deque: "list", set: "set", dict: "hash", SortedSet: "zset"}
 
 
 class Database:
     """Keys with values and deadlines; a key that is due goes when it is looked at."""
 
     def __init__(self) -> None:
-        self.values: dict[bytes, Value] = {}
+        self.values: dict[bytes, Any] = {}
         self.deadlines: dict[bytes, int] = {}
-        self.numbers: dict[bytes, int] = {}  # of the keys, as they came: what SCAN's cursors are
-        self.next_number = itertools.count(1)
-        self.scanned: list[tuple[bytes, int]] = []
-        self.sweep_at = 1000
+        self.scanned: list[tuple[int, bytes]] = []
 
-    def find(self, key: bytes) -> Value | None:
+    def find(self, key: bytes) -> Any:
         if key in self.deadlines and self.deadlines[key] <= milliseconds():
-            self.delete(key)
+            del self.values[key], self.deadlines[key]
         return self.values.get(key)
 
-    def get(self, key: bytes, kind: type[T]) -> T | None:
+    def string(self, key: bytes) -> bytes | None:
+        value: bytes | None = self.find(key)
+        require(value is None or isinstance(value, bytes), WRONG_TYPE)
+        return value
+
+    def delete(self, key: bytes) -> Any:
         value = self.find(key)
-        if value is None or isinstance(value, kind):
-            return value
-        raise Error("WRONGTYPE Operation against a key holding the wrong kind of value")
+        self.deadlines.pop(key, None)
+        self.values.pop(key, None)
+        return value
 
-    def put(self, key: bytes, value: Value) -> None:
-        """Set a value, and leave the deadline as it is."""
-        if key not in self.values:
-            self.numbers[key] = next(self.next_number)
+    def sweep(self) -> dict[bytes, Any]:
+        for key in [*self.deadlines]:
+            self.find(key)
+        return self.values
+
+    def scan(self, cursor: bytes, *words: bytes) -> Any:
+        require(re.fullmatch(rb"[0-9]{1,20}", cursor) is not None, b"ERR invalid cursor")
+        given = options(words, SYNTAX_ERROR, MATCH=1, COUNT=1, TYPE=1)
+        count = integer(given.get("COUNT", b"10"))
+        require(count > 0, SYNTAX_ERROR)
+        if int(cursor) == 0:  # sorted anew, which skips no key that stays in another scan
+            self.scanned = sorted((hash(key) % 2**62, key) for key in self.sweep())
+        start = bisect_left(self.scanned, (int(cursor), b""))
+        page = self.scanned[start : start + count + 1]
+        following = page.pop()[0] if len(page) > count else 0
+        keys = [key for _, key in page if self.find(key) is not None]
+        keys = [*filter(compile_glob(given.get("MATCH", b"*")), keys)]
+        if "TYPE" in given:
+            wanted = given["TYPE"].decode("latin-1").lower()
+            keys = [key for key in keys if TYPES[type(self.values[key])] == wanted]
+        return [b"%d" % following, keys]
+
+    def flush(self, mode: bytes = b"SYNC", *more: bytes) -> Any:
+        require(not more and mode.upper() in (b"SYNC", b"ASYNC"), SYNTAX_ERROR)
+        self.values.clear()
+        self.deadlines.clear()
+        return "OK"
+
+    def ttl(self, key: bytes, unit: int) -> int:
+        if self.find(key) is None or key not in self.deadlines:
+            return -1 if key in self.values else -2
+        return (self.deadlines[key] - milliseconds() + unit // 2) // unit
+
+    def expire(self, key: bytes, amount: bytes, command: bytes, unit: int) -> Any:
+        end = deadline(command, amount, unit, INT64.start)
+        if is_there := self.find(key) is not None:
+            self.deadlines[key] = end
+        return is_there
+
+    def info(self, *sections: bytes) -> Any:
+        sizes = len(self.sweep()), len(self.deadlines)
+        counts = b"db0:keys=%d,expires=%d,avg_ttl=0\r\n" % sizes if sizes[0] else b""
+        return bytearray(b"# Server\r\nredis_version:7.0.15\r\n\r\n# Keyspace\r\n" + counts)
+
+    def set(self, key: bytes, value: bytes, *words: bytes) -> Any:
+        given = options(words, SYNTAX_ERROR, EX=1, PX=1, NX=0, XX=0, KEEPTTL=0, GET=0)
+        for group in ({"NX", "XX"}, {"EX", "PX", "KEEPTTL"}):
+            require(len(group & given.keys()) < 2, SYNTAX_ERROR)
+        units = {"EX": 1000, "PX": 1}
+        ends = [deadline(b"set", given[n], units[n], 1) for n in units if n in given]
+        old = self.string(key) if "GET" in given else None
+        if ("XX" if self.find(key) is None else "NX") in given:
+            return old
+        if "KEEPTTL" not in given:
+            self.deadlines.pop(key, None)
         self.values[key] = value
+        for end in ends:
+            self.deadlines[key] = end
+        return old if "GET" in given else "OK"
 
-    def delete(self, key: bytes) -> bool:
-        """Remove a key; true if it was there, and not due."""
-        due = self.deadlines.pop(key, math.inf) <= milliseconds()
-        self.numbers.pop(key, None)
-        return self.values.pop(key, None) is not None and not due
+    def mset(self, *pairs: bytes) -> Any:
+        for key, value in paired(WRONG_ARITY % b"mset", *pairs):
+            self.set(key, value)
+        return "OK"
 
-    def set_deadline(self, key: bytes, end: int) -> None:
-        self.deadlines[key] = end
-        if len(self.deadlines) > self.sweep_at:  # or keys that nobody looks at would stay
-            self.sweep()
-            self.sweep_at = 2 * len(self.deadlines) + 1000
+    def mget(self, key: bytes, *more: bytes) -> Any:
+        return [v if isinstance(v, bytes) else None for v in map(self.find, (key, *more))]
 
-    def sweep(self) -> None:
-        """Remove all keys that are due."""
-        now = milliseconds()
-        for key in [key for key, end in self.deadlines.items() if end <= now]:
-            self.delete(key)
+    def append(self, key: bytes, more: bytes) -> Any:
+        value = (self.string(key) or b"") + more
+        error = b"ERR string exceeds maximum allowed size (proto-max-bulk-len)"
+        require(len(value) in LENGTHS, error)
+        self.values[key] = value
+        return len(value)
 
-    def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
-        """Return the cursor to go on from, 0 at the end, and some keys.
-
-        Whatever comes and goes meanwhile: a key that stays is met. Every new scan takes a new list
-        of the keys, and older scans can go on with it, since it has all that stayed.
-        """
-        self.sweep()
-        if cursor == 0 or not self.scanned:
-            self.scanned = [*self.numbers.items()]
-        start = bisect_left(self.scanned, cursor, key=itemgetter(1))
-        page = self.scanned[start : start + count]
-        following = self.scanned[start + count : start + count + 1]
-        if not following:
-            self.scanned = []
-        return following[0][1] if following else 0, [key for key, _ in page if key in self.values]
-
-
-# --- Commands ---
+    def add(self, key: bytes, amount: bytes, sign: int = 1) -> Any:
+        by, old = sign * integer(amount), self.string(key)
+        require(by in INT64, b"ERR decrement would overflow")
+        total = by if old is None else by + integer(old)
+        require(total in INT64, b"ERR increment or decrement would overflow")
+        self.values[key] = b"%d" % total
+        return total
 
 
 class Client:
-    """A connection's state."""
-
-    ids = itertools.count(1)
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-        self.number = next(self.ids)
+    def __init__(self) -> None:
+        self.id = next(IDS)
         self.name = b""
         self.resp3 = False
-        self.quitting = False
+
+    def hello(self, version: bytes | None = None, *words: bytes) -> Any:
+        error = b"ERR Protocol version is not an integer or out of range"
+        protocol = 2 + self.resp3 if version is None else integer(version, error)
+        require(protocol in (2, 3), b"NOPROTO unsupported protocol version")
+        given = options(words, b"ERR Syntax error in HELLO option '%b'", AUTH=2, SETNAME=1)
+        error = b"WRONGPASS invalid username-password pair or user is disabled."
+        require(given.get("AUTH", b"default") == b"default", error)
+        self.set_name(given.get("SETNAME", self.name))
+        self.resp3 = protocol == 3
+        return {
+            b"server": b"redis", b"version": b"7.0.15", b"proto": protocol, b"id": self.id,
+            b"mode": b"standalone", b"role": b"master", b"modules": [],
+        }  # fmt: skip
+
+    def set_name(self, name: bytes) -> Any:
+        error = b"ERR Client names cannot contain spaces, newlines or special characters."
+        require(re.fullmatch(rb"[!-~]*", name) is not None, error)
+        self.name = name
+        return "OK"
+
+    def config(self, *patterns: bytes) -> Any:
+        known = {b"appendonly": b"no", b"databases": b"1", b"maxmemory": b"0", b"save": b""}
+        return {n: known[n] for p in patterns for n in filter(compile_glob(p.lower()), known)}
 
 
-class Command(NamedTuple):
-    owner: type
-    call: Callable[..., Reply]
-    first: tuple[object, ...]
-    least: int
-    most: int
+def changed(items: Any, how: Callable[..., object], what: object) -> Any:
+    before = len(items)
+    how(items, what)
+    return abs(len(items) - before)
 
 
-COMMANDS: Final[dict[tuple[bytes, ...], Command]] = {}
-CONTAINERS: Final = {b"client", b"command", b"config"}  # they have subcommands
-F = TypeVar("F", bound=Callable[..., Reply])
+def pop(items: Any, take: Any, nothing: Any, count: bytes | None = None, *more: bytes) -> Any:
+    """Take one item, or as a collection as many as are asked for; `nothing` has both kinds."""
+    require(not more, SYNTAX_ERROR)
+    error = b"ERR value is out of range, must be positive"
+    size = min(1 if count is None else integer(count, error, range(2**63)), len(items))
+    if not items:
+        return nothing[count is not None]
+    popped = [take(items) for _ in range(size)] if take else items.pop_min(size)
+    return popped[0] if count is None else {*popped} if isinstance(items, set) else popped
 
 
-def command(name: str, owner: type = Client, *first: object) -> Callable[[F], F]:
-    """Make a function a command: on a client, or on the collection at the key that is given.
+# By what a function gets first. A collection is the one under the key that the client gives.
+FUNCTIONS: Final[dict[type, dict[str, Callable[..., Any]]]] = {
+    Client: {
+        "PING": lambda client, message="PONG": message,
+        "ECHO": lambda client, message: message,
+        "QUIT": lambda client, *_: "OK",
+        "SELECT": lambda _, index: require(integer(index) == 0, b"ERR DB index is out of range"),
+        "HELLO": Client.hello,
+        "CLIENT": lambda client, subcommand: None,
+        "CLIENT GETNAME": lambda client: client.name or None,
+        "CLIENT ID": lambda client: client.id,
+        "CLIENT SETINFO": lambda client, attribute, value: "OK",
+        "CLIENT SETNAME": Client.set_name,
+        "COMMAND": lambda client: [],
+        "COMMAND COUNT": lambda client: sum(b" " not in name for name in COMMANDS),
+        "COMMAND DOCS": lambda client, *names: {},
+        "CONFIG": lambda client, subcommand: None,
+        "CONFIG GET": lambda client, pattern, *more: client.config(pattern, *more),
+    },
+    Database: {
+        "INFO": Database.info,
+        "DBSIZE": lambda db: len(db.sweep()),
+        "FLUSHALL": Database.flush,
+        "FLUSHDB": Database.flush,
+        "KEYS": lambda db, pattern: [*filter(compile_glob(pattern), db.sweep())],
+        "SCAN": Database.scan,
+        "DEL": lambda db, key, *more: sum(db.delete(k) is not None for k in (key, *more)),
+        "EXISTS": lambda db, key, *more: sum(db.find(k) is not None for k in (key, *more)),
+        "TYPE": lambda db, key: TYPES.get(type(db.find(key)), "none"),
+        "EXPIRE": lambda db, key, amount: db.expire(key, amount, b"expire", 1000),
+        "PEXPIRE": lambda db, key, amount: db.expire(key, amount, b"pexpire", 1),
+        "TTL": lambda db, key: db.ttl(key, 1000),
+        "PTTL": lambda db, key: db.ttl(key, 1),
+        "PERSIST": lambda db, key: db.ttl(key, 1) >= 0 and bool(db.deadlines.pop(key)),
+        "GET": Database.string,
+        "GETDEL": lambda db, key: (db.string(key), db.delete(key))[0],
+        "SET": Database.set,
+        "MGET": Database.mget,
+        "MSET": Database.mset,
+        "APPEND": Database.append,
+        "STRLEN": lambda db, key: len(db.string(key) or b""),
+        "INCR": lambda db, key: db.add(key, b"1"),
+        "DECR": lambda db, key: db.add(key, b"-1"),
+        "INCRBY": lambda db, key, amount: db.add(key, amount),
+        "DECRBY": lambda db, key, amount: db.add(key, amount, -1),
+    },
+    deque: {
+        "LPUSH": lambda items, item, *more: items.extendleft((item, *more)) or len(items),
+        "RPUSH": lambda items, item, *more: items.extend((item, *more)) or len(items),
+        "LPOP": lambda items, count=None: pop(items, deque.popleft, (None, ()), count),
+        "RPOP": lambda items, count=None: pop(items, deque.pop, (None, ()), count),
+        "LLEN": len,
+        "LRANGE": lambda v, start, stop: [*itertools.islice(v, *span(start, stop, len(v)))],
+    },
+    set: {
+        "SADD": lambda items, item, *more: changed(items, set.update, (item, *more)),
+        "SREM": lambda items, item, *more: changed(items, set.difference_update, (item, *more)),
+        "SPOP": lambda items, *count: pop(items, set.pop, (None, set()), *count),
+        "SMEMBERS": lambda items: items,
+        "SISMEMBER": lambda items, item: item in items,
+        "SCARD": len,
+    },
+    dict: {
+        "HSET": lambda h, *pairs: changed(h, dict.update, paired(WRONG_ARITY % b"hset", *pairs)),
+        "HGET": lambda items, field: items.get(field),
+        "HDEL": lambda h, field, *more: sum(h.pop(f, None) is not None for f in (field, *more)),
+        "HGETALL": lambda items: items,
+        "HLEN": len,
+    },
+    SortedSet: {
+        "ZADD": lambda items, score, member, *more: items.add(score, member, *more),
+        "ZRANGE": SortedSet.range,
+        "ZPOPMIN": lambda items, *count: pop(items, None, ([], []), *count),
+    },
+}
 
-    Its parameters are those of the command, but for the owner and `first`, which it gets too.
-    """
 
-    def register(function: F) -> F:
-        parameters = [*inspect.signature(function).parameters.values()][1 + len(first) :]
-        is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        words = tuple(name.lower().encode().split())
-        size = len(words) + (owner is not Client)
-        least = size + sum(p.default is p.empty for p in parameters) - is_open
-        most = sys.maxsize if is_open else size + len(parameters)
-        COMMANDS[words] = Command(owner, function, first, least, most)
-        return function
-
-    return register
+def arity(function: Callable[..., Any]) -> tuple[int, float]:
+    parameters = inspect.signature(function).parameters.values()
+    is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    least = sum(p.default is p.empty for p in parameters) - is_open
+    return least, math.inf if is_open else len(parameters)
 
 
-def execute(client: Client, request: Sequence[bytes]) -> Reply:
-    name = request[0].lower()
-    words = (name, *(word.lower() for word in request[1:2])) if name in CONTAINERS else (name,)
-    command = COMMANDS.get(words)
-    if command is None and words not in {(container,) for container in CONTAINERS}:
+COMMANDS: Final[dict[bytes, tuple[type, Callable[..., Any], int, float]]] = {
+    name.lower().encode(): (kind, function, *arity(function))
+    for kind, functions in FUNCTIONS.items()
+    for name, function in functions.items()
+}
+DATABASE: Final = Database()
+CONTAINERS: Final = {b"client", b"command", b"config"}  # of subcommands
+
+
+def execute(client: Client, request: Sequence[bytes]) -> Any:
+    name, *arguments = request
+    name = name.lower()
+    if name in CONTAINERS and arguments:
+        name += b" " + arguments.pop(0).lower()
+    if name not in COMMANDS:
         raise unknown(request)
-    if command is None or not command.least <= len(request) <= command.most:
-        raise Error(WRONG_ARITY.format(latin(b"|".join(words))))
-    if command.owner is Client:
-        return command.call(client, *command.first, *request[len(words) :])
-    return call_on_collection(client.db, command, *request[1:])
-
-
-def call_on_collection(db: Database, command: Command, key: bytes, *arguments: bytes) -> Reply:
-    """Carry out a command on a collection; an empty one is the same as none at all."""
-    value = db.find(key)
-    is_right = isinstance(value, command.owner)
-    collection = value if is_right else command.owner()
-    reply = command.call(collection, *command.first, *arguments)
-    if value is not None and not is_right:  # only now: Redis looks at the arguments first
-        db.get(key, command.owner)
-    if not collection:
-        db.delete(key)
-    elif value is None:
-        db.put(key, collection)
+    kind, function, least, most = COMMANDS[name]
+    owner = client if kind is Client else DATABASE if kind is Database else None
+    if not least <= len(arguments) + (owner is not None) <= most:
+        raise Error(WRONG_ARITY % name.replace(b" ", b"|"))
+    if owner is not None:
+        return function(owner, *arguments)
+    key, *arguments = arguments
+    value = DATABASE.find(key)
+    items = value if type(value) is kind else kind()
+    reply = function(items, *arguments)
+    require(value is None or value is items, WRONG_TYPE)  # Redis looks at the arguments first
+    if items:
+        DATABASE.values[key] = items
+    else:  # the same as none
+        DATABASE.delete(key)
     return reply
 
 
 def unknown(request: Sequence[bytes]) -> Error:
-    name = latin(request[0])
     if request[0].lower() in CONTAINERS:
-        subcommand = latin(request[1][:128])
-        return Error(f"ERR unknown subcommand '{subcommand}'. Try {name.upper()} HELP.")
-    shown = ""
-    for argument in request[1:]:
-        if len(shown) < 128:
-            shown += f"'{latin(argument[: 128 - len(shown)])}' "
-    return Error(f"ERR unknown command '{name[:128]}', with args beginning with: {shown}")
+        text = b"ERR unknown subcommand '%b'. Try %b HELP."
+        return Error(text % (request[1][:128], request[0].upper()))
+    shown = b"".join([b"'%b' " % word[:128] for word in request[1:]])[:128]
+    text = b"ERR unknown command '%b', with args beginning with: %b"
+    return Error(text % (request[0][:128], shown))
 
 
-# PLACEHOLDER
+async def handler(conn: anypoll.Connection) -> None:
+    client = Client()
+    name = b""
+    try:
+        while name != b"quit":
+            if request := await read_request(conn):
+                name = request[0].lower()
+                try:
+                    reply = execute(client, request)
+                except Error as error:
+                    reply = error
+                if isinstance(reply, bytes) and len(reply) > BIG:
+                    for part in (b"$%d\r\n" % len(reply), reply, b"\r\n"):
+                        conn.writer.write(part)
+                else:
+                    conn.writer.write(encode(reply, client.resp3))
+    except Error as error:  # what follows would make no sense
+        conn.writer.write(encode(error, client.resp3))
+    except anyio.DelimiterNotFound:
+        kinds = {b"*": b"mbulk count string", b"$": b"bulk count string"}
+        kind = kinds.get(bytes(conn.reader.peek_nowait(1)), b"inline request")
+        conn.writer.write(b"-ERR Protocol error: too big %b\r\n" % kind)

@@ -66,6 +66,7 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     leaks.start()
     before = leaks.Snapshot.take()
     yield
+    request.node.funcargs.clear()  # or pytest would hold what the fixtures gave a little longer
     if not request.node.stash.get(_failed, False):  # the traceback of a failure holds its objects
         left = leaks.leaks_since(before)
         if left:

@@ -119,7 +119,7 @@ async def send_all(peer: socket.socket, data: bytes) -> None:
 
 
 async def send_until_full(peer: socket.socket, data: bytes) -> int:
-    """Sends until neither the kernel nor the other end takes more, and returns how much that was."""
+    """Sends until neither the kernel nor the other end takes more; returns how much that was."""
     sent = 0
     with anyio.move_on_after(0.25) as scope:
         while sent < len(data):

@@ -1,4 +1,4 @@
-"""The names users import: complete, in one place each, and with the parameters that are promised."""
+"""The names users import: complete, each in one place, and with the parameters as promised."""
 
 from __future__ import annotations
 
@@ -84,10 +84,12 @@ def test_star_import() -> None:
     assert set(anypoll.__all__) <= set(names)
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 def parameters(function: Any) -> list[str]:
-    return [
-        name for name in inspect.signature(function).parameters if name not in ("self", "cls")
-    ]
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
 
 @pytest.mark.parametrize(
@@ -112,11 +114,11 @@ def test_parameters_are_those_of_anyio(name: str, added: list[str]) -> None:
 
 
 def test_serve_and_serve_forever_take_the_same_options() -> None:
-    promised = (
+    promised = words(
         "handler host port path path_mode sock listeners backlog reuse_port read_timeout "
         "write_timeout keepalive nodelay shutdown_timeout read_high_water write_high_water "
         "read_limit"
-    ).split()
+    )
     assert set(promised) <= set(parameters(anypoll.serve))
     assert "task_status" in parameters(anypoll.serve_forever)
 
@@ -137,11 +139,11 @@ def test_message_too_large_is_a_value_error() -> None:
     assert issubclass(anypoll.MessageTooLarge, ValueError)
 
 
-COROUTINES = "receive send send_eof aclose peek next skip until wait_writable".split()
-PLAIN = "abort detach fileno statistics set_keepalive set_nodelay".split()
-ATTRIBUTES = (
+COROUTINES = words("receive send send_eof aclose peek next skip until wait_writable")
+PLAIN = words("abort detach fileno statistics set_keepalive set_nodelay")
+ATTRIBUTES = words(
     "reader writer read_timeout write_timeout is_active at_eof server remote_address local_address"
-).split()
+)
 
 
 def test_members_of_a_connection() -> None:
@@ -157,10 +159,10 @@ def test_members_of_a_connection() -> None:
 
 
 def test_members_of_reader_and_writer() -> None:
-    reader = (
+    reader = words(
         "peek next skip until next_parts read_bytes read_str read_byte readinto peek_nowait "
         "next_nowait skip_nowait until_nowait release buffered __len__"
-    ).split()
+    )
     writer = "malloc malloc_ack malloc_len write write_str write_byte flush buffered __len__"
     assert [name for name in reader if not hasattr(anypoll.nocopy.Reader, name)] == []
     assert [name for name in writer.split() if not hasattr(anypoll.nocopy.Writer, name)] == []
@@ -178,14 +180,18 @@ def test_server_members() -> None:
     [
         (
             anypoll.PollerStatistics,
-            "connections waits events reads writes bytes_received bytes_sent wakeups "
-            "wakeups_coalesced stale_tokens stalls timeouts blocks_in_use blocks_free bytes_in_use "
-            "bytes_free bytes_pinned",
+            (
+                "connections waits events reads writes bytes_received bytes_sent wakeups "
+                "wakeups_coalesced stale_tokens stalls timeouts blocks_in_use blocks_free "
+                "bytes_in_use bytes_free bytes_pinned"
+            ),
         ),
         (
             anypoll.ConnectionStatistics,
-            "bytes_received bytes_sent reads writes wakeups buffered_input buffered_output pinned "
-            "created_at last_activity",
+            (
+                "bytes_received bytes_sent reads writes wakeups buffered_input buffered_output "
+                "pinned created_at last_activity"
+            ),
         ),
         (
             anypoll.ServerStatistics,

@@ -77,7 +77,9 @@ static void poller_refuses(struct family *f)
     CHECK_EQ(ap_poller_stop(p), -ECHILD);
     CHECK_EQ(ap_poller_nudge(p), -ECHILD);
     CHECK_EQ(ap_poller_statistics(p, &s), -ECHILD);
+    int32_t refs = atomic_load(&p->refs);
     ap_poller_unref(p);
+    CHECK_EQ(atomic_load(&p->refs), refs);
 }
 
 static void hub_refuses(struct family *f)
@@ -87,7 +89,9 @@ static void hub_refuses(struct family *f)
     CHECK_EQ(ap_hub_fd(h), -ECHILD);
     CHECK_EQ(ap_hub_take(h, &token, 1), -ECHILD);
     CHECK_EQ(ap_hub_kill(h), -ECHILD);
+    int32_t refs = atomic_load(&h->refs);
     ap_hub_unref(h);
+    CHECK_EQ(atomic_load(&h->refs), refs);
 }
 
 static void conn_refuses(struct family *f)
@@ -122,8 +126,12 @@ static void conn_refuses(struct family *f)
     CHECK_EQ(ap_conn_fd(c, 1), -ECHILD);
     CHECK_EQ(ap_conn_status(c) & AP_IS_CLOSED, AP_IS_CLOSED);
     CHECK_EQ(ap_conn_statistics(c, 0, &s), -ECHILD);
+    uint32_t refs = atomic_load(&f->l.block->refs);
     ap_block_unref(f->l.block); /* leaks, in the child only */
+    CHECK_EQ(atomic_load(&f->l.block->refs), refs);
+    int32_t slot_refs = atomic_load(&c->slot.refs);
     ap_conn_release(c);
+    CHECK_EQ(atomic_load(&c->slot.refs), slot_refs);
 }
 
 static void listener_refuses(struct family *f)
@@ -136,8 +144,12 @@ static void listener_refuses(struct family *f)
     CHECK_EQ(ap_listener_take(f->listener, &got, 1), -ECHILD);
     CHECK_EQ(ap_listener_fd(f->listener, 0), -ECHILD);
     CHECK_EQ(ap_listener_close(f->listener, 0), -ECHILD);
+    int32_t refs = atomic_load(&f->account->refs);
+    int32_t slot_refs = atomic_load(&f->listener->slot.refs);
     ap_listener_release(f->listener);
     ap_account_unref(f->account);
+    CHECK_EQ(atomic_load(&f->account->refs), refs);
+    CHECK_EQ(atomic_load(&f->listener->slot.refs), slot_refs);
     CHECK_EQ(ap_listener_new(f->w->poller, f->w->hub, 0, f->account, &made), -ECHILD);
     CHECK_EQ(ap_conn_new(f->w->poller, f->w->hub, 0, AP_TCP, HIGH, &conn), -ECHILD);
 }
@@ -300,6 +312,36 @@ TEST(fork_child_starts_afresh)
     in_child(start_afresh, &f);
     parent_goes_on(&f);
     family_close(&f);
+}
+
+struct locked_slot {
+    uint32_t index;
+};
+
+static void avoid_the_slot(void *arg)
+{
+    struct locked_slot *locked = arg;
+    CHECK_OK(ap_fork_child());
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, HIGH);
+    CHECK((uint32_t)l.id != locked->index);
+    link_close(&l);
+    world_close(w);
+}
+
+/* A free slot may be locked at the moment of the fork, by a driver with a late event: the child
+ * does not use it. */
+TEST(fork_child_does_not_use_free_slots)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, HIGH);
+    struct locked_slot locked = {.index = (uint32_t)l.id};
+    link_close(&l);
+    settle(w);
+    ap_slot_lock(ap_slot_at(locked.index));
+    in_child(avoid_the_slot, &locked);
+    ap_slot_unlock(ap_slot_at(locked.index));
+    world_close(w);
 }
 
 static void fork_again(void *arg)

@@ -248,15 +248,12 @@ TEST(hub_new_unwinds)
 
 /* Two rivals: a driver that makes the read waits of some slots come true, and the loop, which has
  * nothing but the mailbox to learn it from. A round is over when the loop has seen every wait of
- * the round, so a wake-up that is lost is a round that hangs.
- *
- * Orders that were measured to lose, and what makes them lose here:
- *   - signalled is reset before the descriptor is read, or after the list was taken: the loop takes
- *     again and again while the driver posts, so that a post falls between any two of its steps;
- *   - the bits are reset after the wait was looked at: the driver posts once for nothing (as for a
- *     wait that is not met) just before the post that matters, on the same slot;
- *   - `next` is read after the bits were reset: that second post pushes the slot again while others
- *     follow it in the list that was taken.
+ * the round, so a wake-up that is lost is a round that hangs. Orders that were measured to lose:
+ *   - signalled is reset before the descriptor is read, or after the list was taken;
+ *   - the bits are reset after the wait was looked at;
+ *   - `next` is read after the bits were reset.
+ * The first test lets the loop take again and again while the driver posts, so that a post falls
+ * between any two of its steps; the second one aims at the steps that are close together.
  */
 
 #define SLOTS 3
@@ -354,7 +351,7 @@ TEST(hub_litmus_no_wakeup_is_lost)
     pthread_t thread;
     uint64_t seed = 7;
     r.w = world_open();
-    r.rounds = ROUNDS(60000);
+    r.rounds = ROUNDS(150000);
     for (int k = 0; k < SLOTS; k++) {
         r.links[k] = link_open(r.w, AP_UNIX, HIGH);
         arm_again(&r.links[k]);
@@ -366,4 +363,105 @@ TEST(hub_litmus_no_wakeup_is_lost)
     for (int k = 0; k < SLOTS; k++)
         link_close(&r.links[k]);
     world_close(r.w);
+}
+
+/* Each round the loop takes once, at a signal, and the driver posts at the same moment: later if
+ * the loop saw it in that very take the last time, else sooner. So half of the posts fall just
+ * before and half just after the step that decides. Then the loop depends on being woken.
+ *
+ * Aimed at the list: the post is of a slot that is not in it. Aimed at the bits: it is of the first
+ * slot in the list, posted for nothing before, with others behind it.
+ */
+enum aim { AT_LIST, AT_BITS, AIMS };
+enum { FIRST, BEHIND, OUTSIDE };
+
+struct duel {
+    struct rivals r;
+    _Atomic int ready, go;
+    _Atomic int delay[AIMS];
+};
+
+static void wait_for(_Atomic int *number, int value)
+{
+    int64_t end = 0;
+    for (int looks = 0; atomic_load_explicit(number, memory_order_acquire) < value; looks++) {
+        if (looks == 1000000)
+            end = ap_now() + 2 * PATIENCE;
+        if (looks > 1000000 && ap_now() > end)
+            CHECK_FAIL("round %d: the other one does not come", value);
+    }
+}
+
+static void *aiming_driver(void *arg)
+{
+    struct duel *d = arg;
+    uint64_t seed = 11;
+    for (int round = 1; round <= d->r.rounds; round++) {
+        enum aim aim = (enum aim)(round % AIMS);
+        wait_for(&d->r.begun, round);
+        serve_like_a_driver(&d->r.links[FIRST], aim == AT_LIST);
+        serve_like_a_driver(&d->r.links[BEHIND], true);
+        if (aim == AT_BITS)
+            serve_like_a_driver(&d->r.links[OUTSIDE], true);
+        atomic_store_explicit(&d->ready, round, memory_order_release);
+        wait_for(&d->go, round);
+        uint64_t jitter = random_below(&seed, 4) ? 16 : 300;
+        for (volatile uint64_t i =
+                 (uint64_t)atomic_load(&d->delay[aim]) + random_below(&seed, jitter);
+             i > 0; i--)
+            ;
+        serve_like_a_driver(&d->r.links[aim == AT_LIST ? OUTSIDE : FIRST], true);
+    }
+    return NULL;
+}
+
+/* Which slots ended, as bits. */
+static unsigned collect_which(struct rivals *r)
+{
+    unsigned ended = 0;
+    collect(r->w);
+    for (unsigned k = 0; k < SLOTS; k++) {
+        if (mail_of_quietly(r->w, r->links[k].id) & AP_MAIL_READ) {
+            arm_again(&r->links[k]);
+            ended |= 1u << k;
+        }
+    }
+    return ended;
+}
+
+static void duel_round(struct duel *d, int round)
+{
+    enum aim aim = (enum aim)(round % AIMS);
+    atomic_store_explicit(&d->r.begun, round, memory_order_release);
+    wait_for(&d->ready, round);
+    atomic_store_explicit(&d->go, round, memory_order_release);
+    unsigned seen = collect_which(&d->r);
+    bool early = seen & 1u << (aim == AT_LIST ? OUTSIDE : FIRST);
+    int delay = atomic_load(&d->delay[aim]) + (early ? 3 : -3);
+    atomic_store(&d->delay[aim], delay < 0 ? 0 : delay > 5000 ? 5000 : delay);
+    while (seen != (1u << SLOTS) - 1) {
+        struct pollfd door = {.fd = ap_hub_fd(d->r.w->hub), .events = POLLIN};
+        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
+            CHECK_FAIL("round %d: only %x was seen, and no wake-up", round, seen);
+        seen |= collect_which(&d->r);
+    }
+}
+
+TEST(hub_litmus_aimed)
+{
+    static struct duel d;
+    pthread_t thread;
+    d.r.w = world_open();
+    d.r.rounds = ROUNDS(400000);
+    for (int k = 0; k < SLOTS; k++) {
+        d.r.links[k] = link_open(d.r.w, AP_UNIX, HIGH);
+        arm_again(&d.r.links[k]);
+    }
+    CHECK(pthread_create(&thread, NULL, aiming_driver, &d) == 0);
+    for (int round = 1; round <= d.r.rounds; round++)
+        duel_round(&d, round);
+    pthread_join(thread, NULL);
+    for (int k = 0; k < SLOTS; k++)
+        link_close(&d.r.links[k]);
+    world_close(d.r.w);
 }

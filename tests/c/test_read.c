@@ -59,6 +59,93 @@ TEST(read_at_once_what_is_there)
     world_close(w);
 }
 
+/* The loop stops at the bound as well, and what is left is the driver's, without an event. */
+TEST(read_at_once_is_bounded)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_UNIX, 4 * MB);
+    int size = 4 * 1024 * 1024;
+    setsockopt(l.peer, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
+    settle(w);
+    CHECK_EQ(want(&l, 1), -EAGAIN);
+    settle(w);
+    size_t in_kernel = peer_push(&l, 1, 0, MB);
+    if (in_kernel < 3 * AP_BOUND)
+        SKIP("no right to a large socket buffer");
+    CHECK(ready_flags(&l) & AP_READABLE || step(w, 0) > 0);
+    CHECK_EQ(want(&l, 1), 0);
+    CHECK(buffered(&l) <= 2 * (int64_t)AP_BOUND);
+    uint64_t events = stats(w).events;
+    for (int i = 0; i < 10; i++)
+        step(w, 0);
+    CHECK_EQ(buffered(&l), in_kernel);
+    CHECK(stats(w).events <= events + 1);
+    expect_stream(&l, 1, 0, in_kernel);
+    link_close(&l);
+    world_close(w);
+}
+
+/* A token says where the window ends, if the bytes lie in the block that is shown: the loop needs
+ * no call for them. */
+TEST(read_token_carries_the_window)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    ap_token token;
+    CHECK_EQ(want(&l, 100), -EAGAIN);
+    peer_say(&l, 1, 0, 100);
+    settle(w);
+    CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
+    CHECK_EQ(token.bits, AP_MAIL_READ);
+    CHECK_EQ(token.value, 0); /* nothing was shown yet */
+    expect(&l, 1, 0, 100);
+    for (uint64_t i = 1; i < 40; i++) {
+        CHECK_EQ(want(&l, 100), -EAGAIN);
+        ap_block *shown = l.block;
+        peer_say(&l, 1, i * 100, 120);
+        settle(w);
+        CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
+        if (token.value) {
+            CHECK(l.conn->shown == shown);
+            CHECK_EQ(token.value, l.pos + 120);
+            pattern_check(link_at(&l), 1, i * 100, 120);
+        } else {
+            CHECK(l.conn->shown != shown || shown->end - l.pos < 100);
+        }
+        char rest[20];
+        expect(&l, 1, i * 100, 100);
+        CHECK_OK(ap_conn_consume(l.conn, l.pos, sizeof rest)); /* keeps the streams in step */
+        l.pos += sizeof rest;
+    }
+    link_close(&l);
+    world_close(w);
+}
+
+/* A delimiter, an end or a deadline tells no window. */
+TEST(read_token_without_a_window)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    ap_token token;
+    peer_say(&l, 1, 0, 100);
+    expect(&l, 1, 0, 100);
+    CHECK_EQ(find(&l, "\n", 100), -EAGAIN);
+    peer_send(&l, "abc\n", 4);
+    settle(w);
+    CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
+    CHECK_EQ(token.value, 0);
+    CHECK_EQ(find(&l, "\n", 100), 4);
+    l.pos += 4;
+    CHECK_EQ(want(&l, 100), -EAGAIN);
+    peer_close(&l);
+    UNTIL(w, ap_hub_take(w->hub, &token, 1) == 1);
+    CHECK_EQ(token.bits, AP_MAIL_READ);
+    CHECK_EQ(token.value, 0);
+    CHECK_EQ(want(&l, 100), AP_EEOF);
+    link_close(&l);
+    world_close(w);
+}
+
 TEST(read_before_register_and_without_wait)
 {
     struct world *w = world_open();

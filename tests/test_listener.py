@@ -1,0 +1,720 @@
+"""Listeners as AnyIO's: accepting, what happens when it is given up or fails, and sockets of all
+kinds to listen on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import gc
+import logging
+import os
+import random
+import resource
+import socket
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from anyio import BusyResourceError, ClosedResourceError
+from anyio.abc import SocketAttribute
+from anyio.streams.stapled import MultiListener
+from peers import holds, within
+
+import anypoll
+from anypoll import Connection, SocketListener, UNIXConnection
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+pytestmark = pytest.mark.anyio
+
+ACCEPTING = "Another task is already accepting connections from this resource"
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+async def listener(kind: str, tmp_path: Path) -> AsyncIterator[SocketListener]:
+    if kind == "tcp":
+        multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+        [made] = multi.listeners
+    else:
+        made = await anypoll.create_unix_listener(tmp_path / "socket")
+    assert isinstance(made, SocketListener)
+    async with made:
+        yield made
+
+
+def client_of(listener: Any) -> socket.socket:
+    """A plain socket, connected to it (it waits in the kernel's backlog)."""
+    raw = listener.extra(SocketAttribute.raw_socket)
+    client = socket.socket(raw.family)
+    client.settimeout(30)
+    client.connect(raw.getsockname())
+    return client
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await anyio.sleep(0)
+
+
+@asynccontextmanager
+async def blocked(call: Callable[[], Awaitable[Any]]) -> AsyncIterator[list[Any]]:
+    """Runs the call in a task; the block begins when that waits, and ends when it has ended."""
+    outcome: list[Any] = []
+
+    async def run() -> None:
+        try:
+            outcome.append(await call())
+        except Exception as exc:  # noqa: BLE001 -- the test looks at it
+            outcome.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await settle()
+        assert outcome == []
+        yield outcome
+        await holds(lambda: outcome)
+
+
+async def ping(client: socket.socket, conn: Connection) -> None:
+    """Proves that the two are connected to each other."""
+    token = random.randbytes(8)
+    client.sendall(token)
+    assert await within(conn.next(8)) == token
+
+
+# --- accept --------------------------------------------------------------------------------------
+
+
+async def test_accept(listener: SocketListener, kind: str) -> None:
+    with client_of(listener) as client:
+        async with await within(listener.accept()) as conn:
+            assert type(conn) is (Connection if kind == "tcp" else UNIXConnection)
+            raw = conn.extra(SocketAttribute.raw_socket)
+            assert raw.gettimeout() == 0
+            assert not os.get_inheritable(raw.fileno())
+            if kind == "tcp":
+                assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert conn.remote_address == client.getsockname()
+                assert conn.local_address == client.getpeername()
+            assert conn.server is None
+            await ping(client, conn)
+
+
+async def test_accept_waits(listener: SocketListener) -> None:
+    async with blocked(listener.accept) as outcome:
+        client = client_of(listener)
+    with client:
+        async with outcome[0] as conn:
+            await ping(client, conn)
+
+
+async def test_accepts_in_order(listener: SocketListener) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(client_of(listener)) for _ in range(20)]
+        for client in clients:
+            async with await within(listener.accept()) as conn:
+                await ping(client, conn)
+
+
+async def test_accept_takes_no_more_than_is_asked_for(listener: SocketListener) -> None:
+    """The others stay in the kernel's backlog, where another process could accept them."""
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(client_of(listener))
+        async with await within(listener.accept()):
+            await settle()
+            assert listener._ready == type(listener._ready)()
+            raw = listener.extra(SocketAttribute.raw_socket)
+            for _ in range(4):
+                raw.accept()[0].close()
+            with pytest.raises(BlockingIOError):
+                raw.accept()
+
+
+async def test_accept_twice_at_once(listener: SocketListener) -> None:
+    async with blocked(listener.accept) as outcome:
+        with pytest.raises(BusyResourceError, match=f"^{ACCEPTING}$"):
+            await listener.accept()
+        client = client_of(listener)
+    client.close()
+    await outcome[0].aclose()
+
+
+async def test_accept_of_a_closed_listener(listener: SocketListener) -> None:
+    await listener.aclose()
+    for _ in range(2):
+        with pytest.raises(ClosedResourceError):
+            await listener.accept()
+
+
+async def test_closing_wakes_who_accepts(listener: SocketListener) -> None:
+    async with blocked(listener.accept) as outcome:
+        await within(listener.aclose())
+        assert listener.extra(SocketAttribute.raw_socket).fileno() == -1
+    assert type(outcome[0]) is ClosedResourceError
+
+
+async def test_accept_is_a_checkpoint(listener: SocketListener) -> None:
+    with client_of(listener), client_of(listener):
+        for _ in range(3):
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await listener.accept()
+            assert scope.cancelled_caught
+        for _ in range(2):
+            async with await within(listener.accept()):
+                pass
+
+
+async def test_a_cancelled_accept_loses_no_connection(listener: SocketListener) -> None:
+    for _ in range(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(listener.accept)
+            await settle()
+            group.cancel_scope.cancel()
+        with client_of(listener) as client:
+            async with await within(listener.accept()) as conn:
+                await ping(client, conn)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_cancellation_races_of_accept(listener: SocketListener, seed: int) -> None:
+    """Accepts are cancelled at random moments around a connection's arrival. Every connection is
+    accepted by somebody.
+    """
+    random_ = random.Random(seed)
+    conns: list[Connection] = []
+
+    async def accept(scope: anyio.CancelScope) -> None:
+        with scope:
+            conns.append(await listener.accept())
+
+    with ExitStack() as stack:
+        clients = []
+        for _ in range(40):
+            scope = anyio.CancelScope()
+            async with anyio.create_task_group() as group:
+                group.start_soon(accept, scope)
+                for _ in range(random_.randrange(4)):
+                    await anyio.sleep(0)
+                if random_.random() < 0.7:
+                    clients.append(stack.enter_context(client_of(listener)))
+                for _ in range(random_.randrange(4)):
+                    await anyio.sleep(0)
+                scope.cancel()
+        while len(conns) < len(clients):
+            conns.append(await within(listener.accept()))
+        for client, conn in zip(clients, conns, strict=True):
+            await ping(client, conn)
+            await conn.aclose()
+
+
+async def test_a_native_cancel_after_the_wake_up_loses_no_connection(
+    listener: SocketListener,
+) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pytest.skip("asyncio's own cancel()")
+    for _ in range(10):
+        task = asyncio.ensure_future(listener.accept())
+        while listener._number not in listener._hub.readers:
+            await asyncio.sleep(0)
+        with client_of(listener) as client:
+            while listener._number in listener._hub.readers:
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                conn = await task
+            except asyncio.CancelledError:
+                conn = await within(listener.accept())
+            await ping(client, conn)
+            await conn.aclose()
+
+
+async def test_a_credit_of_a_cancelled_accept_is_taken_back(listener: SocketListener) -> None:
+    """Nothing is accepted for an accept() that is over: the backlog keeps it."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(listener.accept)
+        await settle()
+        group.cancel_scope.cancel()
+    with client_of(listener):
+        await anyio.sleep(0.02)
+        listener.extra(SocketAttribute.raw_socket).accept()[0].close()
+
+
+async def test_a_peer_that_has_gone_before_it_is_accepted(listener: SocketListener) -> None:
+    client = client_of(listener)
+    client.sendall(b"hello and goodbye")
+    client.close()
+    async with await within(listener.accept()) as conn:
+        assert b"".join([piece async for piece in conn]) == b"hello and goodbye"
+
+
+# --- closing -------------------------------------------------------------------------------------
+
+
+async def test_aclose(listener: SocketListener) -> None:
+    raw = listener.extra(SocketAttribute.raw_socket)
+    assert type(raw) is socket.socket
+    assert raw.gettimeout() == 0
+    assert raw is listener.extra(SocketAttribute.raw_socket)
+    name = raw.getsockname()
+    assert f"fd={raw.fileno()}" in repr(listener)
+    await listener.aclose()
+    assert raw.fileno() == -1
+    assert listener.extra(SocketAttribute.raw_socket) is raw
+    assert "closed" in repr(listener)
+    await listener.aclose()
+    with socket.socket(raw.family) as client, pytest.raises(ConnectionRefusedError):
+        client.connect(name)
+
+
+async def test_aclose_in_a_cancelled_scope(listener: SocketListener) -> None:
+    for _ in range(2):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await listener.aclose()
+        assert scope.cancelled_caught
+        assert listener.extra(SocketAttribute.raw_socket).fileno() == -1
+
+
+async def test_closing_drops_who_was_not_accepted(listener: SocketListener) -> None:
+    with client_of(listener) as client:
+        await listener.aclose()
+        try:
+            assert client.recv(1) == b""
+        except ConnectionResetError:
+            pass
+
+
+async def test_closing_tells_who_waits_for_the_raw_socket(listener: SocketListener) -> None:
+    raw = listener.extra(SocketAttribute.raw_socket)
+    async with blocked(lambda: anyio.wait_readable(raw)) as outcome:
+        await listener.aclose()
+    assert type(outcome[0]) is ClosedResourceError
+
+
+async def test_connections_outlive_their_listener(listener: SocketListener) -> None:
+    with client_of(listener) as client:
+        async with await within(listener.accept()) as conn:
+            await listener.aclose()
+            await ping(client, conn)
+
+
+async def test_a_forgotten_listener_is_closed() -> None:
+    multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+    address = multi.extra(SocketAttribute.local_address)
+    with pytest.warns(ResourceWarning, match="unclosed"):  # noqa: PT031 -- the two go together
+        del multi
+        gc.collect()
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+        client.connect(address)
+
+
+# --- attributes ----------------------------------------------------------------------------------
+
+
+async def test_attributes_are_anyios(listener: SocketListener, kind: str) -> None:
+    theirs = anyio.abc.SocketListener.extra_attributes.fget(listener)  # type: ignore[attr-defined]
+    ours = listener.extra_attributes
+    assert set(ours) == set(theirs)
+    assert {k: v() for k, v in ours.items()} == {k: v() for k, v in theirs.items()}
+    if kind == "tcp":
+        assert listener.extra(SocketAttribute.local_port) > 0
+        assert listener.extra(SocketAttribute.local_address)[0] == "127.0.0.1"
+    assert listener.extra(SocketAttribute.remote_address, None) is None
+
+
+# --- serve(), which is AnyIO's -------------------------------------------------------------------
+
+
+async def echo(conn: Any) -> None:
+    async with conn:
+        async for piece in conn:
+            await conn.send(piece)
+
+
+async def test_serve(listener: SocketListener) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(listener.serve, echo)
+        for n in range(5):
+            with client_of(listener) as client:
+                client.setblocking(False)
+                message = b"hello %d" % n
+                client.send(message)
+                await within(anyio.wait_readable(client))
+                assert client.recv(100) == message
+        group.cancel_scope.cancel()
+
+
+async def test_serve_with_a_task_group_of_ones_own(listener: SocketListener) -> None:
+    handled: list[Connection] = []
+
+    async def handler(conn: Any) -> None:
+        async with conn:
+            handled.append(conn)
+
+    async with anyio.create_task_group() as handlers, anyio.create_task_group() as group:
+        group.start_soon(listener.serve, handler, handlers)
+        with client_of(listener):
+            await holds(lambda: handled)
+        group.cancel_scope.cancel()
+
+
+async def test_closing_ends_serve_the_way_it_does_in_anyio() -> None:
+    """ClosedResourceError, in exactly three groups: MultiListener's, the listener's, the test's."""
+    multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+
+    async def serve_and_close() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(multi.serve, echo)
+            await settle()
+            await multi.aclose()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await serve_and_close()
+    exc: Any = caught.value
+    for _ in range(3):
+        [exc] = exc.exceptions
+    assert type(exc) is ClosedResourceError
+
+
+async def test_a_multi_listener_serves_all(tmp_path: Path) -> None:
+    unix = await anypoll.create_unix_listener(tmp_path / "socket")
+    tcp = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+    async with MultiListener([*tcp.listeners, unix]) as multi:
+        served: list[Connection] = []
+
+        async def handler(conn: Any) -> None:
+            async with conn:
+                served.append(conn)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(multi.serve, handler)
+            with client_of(tcp.listeners[0]), client_of(unix):
+                await holds(lambda: len(served) == 2)
+            group.cancel_scope.cancel()
+    assert {type(conn) for conn in served} == {Connection, UNIXConnection}
+
+
+async def test_anyios_client_and_ours(listener: SocketListener, kind: str) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(listener.serve, echo)
+        address = listener.extra(SocketAttribute.local_address)
+        stream: Any
+        if kind == "tcp":
+            stream = await anyio.connect_tcp(*address)
+        else:
+            stream = await anyio.connect_unix(address)
+        async with stream:
+            await stream.send(b"x" * 100_000)
+            await stream.send_eof()
+            assert sum([len(piece) async for piece in stream]) == 100_000
+        group.cancel_scope.cancel()
+
+
+# --- create_tcp_listener -------------------------------------------------------------------------
+
+
+async def test_the_same_ephemeral_port_on_all_addresses() -> None:
+    async with await anypoll.create_tcp_listener(local_host="localhost") as multi:
+        ports = {each.extra(SocketAttribute.local_port) for each in multi.listeners}
+        assert len(ports) == 1
+        assert ports != {0}
+        for each in multi.listeners:
+            client_of(each).close()
+
+
+async def test_all_interfaces_are_one_dual_stack_socket() -> None:
+    async with await anypoll.create_tcp_listener() as multi:
+        [listener] = multi.listeners
+        port = listener.extra(SocketAttribute.local_port)
+        assert listener.extra(SocketAttribute.family) == socket.AF_INET6
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)) as client:
+                async with await within(listener.accept()) as conn:
+                    remote = conn.remote_address
+                    assert remote[1] == client.getsockname()[1]
+                    assert remote[0] in {host, f"::ffff:{host}"}
+
+
+async def test_ipv6_alone() -> None:
+    async with await anypoll.create_tcp_listener(local_host="::1") as multi:
+        [listener] = multi.listeners
+        raw = listener.extra(SocketAttribute.raw_socket)
+        assert raw.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        assert listener.extra(SocketAttribute.local_address) == ("::1", raw.getsockname()[1])
+        with client_of(listener) as client:
+            async with await within(listener.accept()) as conn:
+                assert conn.remote_address == client.getsockname()[:2]
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
+async def test_all_interfaces_of_a_family(family: int, host: str) -> None:
+    async with await anypoll.create_tcp_listener(family=family) as multi:
+        [listener] = multi.listeners
+        assert listener.extra(SocketAttribute.local_address)[0] == host
+
+
+async def test_the_family_restricts_names() -> None:
+    async with await anypoll.create_tcp_listener(
+        local_host="localhost", family=socket.AF_INET
+    ) as multi:
+        families = {each.extra(SocketAttribute.family) for each in multi.listeners}
+        assert families == {socket.AF_INET}
+
+
+async def test_the_port_is_free_again_at_once() -> None:
+    port = 0
+    for _ in range(3):
+        async with await anypoll.create_tcp_listener(
+            local_host="127.0.0.1", local_port=port
+        ) as multi:
+            port = multi.extra(SocketAttribute.local_port)
+            with client_of(multi.listeners[0]) as client:
+                async with await within(multi.listeners[0].accept()) as conn:
+                    await ping(client, conn)
+
+
+async def test_a_port_that_is_taken() -> None:
+    async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
+        port = multi.extra(SocketAttribute.local_port)
+        with pytest.raises(OSError, match="in use") as caught:
+            await anypoll.create_tcp_listener(local_host="127.0.0.1", local_port=port)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_reuse_port() -> None:
+    listen = functools.partial(anypoll.create_tcp_listener, local_host="127.0.0.1", reuse_port=True)
+    async with await listen() as first:
+        port = first.extra(SocketAttribute.local_port)
+        async with await listen(local_port=port) as second:
+            assert second.extra(SocketAttribute.local_port) == port
+            for multi in (first, second):
+                raw = multi.extra(SocketAttribute.raw_socket)
+                assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"local_port": -1}, ValueError),
+        ({"local_port": 65536}, ValueError),
+        ({"local_port": "80"}, TypeError),
+        ({"backlog": "many"}, TypeError),
+        ({"local_host": "no-such-host.invalid"}, OSError),
+        ({"local_host": "192.0.2.1"}, OSError),
+    ],
+)
+async def test_tcp_listeners_refuse_nonsense(options: Any, error: Any) -> None:
+    with pytest.raises(error):
+        await anypoll.create_tcp_listener(**{"local_host": "127.0.0.1", **options})
+
+
+async def test_a_large_backlog_is_cut() -> None:
+    async with await anypoll.create_tcp_listener(
+        local_host="127.0.0.1", backlog=1_000_000
+    ) as multi:
+        client_of(multi.listeners[0]).close()
+
+
+# --- create_unix_listener ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [str, Path, os.fsencode], ids=["str", "Path", "bytes"])
+async def test_paths_of_all_types(tmp_path: Path, make: Callable[[Any], Any]) -> None:
+    path = make(tmp_path / "socket")
+    async with await anypoll.create_unix_listener(path) as listener:
+        assert listener.extra(SocketAttribute.local_address) == str(tmp_path / "socket")
+        async with await anypoll.connect_unix(path) as client:
+            async with await within(listener.accept()) as conn:
+                await client.send(b"x")
+                assert await conn.receive() == b"x"
+
+
+async def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff\xfe"
+    async with await anypoll.create_unix_listener(path) as listener:
+        assert os.fsencode(listener.extra(SocketAttribute.local_address)) == path
+        async with await anypoll.connect_unix(path), await within(listener.accept()):
+            pass
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+async def test_abstract_names(as_bytes: bool) -> None:
+    name: Any = f"\0anypoll-{os.getpid()}-{random.random()}"
+    path = os.fsencode(name) if as_bytes else name
+    async with await anypoll.create_unix_listener(path) as listener:
+        assert os.fsencode(listener.extra(SocketAttribute.local_address)) == os.fsencode(name)
+        async with await anypoll.connect_unix(path) as client:
+            assert client.remote_address == name
+            async with await within(listener.accept()) as conn:
+                await client.send(b"x")
+                assert await conn.receive() == b"x"
+    with pytest.raises(ConnectionRefusedError):
+        await anypoll.connect_unix(path)
+
+
+async def test_the_mode_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    async with await anypoll.create_unix_listener(path, mode=0o640):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+async def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    for _ in range(2):
+        async with await anypoll.create_unix_listener(path) as listener:
+            client_of(listener).close()
+        assert path.exists()
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+async def test_any_other_file_is_left_alone(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "precious"
+    if what == "file":
+        path.write_text("precious")
+    else:
+        path.mkdir()
+    with pytest.raises(OSError, match="in use"):
+        await anypoll.create_unix_listener(path)
+    assert path.is_dir() if what == "directory" else path.read_text() == "precious"
+
+
+async def test_a_link_to_a_file_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with pytest.raises(OSError, match="in use"):
+        await anypoll.create_unix_listener(link)
+    assert link.is_symlink()
+    assert target.read_text() == "precious"
+
+
+async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await anypoll.create_unix_listener(tmp_path / "no" / "socket")
+
+
+@pytest.mark.parametrize("kind_", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+async def test_other_kinds_are_refused(tmp_path: Path, kind_: int) -> None:
+    path = tmp_path / "socket"
+    with pytest.raises(ValueError, match=socket.SocketKind(kind_).name):
+        await anypoll.create_unix_listener(path, kind=kind_)
+    assert not path.exists()
+
+
+# --- from_socket ---------------------------------------------------------------------------------
+
+
+def bound(kind: str, path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX)
+    sock.bind(("127.0.0.1", 0) if kind == "tcp" else str(path))
+    return sock
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("as_fd", [False, True])
+async def test_from_socket(kind: str, as_fd: bool, listening: bool, tmp_path: Path) -> None:
+    sock = bound(kind, tmp_path / "socket")
+    if listening:
+        sock.listen(5)
+    given = sock.detach() if as_fd else sock
+    async with await SocketListener.from_socket(given) as listener:
+        raw = listener.extra(SocketAttribute.raw_socket)
+        assert raw.gettimeout() == 0
+        assert as_fd or raw is sock
+        with client_of(listener) as client:
+            async with await within(listener.accept()) as conn:
+                await ping(client, conn)
+    assert raw.fileno() == -1
+
+
+async def test_from_socket_takes_the_backlog_as_it_is(kind: str, tmp_path: Path) -> None:
+    """Connections that were there before are accepted."""
+    sock = bound(kind, tmp_path / "socket")
+    sock.listen(5)
+    with socket.socket(sock.family) as client:
+        client.connect(sock.getsockname())
+        async with await SocketListener.from_socket(sock) as listener:
+            async with await within(listener.accept()) as conn:
+                await ping(client, conn)
+
+
+async def test_from_socket_refuses(tmp_path: Path) -> None:
+    async def complaint(given: Any) -> str:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            await SocketListener.from_socket(given)
+        return str(caught.value)
+
+    assert await complaint("x") == "expected an int or socket, got str instead"
+    with socket.socket() as unbound:
+        assert await complaint(unbound) == "the socket must be bound to a local address"
+        assert await complaint(unbound.fileno()) == "the socket must be bound to a local address"
+        assert unbound.fileno() >= 0
+    with open(tmp_path / "file", "wb") as file:
+        message = "the file descriptor does not refer to a socket"
+        assert await complaint(file.fileno()) == message
+    with socket.socket(type=socket.SOCK_DGRAM) as dgram:
+        dgram.bind(("127.0.0.1", 0))
+        message = "socket type mismatch: expected SOCK_STREAM, got SOCK_DGRAM"
+        assert await complaint(dgram) == message
+
+
+# --- lack of descriptors -------------------------------------------------------------------------
+
+
+async def test_out_of_descriptors(
+    listener: SocketListener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Accepting pauses, says so once, and goes on when there are some again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    clients = [client_of(listener) for _ in range(3)]
+    conns: list[Connection] = [await within(listener.accept())]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    fillers: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+        with contextlib.suppress(OSError):  # too many open files
+            while True:
+                fillers.append(os.dup(0))
+        async with anyio.create_task_group() as group:
+
+            async def accept() -> None:
+                conns.append(await listener.accept())
+
+            group.start_soon(accept)
+            await holds(lambda: caplog.records)
+            await anyio.sleep(0.25)  # two pauses more: one line all the same
+            assert len(conns) == 1
+            while fillers:
+                os.close(fillers.pop())
+            await holds(lambda: len(conns) == 2)
+    finally:
+        for fd in fillers:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    conns.append(await within(listener.accept()))
+    assert [(r.name, r.levelno) for r in caplog.records] == [("anypoll.server", logging.WARNING)]
+    assert "Too many open files" in caplog.records[0].getMessage()
+    for client, conn in zip(clients, conns, strict=True):
+        await ping(client, conn)
+        await conn.aclose()
+        client.close()

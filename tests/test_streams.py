@@ -1,0 +1,1680 @@
+"""The contract of AnyIO's socket streams: each operation, on each loop, over TCP and UNIX."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import gc
+import inspect
+import os
+import random
+import socket
+import types
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    EndOfStream,
+    TypedAttributeLookupError,
+)
+from anyio.abc import SocketAttribute
+from anyio.streams.buffered import BufferedByteReceiveStream
+from peers import (
+    KIB,
+    MIB,
+    arrive,
+    arrived,
+    holds,
+    opened,
+    pattern,
+    read_all,
+    read_to_end,
+    reset,
+    send_all,
+    send_until_full,
+    socket_pair,
+    within,
+)
+
+import anypoll
+from anypoll import Connection, ReadTimeout, UNIXConnection, WriteTimeout
+
+pytestmark = pytest.mark.anyio
+
+Pair = tuple[Connection, Connection]
+Wire = tuple[Connection, socket.socket]
+
+READING = "Another task is already reading from this resource"
+WRITING = "Another task is already writing to this resource"
+#: More than the kernel's buffers of a connection hold.
+HUGE = 16 * MIB
+pattern = functools.lru_cache(maxsize=8)(pattern)
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def connected(kind: str) -> AsyncIterator[Pair]:
+    if kind == "unix":
+        first, second = anypoll.socketpair()
+    else:
+        async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as listener:
+            port = listener.extra(SocketAttribute.local_port)
+            first = await anypoll.connect_tcp("127.0.0.1", port)
+            second = await listener.listeners[0].accept()
+    async with first, second:
+        yield first, second
+
+
+@pytest.fixture
+async def pair(kind: str) -> AsyncIterator[Pair]:
+    """Two connections, connected to each other."""
+    async with connected(kind) as both:
+        yield both
+
+
+@pytest.fixture
+async def wire(kind: str) -> AsyncIterator[Wire]:
+    """A connection, and the plain socket at its other end."""
+    async with opened(kind) as both:
+        yield both
+
+
+async def settle() -> None:
+    """Until the other tasks have come to where they wait for something from outside. (AnyIO's
+    `wait_all_tasks_blocked()` takes 0.1 s on asyncio.)
+    """
+    for _ in range(20):
+        await anyio.sleep(0)
+
+
+@asynccontextmanager
+async def blocked(call: Callable[[], Awaitable[Any]]) -> AsyncIterator[list[Any]]:
+    """Runs the call in a task; the block begins when that waits, and ends when it has ended. The
+    list gets its result or exception.
+    """
+    outcome: list[Any] = []
+
+    async def run() -> None:
+        try:
+            outcome.append(await call())
+        except Exception as exc:  # noqa: BLE001 -- the test looks at it
+            outcome.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await settle()
+        assert outcome == []
+        yield outcome
+        await holds(lambda: outcome)
+
+
+async def cancelled(call: Callable[[], Awaitable[Any]]) -> None:
+    """The call raises in a scope that is cancelled already."""
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await call()
+        pytest.fail("the call did not see the cancellation")
+    assert scope.cancelled_caught
+
+
+@types.coroutine
+def _counted(coroutine: Any, suspensions: list[Any]) -> Generator[Any, Any, Any]:
+    """Runs the coroutine as `await` would, and notes each suspension."""
+    step: Callable[[], Any] = functools.partial(coroutine.send, None)
+    while True:
+        try:
+            suspensions.append(step())
+        except StopIteration as stop:
+            return stop.value
+        try:
+            value = yield suspensions[-1]
+        except BaseException as exc:  # noqa: BLE001 -- it is handed on
+            step = functools.partial(coroutine.throw, exc)
+        else:
+            step = functools.partial(coroutine.send, value)
+
+
+async def yields(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The call gives other tasks a turn before it returns, or raises."""
+    suspensions: list[Any] = []
+    coroutine = call()
+    assert inspect.iscoroutine(coroutine)
+    try:
+        return await _counted(coroutine, suspensions)
+    finally:
+        assert suspensions, "not a checkpoint"
+
+
+async def fill(conn: Connection) -> bytes:
+    """Sends until neither side's buffers take more; the call was cancelled then."""
+    data = pattern(HUGE, 99)
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            group.start_soon(conn.send, data)
+            await settle()
+            await anyio.sleep(0.02)
+            scope.cancel()
+    return data
+
+
+# --- receive -------------------------------------------------------------------------------------
+
+
+async def test_receive(wire: Wire) -> None:
+    conn, peer = wire
+    await arrive(conn, peer, b"hello, world")
+    data = await conn.receive(5)
+    assert data == b"hello"
+    assert type(data) is bytes
+    assert await conn.receive() == b", world"
+
+
+async def test_receive_waits_for_the_first_byte_only(wire: Wire) -> None:
+    conn, peer = wire
+    async with blocked(lambda: conn.receive(1000)) as outcome:
+        await send_all(peer, b"x")
+    assert outcome == [b"x"]
+
+
+async def test_receive_never_gives_nothing_or_too_much(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(100 * KIB)
+    got = bytearray()
+    async with anyio.create_task_group() as group:
+        group.start_soon(send_all, peer, data)
+        with anyio.fail_after(30):
+            for size in [1, 2, 3, 1000, 65536] * 100:
+                piece = await conn.receive(min(size, len(data) - len(got)))
+                assert 1 <= len(piece) <= size
+                got += piece
+                if len(got) == len(data):
+                    break
+    assert got == data
+
+
+async def test_chunks_are_at_most_64_kib_by_default(wire: Wire) -> None:
+    conn, peer = wire
+    async with anyio.create_task_group() as group:
+        group.start_soon(send_all, peer, bytes(MIB))
+        await holds(lambda: len(conn.reader) > 100 * KIB)
+        total = 0
+        while total < MIB:
+            piece = await within(conn.receive())
+            assert 0 < len(piece) <= 65536
+            total += len(piece)
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+async def test_receive_refuses_nonsense(wire: Wire, wrong: int) -> None:
+    conn, _ = wire
+    with pytest.raises(ValueError, match=r"^max_bytes must be a positive integer$"):
+        await conn.receive(wrong)
+    await conn.aclose()
+    with pytest.raises(ValueError, match=r"^max_bytes must be a positive integer$"):
+        await conn.receive(wrong)  # before anything else
+
+
+async def test_the_end_of_the_stream_stays(wire: Wire) -> None:
+    conn, peer = wire
+    await send_all(peer, b"last words")
+    peer.shutdown(socket.SHUT_WR)
+    assert await within(conn.next(10)) == b"last words"
+    for _ in range(3):
+        with pytest.raises(EndOfStream):
+            await within(conn.receive())
+    assert conn.at_eof
+    assert conn.is_active
+
+
+async def test_the_end_of_the_stream_wakes_the_reader(wire: Wire) -> None:
+    conn, peer = wire
+    async with blocked(conn.receive) as outcome:
+        peer.shutdown(socket.SHUT_WR)
+    assert isinstance(outcome[0], EndOfStream)
+
+
+async def test_iteration(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(200 * KIB)
+
+    async def send() -> None:
+        await send_all(peer, data)
+        peer.shutdown(socket.SHUT_WR)
+
+    got = bytearray()
+    async with anyio.create_task_group() as group:
+        group.start_soon(send)
+        async for piece in conn:
+            assert 0 < len(piece) <= 65536
+            got += piece
+    assert got == data
+    assert [piece async for piece in conn] == []
+
+
+async def test_iteration_of_a_closed_connection(wire: Wire) -> None:
+    conn, _ = wire
+    await conn.aclose()
+    with pytest.raises(ClosedResourceError):
+        await conn.__anext__()
+
+
+async def test_two_readers(wire: Wire) -> None:
+    conn, peer = wire
+    async with blocked(conn.receive) as outcome:
+        for call in (conn.receive, lambda: conn.next(1), lambda: conn.until(b"\n")):
+            with pytest.raises(BusyResourceError, match=f"^{READING}$"):
+                await call()
+        await send_all(peer, b"for the first")
+    assert outcome == [b"for the first"]
+
+
+# --- send ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        pytest.param(b"bytes", id="bytes"),
+        pytest.param(bytearray(b"bytearray"), id="bytearray"),
+        pytest.param(memoryview(b"view"), id="memoryview"),
+        pytest.param(memoryview(b"a-b-c-d-")[::2], id="strided"),
+        pytest.param(__import__("array").array("I", [1, 2, 3]), id="array"),
+        pytest.param(pattern(100 * KIB), id="large"),
+    ],
+)
+async def test_send_takes_what_is_like_bytes(wire: Wire, item: Any) -> None:
+    conn, peer = wire
+    expected = bytes(item)
+    if isinstance(item, memoryview) and not item.contiguous:
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            await conn.send(item)
+        return
+    await conn.send(item)
+    assert await read_all(peer, len(expected)) == expected
+
+
+@pytest.mark.parametrize("item", ["text", None, 5])
+async def test_send_refuses_everything_else(wire: Wire, item: Any) -> None:
+    conn, peer = wire
+    with pytest.raises(TypeError):
+        await conn.send(item)
+    await conn.send(b"still usable")
+    assert await read_all(peer, 12) == b"still usable"
+
+
+async def test_sending_nothing(wire: Wire) -> None:
+    conn, _ = wire
+    await yields(lambda: conn.send(b""))
+    await cancelled(lambda: conn.send(b""))
+    assert conn.statistics().writes == 0
+    await conn.aclose()
+    with pytest.raises(ClosedResourceError):
+        await conn.send(b"")
+
+
+@pytest.mark.parametrize("size", [1, 4096, 65536, 65537, MIB, 5 * MIB])
+async def test_large_and_small_items_arrive(pair: Pair, size: int) -> None:
+    first, second = pair
+    data = pattern(size)
+
+    async def send() -> None:
+        await first.send(data)
+        await first.send_eof()
+
+    got = bytearray()
+    async with anyio.create_task_group() as group:
+        group.start_soon(send)
+        async for piece in second:
+            got += piece
+    assert got == data
+
+
+async def test_both_directions_at_once(pair: Pair) -> None:
+    results: dict[Connection, bytes] = {}
+
+    async def collect(conn: Connection) -> None:
+        results[conn] = b"".join([piece async for piece in conn])
+
+    async def send(conn: Connection, data: bytes) -> None:
+        await conn.send(data)
+        await conn.send_eof()
+
+    first, second = pair
+    there, back = pattern(3 * MIB, 1), pattern(2 * MIB, 2)
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            for conn, data in ((first, there), (second, back)):
+                group.start_soon(collect, conn)
+                group.start_soon(send, conn, data)
+    assert results == {first: back, second: there}
+
+
+async def test_two_writers(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(HUGE)
+    async with blocked(lambda: conn.send(data)) as outcome:
+        for call in (
+            lambda: conn.send(b"x"),
+            lambda: conn.send(b""),
+            conn.send_eof,
+            conn.wait_writable,
+        ):
+            with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
+                await call()
+        assert await read_all(peer, len(data)) == data
+    assert outcome == [None]
+
+
+async def test_the_buffer_may_be_changed_after_the_send(wire: Wire) -> None:
+    conn, peer = wire
+    buffer = bytearray(pattern(HUGE))
+    expected = bytes(buffer)
+    got = b""
+    async with blocked(lambda: conn.send(buffer)) as outcome:
+        with anyio.fail_after(30):
+            while not outcome:
+                with contextlib.suppress(BlockingIOError):
+                    got += peer.recv(16 * KIB)
+                await anyio.sleep(0)
+    assert outcome == [None]
+    buffer[:] = bytes(len(buffer))
+    buffer.clear()  # nobody exports it any more
+    got += await read_all(peer, len(expected) - len(got))
+    assert got == expected
+
+
+async def test_writer_output_goes_first(wire: Wire) -> None:
+    conn, peer = wire
+    conn.writer.write(b"first ")
+    await conn.send(b"second ")
+    conn.writer.write(b"third")
+    assert arrived(peer) == 13
+    await conn.writer.flush()
+    assert await read_all(peer, 18) == b"first second third"
+
+
+async def test_send_to_a_peer_that_has_gone(wire: Wire) -> None:
+    conn, peer = wire
+    peer.close()
+
+    async def send_on_and_on() -> None:
+        while True:
+            await conn.send(b"x")
+
+    with pytest.raises(BrokenResourceError) as caught:
+        await within(send_on_and_on())
+    assert isinstance(caught.value.__cause__, (BrokenPipeError, ConnectionResetError))
+    assert not conn.is_active
+    with pytest.raises(BrokenResourceError):
+        await conn.send(b"x")
+    await conn.aclose()
+    with pytest.raises(ClosedResourceError):
+        await conn.send(b"x")
+
+
+# --- send_eof ------------------------------------------------------------------------------------
+
+
+async def test_send_eof(wire: Wire) -> None:
+    conn, peer = wire
+    conn.writer.write(b"pending ")
+    await conn.send_eof()
+    assert await within(read_to_end(peer)) == b"pending "
+    await conn.send_eof()
+    with pytest.raises(ClosedResourceError):
+        await conn.send(b"x")
+    with pytest.raises(ClosedResourceError):
+        conn.writer.write(b"x")
+    assert conn.is_active
+    await send_all(peer, b"still readable")
+    assert await conn.next(14) == b"still readable"
+
+
+async def test_send_eof_while_another_task_reads(wire: Wire) -> None:
+    conn, peer = wire
+    async with blocked(conn.receive) as outcome:
+        await conn.send_eof()
+        assert await within(read_to_end(peer)) == b""
+        await send_all(peer, b"answer")
+    assert outcome == [b"answer"]
+
+
+async def test_sending_after_the_peers_end(wire: Wire) -> None:
+    conn, peer = wire
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(EndOfStream):
+        await within(conn.receive())
+    assert conn.is_active
+    data = pattern(MIB)
+    async with anyio.create_task_group() as group:
+        group.start_soon(conn.send, data)
+        assert await read_all(peer, len(data)) == data
+    await conn.send_eof()
+    assert await within(read_to_end(peer)) == b""
+
+
+async def test_half_close_in_both_orders(pair: Pair) -> None:
+    first, second = pair
+    await first.send(b"question")
+    await first.send_eof()
+    assert b"".join([piece async for piece in second]) == b"question"
+    await second.send(b"answer")
+    await second.send_eof()
+    assert b"".join([piece async for piece in first]) == b"answer"
+
+
+async def test_send_eof_of_a_closed_connection(wire: Wire) -> None:
+    conn, _ = wire
+    await conn.aclose()
+    with pytest.raises(ClosedResourceError):
+        await conn.send_eof()
+
+
+async def test_send_eof_waits_for_what_is_pending(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(HUGE)
+    conn.writer.write(data)
+    async with blocked(conn.send_eof) as outcome:
+        assert await within(read_to_end(peer)) == data
+    assert outcome == [None]
+
+
+# --- resets --------------------------------------------------------------------------------------
+
+
+async def test_a_reset_wakes_the_reader() -> None:
+    async with opened("tcp") as (conn, peer):
+        async with blocked(conn.receive) as outcome:
+            reset(peer)
+        assert isinstance(outcome[0], BrokenResourceError)
+        assert isinstance(outcome[0].__cause__, ConnectionResetError)
+        assert outcome[0].__cause__.errno == errno.ECONNRESET
+        assert not conn.is_active
+        assert not conn.at_eof
+        for _ in range(2):
+            with pytest.raises(BrokenResourceError) as caught:
+                await conn.receive()
+            assert isinstance(caught.value.__cause__, ConnectionResetError)
+        with pytest.raises(BrokenResourceError):
+            await conn.send(b"x")
+        await conn.aclose()
+        with pytest.raises(ClosedResourceError):
+            await conn.receive()
+
+
+async def test_a_reset_wakes_the_writer() -> None:
+    async with opened("tcp") as (conn, peer):
+        async with blocked(lambda: conn.send(bytes(HUGE))) as outcome:
+            reset(peer)
+        assert isinstance(outcome[0], BrokenResourceError)
+        assert isinstance(outcome[0].__cause__, OSError)
+
+
+async def test_what_came_before_a_reset_is_readable() -> None:
+    async with opened("tcp") as (conn, peer):
+        await arrive(conn, peer, b"before")
+        reset(peer)
+        await holds(lambda: not conn.is_active)
+        assert await conn.receive(3) == b"bef"
+        with pytest.raises(BrokenResourceError):
+            await conn.next(4)  # more than there is: not an IncompleteRead
+        assert await conn.receive() == b"ore"
+        with pytest.raises(BrokenResourceError) as caught:
+            await conn.receive()
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+async def test_a_reset_is_noticed_without_io() -> None:
+    async with opened("tcp") as (conn, peer):
+        assert conn.is_active
+        reset(peer)
+        await holds(lambda: not conn.is_active)
+
+
+async def test_a_reset_behind_an_end() -> None:
+    async with opened("tcp") as (conn, peer):
+        await arrive(conn, peer, b"data")
+        peer.shutdown(socket.SHUT_WR)
+        assert await conn.receive() == b"data"
+        with pytest.raises(EndOfStream):
+            await conn.receive()
+        reset(peer)
+        await holds(lambda: not conn.is_active)
+        with pytest.raises(BrokenResourceError):
+            await conn.send(b"x")
+
+
+# --- peers that send and close at once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 4095, 4096, 65536, 65537, 300_000, MIB, 4 * MIB])
+async def test_send_and_close_at_once(kind: str, size: int) -> None:
+    """Every byte arrives, and then the end, whatever the poller has seen by then."""
+    data = pattern(size)
+    for _ in range(8 if size < MIB else 2):
+        async with connected(kind) as (first, second):
+
+            async def send(conn: Connection = first) -> None:
+                await conn.send(data)
+                await conn.aclose()
+
+            got = bytearray()
+            async with anyio.create_task_group() as group:
+                group.start_soon(send)
+                with anyio.fail_after(30):
+                    async for piece in second:
+                        got += piece
+            assert got == data
+
+
+async def test_many_send_and_close_before_anybody_looks() -> None:
+    for n in range(50):
+        ours, peer = socket_pair("unix" if n % 2 else "tcp")
+        data = pattern(n * 500, n)
+        peer.sendall(data)
+        peer.close()
+        async with await Connection.from_socket(ours) as conn:
+            assert b"".join([piece async for piece in conn]) == data
+
+
+async def test_close_right_after_a_large_send(pair: Pair) -> None:
+    """`send()` has returned, so all of it is the kernel's: a close must not take it back."""
+    first, second = pair
+    data = pattern(4 * MIB)
+    got = bytearray()
+
+    async def receive() -> None:
+        async for piece in second:
+            got.extend(piece)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(receive)
+        await first.send(data)
+        await first.aclose()
+    assert got == data
+
+
+# --- aclose --------------------------------------------------------------------------------------
+
+
+async def test_aclose(wire: Wire) -> None:
+    conn, peer = wire
+    fd = conn.fileno()
+    assert fd >= 0
+    os.fstat(fd)
+    assert str(fd) in repr(conn)
+    await yields(conn.aclose)
+    assert conn.fileno() == -1
+    assert "closed" in repr(conn)
+    assert not conn.is_active
+    assert not conn.at_eof
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert await within(read_to_end(peer)) == b""
+    await yields(conn.aclose)
+    for call in (
+        conn.receive,
+        lambda: conn.send(b"x"),
+        conn.send_eof,
+        conn.wait_writable,
+        lambda: conn.next(1),
+        lambda: conn.peek(1),
+        lambda: conn.skip(1),
+        lambda: conn.until(b"\n"),
+        conn.writer.flush,
+    ):
+        with pytest.raises(ClosedResourceError):
+            await call()
+    for plain in (conn.detach, lambda: conn.writer.write(b"x"), lambda: conn.reader.next_nowait(1)):
+        with pytest.raises(ClosedResourceError):
+            plain()
+
+
+async def test_what_the_kernel_has_still_goes_out(wire: Wire) -> None:
+    conn, peer = wire
+    await conn.send(b"last words")
+    await conn.aclose()
+    assert await within(read_to_end(peer)) == b"last words"
+
+
+@pytest.mark.parametrize("operation", ["receive", "send", "until", "wait_writable", "send_eof"])
+async def test_aclose_wakes_who_waits(wire: Wire, operation: str) -> None:
+    conn, _ = wire
+    if operation == "wait_writable":
+        await fill(conn)
+    if operation == "send_eof":
+        conn.writer.write(bytes(HUGE))
+    call: Callable[[], Awaitable[Any]] = {
+        "receive": conn.receive,
+        "until": lambda: conn.until(b"\n"),
+        "send": lambda: conn.send(bytes(HUGE)),
+        "wait_writable": conn.wait_writable,
+        "send_eof": conn.send_eof,
+    }[operation]
+    async with blocked(call) as outcome:
+        await within(conn.aclose())
+        assert conn.fileno() == -1
+    assert type(outcome[0]) is ClosedResourceError
+
+
+async def test_aclose_wakes_reader_and_writer_together(wire: Wire) -> None:
+    conn, _ = wire
+    async with blocked(conn.receive) as read, blocked(lambda: conn.send(bytes(HUGE))) as sent:
+        await within(conn.aclose())
+    assert type(read[0]) is type(sent[0]) is ClosedResourceError
+
+
+async def test_aclose_in_a_cancelled_scope(wire: Wire) -> None:
+    conn, _ = wire
+    fd = conn.fileno()
+    raw = conn.extra(SocketAttribute.raw_socket)
+    conn.writer.write(bytes(HUGE))
+    await cancelled(conn.aclose)
+    assert conn.fileno() == raw.fileno() == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    await cancelled(conn.aclose)
+    await anyio.aclose_forcefully(conn)
+
+
+async def test_concurrent_aclose(wire: Wire) -> None:
+    conn, _ = wire
+    raw = conn.extra(SocketAttribute.raw_socket)
+    fds: list[int] = []
+
+    async def close() -> None:
+        await conn.aclose()
+        fds.append(raw.fileno())
+
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(close)
+    assert fds == [-1] * 5
+
+
+async def test_aclose_of_a_closed_connection_sees_cancellation(wire: Wire) -> None:
+    conn, _ = wire
+    await conn.aclose()
+    await cancelled(conn.aclose)
+
+
+async def test_aclose_drains_the_writer(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(HUGE)
+    conn.writer.write(data)
+    async with blocked(conn.aclose) as outcome:
+        for call in (conn.receive, lambda: conn.send(b"x"), conn.writer.flush):
+            with pytest.raises(ClosedResourceError):
+                await call()
+        assert await within(read_to_end(peer)) == data
+    assert outcome == [None]
+    assert conn.statistics().bytes_sent == len(data)
+
+
+async def test_aclose_drains_for_no_longer_than_the_write_timeout(wire: Wire) -> None:
+    conn, _ = wire
+    conn.write_timeout = 0.02
+    conn.writer.write(bytes(HUGE))
+    await within(conn.aclose())
+    assert conn.fileno() == -1
+
+
+@pytest.mark.parametrize("how", ["aclose", "abort", "cancel"])
+async def test_a_draining_aclose_can_be_ended(wire: Wire, how: str) -> None:
+    conn, _ = wire
+    raw = conn.extra(SocketAttribute.raw_socket)
+    conn.writer.write(bytes(HUGE))
+    async with anyio.create_task_group() as group:
+        group.start_soon(conn.aclose)
+        await settle()
+        assert raw.fileno() >= 0
+        if how == "aclose":
+            await within(conn.aclose())
+        elif how == "abort":
+            conn.abort()
+        else:
+            group.cancel_scope.cancel()
+    assert raw.fileno() == -1
+
+
+async def test_a_reset_ends_a_draining_aclose() -> None:
+    async with opened("tcp") as (conn, peer):
+        conn.writer.write(bytes(HUGE))
+        async with blocked(conn.aclose) as outcome:
+            reset(peer)
+        assert outcome == [None]
+
+
+async def test_aclose_does_not_wait_for_a_send_that_was_given_up(wire: Wire) -> None:
+    conn, _ = wire
+    await fill(conn)
+    await within(conn.aclose())
+    assert conn.fileno() == -1
+
+
+async def test_the_block_closes(kind: str) -> None:
+    async with opened(kind) as (conn, _):
+        async with conn as same:
+            assert same is conn
+        assert conn.fileno() == -1
+
+
+# --- abort ---------------------------------------------------------------------------------------
+
+
+async def test_abort_is_a_reset() -> None:
+    async with opened("tcp") as (conn, peer):
+        await conn.send(b"sent")
+        conn.writer.write(b"dropped")
+        conn.abort()
+        conn.abort()
+        assert conn.fileno() == -1
+        with pytest.raises(ConnectionResetError):
+            await within(read_to_end(peer))
+        with pytest.raises(ClosedResourceError):
+            await conn.receive()
+        await conn.aclose()
+
+
+async def test_abort_after_the_raw_socket_was_asked_for() -> None:
+    async with opened("tcp") as (conn, peer):
+        raw = conn.extra(SocketAttribute.raw_socket)
+        conn.abort()
+        assert raw.fileno() == -1
+        with pytest.raises(ConnectionResetError):
+            await within(read_to_end(peer))
+
+
+async def test_abort_of_a_unix_connection() -> None:
+    async with opened("unix") as (conn, peer):
+        conn.writer.write(b"dropped")
+        conn.abort()
+        assert await within(read_to_end(peer)) == b""
+
+
+async def test_abort_wakes_who_waits(wire: Wire) -> None:
+    conn, _ = wire
+    async with blocked(conn.receive) as read, blocked(lambda: conn.send(bytes(HUGE))) as sent:
+        conn.abort()
+    assert type(read[0]) is type(sent[0]) is ClosedResourceError
+
+
+# --- checkpoints and cancellation ----------------------------------------------------------------
+
+
+async def test_every_operation_is_a_checkpoint(wire: Wire) -> None:
+    conn, peer = wire
+    await arrive(conn, peer, b"some bytes")
+    assert await yields(lambda: conn.receive(4)) == b"some"
+    assert await yields(lambda: conn.receive(4)) == b" byt"
+    await yields(lambda: conn.send(b"x"))
+    await yields(conn.wait_writable)
+    await yields(conn.send_eof)
+    await yields(conn.send_eof)
+    await yields(conn.aclose)
+
+
+async def test_a_cancelled_scope_consumes_and_sends_nothing(wire: Wire) -> None:
+    conn, peer = wire
+    await arrive(conn, peer, b"kept")
+    for _ in range(3):
+        await cancelled(conn.receive)
+        await cancelled(lambda: conn.send(b"never"))
+        await cancelled(conn.send_eof)
+        await cancelled(conn.wait_writable)
+    assert arrived(peer) == 0
+    assert await conn.receive() == b"kept"
+    await conn.send(b"only this")
+    await conn.send_eof()
+    assert await within(read_to_end(peer)) == b"only this"
+
+
+async def test_the_end_and_errors_are_checkpoints_too(wire: Wire) -> None:
+    conn, peer = wire
+    peer.shutdown(socket.SHUT_WR)
+    await holds(lambda: conn.at_eof)
+    for _ in range(2):
+        with pytest.raises(EndOfStream):
+            await yields(conn.receive)
+        await cancelled(conn.receive)
+
+
+async def test_a_cancelled_receive_loses_nothing(wire: Wire) -> None:
+    conn, peer = wire
+    for n in range(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(conn.receive)
+            await anyio.sleep(0)
+            await anyio.sleep(0)
+            group.cancel_scope.cancel()
+        await send_all(peer, bytes([n]))
+        assert await within(conn.receive()) == bytes([n])
+
+
+async def test_a_native_cancel_after_the_wake_up_loses_nothing(wire: Wire) -> None:
+    """Plain asyncio cancels a task whose future is done already; what woke it must stay."""
+    conn, peer = wire
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pytest.skip("asyncio's own cancel()")
+    for n in range(20):
+        task = asyncio.ensure_future(conn.receive())
+        while conn._core.number not in conn._core.hub.readers:
+            await asyncio.sleep(0)
+        peer.send(bytes([n]))
+        while conn._core.number in conn._core.hub.readers:
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            got = await task  # the loop may have run it already
+        except asyncio.CancelledError:
+            got = await within(conn.receive())
+        assert got == bytes([n])
+
+
+async def test_a_native_cancel_in_the_same_iteration_as_the_wake_up(wire: Wire) -> None:
+    conn, peer = wire
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pytest.skip("asyncio's own cancel()")
+    for n in range(20):
+        task = asyncio.ensure_future(conn.receive())
+        while conn._core.number not in conn._core.hub.readers:
+            await asyncio.sleep(0)
+        peer.send(bytes([n]))
+        conn._core.hub.wake_reader(conn._core.number)  # as the poller's news does it
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await within(conn.receive()) == bytes([n])
+
+
+async def test_a_send_that_did_not_start_sends_nothing(wire: Wire) -> None:
+    """Cancelled while it waits for the rest of an earlier one: not a byte of its own goes out."""
+    conn, peer = wire
+    first = await fill(conn)
+    for _ in range(3):
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(conn.send, b"never")
+                await settle()
+                scope.cancel()
+    got = bytearray()
+
+    async def collect() -> None:
+        got.extend(await within(read_to_end(peer)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(collect)
+        await conn.send(b"the end")
+        await conn.send_eof()
+    assert got == first + b"the end"
+
+
+@pytest.mark.parametrize("mutable", [False, True])
+async def test_the_rest_of_a_cancelled_send_goes_first(wire: Wire, mutable: bool) -> None:
+    conn, peer = wire
+    data = pattern(HUGE)
+    item: Any = bytearray(data) if mutable else data
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            group.start_soon(conn.send, item)
+            await settle()
+            got = await read_all(peer, 100 * KIB)  # some of it is certainly out
+            scope.cancel()
+    if mutable:
+        item[:] = bytes(len(item))
+    after = b"and this comes after it"
+
+    async def collect() -> None:
+        nonlocal got
+        got += await within(read_to_end(peer))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(collect)
+        await within(conn.send(after))
+        await conn.send_eof()
+    assert got == data + after
+
+
+async def test_a_given_up_rest_goes_out_by_itself(wire: Wire) -> None:
+    conn, peer = wire
+    data = await fill(conn)
+    statistics = conn.statistics()
+    assert statistics.buffered_output == len(conn.writer) == len(data) - statistics.bytes_sent
+    assert await read_all(peer, len(data)) == data
+    await conn.send(b".")
+    assert await read_all(peer, 1) == b"."
+
+
+async def test_cancelled_several_times(wire: Wire) -> None:
+    conn, peer = wire
+    data = await fill(conn)
+    for _ in range(3):
+        with anyio.move_on_after(0.001):
+            await conn.wait_writable()
+        with anyio.move_on_after(0.001):
+            await conn.writer.flush()
+        with anyio.move_on_after(0.001):
+            await conn.send_eof()
+    async with blocked(conn.send_eof):
+        assert await within(read_to_end(peer)) == data
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_cancellation_races_of_receive(pair: Pair, seed: int) -> None:
+    """Receives are cancelled at random moments while bytes come in: the stream stays whole."""
+    first, second = pair
+    random_ = random.Random(seed)
+    data = pattern(60 * KIB, seed)
+    got = bytearray()
+
+    async def send() -> None:
+        rest = data
+        while rest:
+            size = random_.randint(1, 3000)
+            await second.send(rest[:size])
+            rest = rest[size:]
+            if random_.random() < 0.3:
+                await anyio.sleep(0)
+
+    async def receive(scope: anyio.CancelScope) -> None:
+        with scope:
+            operation = random_.randrange(3)
+            missing = len(data) - len(got)
+            if operation == 0:
+                got.extend(await first.receive(random_.randint(1, 5000)))
+            elif operation == 1:
+                got.extend(await first.next(min(missing, random_.randint(1, 3000))))
+            else:
+                await first.peek(min(missing, 100))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(send)
+        with anyio.fail_after(30):
+            while len(got) < len(data):
+                scope = anyio.CancelScope()
+                async with anyio.create_task_group() as attempts:
+                    attempts.start_soon(receive, scope)
+                    for _ in range(random_.randrange(5)):
+                        await anyio.sleep(0)
+                    if random_.random() < 0.2:
+                        await anyio.sleep(0.0005)
+                    if random_.random() < 0.7:
+                        scope.cancel()
+    assert got == data
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_cancellation_races_of_send(pair: Pair, seed: int) -> None:
+    """Sends are cancelled at random moments. Each message goes out whole, or as a prefix whose rest
+    follows, or not at all; and never out of order.
+    """
+    first, second = pair
+    random_ = random.Random(seed)
+    got = bytearray()
+    sent: list[tuple[bytes, bool]] = []
+
+    async def collect() -> None:
+        while True:
+            try:
+                got.extend(await second.receive(random_.randint(1, 200 * KIB)))
+            except EndOfStream:
+                return
+            if random_.random() < 0.2:
+                await anyio.sleep(0.0005)
+
+    async def send(number: int, scope: anyio.CancelScope) -> None:
+        size = random_.choice([10, 1000, 50 * KIB, 600 * KIB])
+        message = number.to_bytes(4, "big") + size.to_bytes(4, "big") + pattern(size, number)
+        buffer = bytearray(message)
+        done = False
+        with scope:
+            await first.send(buffer)
+            done = True
+        buffer[:] = bytes(len(buffer))
+        sent.append((message, done))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(collect)
+        with anyio.fail_after(30):
+            for number in range(60):
+                scope = anyio.CancelScope()
+                async with anyio.create_task_group() as attempt:
+                    attempt.start_soon(send, number, scope)
+                    for _ in range(random_.randrange(6)):
+                        await anyio.sleep(0)
+                    if random_.random() < 0.6:
+                        scope.cancel()
+            await first.send_eof()
+    rest = bytes(got)
+    for message, done in sent:
+        if rest.startswith(message):
+            rest = rest[len(message) :]
+        else:
+            assert not done
+    assert rest == b""
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_closing_races(kind: str, seed: int) -> None:
+    """One end is closed at a random moment of traffic in both directions: nobody hangs."""
+    random_ = random.Random(seed)
+    for _ in range(15):
+        async with connected(kind) as (first, second), anyio.create_task_group() as group:
+
+            async def receive(conn: Connection) -> None:
+                try:
+                    async for _ in conn:
+                        pass
+                except (ClosedResourceError, BrokenResourceError):
+                    pass
+
+            async def send(conn: Connection) -> None:
+                try:
+                    while True:
+                        await conn.send(bytes(random_.choice([10, 300 * KIB])))
+                except (ClosedResourceError, BrokenResourceError):
+                    pass
+
+            with anyio.fail_after(30):
+                for conn in (first, second):
+                    group.start_soon(receive, conn)
+                    group.start_soon(send, conn)
+                for _ in range(random_.randrange(10)):
+                    await anyio.sleep(0)
+                if random_.random() < 0.5:
+                    first.abort()
+                else:
+                    await first.aclose()
+
+
+# --- timeouts ------------------------------------------------------------------------------------
+
+
+async def test_read_timeout(wire: Wire) -> None:
+    conn, peer = wire
+    assert conn.read_timeout is None
+    conn.read_timeout = 0.01
+    assert conn.read_timeout == 0.01
+    for call in (conn.receive, lambda: conn.next(3), lambda: conn.until(b"\n")):
+        with pytest.raises(ReadTimeout):
+            await within(call())
+    await send_all(peer, b"ab")
+    with pytest.raises(ReadTimeout):
+        await within(conn.next(3))
+    assert await conn.receive() == b"ab"  # nothing was lost
+    await send_all(peer, b"abc\n")
+    assert await conn.until(b"\n") == b"abc\n"
+    assert conn.is_active
+    conn.read_timeout = None
+    async with blocked(conn.receive) as outcome:
+        await anyio.sleep(0.03)
+        assert outcome == []
+        await send_all(peer, b"late")
+    assert outcome == [b"late"]
+
+
+async def test_a_read_timeout_of_zero(wire: Wire) -> None:
+    conn, peer = wire
+    conn.read_timeout = 0
+    with pytest.raises(ReadTimeout):
+        await conn.receive()
+    await arrive(conn, peer, b"here already")
+    assert await conn.receive(4) == b"here"
+    assert await conn.next(8) == b" already"
+    with pytest.raises(ReadTimeout):
+        await conn.receive()
+
+
+async def test_the_read_timeout_holds_for_the_operation_as_a_whole(wire: Wire) -> None:
+    """Bytes that drip in do not put it off."""
+    conn, peer = wire
+    conn.read_timeout = 0.05
+    async with blocked(lambda: conn.next(1000)) as outcome:
+        with anyio.fail_after(30):
+            while not outcome:
+                await send_all(peer, b"x")
+                await anyio.sleep(0.002)
+    assert isinstance(outcome[0], ReadTimeout)
+    assert 0 < len(conn.reader) < 1000
+
+
+async def test_an_outer_scope_wins_over_the_read_timeout(wire: Wire) -> None:
+    conn, peer = wire
+    conn.read_timeout = 30
+    with anyio.move_on_after(0.01) as scope:
+        await conn.receive()
+    assert scope.cancelled_caught
+    with pytest.raises(TimeoutError) as caught, anyio.fail_after(0.01):
+        await conn.receive()
+    assert not isinstance(caught.value, ReadTimeout)
+    await send_all(peer, b"still usable")
+    assert await within(conn.next(12)) == b"still usable"
+
+
+async def test_the_read_timeout_wins_over_an_outer_scope(wire: Wire) -> None:
+    conn, _ = wire
+    conn.read_timeout = 0.01
+    with anyio.move_on_after(30) as scope:
+        with pytest.raises(ReadTimeout):
+            await conn.receive()
+    assert not scope.cancelled_caught
+
+
+async def test_write_timeout(wire: Wire) -> None:
+    conn, peer = wire
+    conn.write_timeout = 0.02
+    assert conn.write_timeout == 0.02
+    data = pattern(HUGE)
+    buffer = bytearray(data)
+    with pytest.raises(WriteTimeout):
+        await within(conn.send(buffer))
+    buffer[:] = bytes(len(buffer))
+    with pytest.raises(WriteTimeout):
+        await within(conn.send(b"never"))  # not a byte of it
+    conn.write_timeout = None
+    got = bytearray()
+
+    async def collect() -> None:
+        got.extend(await within(read_to_end(peer)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(collect)
+        await within(conn.send(b"the end"))
+        await conn.send_eof()
+    assert got == data + b"the end"
+
+
+async def test_a_write_timeout_of_zero(wire: Wire) -> None:
+    conn, peer = wire
+    conn.write_timeout = 0
+    await conn.send(b"the kernel takes this at once")
+    assert await read_all(peer, 29) == b"the kernel takes this at once"
+    with pytest.raises(WriteTimeout):
+        await conn.send(bytes(HUGE))
+
+
+async def test_an_outer_scope_wins_over_the_write_timeout(wire: Wire) -> None:
+    conn, _ = wire
+    conn.write_timeout = 30
+    with anyio.move_on_after(0.02) as scope:
+        await conn.send(bytes(HUGE))
+    assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("name", ["read_timeout", "write_timeout"])
+async def test_timeouts_refuse_nonsense(wire: Wire, name: str) -> None:
+    conn, _ = wire
+    setattr(conn, name, 1)
+    for wrong, error in ((-1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error):
+            setattr(conn, name, wrong)
+    assert getattr(conn, name) == 1
+    setattr(conn, name, float("inf"))
+    setattr(conn, name, None)
+
+
+# --- what a connection knows ---------------------------------------------------------------------
+
+
+async def test_at_eof(wire: Wire) -> None:
+    conn, peer = wire
+    assert not conn.at_eof
+    await arrive(conn, peer, b"unread")
+    peer.shutdown(socket.SHUT_WR)
+    await anyio.sleep(0.01)
+    assert not conn.at_eof
+    assert conn.is_active
+    assert await conn.receive() == b"unread"
+    await holds(lambda: conn.at_eof)
+    assert conn.is_active
+
+
+async def test_an_end_is_noticed_without_a_read(wire: Wire) -> None:
+    conn, peer = wire
+    peer.shutdown(socket.SHUT_WR)
+    await holds(lambda: conn.at_eof)
+
+
+async def test_unexpected_bytes_are_noticed_without_a_read(wire: Wire) -> None:
+    """What a connection pool asks: is there anything on an idle connection?"""
+    conn, peer = wire
+    assert len(conn.reader) == 0
+    await send_all(peer, b"surprise")
+    await holds(lambda: len(conn.reader) == 8)
+
+
+async def test_state_and_server(wire: Wire) -> None:
+    conn, _ = wire
+    assert conn.state is None
+    assert conn.server is None
+    conn.state = thing = object()
+    await conn.aclose()
+    assert conn.state is thing
+
+
+async def test_addresses_of_tcp() -> None:
+    async with opened("tcp") as (conn, peer):
+        assert conn.local_address == peer.getpeername()
+        assert conn.remote_address == peer.getsockname()
+
+
+async def test_addresses_of_both_ends(pair: Pair) -> None:
+    first, second = pair
+    assert first.local_address == second.remote_address
+    assert first.remote_address == second.local_address
+
+
+async def test_statistics(wire: Wire) -> None:
+    conn, peer = wire
+    before = conn.statistics()
+    assert before.bytes_received == before.bytes_sent == before.reads == before.writes == 0
+    await arrive(conn, peer, b"12345")
+    await conn.send(b"123")
+    conn.writer.write(b"12")
+    now = conn.statistics()
+    assert (now.bytes_received, now.bytes_sent) == (5, 3)
+    assert (now.buffered_input, now.buffered_output) == (5, 2)
+    assert now.reads >= 1
+    assert now.writes == 1
+    assert now.created_at == before.created_at
+    assert now.last_activity > before.created_at - 0.1  # it is a coarse clock's
+    conn.abort()
+    after = conn.statistics()
+    assert (after.bytes_received, after.bytes_sent) == (5, 3)
+
+
+async def test_wait_writable(wire: Wire) -> None:
+    conn, peer = wire
+    await within(conn.wait_writable())
+    data = await fill(conn)
+    async with blocked(conn.wait_writable) as outcome:
+        with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
+            await conn.send(b"x")
+        assert await read_all(peer, len(data)) == data
+    assert outcome == [None]
+
+
+async def test_nodelay_is_set_and_can_be_changed() -> None:
+    async with opened("tcp") as (conn, _):
+        raw = conn.extra(SocketAttribute.raw_socket)
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        conn.set_nodelay(False)
+        assert not raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        conn.set_nodelay(True)
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    async with opened("unix") as (conn, _):
+        conn.set_nodelay(True)
+
+
+async def test_keepalive() -> None:
+    async with opened("tcp") as (conn, _):
+        raw = conn.extra(SocketAttribute.raw_socket)
+        conn.set_keepalive(True)
+        assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        conn.set_keepalive(anypoll.Keepalive(idle=11, interval=7, count=3))
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [raw.getsockopt(socket.IPPROTO_TCP, o) for o in options] == [11, 7, 3]
+        conn.set_keepalive(False)
+        assert not raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        with pytest.raises(TypeError):
+            conn.set_keepalive(5)  # type: ignore[arg-type]
+
+
+# --- the raw socket and the attributes -----------------------------------------------------------
+
+
+async def test_the_raw_socket(pair: Pair) -> None:
+    for conn in pair:
+        raw = conn.extra(SocketAttribute.raw_socket)
+        assert type(raw) is socket.socket
+        assert raw is conn.extra(SocketAttribute.raw_socket)
+        assert raw.gettimeout() == 0
+        assert raw.fileno() == conn.fileno() >= 0
+        assert raw.type == socket.SOCK_STREAM
+        assert not os.get_inheritable(raw.fileno())
+        raw.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    first, second = pair
+    await first.send(b"works as before")
+    assert await second.next(15) == b"works as before"
+    for conn in pair:
+        raw = conn.extra(SocketAttribute.raw_socket)
+        await conn.aclose()
+        assert raw.fileno() == -1
+        assert conn.extra(SocketAttribute.raw_socket) is raw
+
+
+async def test_the_raw_socket_of_from_socket_is_the_one_given(kind: str) -> None:
+    ours, peer = socket_pair(kind)
+    with peer:
+        async with await Connection.from_socket(ours) as conn:
+            assert conn.extra(SocketAttribute.raw_socket) is ours
+        assert ours.fileno() == -1
+
+
+async def test_closing_tells_who_waits_for_the_raw_socket(wire: Wire) -> None:
+    conn, _ = wire
+    raw = conn.extra(SocketAttribute.raw_socket)
+    async with blocked(lambda: anyio.wait_readable(raw)) as outcome:
+        await conn.aclose()
+    assert isinstance(outcome[0], ClosedResourceError)
+
+
+async def test_waiting_for_the_raw_socket_does_not_disturb(wire: Wire) -> None:
+    conn, peer = wire
+    raw = conn.extra(SocketAttribute.raw_socket)
+    await within(anyio.wait_writable(raw))
+    await send_all(peer, b"x")
+    assert await within(conn.receive()) == b"x"
+
+
+async def test_attributes_of_tcp_are_anyios() -> None:
+    async with opened("tcp") as (conn, peer):
+        raw = conn.extra(SocketAttribute.raw_socket)
+        host, port = raw.getsockname()
+        remote_host, remote_port = peer.getsockname()
+        assert conn.extra(SocketAttribute.family) == socket.AF_INET
+        assert conn.extra(SocketAttribute.local_address) == (host, port)
+        assert conn.extra(SocketAttribute.local_port) == port
+        assert conn.extra(SocketAttribute.remote_address) == (remote_host, remote_port)
+        assert conn.extra(SocketAttribute.remote_port) == remote_port
+        theirs = anyio.abc.SocketStream.extra_attributes.fget(conn)  # type: ignore[attr-defined]
+        ours = conn.extra_attributes
+        assert set(ours) == set(theirs)
+        assert {k: v() for k, v in ours.items()} == {k: v() for k, v in theirs.items()}
+
+
+async def test_attributes_of_unix_are_anyios() -> None:
+    async with opened("unix") as (conn, _):
+        assert conn.extra(SocketAttribute.family) == socket.AF_UNIX
+        with pytest.raises(TypedAttributeLookupError):
+            conn.extra(SocketAttribute.local_port)
+        assert conn.extra(SocketAttribute.remote_port, None) is None
+        theirs = anyio.abc.SocketStream.extra_attributes.fget(conn)  # type: ignore[attr-defined]
+        ours = conn.extra_attributes
+        assert set(ours) == set(theirs)
+        assert {k: v() for k, v in ours.items()} == {k: v() for k, v in theirs.items()}
+
+
+# --- detach --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 5, 100 * KIB])
+async def test_detach(wire: Wire, size: int) -> None:
+    conn, peer = wire
+    data = pattern(size)
+    async with anyio.create_task_group() as group:
+        group.start_soon(send_all, peer, b"head" + data)
+        await holds(lambda: len(conn.reader) == 4 + size)
+    assert await conn.next(4) == b"head"
+    fd = conn.fileno()
+    sock, rest = conn.detach()
+    with sock:
+        assert type(rest) is bytes
+        assert rest == data
+        assert sock.fileno() == fd
+        assert sock.gettimeout() == 0
+        assert conn.fileno() == -1
+        assert not conn.is_active
+        with pytest.raises(ClosedResourceError):
+            await conn.receive()
+        with pytest.raises(ClosedResourceError):
+            conn.detach()
+        await conn.aclose()
+        conn.abort()
+        assert sock.fileno() == fd
+        await send_all(peer, b"for the new owner")
+        await within(anyio.wait_readable(sock))
+        assert sock.recv(100) == b"for the new owner"
+        sock.send(b"back")
+        assert await read_all(peer, 4) == b"back"
+
+
+async def test_a_detached_socket_can_come_back(wire: Wire) -> None:
+    conn, peer = wire
+    sock, _ = conn.detach()
+    async with await Connection.from_socket(sock) as again:
+        await send_all(peer, b"again")
+        assert await again.next(5) == b"again"
+
+
+async def test_detach_of_a_busy_connection(wire: Wire) -> None:
+    conn, peer = wire
+    async with blocked(conn.receive):
+        with pytest.raises(BusyResourceError, match=f"^{READING}$"):
+            conn.detach()
+        await send_all(peer, b"x")
+    conn.writer.write(b"pending")
+    with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
+        conn.detach()
+    await conn.writer.flush()
+    data = await fill(conn)
+    with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
+        conn.detach()
+    assert await read_all(peer, 7 + len(data)) == b"pending" + data
+    await within(conn.writer.flush())
+    sock, rest = conn.detach()
+    assert rest == b""
+    sock.close()
+
+
+# --- from_socket ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_fd", [False, True])
+async def test_from_socket(kind: str, as_fd: bool) -> None:
+    ours, peer = socket_pair(kind)
+    with peer:
+        fd = ours.fileno()
+        given: Any = ours.detach() if as_fd else ours
+        async with await Connection.from_socket(given) as conn:
+            assert type(conn) is (UNIXConnection if kind == "unix" else Connection)
+            assert conn.fileno() == fd
+            await conn.send(b"x")
+            assert peer.recv(1) == b"x"
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+async def test_from_socket_of_the_unix_class() -> None:
+    ours, peer = socket_pair("unix")
+    with peer:
+        async with await UNIXConnection.from_socket(ours) as conn:
+            assert type(conn) is UNIXConnection
+    ours, peer = socket_pair("tcp")
+    with ours, peer:
+        message = r"^address family mismatch: expected AF_UNIX, got AF_INET$"
+        with pytest.raises(ValueError, match=message):
+            await UNIXConnection.from_socket(ours)
+        assert ours.fileno() >= 0
+
+
+async def test_from_socket_refuses_what_is_no_socket(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match=r"^expected an int or socket, got str instead$"):
+        await Connection.from_socket("socket")  # type: ignore[arg-type]
+    with open(tmp_path / "file", "wb") as file:
+        message = r"^the file descriptor does not refer to a socket$"
+        with pytest.raises(ValueError, match=message):
+            await Connection.from_socket(file.fileno())
+        os.fstat(file.fileno())
+    with socket.socket() as unconnected:
+        for given in (unconnected, unconnected.fileno()):
+            with pytest.raises(ValueError, match=r"^the socket must be connected$"):
+                await Connection.from_socket(given)
+        assert unconnected.fileno() >= 0
+        os.fstat(unconnected.fileno())
+
+
+async def test_from_socket_refuses_other_kinds() -> None:
+    message = r"^socket type mismatch: expected SOCK_STREAM, got SOCK_DGRAM$"
+    a, b = socket.socketpair(type=socket.SOCK_DGRAM)
+    with a, b, pytest.raises(ValueError, match=message):
+        await Connection.from_socket(a)
+    message = r"^socket type mismatch: expected SOCK_STREAM, got SOCK_SEQPACKET$"
+    a, b = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with a, b, pytest.raises(ValueError, match=message):
+        await Connection.from_socket(a)
+
+
+async def test_from_socket_messages_are_anyios() -> None:
+    """The same complaint, whichever library is asked."""
+
+    async def complaint(cls: Any, given: Any) -> str:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            await cls.from_socket(given)
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    dgram, other = socket.socketpair(type=socket.SOCK_DGRAM)
+    with dgram, other, socket.socket() as unconnected:
+        for given in ("x", dgram, unconnected):
+            theirs = await complaint(anyio.abc.UNIXSocketStream, given)
+            assert await complaint(UNIXConnection, given) == theirs
+
+
+async def test_socketpair() -> None:
+    first, second = anypoll.socketpair()
+    async with first, second:
+        assert type(first) is type(second) is UNIXConnection
+        await first.send(b"there")
+        assert await second.next(5) == b"there"
+
+
+async def test_descriptors_are_not_sent_yet() -> None:
+    first, second = anypoll.socketpair()
+    async with first, second:
+        with pytest.raises(NotImplementedError):
+            await first.send_fds(b"x", [0])
+        with pytest.raises(NotImplementedError):
+            await second.receive_fds(1, 1)
+
+
+# --- forgotten connections -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_raw", [False, True])
+async def test_a_forgotten_connection_is_closed(kind: str, with_raw: bool) -> None:
+    ours, peer = socket_pair(kind)
+    peer.setblocking(False)
+    with peer:
+        conn = await Connection.from_socket(ours if with_raw else ours.detach())
+        del ours
+        with pytest.warns(ResourceWarning, match="unclosed"):  # noqa: PT031 -- they go together
+            del conn
+            gc.collect()
+        assert await within(read_to_end(peer)) == b""
+
+
+async def test_a_forgotten_connection_in_a_cycle(kind: str) -> None:
+    async with connected(kind) as (_, second):
+        ours, peer = socket_pair(kind)
+        with peer:
+            conn = await Connection.from_socket(ours)
+            del ours
+            conn.state = conn
+            conn.writer.write(b"never sent")
+            with pytest.warns(ResourceWarning, match="unclosed"):  # noqa: PT031 -- they go together
+                del conn
+                gc.collect()
+        assert second.is_active
+
+
+async def test_a_closed_connection_warns_of_nothing(wire: Wire) -> None:
+    ours, peer = socket_pair("tcp")
+    with peer:
+        conn = await Connection.from_socket(ours)
+        await conn.aclose()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            del conn
+            gc.collect()
+
+
+async def test_a_connection_that_is_waited_for_is_not_forgotten(wire: Wire) -> None:
+    """The frame of the waiting task holds it, and nothing else needs to."""
+    ours, peer = socket_pair("tcp")
+    got: list[bytes] = []
+
+    async def reader(sock: socket.socket) -> None:
+        async with await Connection.from_socket(sock) as conn:
+            got.append(await conn.receive())
+
+    with peer:
+        async with anyio.create_task_group() as group:
+            group.start_soon(reader, ours)
+            del ours
+            await settle()
+            gc.collect()
+            peer.send(b"x")
+    assert got == [b"x"]
+
+
+async def test_output_that_is_being_sent_outlives_the_connection(kind: str) -> None:
+    """The poller sends from Python's memory: a connection that is collected meanwhile must not
+    take that away too early.
+    """
+    for _ in range(5):
+        ours, peer = socket_pair(kind)
+        peer.setblocking(False)
+        with peer:
+            conn = await Connection.from_socket(ours)
+            del ours
+            await fill(conn)
+            with pytest.warns(ResourceWarning, match="unclosed"):  # noqa: PT031 -- they go together
+                del conn
+                await anyio.sleep(0)  # the loop lets go of the exception
+                gc.collect()
+            await within(read_to_end(peer))
+
+
+# --- with AnyIO's wrappers -----------------------------------------------------------------------
+
+
+async def test_anyios_buffered_stream(pair: Pair) -> None:
+    first, second = pair
+    buffered = BufferedByteReceiveStream(second)
+    await first.send(b"line one\nexactly")
+    assert await buffered.receive_until(b"\n", 100) == b"line one"
+    assert await buffered.receive_exactly(7) == b"exactly"
+
+
+async def test_many_connections_at_once(kind: str) -> None:
+    count = 60
+
+    async def talk(n: int) -> None:
+        async with connected(kind) as (first, second):
+            for i in range(5):
+                message = b"%d-%d" % (n, i)
+                await first.send(message)
+                assert await second.receive() == message
+                await second.send(message[::-1])
+                assert await first.receive() == message[::-1]
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            for n in range(count):
+                group.start_soon(talk, n)
+
+
+async def test_backpressure_reaches_the_peer(wire: Wire) -> None:
+    """A connection that nobody reads takes what it may read ahead, and then no more."""
+    conn, peer = wire
+    sent = await send_until_full(peer, bytes(64 * MIB))
+    assert sent < 32 * MIB
+    assert len(conn.reader) <= 512 * KIB
