@@ -298,7 +298,8 @@ class Database:
 
     def mset(self, *pairs: bytes) -> Any:
         for key, value in paired(WRONG_ARITY % b"mset", *pairs):
-            self.set(key, value)
+            self.deadlines.pop(key, None)
+            self.values[key] = value
         return "OK"
 
     def mget(self, key: bytes, *more: bytes) -> Any:

@@ -542,10 +542,10 @@ async def test_paths_of_all_types(tmp_path: Path, make: Callable[[Any], Any]) ->
     path = make(tmp_path / "socket")
     async with await anypoll.create_unix_listener(path) as listener:
         assert listener.extra(SocketAttribute.local_address) == str(tmp_path / "socket")
-        async with await anypoll.connect_unix(path) as client:
-            async with await within(listener.accept()) as conn:
-                await client.send(b"x")
-                assert await conn.receive() == b"x"
+        client = await anypoll.connect_unix(path)
+        async with client, await within(listener.accept()) as conn:
+            await client.send(b"x")
+            assert await conn.receive() == b"x"
 
 
 async def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
@@ -653,9 +653,9 @@ async def test_from_socket_takes_the_backlog_as_it_is(kind: str, tmp_path: Path)
     sock.listen(5)
     with socket.socket(sock.family) as client:
         client.connect(sock.getsockname())
-        async with await SocketListener.from_socket(sock) as listener:
-            async with await within(listener.accept()) as conn:
-                await ping(client, conn)
+        listener = await SocketListener.from_socket(sock)
+        async with listener, await within(listener.accept()) as conn:
+            await ping(client, conn)
 
 
 async def test_from_socket_refuses(tmp_path: Path) -> None:
