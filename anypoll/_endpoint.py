@@ -97,8 +97,8 @@ class Endpoint:
     _reading: bool
     _writing: bool
     _flushing: bool
-    _abandoned: bool
-    """what is queued is the rest of a send that was given up"""
+    _abandoned: int
+    """bytes that were queued when a send was given up: its rest, and what was before it"""
 
     def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
         self.closed = True  # until there is something to close
@@ -126,7 +126,7 @@ class Endpoint:
         self.failure = 0
         self.name = ""
         self._reading = self._writing = self._flushing = False
-        self._abandoned = False  # what is queued is the rest of a send that was given up
+        self._abandoned = 0
         this: Any = weakref.ref(self)  # of a Core, which can take tokens
         hub.addressees[self.number] = this
 

@@ -35,7 +35,7 @@ class Output(Endpoint):
             outputs[self.number].extend(pieces)
         else:
             outputs[self.number] = pieces
-            self._abandoned = False
+            self._abandoned = 0
 
     def _send_all(self) -> bytes:
         """What the writer has pending is too much to be joined and go along with a read call: it is
@@ -100,7 +100,7 @@ class Output(Endpoint):
         while True:
             result = _epoll.conn_drain(self.handle, until_writable, deadline)
             if result == 0:
-                self._abandoned = False
+                self._abandoned = 0
                 return suspended
             if result != AGAIN:
                 raise self._write_error(result)
@@ -152,7 +152,6 @@ class Output(Endpoint):
         left = _epoll.conn_hold(self.handle) if not self.closed else 0
         if left <= 0:
             return
-        self._abandoned = True
         rest: list[Piece] = []
         for piece in reversed(self.hub.outputs[self.number]):
             size = min(len(piece), left)
@@ -164,6 +163,7 @@ class Output(Endpoint):
             if left == 0:
                 break
         rest = [piece for piece in reversed(rest) if len(piece)]
+        self._abandoned = sum(map(len, rest))
         if rest:
             self.hub.outputs[self.number] = rest
         _epoll.conn_requeue(self.handle, rest)
@@ -176,7 +176,10 @@ class Output(Endpoint):
         would deadlock. Returns whether the task was suspended.
         """
         queued = max(conn_queued(self.handle), 0)
-        if self._writing or queued + self.writer._size < self.limits.write_high_water:
+        # the rest of a send that was given up goes out by itself, and nobody waits for it: two ends
+        # that both waited for theirs would wait for each other
+        own = max(queued - self._abandoned, 0)
+        if self._writing or own + self.writer._size < self.limits.write_high_water:
             return False
         left = self._send(self.writer._take()) if self.writer._size else queued
         self.reader._end = SHUT

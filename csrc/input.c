@@ -135,9 +135,9 @@ static size_t fresh_size(const ap_conn *conn, size_t tail_room, size_t max)
     size_t missing = conn->want == AP_WANT_BYTES && conn->want_bytes > conn->input.size
                          ? conn->want_bytes - conn->input.size
                          : 0;
-    size_t arrived = most(conn->high, 2 * conn->input.size);
+    size_t arrived = most(AP_SCRATCH, most(conn->high, 2 * conn->input.size));
     if (missing > tail_room + AP_SCRATCH)
-        return least(missing - tail_room, least(arrived, AP_BLOCK_MAX - AP_BLOCK_HEADER));
+        return least(missing - tail_room, least(arrived, AP_BLOCK_MAX) - AP_BLOCK_HEADER);
     if (conn->grow >= AP_BLOCK_LARGE && tail_room < conn->recent && max > tail_room)
         return least(conn->grow - AP_BLOCK_HEADER, max - tail_room);
     return 0;
@@ -165,7 +165,7 @@ static void choose_target(ap_context *context, ap_conn *conn, size_t max, target
     if (into->fresh)
         add(into, ap_block_at(into->fresh, into->fresh->end),
             least(ap_block_room(into->fresh), rest));
-    else if (rest)
+    else if (rest && into->tail_room < most(AP_BLOCK_MIN / 4, 4 * (size_t)conn->recent))
         add(into, context->scratch, least(AP_SCRATCH, rest));
 }
 

@@ -119,7 +119,12 @@ ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offer
         size_t n = count;
         int error = fault_transfer(AP_CALL_READ, &into, &n, &one, offered);
         struct msghdr message = {.msg_iov = (struct iovec *)into, .msg_iovlen = n};
-        got = error ? -1 : recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (error)
+            got = -1;
+        else if (n == 1) /* the same, and 0.1 us less */
+            got = recv(fd, into->iov_base, into->iov_len, MSG_DONTWAIT);
+        else
+            got = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
         if (got < 0)
             got = error ? -error : -errno;
     } while (got == -EINTR);
@@ -135,7 +140,12 @@ ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offer
         size_t n = count;
         int error = fault_transfer(AP_CALL_WRITE, &from, &n, &one, offered);
         struct msghdr message = {.msg_iov = (struct iovec *)from, .msg_iovlen = n};
-        sent = error ? -1 : sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (error)
+            sent = -1;
+        else if (n == 1)
+            sent = send(fd, from->iov_base, from->iov_len, MSG_DONTWAIT | MSG_NOSIGNAL);
+        else
+            sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0)
             sent = error ? -error : -errno;
     } while (sent == -EINTR);

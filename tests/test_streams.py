@@ -1678,3 +1678,23 @@ async def test_backpressure_reaches_the_peer(wire: Wire) -> None:
     sent = await send_until_full(peer, bytes(64 * MIB))
     assert sent < 32 * MIB
     assert len(conn.reader) <= 512 * KIB
+
+
+async def test_two_sends_that_were_given_up_do_not_deadlock(pair: Pair) -> None:
+    """The rest of each is far above high water, and goes out while the other end reads."""
+    size = 16 << 20
+    for conn in pair:
+        with anyio.move_on_after(0.05) as scope:
+            await conn.send(bytes(size))
+        assert scope.cancelled_caught
+
+    async def read(conn: Connection) -> None:
+        left = size
+        while left > 0:
+            left -= len(await conn.receive(1 << 20))
+        assert left == 0
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            for conn in pair:
+                group.start_soon(read, conn)
