@@ -94,7 +94,7 @@ bench: .venv/.core
 include tests/c/rules.mk
 
 PYTEST_SANITIZED := -m pytest -q --capture=sys -o timeout=300 -o faulthandler_timeout=900 \
-                    -m 'not slow and not redis'
+                    -m 'not slow and not redis and not unsanitized'
 
 .PHONY: test test-py test-asan test-tsan test-dist test-pythons redis-tools
 # test-py comes last, so that its summary does.

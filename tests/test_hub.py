@@ -631,6 +631,7 @@ def test_import_starts_no_thread() -> None:
     )
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("library", ["asyncio", "trio"])
 def test_interpreter_exit_with_open_connections(library: str) -> None:
     """Open in a module's global, with a view, stalled output, a listener: the exit is clean."""
@@ -652,6 +653,7 @@ def test_interpreter_exit_with_open_connections(library: str) -> None:
     assert out == "b'hello'\n"
 
 
+@pytest.mark.unsanitized
 def test_interpreter_exit_while_a_loop_is_running_elsewhere() -> None:
     """A daemon thread with a loop, pollers at work: the exit neither hangs nor crashes."""
     python(
@@ -679,6 +681,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.unsanitized
 def test_interpreter_exit_inside_the_loop() -> None:
     done = subprocess.run(
         [
@@ -838,6 +841,7 @@ anyio.run(main, backend=backend)
 """
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_fork(backend: str) -> None:
     done = subprocess.run(
@@ -852,6 +856,7 @@ def test_fork(backend: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.unsanitized
 def test_fork_before_first_use() -> None:
     out = python(
         "import os, anyio, anypoll\n"
@@ -869,6 +874,7 @@ def test_fork_before_first_use() -> None:
     assert out == "both\n"
 
 
+@pytest.mark.unsanitized
 def test_subprocesses_inherit_nothing() -> None:
     out = python(
         "import anyio, anypoll, os, subprocess, sys\n"
