@@ -115,7 +115,7 @@ def start() -> None:
         gc.freeze()  # or each collection would look at pytest and all libraries again
 
 
-def leaks_since(before: Snapshot, *, within: float = 5) -> list[str]:
+def leaks_since(before: Snapshot, *, within: float = 20) -> list[str]:
     """What the test has left behind. Returns at once when that is nothing; what only takes its
     time to go, such as blocks that a poller will recycle, gets it.
     """
