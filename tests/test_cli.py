@@ -15,6 +15,9 @@ import pytest
 
 from anypoll import _cli
 
+# Programs that are started, and must have stopped in time.
+pytestmark = pytest.mark.unsanitized
+
 TARGETS = """
 import functools
 

@@ -112,6 +112,7 @@ def test_keepalive_is_a_value() -> None:
 # --- before first use ----------------------------------------------------------------------------
 
 
+@pytest.mark.unsanitized
 def test_importing_starts_nothing() -> None:
     """L34. Before first use configure() only records, and statistics() is empty."""
     assert (
