@@ -38,6 +38,8 @@
 #define HIGH (256u * 1024)
 #define PATIENCE (30 * 1000 * MS) /* for a condition that must come true */
 #define BUDGET 1024
+#define LITMUS \
+    (4 * 1000 * MS) /* how long threads race at most: on a busy machine a round is slow */
 
 /* ---- the world -------------------------------------------------------- */
 

@@ -257,13 +257,28 @@ TEST(hub_new_unwinds)
  */
 
 #define SLOTS 3
+#define NO_MORE INT32_MAX
 
 struct rivals {
     struct world *w;
     struct link links[SLOTS];
-    _Atomic int begun, seen; /* rounds; waits of this round that the loop has seen */
+    _Atomic int begun; /* the round; NO_MORE: the race is over */
     int rounds;
 };
+
+/* Spins, for what comes in less than a microsecond if both run. */
+static void wait_for(_Atomic int *number, int value)
+{
+    int64_t end = 0;
+    for (int looks = 0; atomic_load_explicit(number, memory_order_acquire) < value; looks++) {
+        if (looks < 20000)
+            continue;
+        end = end ? end : ap_now() + 2 * PATIENCE;
+        if (ap_now() > end)
+            CHECK_FAIL("round %d: the other one does not come", value);
+        sched_yield();
+    }
+}
 
 static void spin(uint64_t *seed, uint64_t most)
 {
@@ -286,10 +301,9 @@ static void *driver(void *arg)
     struct rivals *r = arg;
     uint64_t seed = 99;
     for (int round = 1; round <= r->rounds; round++) {
-        for (int64_t end = ap_now() + PATIENCE; atomic_load(&r->begun) < round;) {
-            if (ap_now() > end)
-                CHECK_FAIL("round %d: a wake-up was lost", round - 1);
-        }
+        wait_for(&r->begun, round);
+        if (atomic_load(&r->begun) == NO_MORE)
+            break;
         for (int k = 0; k < SLOTS; k++) {
             serve_like_a_driver(&r->links[k], false);
             spin(&seed, 40);
@@ -357,8 +371,10 @@ TEST(hub_litmus_no_wakeup_is_lost)
         arm_again(&r.links[k]);
     }
     CHECK(pthread_create(&thread, NULL, driver, &r) == 0);
-    for (int round = 1; round <= r.rounds; round++)
+    int64_t over = ap_now() + LITMUS;
+    for (int round = 1; round <= r.rounds && ap_now() < over; round++)
         play_loop(&r, round, &seed);
+    atomic_store(&r.begun, NO_MORE);
     pthread_join(thread, NULL);
     for (int k = 0; k < SLOTS; k++)
         link_close(&r.links[k]);
@@ -381,17 +397,6 @@ struct duel {
     _Atomic int delay[AIMS];
 };
 
-static void wait_for(_Atomic int *number, int value)
-{
-    int64_t end = 0;
-    for (int looks = 0; atomic_load_explicit(number, memory_order_acquire) < value; looks++) {
-        if (looks == 1000000)
-            end = ap_now() + 2 * PATIENCE;
-        if (looks > 1000000 && ap_now() > end)
-            CHECK_FAIL("round %d: the other one does not come", value);
-    }
-}
-
 static void *aiming_driver(void *arg)
 {
     struct duel *d = arg;
@@ -399,6 +404,8 @@ static void *aiming_driver(void *arg)
     for (int round = 1; round <= d->r.rounds; round++) {
         enum aim aim = (enum aim)(round % AIMS);
         wait_for(&d->r.begun, round);
+        if (atomic_load(&d->r.begun) == NO_MORE)
+            break;
         serve_like_a_driver(&d->r.links[FIRST], aim == AT_LIST);
         serve_like_a_driver(&d->r.links[BEHIND], true);
         if (aim == AT_BITS)
@@ -458,8 +465,10 @@ TEST(hub_litmus_aimed)
         arm_again(&d.r.links[k]);
     }
     CHECK(pthread_create(&thread, NULL, aiming_driver, &d) == 0);
-    for (int round = 1; round <= d.r.rounds; round++)
+    int64_t over = ap_now() + LITMUS;
+    for (int round = 1; round <= d.r.rounds && ap_now() < over; round++)
         duel_round(&d, round);
+    atomic_store(&d.r.begun, NO_MORE);
     pthread_join(thread, NULL);
     for (int k = 0; k < SLOTS; k++)
         link_close(&d.r.links[k]);

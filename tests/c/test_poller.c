@@ -193,7 +193,8 @@ TEST(poller_litmus_no_push_is_missed)
     int64_t delay = 1000;
     w->poller->sweep_at = AP_FOREVER - 1; /* no sweep, which would wake it after a second */
     world_start(w);
-    for (int round = 0; round < ROUNDS(400000); round++) {
+    int64_t over = ap_now() + LITMUS;
+    for (int round = 0; round < ROUNDS(400000) && (round % 64 || ap_now() < over); round++) {
         for (volatile int64_t i = delay + (int64_t)random_below(&seed, 64); i > 0; i--)
             ;
         bool asleep = sleeps_until(w) != 0;
