@@ -29,6 +29,7 @@ def _programs() -> list[Any]:
     return programs
 
 
+@pytest.mark.unsanitized  # their timeouts are written for readers
 @pytest.mark.parametrize(("text", "line", "source"), _programs())
 def test_programs_run(text: Path, line: int, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as it stands, with two exceptions: its server gets a free port, and where it would
