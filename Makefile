@@ -106,8 +106,8 @@ test-py: .venv/.core .venv/.dev | redis-tools
 	@timeout --kill-after=10 1800 .venv/bin/pytest -q $(ARGS)
 
 test-asan: .venv-asan/.core
-	@echo 'pytest, with ASan+UBSan and debug modes'
-	@PYTHONDEVMODE=1 scripts/sanitized-python asan $(PYTEST_SANITIZED) $(ARGS)
+	@echo 'pytest, with ASan+UBSan'
+	@scripts/sanitized-python asan $(PYTEST_SANITIZED) $(ARGS)
 
 test-tsan: .venv-tsan/.core
 	@echo 'pytest, with TSan'
