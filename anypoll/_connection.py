@@ -85,8 +85,7 @@ class Core(Input):
 
     async def aclose(self) -> None:
         """Drains what the writer has pending (not an open reservation), unless the scope is
-        cancelled, and closes. The
-        descriptor is closed on every way out. Always a checkpoint.
+        cancelled, and closes. The descriptor is closed on every way out. Always a checkpoint.
         """
         self._check_loop()
         if not self.closed:
