@@ -72,7 +72,7 @@ class Core(Input):
             self.reader._close()
             self.writer._close()
         hub = self.hub
-        hub.addressees.pop(self.number, None)
+        hub.forget(self.number)
         if self.raw is None:
             _epoll.conn_close(self.handle, reset, 0)
         elif _epoll.conn_close(self.handle, 0, 1) >= 0:
@@ -160,7 +160,7 @@ class Core(Input):
             raise stream_error(result)
         self._mark_closed()
         self._forget_raw()
-        self.hub.addressees.pop(self.number, None)
+        self.hub.forget(self.number)
         rest = _epoll.conn_rest(self.handle)
         self.reader._close()
         self.writer._close()

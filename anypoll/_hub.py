@@ -92,6 +92,10 @@ class Hub(ABC):
     def wake(self, waiter: Any) -> None:
         """Resumes a waiter that :meth:`wait_read` or :meth:`wait_write` has filed."""
 
+    def forget(self, number: int) -> None:
+        """``number`` has ended: no token is for anybody from now on."""
+        self.addressees.pop(number, None)
+
     def wake_reader(self, number: int) -> None:
         """Resumes the task that waits in :meth:`wait_read`, if there is one."""
         waiter = self.readers.pop(number, None)

@@ -213,7 +213,7 @@ class SocketListener(AnyIOSocketListener):
 
     def _forget(self) -> None:
         self._closed = True
-        self._hub.addressees.pop(self._number, None)
+        self._hub.forget(self._number)
         _epoll.listener_close(self._handle, 1)
         self._drop_ready()
         self._hub.wake_reader(self._number)
