@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import TYPE_CHECKING, TypeVar
 
+from ._chain import Piece
 from ._errors import os_error
 
 if sys.implementation.name != "cpython":
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
 
 NULL = ffi.NULL
+#: The type behind the views of blocks.
+BlockMemory = ffi.buffer
 
 EEOF = lib.AP_EEOF
 EQUEUED = lib.AP_EQUEUED
@@ -282,9 +285,6 @@ def show_block(conn: Conn, pos: int, view: View) -> memoryview | None:
         return None
     block = ffi.gc(view.block, lib.ap_block_unref, view.size)
     return memoryview(ffi.buffer(block, view.size)).toreadonly()
-
-
-Piece = bytes | bytearray | memoryview
 
 
 def _pieces(pieces: Sequence[Piece]) -> tuple[object, object]:

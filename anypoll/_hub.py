@@ -27,7 +27,8 @@ from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from ._epoll import Hub as HubHandle, Piece, View
+    from ._chain import Piece
+    from ._epoll import Hub as HubHandle, View
 
 logger = logging.getLogger("anypoll.hub")
 

@@ -17,6 +17,7 @@ import anyio
 from anyio import BusyResourceError, ClosedResourceError, DelimiterNotFound, EndOfStream
 
 from . import _epoll
+from ._chain import EMPTY
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import (
     EDELIM,
@@ -25,6 +26,7 @@ from ._epoll import (
     NOWAIT,
     SCATTER,
     conn_buffered,
+    conn_consume,
     conn_find,
     conn_queued,
     conn_read,
@@ -154,6 +156,34 @@ class Input(Output):
             self._send(self.writer._take())
         self.reader._end = SHUT  # C may have moved what is there
         return self._read_error(code)
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def buffered(self) -> int:
+        """Unread bytes; 0 once the connection is closed."""
+        return 0 if self.closed else max(conn_buffered(self.handle, self.reader._start), 0)
+
+    def consume(self, n: int) -> None:
+        """Consumes bytes that are there, whichever blocks they lie in, and closes the window; the C
+        side will hand the block out again.
+        """
+        reader = self.reader
+        conn_consume(self.handle, reader._start, n)
+        reader._view = EMPTY
+        reader._start = reader._end = 0
+
+    def take_parts(self, n: int) -> list[memoryview]:
+        """Consumes bytes that are there; a view for each block that they lie in."""
+        parts, reader = [], self.reader
+        while n > 0:
+            self._show()
+            stop = min(reader._start + n, reader._end)
+            parts.append(reader._view[reader._start : stop])
+            n -= stop - reader._start
+            reader._start = stop
+        return parts
+
+    # --- delimiters ------------------------------------------------------------------------------
 
     async def find(self, delimiter: bytes, max_bytes: int) -> int:
         """Waits for the delimiter; the number of bytes through it, with the window open on them.

@@ -14,13 +14,18 @@ from anyio import BusyResourceError, ClosedResourceError
 
 from . import _epoll
 from ._endpoint import AGAIN, SHUT, Endpoint, deadline_after
-from ._epoll import EQUEUED, conn_queued, conn_write
+from ._epoll import EQUEUED, BlockMemory, conn_queued, conn_write
 from ._errors import IdleTimeout, ReadTimeout, WriteTimeout
 
 if TYPE_CHECKING:
-    from ._epoll import Piece
+    from ._chain import Piece
 
 VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
+
+
+def _is_constant(piece: Piece) -> bool:
+    """Whether nobody can change its bytes; those of a view of somebody else's memory may."""
+    return type(piece) is bytes or type(memoryview(piece).obj) in (bytes, BlockMemory)
 
 
 class Output(Endpoint):
@@ -28,14 +33,27 @@ class Output(Endpoint):
 
     __slots__ = ()
 
-    def _keep(self, pieces: list[Piece]) -> None:
-        """Keeps alive what C has queued, until it says that it is done."""
+    def _keep(self, pieces: list[Piece], left: int) -> None:
+        """Keeps alive what C has queued, ``left`` bytes, until it says that it is done."""
         outputs = self.hub.outputs
-        if self.number in outputs:
-            outputs[self.number].extend(pieces)
-        else:
+        kept = outputs.get(self.number)
+        if kept is None:
             outputs[self.number] = pieces
             self._abandoned = 0
+            return
+        kept.extend(pieces)
+        # A queue that is never quite empty must not keep what was sent long ago.
+        surplus = sum(map(len, kept)) - left
+        while kept and surplus >= len(kept[0]):
+            surplus -= len(kept.pop(0))
+
+    def queued(self) -> int:
+        """Bytes that C has and the kernel has not; 0 once the connection is closed."""
+        return 0 if self.closed else max(conn_queued(self.handle), 0)
+
+    def stand_high(self) -> None:
+        """The writer has reached high water: the next reader call lets it drain first."""
+        self.reader._end = SHUT
 
     def _send_all(self) -> bytes:
         """What the writer has pending is too much to be joined and go along with a read call: it is
@@ -47,9 +65,9 @@ class Output(Endpoint):
     def _after_output(self, result: int, output: bytes) -> None:
         """``output`` went along with a read call; C sends it only when it has to wait."""
         if result == EQUEUED:
-            self._keep([output])
+            self._keep([output], self.queued())
         elif result != AGAIN:
-            self.writer._put_back(output)
+            self.writer._put_back([output])
 
     def _send(self, pieces: list[Piece]) -> int:
         """Sends; the bytes queued, or a negative code."""
@@ -58,7 +76,7 @@ class Output(Endpoint):
         else:
             left = _epoll.conn_send(self.handle, pieces)
         if left > 0:
-            self._keep(pieces)
+            self._keep(pieces, left)
         return left
 
     def _enter_writing(self) -> None:
@@ -87,8 +105,12 @@ class Output(Endpoint):
         left = self._send(self.writer._take()) if self.writer._size else 1
         if left < 0:
             raise self._write_error(left)
-        if left and await self._drain(deadline):
-            return
+        try:
+            if left and await self._drain(deadline):
+                return
+        except BaseException:
+            self._secure()
+            raise
         self.reader._budget -= 1
         if self.reader._budget < 0:
             await self.hub.checkpoint()
@@ -147,28 +169,38 @@ class Output(Endpoint):
 
     def _withdraw(self, item: Piece) -> None:
         """``item`` is not waited for any more: takes it out of the queue if nothing of it was
-        sent, else copies its rest, since the caller may change it from now on.
+        sent, else copies its rest.
+        """
+        self._abandoned = self._requeue(item)
+
+    def _secure(self) -> None:
+        """A flush is not waited for any more: copies what the caller may change from now on."""
+        if not all(map(_is_constant, self.hub.outputs.get(self.number, ()))):
+            self._requeue(None)
+
+    def _requeue(self, item: Piece | None) -> int:
+        """Queues anew what was not sent, without ``item`` if nothing of that was sent, and with
+        copies of what might be changed; returns how many bytes that are.
         """
         left = _epoll.conn_hold(self.handle) if not self.closed else 0
         if left <= 0:
-            return
+            return self._abandoned
         rest: list[Piece] = []
         for piece in reversed(self.hub.outputs[self.number]):
             size = min(len(piece), left)
             left -= size
-            if piece is not item:
-                rest.append(memoryview(piece)[len(piece) - size :])
-            elif size < len(piece):
-                rest.append(bytes(memoryview(piece)[len(piece) - size :]))
+            if size and (piece is not item or size < len(piece)):
+                part = memoryview(piece)[len(piece) - size :]
+                rest.append(part if _is_constant(piece) else bytes(part))
             if left == 0:
                 break
-        rest = [piece for piece in reversed(rest) if len(piece)]
-        self._abandoned = sum(map(len, rest))
+        rest.reverse()
         if rest:
             self.hub.outputs[self.number] = rest
         _epoll.conn_requeue(self.handle, rest)
         if not rest:
             self.hub.outputs.pop(self.number, None)
+        return sum(map(len, rest))
 
     async def _bound_output(self, deadline: int) -> bool:
         """Keeps the output of a peer that does not read from growing: above high water it must

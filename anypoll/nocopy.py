@@ -13,24 +13,76 @@ meet. ``_budget`` counts calls that did not suspend.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from anyio import EndOfStream
 
+from ._buffer import BaseWriter, LinkBuffer, delimiter_bytes
+from ._chain import EMPTY
 from ._config import count
 from ._endpoint import SHUT
-from ._epoll import SCATTER, conn_buffered, conn_consume, conn_queued, show_block
+from ._epoll import SCATTER
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._connection import Core
-    from ._epoll import Piece
+    from ._config import Limits
 
-__all__ = ("Reader", "Writer")
+__all__ = ("LinkBuffer", "Reader", "Writer")
 
-_EMPTY = memoryview(b"")
-_REFERENCED = 4096  # bytes objects above this are sent by reference
+
+class Source(Protocol):
+    """Where a reader gets more bytes from: a connection's ``Core``, or a wrapped stream.
+
+    The window that it opens is ``reader._view[reader._start:reader._end]``. What the reader has
+    consumed since then it learns from ``reader._start``.
+    """
+
+    budget: int
+    limits: Limits
+    closed: bool
+
+    async def fill(self, n: int, flags: int = 0) -> bool:
+        """Opens the window on ``n`` bytes (not with ``SCATTER``); whether it was suspended."""
+
+    def fill_nowait(self, n: int, flags: int = 0) -> None:
+        """The same, or ``WouldBlock``."""
+
+    async def find(self, delimiter: bytes, max_bytes: int) -> int:
+        """The length through the delimiter, with the window open on that."""
+
+    def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
+        """The same, or ``WouldBlock``."""
+
+    def buffered(self) -> int:
+        """Unread bytes."""
+
+    def consume(self, n: int) -> None:
+        """Consumes bytes that are there, wherever they lie, and closes the window."""
+
+    def take_parts(self, n: int) -> list[memoryview]:
+        """The same, and gives the views."""
+
+    def check_request(self, n: int) -> None:
+        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+
+
+class Sink(Protocol):
+    """Where a writer's bytes go: a connection's ``Core``, or a wrapped stream."""
+
+    limits: Limits
+
+    async def flush(self) -> None:
+        """See :meth:`Writer.flush`."""
+
+    def queued(self) -> int:
+        """Bytes that were taken from the writer, and that the kernel has not taken yet."""
+
+    def stand_high(self) -> None:
+        """The writer has reached its high-water mark."""
+
+    def why_unwritable(self) -> Exception:
+        """What a write raises after the end."""
 
 
 class Reader:
@@ -53,9 +105,9 @@ class Reader:
 
     __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Source) -> None:
         self._core = core
-        self._view = _EMPTY
+        self._view = EMPTY
         self._start = self._end = 0
         self._budget = core.budget
         self._limit = core.limits.read_limit
@@ -63,13 +115,13 @@ class Reader:
     # --- the window ------------------------------------------------------------------------------
 
     def _close(self) -> None:
-        self._view = _EMPTY
+        self._view = EMPTY
         self._start = 0
         self._end = SHUT
 
     def _drop_view(self) -> None:
         """The C side has taken the block back: it was read to its end."""
-        self._view = _EMPTY
+        self._view = EMPTY
         self._start = 0
         self._end = min(self._end, 0)
 
@@ -80,12 +132,11 @@ class Reader:
         earlier.
         """
         if not self._core.closed:
-            self._consume(0)
+            self._core.consume(0)
 
     def __len__(self) -> int:
         """Unread bytes, those included that were read ahead and no call has looked at."""
-        core = self._core
-        return 0 if core.closed else max(conn_buffered(core.handle, self._start), 0)
+        return self._core.buffered()
 
     def __bool__(self) -> bool:
         return True  # a reader without input is a reader all the same
@@ -135,7 +186,7 @@ class Reader:
             self._budget -= 1
             return
         await self._core.fill(n, SCATTER)
-        self._consume(n)
+        self._core.consume(n)
 
     async def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
         """The bytes through the delimiter, consumed.
@@ -146,7 +197,8 @@ class Reader:
             arrived; nothing is consumed then
         :raises TypeError, ValueError: for a delimiter that is empty or not bytes-like
         """
-        delimiter, most = self._delimiter(delimiter, max_bytes)
+        delimiter = delimiter_bytes(delimiter)
+        most = count(max_bytes, "max_bytes", most=2**31)
         n = await self._core.find(delimiter, most)
         start = self._start
         self._start = start + n
@@ -180,14 +232,15 @@ class Reader:
             self._start += n
             return
         self._core.fill_nowait(n, SCATTER)
-        self._consume(n)
+        self._core.consume(n)
 
     def until_nowait(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
         """As :meth:`until`, without waiting.
 
         :raises WouldBlock: if the delimiter is not there, but may still come
         """
-        delimiter, most = self._delimiter(delimiter, max_bytes)
+        delimiter = delimiter_bytes(delimiter)
+        most = count(max_bytes, "max_bytes", most=2**31)
         n = self._core.find_nowait(delimiter, most)
         start = self._start
         self._start = start + n
@@ -199,7 +252,13 @@ class Reader:
         """``n`` bytes, consumed: a view for each block they lie in, never copied."""
         n = self._count(n)
         await self._core.fill(n, SCATTER)
-        return self._parts(n)
+        return self._core.take_parts(n)
+
+    async def slice(self, n: SupportsIndex, /) -> LinkBuffer:
+        """``n`` bytes, consumed, as a buffer of their own: never copied, and good for longer than
+        the connection.
+        """
+        return LinkBuffer._of(await self.next_parts(n))
 
     async def read_bytes(self, n: SupportsIndex, /) -> bytes:
         """``n`` bytes, consumed, as a copy."""
@@ -253,44 +312,14 @@ class Reader:
         self._core.check_request(n)
         return n
 
-    @staticmethod
-    def _delimiter(delimiter: bytes, max_bytes: SupportsIndex) -> tuple[bytes, int]:
-        if not isinstance(delimiter, (bytes, bytearray, memoryview)):
-            raise TypeError(f"delimiter must be bytes, not {type(delimiter).__name__}")
-        if not len(delimiter):
-            raise ValueError("delimiter must not be empty")
-        return bytes(delimiter), count(max_bytes, "max_bytes", most=2**31)
-
     def _have_nowait(self, n: SupportsIndex) -> int:
         n = self._count(n)
         if n > self._end - self._start:
             self._core.fill_nowait(n)
         return n
 
-    def _consume(self, n: int) -> None:
-        """Consumes bytes that are there, whichever blocks they lie in, and closes the window; the C
-        side will hand the block out again.
-        """
-        conn_consume(self._core.handle, self._start, n)
-        self._view = _EMPTY
-        self._start = self._end = 0
 
-    def _parts(self, n: int) -> list[memoryview]:
-        parts = []
-        core, view = self._core, self._core.hub.view
-        while n > 0:
-            memory = show_block(core.handle, self._start, view)
-            if memory is not None:
-                self._view = memory
-            self._start, self._end = view.start, view.end
-            stop = min(self._start + n, self._end)
-            parts.append(self._view[self._start : stop])
-            n -= stop - self._start
-            self._start = stop
-        return parts
-
-
-class Writer:
+class Writer(BaseWriter):
     """The nocopy output of a connection: ``conn.writer``.
 
     Writes are plain functions into a buffer; nothing is sent before :meth:`flush`, or before the
@@ -298,44 +327,17 @@ class Writer:
     closed or has broken every call raises what its streams raise.
     """
 
-    __slots__ = ("_core", "_high_water", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
+    __slots__ = ("_core",)
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Sink) -> None:
+        super().__init__(core.limits.write_high_water)
         self._core = core
-        self._pieces: list[bytes] = []  # what may be sent
-        self._size = 0  # bytes in _pieces
-        self._high_water = core.limits.write_high_water
-        self._reserved: list[memoryview] = []  # what malloc() has handed out
-        self._reserved_size = 0
-        self._shut = False  # closed, broken, or ended by send_eof()
 
-    # --- what the connection does ----------------------------------------------------------------
+    def _refuse(self) -> NoReturn:
+        raise self._core.why_unwritable()
 
-    def _close(self) -> None:
-        self._pieces = []
-        self._size = 0
-        self._reserved = []
-        self._reserved_size = 0
-        self._shut = True
-
-    def _take(self) -> list[Piece]:
-        """What may be sent, and is not pending any more; small neighbours are joined."""
-        pieces, self._pieces, self._size = self._pieces, [], 0
-        if len(pieces) == 1:
-            return pieces  # type: ignore[return-value]
-        out: list[Piece] = []
-        small: list[bytes] = []
-        for piece in pieces:
-            if len(piece) <= _REFERENCED:
-                small.append(piece)
-                continue
-            if small:
-                out.append(b"".join(small))
-                small = []
-            out.append(piece)
-        if small:
-            out.append(b"".join(small))
-        return out
+    def _stands_high(self) -> None:
+        self._core.stand_high()
 
     def _take_joined(self) -> bytes:
         """What may be sent, in one piece, and not pending any more."""
@@ -344,19 +346,14 @@ class Writer:
             return b""
         self._pieces = []
         self._size = 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _put_back(self, data: bytes) -> None:
-        self._pieces.insert(0, data)
-        self._size += len(data)
-
-    # --- writing ---------------------------------------------------------------------------------
+        if len(pieces) == 1:
+            piece = pieces[0]
+            return piece if type(piece) is bytes else bytes(piece)
+        return b"".join(pieces)
 
     def __len__(self) -> int:
         """Bytes written and not yet taken by the kernel, an open reservation included."""
-        core = self._core
-        queued = 0 if core.closed else max(conn_queued(core.handle), 0)
-        return self._size + self._reserved_size + queued
+        return self._size + self._reserved_size + self._core.queued()
 
     def __bool__(self) -> bool:
         return True
@@ -365,89 +362,6 @@ class Writer:
     def buffered(self) -> int:
         """The same as ``len(writer)``."""
         return len(self)
-
-    @property
-    def malloc_len(self) -> int:
-        """The bytes of the open reservation."""
-        return self._reserved_size
-
-    def write(self, data: Buffer, /) -> int:
-        """Appends ``data``; returns its length in bytes.
-
-        ``bytes`` are kept by reference, anything else is copied.
-
-        :raises TypeError: if ``data`` is not bytes-like
-        """
-        if type(data) is not bytes:
-            # not bytes(data) of just anything: that would take a number for a size
-            data = data.tobytes() if type(data) is memoryview else bytes(memoryview(data))
-        if self._shut:
-            raise self._core.why_unwritable()
-        if self._reserved:
-            self._seal()
-        size = len(data)
-        self._pieces.append(data)
-        self._size += size
-        if self._size >= self._high_water:
-            self._core.reader._end = SHUT  # the next reader call lets it drain first
-        return size
-
-    def write_str(self, data: str, /, encoding: str = "utf-8") -> int:
-        """Appends text; returns its length in bytes.
-
-        :raises TypeError: if ``data`` is not a ``str``
-        :raises UnicodeEncodeError: if it cannot be encoded
-        """
-        if not isinstance(data, str):
-            raise TypeError(f"a str is required, not {type(data).__name__}")
-        return self.write(data.encode(encoding))
-
-    def write_byte(self, value: SupportsIndex, /) -> int:
-        """Appends one byte, 0 to 255; returns 1.
-
-        :raises TypeError, ValueError: if it is not an integer in that range
-        """
-        return self.write(bytes((count(value, "value", most=255),)))
-
-    def malloc(self, n: SupportsIndex, /) -> memoryview:
-        """Reserves ``n`` bytes, zeroed, at the end of the output, for the caller to fill.
-
-        The reservation is open until :meth:`malloc_ack`, :meth:`flush` or the next write; a further
-        ``malloc`` adds to it. What is written to the memory after that goes nowhere.
-        """
-        n = count(n, "n", most=2**31)
-        self._check()
-        memory = memoryview(bytearray(n))
-        self._reserved.append(memory)
-        self._reserved_size += n
-        return memory
-
-    def malloc_ack(self, n: SupportsIndex, /) -> None:
-        """Ends the reservation, and keeps only its first ``n`` bytes.
-
-        :raises ValueError: if it is shorter; it stays open then
-        """
-        n = count(n, "n", most=self._reserved_size)
-        self._check()
-        self._close_reservation(n)
-
-    def _seal(self) -> None:
-        if self._reserved:
-            self._close_reservation(self._reserved_size)
-
-    def _close_reservation(self, keep: int) -> None:
-        """Copied, since the caller still holds the writable memory."""
-        reserved, self._reserved, self._reserved_size = self._reserved, [], 0
-        for memory in reserved:
-            part = bytes(memory[:keep])
-            keep -= len(part)
-            if part:
-                self._pieces.append(part)
-                self._size += len(part)
-
-    def _check(self) -> None:
-        if self._shut:
-            raise self._core.why_unwritable()
 
     async def flush(self) -> None:
         """Returns when the kernel has everything that was written.

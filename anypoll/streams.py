@@ -23,8 +23,8 @@ from .nocopy import Reader, Writer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ._chain import Piece
     from ._config import Keepalive
-    from ._epoll import Piece
 
 __all__ = ("Connection", "UNIXConnection", "socketpair")
 
