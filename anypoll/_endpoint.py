@@ -158,9 +158,12 @@ class Endpoint:
 
     def _close_raw(self) -> None:
         raw = self.raw
-        if raw is not None and raw.fileno() >= 0:
+        if raw is None:
+            return
+        if raw.fileno() >= 0:
             _notify_closing(raw)
             raw.close()
+        _runtime.raw_sockets.discard(raw)
 
     def _forget_raw(self) -> None:
         if self.raw is not None:

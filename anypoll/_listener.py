@@ -117,6 +117,7 @@ class SocketListener(AnyIOSocketListener):
         """The event loop has ended."""
         self._closed = True
         self._raw.close()
+        _runtime.raw_sockets.discard(self._raw)
         self._drop_ready()
 
     # --- accepting -------------------------------------------------------------------------------
@@ -215,6 +216,7 @@ class SocketListener(AnyIOSocketListener):
         self._closed = True
         self._hub.forget(self._number)
         _epoll.listener_close(self._handle, 1)
+        _runtime.raw_sockets.discard(self._raw)
         self._drop_ready()
         self._hub.wake_reader(self._number)
 

@@ -36,8 +36,10 @@ _settings = Settings()
 _pool: Pool | None = None
 _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
 
-#: Sockets that Python owns: a child closes them through their objects.
-raw_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+#: Sockets whose descriptor Python owns, as long as the C side uses it. Strongly: in a garbage cycle
+#: the order of finalising is arbitrary, and a socket's finaliser would close the descriptor under
+#: the poller. And a child closes them through their objects.
+raw_sockets: set[socket.socket] = set()
 
 
 def settings() -> Settings:

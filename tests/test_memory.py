@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import socket
 import tracemalloc
+from typing import Any
 
 import anyio
 import pytest
@@ -20,7 +23,7 @@ from peers import (
 )
 
 import anypoll
-from anypoll import _runtime
+from anypoll import _epoll, _runtime
 
 pytestmark = pytest.mark.anyio
 
@@ -207,3 +210,32 @@ async def test_connections_leave_nothing() -> None:
     gc.collect()
     await holds(lambda: in_use() <= before)
     await holds(lambda: sum(p.bytes_pinned for p in anypoll.statistics().pollers) == 0)
+
+
+async def test_a_raw_socket_in_a_garbage_cycle_outlives_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order of finalising is arbitrary there: the socket's finaliser, if it came first, would
+    close the descriptor while a poller reads from it.
+    """
+    seen: list[bool] = []
+    close = _epoll.conn_close
+
+    def watched(handle: Any, reset: int, keep_fd: int) -> int:
+        seen.append(os.path.exists(f"/proc/self/fd/{fd}"))
+        return close(handle, reset, keep_fd)
+
+    monkeypatch.setattr(_epoll, "conn_close", watched)
+    ours, peer = socket.socketpair()
+    with peer:
+        ours.setblocking(False)
+        conn = await anypoll.Connection.from_socket(ours)
+        fd = conn.fileno()
+        cycle: list[Any] = [ours, conn]
+        cycle.append(cycle)
+        del ours, conn, cycle
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            gc.collect()
+        assert seen == [True]
+        assert not os.path.exists(f"/proc/self/fd/{fd}")
+        assert not _runtime.raw_sockets
