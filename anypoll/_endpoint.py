@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ._config import Limits
     from ._epoll import Conn
     from ._hub import Hub
-    from .nocopy import Reader, Writer
+    from ._reader import Reader
+    from ._writer import Writer
 
 AGAIN = -EAGAIN
 _WINDOW = 64 * 1024  # what C shows beyond a request
