@@ -75,8 +75,9 @@ class Core(Input):
         hub.forget(self.number)
         if self.raw is None:
             _epoll.conn_close(self.handle, reset, 0)
-        elif _epoll.conn_close(self.handle, 0, 1) >= 0:
-            if reset:
+        else:  # in a garbage cycle C may have closed it already, and left the descriptor to us
+            _epoll.conn_close(self.handle, 0, 1)
+            if reset and self.raw.fileno() >= 0:
                 linger_now(self.raw)
             self._close_raw()
         hub.outputs.pop(self.number, None)
