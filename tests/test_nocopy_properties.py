@@ -17,6 +17,7 @@ from peers import holds
 
 import anypoll
 from anypoll import ReadTimeout, WriteTimeout
+from anypoll.nocopy import LinkBuffer
 
 quick = settings(
     max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
@@ -47,6 +48,7 @@ READS = st.one_of(
                 "next",
                 "skip",
                 "next_parts",
+                "slice",
                 "read_bytes",
                 "receive",
                 "readinto",
@@ -117,9 +119,10 @@ class ReadModel:
             return
         if method == "next":
             self.expect(place, result, n)
-        elif method == "next_parts":
-            assert sum(map(len, result)) == n
-            for part in result:
+        elif method in ("next_parts", "slice"):
+            parts = result.parts() if method == "slice" else result
+            assert sum(map(len, parts)) == n
+            for part in parts:
                 self.expect(place, part, len(part))
                 place += len(part)
         elif method == "read_bytes":
@@ -275,6 +278,8 @@ WRITES = st.one_of(
     st.tuples(st.just("write_byte"), st.integers(0, 255)),
     st.tuples(st.sampled_from(["malloc"]), WRITE_SIZES),
     st.tuples(st.just("malloc_ack"), st.floats(0, 1)),
+    st.tuples(st.just("append"), st.lists(st.integers(1, 5000), max_size=20)),
+    st.tuples(st.just("write_direct"), st.tuples(st.floats(0, 1), WRITE_SIZES, st.booleans())),
     st.tuples(st.sampled_from(["flush", "cancelled flush", "timed out flush"]), st.just(0)),
     st.tuples(st.sampled_from(["send", "cancelled send", "timed out send"]), WRITE_SIZES),
     st.tuples(st.sampled_from(["read", "waiting read"]), st.just(0)),
@@ -289,7 +294,7 @@ class WriteModel:
         self.conn, self.peer, self.writer = conn, peer, conn.writer
         self.expected = bytearray()
         self.open = bytearray()
-        self.reservations: list[tuple[memoryview, bytes]] = []
+        self.direct: list[bytearray] = []
         self.counter = 0
         self.read = 0
 
@@ -369,6 +374,42 @@ class WriteModel:
         if taken:
             self.expected += data
 
+    def append(self, sizes: list[int]) -> None:
+        buffer = LinkBuffer(block_size=8 + len(sizes))
+        for i, size in enumerate(sizes):
+            data = self.data(size)
+            if i % 3 == 2:
+                buffer.malloc(size)[:] = data
+            else:
+                buffer.write(data)
+            if i % 2:
+                buffer.flush()
+            self.write(data)
+        assert self.writer.append(buffer) == sum(sizes)
+        assert len(buffer) == 0
+        self.seal()
+
+    def write_direct(self, place: float, size: int, mutable: bool) -> None:
+        data: Any = self.data(size)
+        remain = int(place * len(self.open))
+        at = len(self.open) - remain
+        self.open[at:at] = data
+        if mutable:
+            data = bytearray(data)
+            self.direct.append(data)
+        assert self.writer.write_direct(data, remain) == size
+
+    async def flush(self, how: str) -> None:
+        self.seal()
+        if how == "flush":
+            await self.beside(self.writer.flush)
+            assert len(self.writer) == 0
+        else:
+            await self.given_up(how, self.writer.flush)
+        for data in self.direct:  # sent or copied: it is the caller's again
+            data[:] = bytes(len(data))
+        self.direct.clear()
+
     async def step(self, method: str, argument: Any) -> None:
         writer = self.writer
         match method:
@@ -400,13 +441,12 @@ class WriteModel:
                 writer.malloc_ack(keep)
                 self.open = self.open[:keep]
                 self.seal()
-            case "flush":
-                self.seal()
-                await self.beside(writer.flush)
-                assert len(writer) == 0
-            case "cancelled flush" | "timed out flush":
-                self.seal()
-                await self.given_up(method, writer.flush)
+            case "append":
+                self.append(argument)
+            case "write_direct":
+                self.write_direct(*argument)
+            case "flush" | "cancelled flush" | "timed out flush":
+                await self.flush(method)
             case "send" | "cancelled send" | "timed out send":
                 await self.send(method, argument)
             case "read":
