@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import leaks
 import pytest
+import trustme
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,3 +117,16 @@ def redis_cli() -> str:
 def redis_benchmark() -> str:
     """The path of redis-benchmark; the test is skipped where there is none."""
     return _program("redis-benchmark")
+
+
+@pytest.fixture(scope="session")
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's context, with a certificate for anypoll.test and 127.0.0.1, and a client's that
+    trusts it.
+    """
+    authority = trustme.CA()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("anypoll.test", "127.0.0.1").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
