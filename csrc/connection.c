@@ -115,10 +115,13 @@ uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
         conn->owed = false;
         told |= AP_MAIL_SENT;
     }
-    if ((bits & AP_MAIL_TRIM) && conn->input.size == 0 && conn->input.head) {
+    if ((bits & AP_MAIL_TRIM) && ap_input_idle(conn)) {
         ap_chain_drop(&conn->input, conn);
         conn->shown = NULL;
+        conn->lent = false;
         told |= AP_MAIL_TRIM;
+        /* later than the sweep that may be planned: many trims need no more than that one */
+        ap_poller_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
     }
     ap_count(&conn->wakeups, told != 0);
     return told;
@@ -188,9 +191,9 @@ static void end_idle(ap_conn *conn)
 static void trim(ap_conn *conn)
 {
     conn->trim_at = AP_FOREVER;
-    if (conn->input.size > 0 || !conn->input.head)
+    if (!ap_input_idle(conn))
         return;
-    if (conn->shown)
+    if (conn->lent)
         ap_hub_post(&conn->slot, AP_MAIL_TRIM);
     else
         ap_chain_drop(&conn->input, conn);

@@ -52,6 +52,13 @@ bool ap_input_over(ap_conn *conn)
     return conn->want_expired || conn->read_end != 0 || target_met(conn);
 }
 
+/* Whether there is memory that nobody needs: an empty block, ours or, read to its
+ * end and out of the chain already, only the loop's. */
+bool ap_input_idle(const ap_conn *conn)
+{
+    return conn->input.size == 0 && (conn->input.tail || conn->lent);
+}
+
 /* Publishes what is waited for. The socket has been read before, if it was
  * known to be readable, so the target is not met now. */
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
@@ -62,7 +69,7 @@ void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
     conn->want_expired = false;
     if (deadline)
         ap_conn_note_deadline(conn, deadline);
-    if (conn->input.size == 0 && conn->input.tail) {
+    if (ap_input_idle(conn)) {
         conn->trim_at = ap_now_coarse() + AP_TRIM_AFTER;
         ap_conn_note_deadline(conn, conn->trim_at);
     }

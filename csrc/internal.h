@@ -234,7 +234,8 @@ enum {
     AP_BOX_QUEUED = 1,
     AP_BOX_WORK = 2,     /* serve the slot: due now */
     AP_BOX_DEADLINE = 4, /* file the slot's timer: due at that deadline */
-    AP_BOX_CLOSED = 8    /* forget the slot: never due */
+    AP_BOX_CLOSED = 8,   /* forget the slot: never due */
+    AP_BOX_SWEEP = 16    /* blocks are coming back: due some time later */
 };
 #define AP_MAIL_QUEUED (1u << 31)
 
@@ -403,7 +404,8 @@ struct ap_conn {
     uint8_t *delimiter; /* delimiter_inline or allocated */
     size_t delimiter_size;
     uint64_t searched; /* position in the stream up to which it is known to be absent */
-    int64_t trim_at;   /* when to take an empty tail back; AP_FOREVER: never */
+    int64_t trim_at;   /* when to take an empty block back; AP_FOREVER: never */
+    bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
 
     /* output, all (m) */
     struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
@@ -448,6 +450,7 @@ void ap_conn_note_activity(ap_conn *conn);
 bool ap_input_wanted(ap_conn *conn);
 bool ap_input_read(ap_context *context, ap_conn *conn);
 bool ap_input_over(ap_conn *conn);
+bool ap_input_idle(const ap_conn *conn);
 void ap_input_probe(ap_conn *conn);
 void ap_input_consume(ap_conn *conn, size_t n);
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline);

@@ -160,6 +160,22 @@ int ap_poller_nudge(ap_poller *poller)
     return 0;
 }
 
+/* Blocks come back from loops and views while the driver sleeps. As long as
+ * there was something to do it looks once a second what can be given back. */
+static void sweep(ap_poller *poller)
+{
+    if (poller->now < poller->sweep_at)
+        return;
+    ap_pool_trim(poller->context.pool);
+    poller->sweep_at = AP_FOREVER;
+}
+
+static void sweep_later(ap_poller *poller)
+{
+    if (poller->sweep_at == AP_FOREVER)
+        poller->sweep_at = poller->now + AP_TRIM_AFTER + AP_TRIM_AFTER / 4;
+}
+
 static void run_later(ap_poller *poller, ap_slot *slot)
 {
     AP_ASSERT_DRIVER(poller);
@@ -188,6 +204,8 @@ static void handle_box(ap_poller *poller, ap_slot *slot, uint32_t bits)
         if (at != AP_FOREVER)
             ap_wheel_file(&poller->wheel, &slot->timer, at);
     }
+    if (bits & AP_BOX_SWEEP)
+        sweep_later(poller);
     if (bits & AP_BOX_WORK)
         run_later(poller, slot);
 }
@@ -240,22 +258,6 @@ static int block(ap_poller *poller, struct epoll_event *events, int64_t until)
     int n = poll_events(poller, events, timeout);
     atomic_store_explicit(&poller->blocked_until, 0, memory_order_seq_cst);
     return n;
-}
-
-/* Blocks come back from loops and views while the driver sleeps. As long as
- * there was something to do it looks once a second what can be given back. */
-static void sweep(ap_poller *poller)
-{
-    if (poller->now < poller->sweep_at)
-        return;
-    ap_pool_trim(poller->context.pool);
-    poller->sweep_at = AP_FOREVER;
-}
-
-static void sweep_later(ap_poller *poller)
-{
-    if (poller->sweep_at == AP_FOREVER)
-        poller->sweep_at = poller->now + AP_TRIM_AFTER + AP_TRIM_AFTER / 4;
 }
 
 /* After a wait that found something it polls once more before it blocks: one

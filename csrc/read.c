@@ -108,6 +108,7 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
         if (block != conn->shown) {
             ap_block_ref(block);
             conn->shown = block;
+            conn->lent = true;
             rc = 1;
         }
     }
@@ -136,6 +137,7 @@ int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
     else
         ap_input_consume(conn, n);
     conn->shown = NULL;
+    conn->lent = false;
     ap_slot_unlock(&conn->slot);
     return rc;
 }
