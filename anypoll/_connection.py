@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 import struct
 import warnings
+from contextlib import suppress
 
 import anyio
 import anyio.lowlevel
@@ -61,7 +62,7 @@ class Core(Input):
         self._mark_closed()
         self.reader._close()
         self.writer._close()
-        self._close_raw()
+        self._let_go()
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -75,11 +76,10 @@ class Core(Input):
         hub.forget(self.number)
         if self.raw is None:
             _epoll.conn_close(self.handle, reset, 0)
-        else:  # in a garbage cycle C may have closed it already, and left the descriptor to us
-            _epoll.conn_close(self.handle, 0, 1)
-            if reset and self.raw.fileno() >= 0:
+        elif _epoll.conn_close(self.handle, 0, 1) >= 0 and reset:
+            with suppress(OSError):  # closed already, by another thread
                 linger_now(self.raw)
-            self._close_raw()
+        self._let_go()
         hub.outputs.pop(self.number, None)
         hub.wake_reader(self.number)
         hub.wake_writers(self.number)

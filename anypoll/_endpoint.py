@@ -130,6 +130,7 @@ class Endpoint:
         self._abandoned = 0
         this: Any = weakref.ref(self)  # of a Core, which can take tokens
         hub.addressees[self.number] = this
+        _runtime.handles[self.number] = self._owner
 
     def _mark_closed(self) -> None:
         self.closed = True
@@ -157,7 +158,9 @@ class Endpoint:
         self.raw = sock
         _runtime.raw_sockets.add(sock)
 
-    def _close_raw(self) -> None:
+    def _let_go(self) -> None:
+        """The C side has closed: what was kept for that goes."""
+        _runtime.handles.pop(self.number, None)
         raw = self.raw
         if raw is None:
             return
@@ -167,6 +170,8 @@ class Endpoint:
         _runtime.raw_sockets.discard(raw)
 
     def _forget_raw(self) -> None:
+        """The C side has given the descriptor away."""
+        _runtime.handles.pop(self.number, None)
         if self.raw is not None:
             _runtime.raw_sockets.discard(self.raw)
         self.raw = None

@@ -75,6 +75,7 @@ class SocketListener(AnyIOSocketListener):
         self._accepting = False
         self._closed = False
         self._hub.addressees[self._number] = weakref.ref(self)
+        _runtime.handles[self._number] = self._handle
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
@@ -117,7 +118,7 @@ class SocketListener(AnyIOSocketListener):
         """The event loop has ended."""
         self._closed = True
         self._raw.close()
-        _runtime.raw_sockets.discard(self._raw)
+        self._let_go()
         self._drop_ready()
 
     # --- accepting -------------------------------------------------------------------------------
@@ -195,6 +196,10 @@ class SocketListener(AnyIOSocketListener):
 
     # --- the end ---------------------------------------------------------------------------------
 
+    def _let_go(self) -> None:
+        _runtime.raw_sockets.discard(self._raw)
+        _runtime.handles.pop(self._number, None)
+
     def _drop_ready(self) -> None:
         while self._ready:
             _epoll.fd_close(self._ready.popleft()[0])
@@ -216,7 +221,7 @@ class SocketListener(AnyIOSocketListener):
         self._closed = True
         self._hub.forget(self._number)
         _epoll.listener_close(self._handle, 1)
-        _runtime.raw_sockets.discard(self._raw)
+        self._let_go()
         self._drop_ready()
         self._hub.wake_reader(self._number)
 

@@ -41,6 +41,10 @@ _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
 #: the poller. And a child closes them through their objects.
 raw_sockets: set[socket.socket] = set()
 
+#: Handles of what is open, by number; strongly, for the same reason: a handle's destructor would
+#: give the slot back, and the close that follows could meet somebody else in it.
+handles: dict[int, object] = {}
+
 
 def settings() -> Settings:
     """What was configured."""
@@ -119,6 +123,7 @@ def _after_fork_in_child() -> None:
     for sock in list(raw_sockets):
         sock.close()
     raw_sockets.clear()
+    handles.clear()
     for hub in list(_hubs.values()):
         hub.end()  # what was inherited is closed, to whoever asks
     _hubs = weakref.WeakKeyDictionary()

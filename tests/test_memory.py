@@ -327,3 +327,35 @@ async def test_a_burst_does_not_stay(loop: str) -> None:
         await holds(lambda: rss() - base <= 2 * idle)
         for client in clients:
             ask(client, 64)
+
+
+@pytest.mark.parametrize("with_raw", [False, True])
+async def test_a_handle_in_a_garbage_cycle_outlives_the_connection(
+    monkeypatch: pytest.MonkeyPatch, with_raw: bool
+) -> None:
+    """Its destructor, if it came first, would give the slot back: the close that follows would be
+    that of whoever has the slot by then, and the socket would stay open.
+    """
+    seen: list[int] = []
+    close = _epoll.conn_close
+
+    def watched(handle: Any, reset: int, keep_fd: int) -> int:
+        seen.append(close(handle, reset, keep_fd))
+        return seen[-1]
+
+    monkeypatch.setattr(_epoll, "conn_close", watched)
+    conn, peer = anypoll.socketpair()
+    async with peer:
+        if with_raw:
+            conn.extra(anyio.abc.SocketAttribute.raw_socket)
+        fd, first = conn.fileno(), conn._core._owner
+        gc.collect()  # moves what only `conn` leads to behind what `first` leads to
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del first, conn
+            gc.collect()
+        assert len(seen) == 1
+        assert seen[0] >= 0
+        assert not os.path.exists(f"/proc/self/fd/{fd}")
+        assert not _runtime.raw_sockets
+        assert list(_runtime.handles) == [peer._core.number]
+    assert not _runtime.handles
