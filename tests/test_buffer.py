@@ -159,6 +159,7 @@ def test_the_memory_stays_writable_around_an_insert() -> None:
 
 
 def test_malloc_ack_after_write_direct_keeps_its_bytes() -> None:
+    """L27."""
     buffer = LinkBuffer()
     buffer.malloc(4)[:] = b"abcd"
     buffer.write_direct(b"1234", 2)
@@ -202,6 +203,7 @@ def test_write_direct_does_not_copy() -> None:
 
 
 def test_views_are_read_only_and_exact() -> None:
+    """L38."""
     buffer = filled(b"abc", b"def")
     for view in (buffer.peek(2), buffer.next(4), *buffer.next_parts(1)):
         assert view.readonly
@@ -444,6 +446,7 @@ def test_every_call_after_close(call: Callable[[LinkBuffer], object]) -> None:
     "method", ["peek", "next", "skip", "next_parts", "slice", "read_bytes", "malloc", "malloc_ack"]
 )
 def test_nonsense_counts(method: str, n: Any) -> None:
+    """L05, O11."""
     buffer = filled(b"abc")
     buffer.malloc(1)
     with pytest.raises(ValueError if isinstance(n, int) else TypeError, match="n must be"):

@@ -38,6 +38,8 @@ class Model:
 
 
 class LinkBuffers(RuleBasedStateMachine):
+    """L22, L27, L38."""
+
     buffers = Bundle("buffers")
 
     def __init__(self) -> None:

@@ -99,6 +99,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, int]]]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_connect_tcp(host: str) -> None:
+    """L43."""
     with listening(host) as (sock, port):
         async with await anypoll.connect_tcp(host, port) as conn:
             assert type(conn) is Connection
@@ -129,6 +130,7 @@ async def test_connect_by_name() -> None:
 
 
 async def test_refused(free_port: int) -> None:
+    """O2."""
     with pytest.raises(OSError, match=r"^All connection attempts failed$") as caught:
         await anypoll.connect_tcp("127.0.0.1", free_port)
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
@@ -271,7 +273,7 @@ async def test_cancelled_before_it_begins() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_cancellation_closes_everything(seed: int, tmp_path: Path) -> None:
-    """At a random moment, over TCP and UNIX; what is left open the leak check finds."""
+    """L18. At a random moment, over TCP and UNIX; what is left open the leak check finds."""
     random_ = random.Random(seed)
 
     async def connect(scope: anyio.CancelScope, address: Any) -> None:

@@ -206,6 +206,7 @@ async def exchange(conn: anypoll.Connection, peer: socket.socket, size: int = 20
 async def test_interrupted_calls_are_repeated(
     fault: Callable[..., None], kind: str, call: str
 ) -> None:
+    """L21."""
     async with opened(kind) as (conn, peer):
         fault(call, errno.EINTR, times=50)
         await exchange(conn, peer)
@@ -244,7 +245,7 @@ async def test_short_transfers_at_random_places(fault: Callable[..., None], kind
 
 @loops
 async def test_reads_that_find_nothing(fault: Callable[..., None], kind: str) -> None:
-    """As when somebody else has read the socket: the next event finds the bytes."""
+    """O17. As when somebody else has read the socket: the next event finds the bytes."""
     async with opened(kind) as (conn, peer):
         fault("READ", errno.EAGAIN, times=3)
         got = bytearray()
@@ -421,7 +422,7 @@ async def test_accepts_that_fail_for_one_connection_are_ignored(
 async def test_accepting_pauses_for_lack_of_resources(
     fault: Callable[..., None], code: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line an episode, however many pauses it takes; then it goes on."""
+    """O5. One line an episode, however many pauses it takes; then it goes on."""
     async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
         [listener] = multi.listeners
         address = listener.extra(anyio.abc.SocketAttribute.local_address)
@@ -500,6 +501,7 @@ anyio.run(main, backend={backend!r})
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_pool_that_cannot_be_started(backend: str) -> None:
+    """L26."""
     calls = ["EPOLL_CREATE", "EVENTFD", "THREAD", "ALLOC"]
     code = SUBPROCESS.format(calls=calls, backend=backend)
     done = subprocess.run(

@@ -623,6 +623,7 @@ def python(code: str, *, timeout: float = 60) -> str:
 
 
 def test_import_starts_no_thread() -> None:
+    """L34."""
     python(
         "import os\n"
         "import anypoll\n"
@@ -634,7 +635,7 @@ def test_import_starts_no_thread() -> None:
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("library", ["asyncio", "trio"])
 def test_interpreter_exit_with_open_connections(library: str) -> None:
-    """Open in a module's global, with a view, stalled output, a listener: the exit is clean."""
+    """L34. Open in a module's global, with a view, stalled output, a listener: a clean exit."""
     out = python(
         f"import {library}, anypoll\n"
         "async def main():\n"
@@ -876,6 +877,7 @@ def test_fork_before_first_use() -> None:
 
 @pytest.mark.unsanitized
 def test_subprocesses_inherit_nothing() -> None:
+    """O20."""
     out = python(
         "import anyio, anypoll, os, subprocess, sys\n"
         "async def main():\n"

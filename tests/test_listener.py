@@ -659,6 +659,8 @@ async def test_from_socket_takes_the_backlog_as_it_is(kind: str, tmp_path: Path)
 
 
 async def test_from_socket_refuses(tmp_path: Path) -> None:
+    """L47."""
+
     async def complaint(given: Any) -> str:
         with pytest.raises((TypeError, ValueError)) as caught:
             await SocketListener.from_socket(given)
@@ -684,7 +686,7 @@ async def test_from_socket_refuses(tmp_path: Path) -> None:
 async def test_out_of_descriptors(
     listener: SocketListener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Accepting pauses, says so once, and goes on when there are some again."""
+    """L35. Accepting pauses, says so once, and goes on when there are some again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     clients = [client_of(listener) for _ in range(3)]
     conns: list[Connection] = [await within(listener.accept())]

@@ -156,6 +156,7 @@ async def test_a_block_that_was_read_to_its_end_does_not_stay() -> None:
 
 
 async def test_a_connection_takes_no_block_before_it_receives() -> None:
+    """O25."""
     before = in_use()
     pairs = [anypoll.socketpair() for _ in range(100)]
     async with anyio.create_task_group() as group:
@@ -207,7 +208,7 @@ async def test_reading_and_writing_for_long_leaves_nothing() -> None:
 
 
 async def test_connections_leave_nothing() -> None:
-    """Also those that ended in the middle of something."""
+    """L11. Also those that ended in the middle of something."""
     before = in_use()
     for end in range(60):
         async with opened("tcp" if end % 2 else "unix") as (conn, peer):
@@ -333,8 +334,8 @@ async def test_a_burst_does_not_stay(loop: str) -> None:
 async def test_a_handle_in_a_garbage_cycle_outlives_the_connection(
     monkeypatch: pytest.MonkeyPatch, with_raw: bool
 ) -> None:
-    """Its destructor, if it came first, would give the slot back: the close that follows would be
-    that of whoever has the slot by then, and the socket would stay open.
+    """L06, O8. Its destructor, if it came first, would give the slot back: the close that follows
+    would be that of whoever has the slot by then, and the socket would stay open.
     """
     seen: list[int] = []
     close = _epoll.conn_close
@@ -350,8 +351,8 @@ async def test_a_handle_in_a_garbage_cycle_outlives_the_connection(
             conn.extra(anyio.abc.SocketAttribute.raw_socket)
         fd, first = conn.fileno(), conn._core._owner
         gc.collect()  # moves what only `conn` leads to behind what `first` leads to
+        del first, conn
         with pytest.warns(ResourceWarning, match="unclosed"):
-            del first, conn
             gc.collect()
         assert len(seen) == 1
         assert seen[0] >= 0

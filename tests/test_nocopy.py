@@ -819,6 +819,7 @@ async def test_a_wait_lifts_the_high_water_mark(kind: str, method: str) -> None:
 
 
 async def test_a_request_above_high_water() -> None:
+    """O16."""
     data = pattern(3_000_000)
     async with opened() as (conn, peer), anyio.create_task_group() as group:
         group.start_soon(send_all, peer, data + b"tail")
@@ -828,6 +829,7 @@ async def test_a_request_above_high_water() -> None:
 
 
 async def test_own_marks() -> None:
+    """O25."""
     async with served(read_high_water=10_000) as (conn, peer):
         sent = await send_until_full(peer, pattern(16 * MIB))
         assert sent > 10_000
@@ -1499,7 +1501,7 @@ async def test_a_peer_that_does_not_read_stops_the_reader(kind: str, method: str
 
 
 async def test_the_output_of_a_server_is_bounded() -> None:
-    """Pipelined requests for large answers, from a peer that does not read."""
+    """L44. Pipelined requests for large answers, from a peer that does not read."""
     answer = pattern(100_000)
     most = answers = 0
 

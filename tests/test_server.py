@@ -848,6 +848,7 @@ async def test_idle_connections_end_by_themselves() -> None:
 
 
 async def test_a_thousand_idle_connections_end() -> None:
+    """L40."""
     async with local(idle, shutdown_timeout=1e6) as server:
         socks = [socket.create_connection((HOST, server.port)) for _ in range(300)]
         await holds(lambda: len(server.connections) == 300)
@@ -915,6 +916,7 @@ async def test_half_a_message_is_not_idle() -> None:
 
 @pytest.mark.parametrize("timeout", [0, 0.05])
 async def test_the_grace_is_limited(timeout: float) -> None:
+    """O3."""
     cancelled = []
 
     async def stubborn(conn: Connection) -> None:

@@ -364,6 +364,7 @@ async def test_both_directions_at_once(pair: Pair) -> None:
 
 
 async def test_two_writers(wire: Wire) -> None:
+    """L36."""
     conn, peer = wire
     data = pattern(HUGE)
     async with blocked(lambda: conn.send(data)) as outcome:
@@ -1248,6 +1249,7 @@ async def test_at_eof(wire: Wire) -> None:
 
 
 async def test_an_end_is_noticed_without_a_read(wire: Wire) -> None:
+    """O22."""
     conn, peer = wire
     peer.shutdown(socket.SHUT_WR)
     await holds(lambda: conn.at_eof)
@@ -1313,6 +1315,7 @@ async def test_wait_writable(wire: Wire) -> None:
 
 
 async def test_nodelay_is_set_and_can_be_changed() -> None:
+    """L45."""
     async with opened("tcp") as (conn, _):
         raw = conn.extra(SocketAttribute.raw_socket)
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -1418,6 +1421,7 @@ async def test_attributes_of_unix_are_anyios() -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 100 * KIB])
 async def test_detach(wire: Wire, size: int) -> None:
+    """O24."""
     conn, peer = wire
     data = pattern(size)
     async with anyio.create_task_group() as group:
@@ -1523,6 +1527,7 @@ async def test_from_socket_refuses_what_is_no_socket(tmp_path: Any) -> None:
 
 
 async def test_from_socket_refuses_other_kinds() -> None:
+    """L47."""
     message = r"^socket type mismatch: expected SOCK_STREAM, got SOCK_DGRAM$"
     a, b = socket.socketpair(type=socket.SOCK_DGRAM)
     with a, b, pytest.raises(ValueError, match=message):
@@ -1570,6 +1575,7 @@ async def test_descriptors_are_not_sent_yet() -> None:
 
 @pytest.mark.parametrize("with_raw", [False, True])
 async def test_a_forgotten_connection_is_closed(kind: str, with_raw: bool) -> None:
+    """O22."""
     ours, peer = socket_pair(kind)
     peer.setblocking(False)
     with peer:
@@ -1607,7 +1613,7 @@ async def test_a_closed_connection_warns_of_nothing(wire: Wire) -> None:
 
 
 async def test_a_connection_that_is_waited_for_is_not_forgotten(wire: Wire) -> None:
-    """The frame of the waiting task holds it, and nothing else needs to."""
+    """L01. The frame of the waiting task holds it, and nothing else needs to."""
     ours, peer = socket_pair("tcp")
     got: list[bytes] = []
 

@@ -139,6 +139,7 @@ async def test_until_fills_from_the_source() -> None:
 
 
 async def test_the_end_within_a_request() -> None:
+    """L09."""
     reader = wrap_reader(Source(b"abc"))
     with pytest.raises(IncompleteRead):
         await reader.next(4)

@@ -68,7 +68,7 @@ TEST(connection_counts_itself)
 
 #define COARSE (10 * MS) /* the coarse clock's resolution, at most */
 
-/* L48: a live but silent peer; what was received stays readable, and the peer sees the end. */
+/* L48, O27: a live but silent peer; what was received stays readable, and the peer sees the end. */
 TEST(connection_idle_end)
 {
     EACH_KIND(kind)
@@ -368,7 +368,7 @@ TEST(connection_close_is_immediate)
     }
 }
 
-/* L13: a second close finds nothing to do, whoever has the number now (O4). */
+/* L13: a second close finds nothing to do, whoever has the number now (O4, L30). */
 TEST(connection_closes_once)
 {
     struct world *w = world_open();

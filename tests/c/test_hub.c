@@ -359,6 +359,7 @@ static void play_loop(struct rivals *r, int round, uint64_t *seed)
     CHECK_EQ(seen, SLOTS);
 }
 
+/* L02 */
 TEST(hub_litmus_no_wakeup_is_lost)
 {
     static struct rivals r;

@@ -382,7 +382,7 @@ TEST(input_reset_is_no_fin_after_a_failed_write)
 /* ---- events behind paused input --------------------------------------- */
 
 /* Measured, level-triggered: 229,000 events in 200 ms for RDHUP, 234,000 for HUP, 235,000 for a
- * RST. Edge-triggered it is a handful. */
+ * RST. Edge-triggered it is a handful (O16). */
 TEST(input_paused_sees_no_event_storm)
 {
     struct world *w = world_open();
@@ -425,7 +425,7 @@ TEST(input_reset_is_noticed_while_paused)
     world_close(w);
 }
 
-/* A FIN behind paused input is no end yet. */
+/* A FIN behind paused input is no end yet (O16). */
 TEST(input_fin_behind_paused_input)
 {
     struct world *w = world_open();

@@ -135,7 +135,7 @@ TEST(listener_backlog_has_no_further_edge)
     door_close(&d);
 }
 
-/* More than a batch: the rest goes to the run list, without an event. */
+/* More than a batch: the rest goes to the run list, without an event (O19). */
 TEST(listener_accepts_in_batches)
 {
     enum { N = 150 };
@@ -202,7 +202,7 @@ TEST(listener_credits_go_round)
     door_close(&a);
 }
 
-/* Listeners on several pollers share one account as well. */
+/* Listeners on several pollers share one account as well (O19). */
 TEST(listener_account_spans_pollers)
 {
     struct door a = door_open();

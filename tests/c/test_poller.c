@@ -3,6 +3,7 @@
 
 #include <sys/resource.h>
 
+/* L26 */
 TEST(poller_new_unwinds)
 {
     static const int calls[] = {AP_CALL_ALLOC, AP_CALL_EPOLL_CREATE, AP_CALL_EVENTFD,
@@ -217,7 +218,7 @@ static int unsent_in_kernel(int fd)
 }
 
 /* Measured: 256 KiB accepted whole, and no EPOLLOUT ever. What is beyond the bound goes on
- * without an event. */
+ * without an event (O17). */
 TEST(poller_finishes_what_stopped_at_the_bound)
 {
     struct world *w = world_open();
@@ -294,7 +295,7 @@ TEST(poller_budget_leaves_work_for_the_next_step)
     world_close(w);
 }
 
-/* A peer that floods does not keep another one waiting: 256 KiB a turn, then the next. */
+/* A peer that floods does not keep another one waiting: 256 KiB a turn, then the next (O17). */
 TEST(poller_is_fair)
 {
     struct world *w = world_open();
@@ -325,6 +326,7 @@ TEST(poller_is_fair)
     world_close(w);
 }
 
+/* O18 */
 TEST(poller_survives_a_failing_wait)
 {
     struct world *w = world_open();
@@ -357,7 +359,7 @@ TEST(poller_polls_once_more_before_it_blocks)
     world_close(w);
 }
 
-/* An idle poller costs nothing: it neither wakes nor polls. */
+/* An idle poller costs nothing: it neither wakes nor polls (O15). */
 TEST(poller_idle_does_not_wake)
 {
     struct world *w = world_open();

@@ -372,6 +372,7 @@ static void brawl(int kind, uint64_t seed)
     world_close(b.w);
 }
 
+/* L39 */
 TEST(races_every_verb_at_once)
 {
     for (int i = 0; i < ROUNDS(1200); i++)

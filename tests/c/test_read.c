@@ -550,7 +550,7 @@ TEST(read_deadline_passes)
     world_close(w);
 }
 
-/* Time 2: at the tie data wins. */
+/* Time 2: at the tie data wins (L41). */
 TEST(read_data_wins_at_the_tie)
 {
     struct world *w = world_open();

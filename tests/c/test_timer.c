@@ -73,6 +73,7 @@ static size_t model_run(struct model *m, int64_t now)
     return fired;
 }
 
+/* O27 */
 TEST(timer_is_never_early_and_at_most_a_tick_late)
 {
     struct model *m = model_new(12345678901);

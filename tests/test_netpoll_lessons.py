@@ -1,0 +1,1093 @@
+"""What went wrong in netpoll, tried on anypoll. The numbers are explained in
+docs/internals/netpoll-lessons.md, which also names the tests in other files.
+
+Storms take their choices from `random.Random(seed)`, with a seed that is part of the test's name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import gc
+import logging
+import mmap
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import (
+    BrokenResourceError,
+    ClosedResourceError,
+    EndOfStream,
+    IncompleteRead,
+)
+from peers import (
+    KIB,
+    MIB,
+    arrive,
+    holds,
+    opened,
+    pattern,
+    read_to_end,
+    reset,
+    send_all,
+    socket_pair,
+    within,
+)
+
+import anypoll
+from anypoll import Connection, ConnectTimeout, ReadTimeout, _runtime
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parent.parent
+HOST = "127.0.0.1"
+local = functools.partial(anypoll.serve, host=HOST, port=0)
+asyncio_only = pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="one")])
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever peers do is no reason for a log line."""
+    caplog.set_level(logging.INFO, "anypoll")
+    yield
+    found = [r.getMessage() for r in caplog.get_records("call") if r.name.startswith("anypoll")]
+    caplog.clear()
+    caplog.get_records("call").clear()
+    assert found == []
+
+
+@asynccontextmanager
+async def served_at(
+    handler: Callable[[Connection], Awaitable[Any]], kind: str
+) -> AsyncIterator[tuple[anypoll.Server, Any]]:
+    """A server, and the address of it."""
+    with tempfile.TemporaryDirectory(prefix="anypoll") as directory:
+        where: Any = {"path": f"{directory}/s"} if kind == "unix" else {"host": HOST, "port": 0}
+        async with anypoll.serve(handler, **where) as server:
+            [address] = server.addresses
+            yield server, address
+
+
+def plain(address: Any) -> socket.socket:
+    """A non-blocking socket that is connected to the address."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    sock = socket.socket(family)
+    sock.connect(address)
+    sock.setblocking(False)
+    return sock
+
+
+async def connect(address: Any, **options: Any) -> Connection:
+    if isinstance(address, str):
+        return await anypoll.connect_unix(address, **options)
+    conn: Connection = await anypoll.connect_tcp(*address, **options)
+    return conn
+
+
+async def echo(conn: Connection) -> None:
+    async for data in conn:
+        await conn.send(data)
+
+
+async def ask(conn: Connection, question: bytes) -> None:
+    await conn.send(question)
+    assert await within(conn.reader.read_bytes(len(question))) == question
+
+
+def python(code: str, *args: str) -> str:
+    """What a program of its own prints; it must end well and say nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+# --- peers that send and close -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_peers_that_send_and_close_at_once(kind: str, seed: int) -> None:
+    """L10: from one byte to 4 MiB, however the handler reads. All bytes, then the end, once."""
+    random_ = random.Random(seed)
+    ends: list[int] = []
+
+    async def handler(conn: Connection) -> None:
+        number, size = int(await conn.reader.read_bytes(4)), int(await conn.reader.read_bytes(8))
+        got = bytearray()
+        step = [0, 1 + size // 3, size, size + 1][number % 4]
+        if number % 3 == 0:
+            await anyio.sleep(0)  # the end may be here before the first read
+        try:
+            while len(got) < size or step == 0:
+                got += await (conn.receive() if step == 0 else conn.next(step))
+        except EndOfStream:
+            pass
+        except IncompleteRead:
+            got += await conn.reader.read_bytes(len(conn.reader))
+        assert got == pattern(size, number)
+        for _ in range(2):
+            with pytest.raises(EndOfStream):
+                await conn.receive()
+        ends.append(number)
+
+    async def send(number: int, address: Any) -> None:
+        size = int(2 ** random_.uniform(0, 22.0001))
+        with plain(address) as sock:
+            await send_all(sock, b"%4d%8d" % (number, size) + pattern(size, number))
+
+    async def worker(first: int, address: Any) -> None:
+        for number in range(first, count, 8):
+            await send(number, address)
+
+    count = 160
+    async with served_at(handler, kind) as (server, address):
+        with anyio.fail_after(50):
+            async with anyio.create_task_group() as group:
+                for first in range(8):
+                    group.start_soon(worker, first, address)
+            await holds(lambda: len(ends) == count)
+            await holds(lambda: server.statistics().active == 0)
+    assert sorted(ends) == list(range(count))
+    assert server.statistics().closed == {"done": count}
+
+
+async def test_an_end_alone_is_told_once_and_then_costs_nothing(kind: str) -> None:
+    """L08: no spin: what the pollers do afterwards does not grow with the ended connections."""
+    count = 60
+    ends = []
+    first, second = anypoll.socketpair()
+
+    async def wait(conn: Connection) -> None:
+        with pytest.raises(EndOfStream):
+            await conn.receive()
+        ends.append(conn)
+
+    async with first, second, anyio.create_task_group() as group:
+        pairs = [socket_pair(kind) for _ in range(count)]
+        conns = [await Connection.from_socket(ours) for ours, _ in pairs]
+        for conn in conns:
+            group.start_soon(wait, conn)
+        await anyio.wait_all_tasks_blocked()
+        before = events()
+        for _, peer in pairs:
+            peer.shutdown(socket.SHUT_WR)
+        await holds(lambda: len(ends) == count)
+        assert events() - before <= 2 * count
+        before, polls = events(), sum(p.polls for p in anypoll.statistics().pollers)
+        for _ in range(50):
+            await ask_each_other(first, second)
+        assert events() - before <= 4 * 50
+        assert sum(p.polls for p in anypoll.statistics().pollers) - polls <= 10 * 50
+        for conn, (_, peer) in zip(conns, pairs, strict=True):
+            assert conn.statistics().wakeups == 1
+            await conn.aclose()
+            peer.close()
+
+
+def events() -> int:
+    return sum(p.events for p in anypoll.statistics().pollers)
+
+
+async def ask_each_other(first: Connection, second: Connection) -> None:
+    await first.send(b"x")
+    assert await within(second.receive()) == b"x"
+    await second.send(b"y")
+    assert await within(first.receive()) == b"y"
+
+
+@pytest.mark.parametrize("count", [pytest.param(400), pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_a_ping_over_unix_and_an_immediate_close(count: int) -> None:
+    """L32: the peer goes in the very moment in which the handler has answered."""
+    pings = 0
+
+    async def handler(conn: Connection) -> None:
+        nonlocal pings
+        conn.writer.write(await conn.next(4))
+        await conn.writer.flush()
+        pings += 1
+
+    async def worker(rounds: int, address: str) -> None:
+        for number in range(rounds):
+            with plain(address) as sock:
+                sock.send(b"ping")
+                if number % 4:  # else it does not even wait for the answer
+                    await anyio.wait_readable(sock)
+
+    async with served_at(handler, "unix") as (server, address):
+        with anyio.fail_after(55):
+            async with anyio.create_task_group() as group:
+                for _ in range(8):
+                    group.start_soon(worker, count // 8, address)
+            await holds(lambda: server.statistics().accepted == count)
+            await holds(lambda: not server.connections)
+    statistics = server.statistics()
+    assert statistics.active == statistics.handler_errors == 0
+    assert set(statistics.closed) <= {"done", "broken"}
+    assert sum(statistics.closed.values()) == count
+    assert pings >= count * 2 // 3
+
+
+# --- storms --------------------------------------------------------------------------------------
+
+
+async def end(conn: Connection, random_: random.Random) -> None:
+    """One of the ways in which an own end may come, at a random moment."""
+    for _ in range(random_.randrange(4)):
+        await anyio.sleep(0)
+    how = random_.randrange(5)
+    try:
+        if how == 0:
+            conn.abort()
+        elif how == 1:
+            await conn.send_eof()
+        elif how == 2:
+            conn.writer.write(b"last words")
+        elif how == 3:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await conn.aclose()
+    except (BrokenResourceError, ClosedResourceError):
+        pass
+    await conn.aclose()
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_both_ends_close_at_once(kind: str, seed: int) -> None:
+    """L13, L17, L23, L30: again and again, and each new connection, most of them with a number
+    that has just become free, works; nobody is told of it in a log.
+    """
+    random_ = random.Random(seed)
+
+    async def handler(conn: Connection) -> None:
+        question = await conn.reader.read_bytes(8)
+        await conn.send(question)
+        if random_.random() < 0.5:
+            async with anyio.create_task_group() as group:
+                group.start_soon(end, conn, random_)
+                await ended(conn)
+        else:
+            await end(conn, random_)
+
+    async def ended(conn: Connection) -> None:
+        with suppress(EndOfStream, BrokenResourceError, ClosedResourceError):
+            while True:
+                await conn.receive()
+
+    async def worker(number: int, address: Any) -> None:
+        for round_ in range(rounds):
+            conn = await connect(address)
+            async with anyio.create_task_group() as group:
+                await ask(conn, b"%4d%4d" % (number, round_))
+                if random_.random() < 0.5:
+                    group.start_soon(ended, conn)
+                await end(conn, random_)
+            assert conn.fileno() == -1
+
+    rounds, workers = 30, 8
+    async with served_at(handler, kind) as (server, address):
+        with anyio.fail_after(50):
+            async with anyio.create_task_group() as group:
+                for number in range(workers):
+                    group.start_soon(worker, number, address)
+            await holds(lambda: not server.connections)
+    statistics = server.statistics()
+    assert statistics.accepted == rounds * workers
+    assert statistics.handler_errors == statistics.active == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_no_byte_of_another_connection(kind: str, seed: int) -> None:
+    """L14: clients of two servers, each with its own pattern, many of which go in the middle of
+    it; views are kept beyond the end of their connection, and looked at in the end.
+    """
+    random_, size = random.Random(seed), 60 * KIB
+    stream = functools.lru_cache(maxsize=None)(functools.partial(pattern, size))
+    kept: list[tuple[int, int, memoryview]] = []
+
+    async def handler(conn: Connection) -> None:
+        number, place = int(await conn.reader.read_bytes(4)), 0
+        answer = conn.writer.malloc(100)
+        answer[:] = stream(number)[:-101:-1]
+        while True:
+            n = random_.randint(1, 3000)
+            try:
+                view = await conn.next(n)
+            except IncompleteRead:
+                view = await conn.next(len(conn.reader))
+            assert view == stream(number)[place : place + len(view)]
+            if random_.random() < 0.05:
+                kept.append((number, place, view))
+            place += len(view)
+            if random_.random() < 0.01:
+                return
+
+    async def client(number: int, address: Any) -> None:
+        with plain(address) as sock:
+            data = b"%4d" % number + stream(number)
+            part = random_.choice([len(data), random_.randrange(5, len(data))])
+            try:
+                await send_all(sock, data[:part])
+                if random_.random() < 0.5:
+                    sock.shutdown(socket.SHUT_WR)
+                    got = await read_to_end(sock)
+                    assert got == stream(number)[:-101:-1][: len(got)]
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+
+    async def worker(first: int, address: Any) -> None:
+        for number in range(first, 160, 20):
+            await client(number, address)
+
+    async with (
+        served_at(handler, kind) as (one, first),
+        served_at(handler, kind) as (other, second),
+    ):
+        with anyio.fail_after(50):
+            async with anyio.create_task_group() as group:
+                for number in range(20):
+                    group.start_soon(worker, number, (first, second)[number % 2])
+            await holds(lambda: not one.connections + other.connections)
+    assert one.statistics().handler_errors == other.statistics().handler_errors == 0
+    assert len(kept) > 20
+    for number, place, view in kept:
+        assert view == stream(number)[place : place + len(view)]
+    kept.clear()
+
+
+async def test_reading_and_releasing_beside_a_steady_writer(kind: str) -> None:
+    """L03: the reader lets go after each message while the poller appends behind it."""
+    random_ = random.Random(3)
+    messages = [pattern(random_.choice([1, 30, 900, 5000]), n) for n in range(1500)]
+
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+        stream = b"".join(len(m).to_bytes(4, "big") + m for m in messages)
+        group.start_soon(send_all, peer, stream)
+        for message in messages:
+            size = int.from_bytes(await within(conn.next(4)), "big")
+            assert await within(conn.next(size)) == message
+            conn.reader.release()
+
+
+# --- connecting ----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def silent() -> AsyncIterator[tuple[str, int]]:
+    """An address at which a connection is neither made nor refused: its backlog is full."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.socket())
+        sock.bind((HOST, 0))
+        sock.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(sock.getsockname())
+        yield sock.getsockname()
+
+
+@pytest.mark.parametrize("count", [pytest.param(300), pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_connects_that_are_given_up_at_any_moment(count: int) -> None:
+    """L18: with timeouts of up to a millisecond, or cancelled; to an address that answers, one that
+    refuses and one that is silent. There is a connection, or the right error, or nothing.
+    """
+    random_ = random.Random(count)
+    outcomes: dict[str, int] = {}
+
+    async def attempt(address: Any, scope: anyio.CancelScope) -> str:
+        timeout = random_.choice([None, 0, random_.uniform(0, 0.001)])
+        with scope:
+            try:
+                conn = await connect(address, timeout=timeout)
+            except ConnectTimeout:
+                return "timeout"
+            except OSError as exc:
+                if address == refusing and isinstance(exc.__cause__, ConnectionRefusedError):
+                    return "refused"
+                raise
+            async with conn:
+                assert address not in {refusing, dead}
+                await ask(conn, b"hello")
+            return "connected"
+        return "cancelled"
+
+    async def worker(number: int) -> None:
+        address = [live, path, refusing, dead][number % 4]
+        for _ in range(count // 12):
+            scope = anyio.CancelScope()
+            async with anyio.create_task_group() as group:
+
+                async def run(scope: anyio.CancelScope = scope) -> None:
+                    outcome = await attempt(address, scope)
+                    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+                group.start_soon(run)
+                for _ in range(random_.randrange(12)):
+                    await anyio.sleep(0)
+                if address == dead or random_.random() < 0.6:
+                    scope.cancel()
+
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        refusing = sock.getsockname()
+        async with (
+            served_at(echo, "tcp") as (server, live),
+            served_at(echo, "unix") as (_, path),
+            silent() as dead,
+        ):
+            with anyio.fail_after(55):
+                async with anyio.create_task_group() as workers:
+                    for number in range(12):
+                        workers.start_soon(worker, number)
+                await holds(lambda: not server.connections)
+    assert sum(outcomes.values()) == count // 12 * 12
+    assert set(outcomes) == {"connected", "refused", "timeout", "cancelled"}
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_a_peer_that_closes_what_it_accepts(how: str) -> None:
+    """O2: the connect succeeds; the end, or the reset, is what the first read tells."""
+    with socket.create_server((HOST, 0)) as listening:
+        for _ in range(20):
+            conn = await anypoll.connect_tcp(*listening.getsockname())
+            peer, _ = listening.accept()
+            if how == "reset":
+                reset(peer)
+            else:
+                peer.close()
+            expected: Any = BrokenResourceError if how == "reset" else EndOfStream
+            async with conn:
+                with pytest.raises(expected):
+                    await within(conn.receive())
+
+
+async def test_a_name_with_an_ipv6_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L43."""
+
+    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+        await anyio.sleep(0)
+        return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port))]
+
+    monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
+    async with anypoll.serve(echo, host="::1", port=0) as server:
+        conn = await anypoll.connect_tcp("six.example", server.port)
+        assert conn.remote_address == ("::1", server.port)
+        await ask(conn, b"hello")
+        await conn.aclose()
+
+
+# --- descriptors ---------------------------------------------------------------------------------
+
+
+def watched() -> set[int]:
+    """The descriptors in all epoll sets of this process."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                text = Path(f"/proc/self/fdinfo/{name}").read_text()
+                found |= {int(n) for n in re.findall(r"tfd:\s*(\d+)", text)}
+        except FileNotFoundError:  # that of the listing
+            continue
+    return found
+
+
+@pytest.mark.parametrize("how", ["aclose", "abort", "detach", "forgotten", "after the peer"])
+async def test_the_epoll_set_follows_the_connections(kind: str, how: str) -> None:
+    """L17: also while somebody else has the same socket open, so that the kernel alone would not
+    forget it; and when garbage collection ends the connection and its socket object in any order.
+    """
+    pairs = [socket_pair(kind) for _ in range(20)]
+    copies = [ours.dup() for ours, _ in pairs]
+    conns = [await Connection.from_socket(ours.detach()) for ours, _ in pairs]
+    fds = {conn.fileno() for conn in conns}
+    assert fds <= watched()
+    if how == "forgotten":
+        with pytest.warns(ResourceWarning, match="unclosed"):  # noqa: PT031 -- they go together
+            conns.clear()
+            gc.collect()
+    for conn, (_, peer) in zip(conns, pairs, strict=False):
+        if how == "abort":
+            conn.abort()
+        elif how == "detach":
+            conn.detach()[0].close()
+        else:
+            if how == "after the peer":
+                peer.shutdown(socket.SHUT_WR)
+                with pytest.raises(EndOfStream):
+                    await within(conn.receive())
+            await conn.aclose()
+    assert not fds & watched()
+    for sock in (*copies, *(peer for _, peer in pairs)):
+        sock.close()
+
+
+async def test_a_reused_descriptor_gets_its_own_events_only(kind: str) -> None:
+    """L17, L23: what happens at the socket of a closed connection, which somebody else still has
+    open, is not taken for news of the connection that has the number now.
+    """
+    for _ in range(30):
+        ours, peer = socket_pair(kind)
+        other, other_peer = socket_pair(kind)
+        with peer, other_peer, ours.dup() as copy:
+            conn = await Connection.from_socket(ours.detach())
+            number = conn.fileno()
+            await conn.aclose()
+            os.dup2(other.fileno(), number, inheritable=False)
+            other.close()
+            async with await Connection.from_socket(number) as second:
+                assert second.fileno() == number
+                peer.send(b"for the first")
+                peer.shutdown(socket.SHUT_WR)
+                async with anyio.create_task_group() as group:
+                    group.start_soon(within, second.reader.peek(1))
+                    await anyio.sleep(0)
+                    other_peer.send(b"x")
+                assert await second.receive() == b"x"
+                assert second.statistics().bytes_received == 1
+                assert not second.at_eof
+            assert copy.recv(100) == b"for the first"
+
+
+async def test_closing_again_spares_who_has_the_number_now(kind: str) -> None:
+    """O4, O8: every verb that ends a connection or a listener, again, after its end."""
+
+    async def taken(number: int) -> int:
+        copy = os.dup(0)
+        if copy != number:
+            os.dup2(copy, number, inheritable=False)
+            os.close(copy)
+        return number
+
+    ours, peer = socket_pair(kind)
+    with peer:
+        conn = await Connection.from_socket(ours.detach())
+        number = conn.fileno()
+        conn.writer.write(b"x")
+        await conn.aclose()
+        fd = await taken(number)
+        try:
+            conn.abort()
+            await conn.aclose()
+            conn.reader.release()
+            with pytest.raises(ClosedResourceError):
+                conn.detach()
+            for call in (conn.send_eof, conn.wait_writable, conn.writer.flush):
+                with pytest.raises(ClosedResourceError):
+                    await call()
+            assert (conn.statistics().buffered_output, conn.fileno(), conn.is_active) == (0, -1, 0)
+            del conn
+            gc.collect()
+            os.fstat(fd)
+        finally:
+            os.close(fd)
+    async with opened(kind):  # a listener lives for one accept at least
+        multi = await anypoll.create_tcp_listener(local_host=HOST)
+        raw = multi.listeners[0].extra(anyio.abc.SocketAttribute.raw_socket)
+        number = raw.fileno()
+        await multi.aclose()
+        fd = await taken(number)
+        try:
+            await multi.aclose()
+            await multi.listeners[0].aclose()
+            raw.close()
+            del multi, raw
+            gc.collect()
+            os.fstat(fd)
+        finally:
+            os.close(fd)
+
+
+async def test_every_descriptor_is_closed_on_exec(kind: str) -> None:
+    """O20: of pollers, hubs, listeners, accepted and connected sockets."""
+    inherited = {int(name) for name in os.listdir("/proc/self/fd")}
+    first, second = anypoll.socketpair()
+    async with first, second, served_at(echo, kind) as (_, address), await connect(address) as conn:
+        await ask(conn, b"hello")
+        flags = {}
+        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - inherited:
+            with suppress(FileNotFoundError):  # that of the listing itself
+                target = os.readlink(f"/proc/self/fd/{fd}")
+                flags[fd, target] = fcntl.fcntl(fd, fcntl.F_GETFD)
+        assert len(flags) >= 5
+        assert [which for which, flag in flags.items() if not flag & fcntl.FD_CLOEXEC] == []
+
+
+FIRST_THREE = """
+import os, anyio, anypoll, socket, sys
+
+async def echo(conn):
+    async for data in conn:
+        await conn.send(data)
+
+async def main():
+    async with anypoll.serve(echo, host="127.0.0.1", port=0) as server:
+        said = os.dup(1)
+        for fd in (0, 1, 2):
+            os.close(fd)
+        async with await anypoll.connect_tcp("127.0.0.1", server.port) as conn:
+            a, b = anypoll.socketpair()
+            async with a, b:
+                numbers = sorted([conn.fileno(), a.fileno(), b.fileno()])
+                for text in (b"one", b"two"):
+                    await conn.send(text)
+                    assert await conn.reader.read_bytes(3) == text
+                    await a.send(text)
+                    assert await b.receive() == text
+        with anyio.fail_after(30):
+            while server.connections:
+                await anyio.sleep(0.001)
+        free = [fd for fd in (0, 1, 2) if not os.path.exists(f"/proc/self/fd/{fd}")]
+        for fd in (0, 1, 2):
+            os.dup2(said, fd)
+    os.write(said, b"%r %r" % (numbers, free))
+
+backend, uvloop = sys.argv[1], sys.argv[2] == "uvloop"
+anyio.run(main, backend=backend, backend_options={"use_uvloop": True} if uvloop else {})
+"""
+
+
+def loop_of(request: pytest.FixtureRequest, backend: tuple[str, dict[str, Any]]) -> tuple[str, str]:
+    """Arguments for the programs here."""
+    return backend[0], "uvloop" if "uvloop" in request.node.name else "-"
+
+
+def test_the_first_three_descriptors(
+    anyio_backend: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    """L24: 0, 1 and 2 may be sockets like others, and are closed like others."""
+    numbers, free = python(FIRST_THREE, *loop_of(request, anyio_backend)).split("] ")
+    assert "0" in numbers
+    assert free == "[0, 1, 2]"
+
+
+SCARCE = """
+import contextlib, errno, os, resource, sys
+import anyio, anypoll
+from anypoll import _runtime
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+def pollers():
+    return len(anypoll.statistics().pollers)
+
+def unaccounted():
+    "Descriptors beside those of pollers, of the loop's hub, and of open connections."
+    known = 2 * pollers() + len(_runtime._hubs) + len(pair)
+    return len(os.listdir("/proc/self/fd")) - known
+
+@contextlib.contextmanager
+def spare(count):
+    "With so many free descriptors. The block may fail for lack of more, and leaves nothing then."
+    before = unaccounted()
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count, hard))
+    fillers = []
+    with contextlib.suppress(OSError):
+        while True:
+            fillers.append(os.dup(0))
+    for _ in range(count):
+        os.close(fillers.pop())
+    try:
+        yield
+    except OSError as exc:
+        assert exc.errno == errno.EMFILE, exc
+        failures.append(count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for fd in fillers:
+            os.close(fd)
+    assert unaccounted() == before, count
+
+async def main():
+    for count in range(12):
+        with spare(count):
+            pair.extend(anypoll.socketpair())
+        if pair:
+            break
+    assert failures == list(range(count)) and count >= 2, (failures, count)
+    for conn in pair:
+        await conn.aclose()
+    pair.clear()
+    failures.clear()
+    for count in range(6):  # two more pollers need four descriptors
+        with spare(count):
+            anypoll.configure(pollers=3)
+    assert pollers() == 3 and failures[:2] == [0, 1], (pollers(), failures)
+    async with anypoll.serve(lambda conn: conn.send(b"hello"), host="127.0.0.1", port=0) as server:
+        for _ in range(6):
+            async with await anypoll.connect_tcp("127.0.0.1", server.port) as conn:
+                assert await conn.reader.read_bytes(5) == b"hello"
+    print("works")
+
+failures, pair = [], []
+backend, uvloop = sys.argv[1], sys.argv[2] == "uvloop"
+anyio.run(main, backend=backend, backend_options={"use_uvloop": True} if uvloop else {})
+"""
+
+
+@pytest.mark.unsanitized
+def test_descriptors_run_out_at_each_step_of_opening(
+    anyio_backend: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    """L26: of the first poller, the loop's hub, the connections, and of further pollers. Nothing is
+    left of what failed, and the next attempt works.
+    """
+    assert python(SCARCE, *loop_of(request, anyio_backend)) == "works\n"
+
+
+# --- memory and sizes ----------------------------------------------------------------------------
+
+
+def in_use() -> int:
+    _runtime.nudge()
+    return sum(p.bytes_in_use for p in anypoll.statistics().pollers)
+
+
+@pytest.mark.parametrize("how", ["aclose", "abort", "after the peer"])
+async def test_a_close_with_reads_across_blocks_outstanding(how: str) -> None:
+    """L11: merged and scattered views are held, and bytes are unread: nothing stays of them."""
+    before, data = in_use(), pattern(300 * KIB)
+    for _ in range(20):
+        async with opened() as (conn, peer):
+            for place in range(0, 40_000, 8000):
+                await arrive(conn, peer, data[place : place + 8000])
+            whole = await conn.reader.peek(35_000)
+            parts = await conn.reader.next_parts(30_000)
+            merged = await conn.reader.next(9000)
+            await arrive(conn, peer, data[:5000])
+            if how == "abort":
+                conn.abort()
+            elif how == "after the peer":
+                peer.close()
+        assert whole == data[:35_000]
+        assert b"".join(parts) == data[:30_000]
+        assert merged == data[30_000:39_000]
+        del whole, parts, merged
+    gc.collect()
+    await holds(lambda: in_use() <= before)
+
+
+async def test_a_large_request_that_comes_in_small_segments() -> None:
+    """The memory of a request of 1 MiB does not depend on its segments."""
+    before, most, data = in_use(), 0, pattern(MIB)
+    async with opened() as (conn, peer), anyio.create_task_group() as group:
+        got: list[memoryview] = []
+
+        async def ask() -> None:
+            got.append(await conn.next(MIB))
+
+        group.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        for place in range(0, MIB, KIB):
+            await arrive(conn, peer, data[place : place + KIB])
+            if place % (32 * KIB) == 0:
+                most = max(most, in_use() - before)
+        await holds(lambda: got)
+        assert got.pop() == data
+        assert most <= 4 * MIB
+
+
+async def test_messages_of_every_size(kind: str) -> None:
+    """From 32 MiB down to a byte, one after the other over the same connection."""
+    sizes = [2**power for power in range(25, -1, -1)]
+    data = pattern(sizes[0])
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+
+        async def send() -> None:
+            for size in sizes:
+                await send_all(peer, data[:size])
+
+        group.start_soon(send)
+        for size in sizes:
+            assert await within(conn.next(size)) == memoryview(data)[:size]
+
+
+async def test_thousands_of_lines_and_a_rest(kind: str) -> None:
+    """The rest without a delimiter stays readable behind the end."""
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+        lines = [pattern(500, n % 50).replace(b"\n", b".") + b"\n" for n in range(50)]
+
+        async def send() -> None:
+            for _ in range(100):
+                await send_all(peer, b"".join(lines))
+            await send_all(peer, bytes(100))
+            peer.shutdown(socket.SHUT_WR)
+
+        group.start_soon(send)
+        for number in range(5000):
+            assert await within(conn.until(b"\n")) == lines[number % 50]
+        with pytest.raises(IncompleteRead):
+            await within(conn.until(b"\n"))
+        assert await conn.next(100) == bytes(100)
+        with pytest.raises(EndOfStream):
+            await conn.until(b"\n")
+
+
+@pytest.mark.slow
+@asyncio_only
+async def test_more_than_two_gib_in_one_send(kind: str) -> None:
+    """L20: no length is cut to 31 or 32 bits on its way."""
+    size = 2**31 + 100
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE) as zeros:
+        first, second = anypoll.socketpair() if kind == "unix" else await tcp_pair()
+        async with first, second:
+            room, got = bytearray(4 * MIB), 0
+            with memoryview(zeros) as view, anyio.fail_after(55):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(first.send, view)
+                    while got < size:
+                        got += await second.reader.readinto(room)
+            assert got == size
+            assert first.statistics().bytes_sent == second.statistics().bytes_received == size
+
+
+async def tcp_pair() -> tuple[Connection, Connection]:
+    ours, peer = socket_pair("tcp")
+    return await Connection.from_socket(ours), await Connection.from_socket(peer)
+
+
+async def test_the_first_read_takes_what_is_there() -> None:
+    """L45: in one system call, 60 KB as well as 60 bytes."""
+    for size in (60, 8192, 60_000):
+        ours, peer = socket_pair("unix")
+        with peer:
+            peer.sendall(pattern(size))
+            async with await Connection.from_socket(ours) as conn:
+                assert await within(conn.next(size)) == pattern(size)
+                assert conn.statistics().reads == 1
+
+
+# --- the rest ------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_nobody_refers_to() -> None:
+    """L01: it lives in its task. Collections close neither its listener nor its connections, nor
+    the listener that a task accepts from.
+    """
+
+    async def serve(*, task_status: anyio.abc.TaskStatus[int]) -> None:
+        async with local(echo) as server:
+            task_status.started(server.port)
+            del server
+            await anyio.sleep_forever()
+
+    async def echo_and_close(conn: Connection) -> None:
+        async with conn:
+            await echo(conn)
+
+    async def accepting(listener: Any) -> None:
+        async with listener:
+            await listener.serve(echo_and_close)
+
+    async with anyio.create_task_group() as group:
+        port = await group.start(serve)
+        other = await anypoll.create_tcp_listener(local_host=HOST)
+        other_port = other.extra(anyio.abc.SocketAttribute.local_port)
+        group.start_soon(accepting, other)
+        await anyio.wait_all_tasks_blocked()
+        del other
+        for _ in range(3):
+            gc.collect()
+            conns = [await anypoll.connect_tcp(HOST, p) for p in (port, other_port, port)]
+            for _ in range(3):
+                gc.collect()
+                for conn in conns:
+                    await ask(conn, b"hello")
+            for conn in conns:
+                await conn.aclose()
+        group.cancel_scope.cancel()
+
+
+async def test_any_number_of_questions_and_answers(kind: str) -> None:
+    """A handler is a loop like any other."""
+    async with served_at(echo, kind) as (_, address), await connect(address) as conn:
+        for number in range(1000):
+            await ask(conn, b"%d" % number)
+
+
+async def test_the_server_speaks_first(kind: str) -> None:
+    async def greet(conn: Connection) -> None:
+        await conn.send(b"hello")
+        assert await conn.reader.read_bytes(3) == b"you"
+
+    async with served_at(greet, kind) as (server, address):
+        async with await connect(address) as conn:
+            assert await within(conn.reader.read_bytes(5)) == b"hello"
+            await conn.send(b"you")
+        await holds(lambda: server.statistics().closed == {"done": 1})
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "write": lambda conn: conn.writer.write(b"x"),
+    "write large": lambda conn: conn.writer.write(bytes(10_000)),
+    "write_str": lambda conn: conn.writer.write_str("x"),
+    "write_byte": lambda conn: conn.writer.write_byte(1),
+    "malloc": lambda conn: conn.writer.malloc(1),
+    "malloc_ack": lambda conn: conn.writer.malloc_ack(0),
+    "flush": lambda conn: conn.writer.flush(),
+    "send": lambda conn: conn.send(b"x"),
+    "send nothing": lambda conn: conn.send(b""),
+    "send_eof": lambda conn: conn.send_eof(),
+    "wait_writable": lambda conn: conn.wait_writable(),
+}
+
+
+async def result_of(result: Any) -> None:
+    if hasattr(result, "send"):
+        await within(result)
+
+
+@pytest.mark.parametrize("write", list(WRITES))
+async def test_writing_while_the_connection_closes(write: str) -> None:
+    """L04: `aclose()` is draining, and nothing may be added to that."""
+    async with opened() as (conn, _), anyio.create_task_group() as group:
+        conn.writer.write(bytes(8 * MIB))
+        group.start_soon(conn.aclose)
+        await anyio.wait_all_tasks_blocked()
+        assert conn.fileno() == -1 or conn._core.closed
+        for _ in range(2):
+            with pytest.raises(ClosedResourceError):
+                await result_of(WRITES[write](conn))
+        group.cancel_scope.cancel()
+    with pytest.raises(ClosedResourceError):
+        await result_of(WRITES[write](conn))
+
+
+@pytest.mark.parametrize("write", list(WRITES))
+async def test_writing_to_a_peer_that_has_closed(kind: str, write: str) -> None:
+    """L04: sooner or later it is told, and then every time; and no call is a crash."""
+    async with opened(kind) as (conn, peer):
+        peer.close()
+        with pytest.raises((EndOfStream, BrokenResourceError)):
+            await within(conn.receive())
+        with suppress(BrokenResourceError):
+            while True:  # TCP learns of it with the answer to the first bytes
+                await within(conn.send(b"x"))
+        if write == "send nothing":
+            await conn.send(b"")  # nothing is to be sent, so nothing is wrong
+            return
+        for _ in range(2):
+            with pytest.raises(BrokenResourceError):
+                await result_of(WRITES[write](conn))
+
+
+async def test_a_timeout_on_a_socket_without_a_name() -> None:
+    """O9: neither end of a socketpair has an address."""
+    async with opened() as (conn, _):
+        conn.read_timeout = 0.001
+        with pytest.raises(ReadTimeout):
+            await within(conn.receive())
+        assert conn.remote_address == conn.local_address == ""
+
+
+@pytest.mark.unsanitized
+def test_waiting_takes_no_processor_time() -> None:
+    """O15: no thread spins, whatever is waited for: all of them sleep in the kernel."""
+    out = python(
+        """
+        import anyio, anypoll, os, resource, socket
+
+        async def main():
+            anypoll.configure(pollers=3)
+            async with anypoll.serve(lambda conn: conn.next(1), host="127.0.0.1", port=0) as server:
+                pairs = [anypoll.socketpair() for _ in range(20)]
+                async with anyio.create_task_group() as group:
+                    conn = await anypoll.connect_tcp("127.0.0.1", server.port)
+                    group.start_soon(conn.receive)
+                    for one, other in pairs:
+                        group.start_soon(one.receive)
+                        group.start_soon(other.send, bytes(8 << 20))
+                        group.start_soon(other.receive)
+                    polls = -1
+                    while polls != (polls := sum(p.polls for p in anypoll.statistics().pollers)):
+                        await anyio.sleep(0.1)  # until all of them have stalled
+                    before = os.times()
+                    await anyio.sleep(0.5)
+                    after = os.times()
+                    polls = sum(p.polls for p in anypoll.statistics().pollers) - polls
+                    print(polls, after.user + after.system - before.user - before.system)
+                    group.cancel_scope.cancel()
+                for pair in pairs:
+                    for one in pair:
+                        one.abort()
+                conn.abort()
+
+        anyio.run(main)
+        """
+    )
+    polls, seconds = out.split()
+    assert int(polls) < 100
+    assert float(seconds) < 0.3
+
+
+# --- the document --------------------------------------------------------------------------------
+
+DOCUMENT = ROOT / "docs" / "internals" / "netpoll-lessons.md"
+NAME = r"`([\w/]+\.(?:py|c))::(\w+)`"
+
+
+@functools.cache
+def texts_of(name: str) -> dict[str, str]:
+    """The functions and classes of a file, in C with the comments in front of them."""
+    text = (ROOT / "tests" / name).read_text()
+    head = r"TEST\((\w+)\)" if name.endswith(".c") else r"(?:async def|def|class) (\w+)[(:]"
+    starts = list(re.finditer(rf"^{head}", text, re.MULTILINE))
+    before = [0, *(text.find("\n}\n", m.start()) for m in starts[:-1])]
+    if name.endswith(".py"):  # there the comment is within the function
+        before = [m.start() for m in starts]
+    stops = [*before[1:], len(text)]
+    return {m[1]: text[i:j] for m, i, j in zip(starts, before, stops, strict=True)}
+
+
+def test_every_lesson_is_accounted_for() -> None:
+    """Each has a row, in order; and a row names a test, or says what there is instead."""
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in DOCUMENT.read_text().splitlines()
+        if re.match(r"\| [LO]\d+ \|", line)
+    ]
+    assert [row[0] for row in rows] == [
+        *(f"L{n:02}" for n in range(1, 49)),
+        *(f"O{n}" for n in range(1, 29)),
+    ]
+    for number, wrong, prevented, proof in rows:
+        assert wrong, number
+        assert prevented or proof.startswith("open: "), number
+        assert re.search(NAME, proof) or proof.startswith(("by construction", "open: ")), number
+
+
+def test_the_tests_that_the_document_names_exist() -> None:
+    named = re.findall(NAME, DOCUMENT.read_text())
+    assert len(named) > 150
+    assert [f"{name}::{test}" for name, test in named if test not in texts_of(name)] == []
+
+
+def test_a_lesson_is_named_at_its_test() -> None:
+    """Whoever changes a test that is in the table of lessons sees that it proves one."""
+    for line in DOCUMENT.read_text().splitlines():
+        if match := re.match(r"\| ([LO]\d+) \|.*\|([^|]*)\|$", line):
+            for name, test in re.findall(NAME, match[2]):
+                text = texts_of(name)[test]
+                assert re.search(rf"\b{match[1]}\b", text), f"{test} does not name {match[1]}"
