@@ -11,6 +11,10 @@ from dataclasses import dataclass as _dataclass
 
 from . import _runtime
 from ._config import Keepalive as Keepalive, LoadBalance as LoadBalance
+from ._connectables import (
+    TCPConnectable as TCPConnectable,
+    UNIXConnectable as UNIXConnectable,
+)
 from ._dialer import connect_tcp as connect_tcp, connect_unix as connect_unix
 from ._epoll import (
     ConnectionStatistics as ConnectionStatistics,
@@ -88,6 +92,8 @@ __all__ = (
     "ServerStatistics",
     "SocketListener",
     "Statistics",
+    "TCPConnectable",
+    "UNIXConnectable",
     "UNIXConnection",
     "WriteTimeout",
     "configure",
