@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass as _dataclass
 
 from . import _runtime
+from ._attributes import (
+    AnypollAttribute as AnypollAttribute,
+    PeerCredentials as PeerCredentials,
+)
 from ._config import Keepalive as Keepalive, LoadBalance as LoadBalance
 from ._connectables import (
     TCPConnectable as TCPConnectable,
@@ -79,6 +83,7 @@ def configure(
 
 
 __all__ = (
+    "AnypollAttribute",
     "ConnectTimeout",
     "Connection",
     "ConnectionStatistics",
@@ -86,6 +91,7 @@ __all__ = (
     "Keepalive",
     "LoadBalance",
     "MessageTooLarge",
+    "PeerCredentials",
     "PollerStatistics",
     "ReadTimeout",
     "Server",

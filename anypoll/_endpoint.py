@@ -23,7 +23,7 @@ from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
     from ._config import Limits
-    from ._epoll import Conn
+    from ._epoll import Conn, ConnectionStatistics, Poller
     from ._hub import Hub
     from ._reader import Reader
     from ._writer import Writer
@@ -67,6 +67,7 @@ class Endpoint:
         "number",
         "on_end",
         "peer",
+        "poller",
         "raw",
         "read_timeout",
         "reader",
@@ -77,6 +78,7 @@ class Endpoint:
     reader: Reader
     writer: Writer
     hub: Hub
+    poller: Poller
     handle: Conn
     number: int
     """by which tokens name the connection"""
@@ -105,8 +107,9 @@ class Endpoint:
         self.closed = True  # until there is something to close
         try:
             hub = self.hub = _runtime.current_hub()
+            self.poller = _runtime.pick_poller()
             self._owner = _epoll.open_connection(
-                _runtime.pick_poller(), hub.handle, fd, kind, limits.read_high_water
+                self.poller, hub.handle, fd, kind, limits.read_high_water
             )
         except BaseException:
             if _epoll.fd_close(fd) < 0:  # it was not the core's yet
@@ -134,6 +137,10 @@ class Endpoint:
 
     def _mark_closed(self) -> None:
         self.closed = True
+
+    def statistics(self) -> ConnectionStatistics:
+        """What the connection has counted; works after the close too."""
+        return _epoll.connection_statistics(self.handle, self.reader._start, self.writer._size)
 
     def _begin_draining(self) -> None:
         self.draining = True

@@ -62,6 +62,10 @@ class Pool:
         self._next += 1
         return self._next % len(active)
 
+    def index(self, poller: Poller) -> int:
+        """Where the poller is in :meth:`statistics`."""
+        return self._pollers.index(poller)
+
     def statistics(self) -> tuple[PollerStatistics, ...]:
         """Of each poller, in the order in which they were started."""
         return tuple(poller_statistics(poller) for poller in self._pollers)

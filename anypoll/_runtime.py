@@ -80,6 +80,12 @@ def pick_poller() -> Poller:
         return _pool.pick()
 
 
+def poller_index(poller: Poller) -> int:
+    """Where the poller is in :func:`poller_statistics`."""
+    with _lock:
+        return -1 if _pool is None else _pool.index(poller)
+
+
 def poller_statistics() -> tuple[PollerStatistics, ...]:
     """Of all pollers; nothing before first use."""
     with _lock:

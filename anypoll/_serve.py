@@ -174,8 +174,7 @@ class serve:  # noqa: N801 -- it is used as a function
         keepalive, nodelay, shutdown_timeout = self._options
         if seconds(shutdown_timeout, "shutdown_timeout") is None:
             raise TypeError("shutdown_timeout must be a number of seconds")
-        if not isinstance(keepalive, (bool, Keepalive)):
-            raise TypeError(f"keepalive must be a bool or a Keepalive, not {keepalive!r}")
+        _sockets.check_keepalive(keepalive)
         options = Options(Limits(**self._limits), keepalive, bool(nodelay), shutdown_timeout)
         server = Server(handler, options)
         if where.listeners is None:

@@ -8,12 +8,14 @@ import errno
 import os
 import socket
 import stat
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
+from ._attributes import PeerCredentials
 from ._config import Keepalive
 
 IPAddress = tuple[str, int]
@@ -49,18 +51,32 @@ def set_nodelay(sock: socket.socket, on: bool) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, on)
 
 
+def check_keepalive(keepalive: object) -> None:
+    """:raises TypeError: for anything but a ``bool`` or a :class:`~anypoll.Keepalive`"""
+    if not isinstance(keepalive, (bool, Keepalive)):
+        raise TypeError(f"keepalive must be a bool or a Keepalive, not {keepalive!r}")
+
+
 def set_keepalive(sock: socket.socket, keepalive: bool | Keepalive) -> None:
     """``SO_KEEPALIVE``, and its times if a :class:`~anypoll.Keepalive` is given.
 
     :raises TypeError: for anything else
     """
-    if not isinstance(keepalive, (bool, Keepalive)):
-        raise TypeError(f"keepalive must be a bool or a Keepalive, not {keepalive!r}")
+    check_keepalive(keepalive)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(keepalive))
     if isinstance(keepalive, Keepalive):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive.idle)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.count)
+
+
+_UCRED = struct.Struct("=iII")  # struct ucred
+
+
+def peer_credentials(sock: socket.socket) -> PeerCredentials:
+    """Of a connected UNIX socket; see unix(7), ``SO_PEERCRED``."""
+    record = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return PeerCredentials(*_UCRED.unpack(record))
 
 
 # --- adopting ------------------------------------------------------------------------------------

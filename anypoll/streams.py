@@ -8,23 +8,22 @@ from what the reader has, and ``send()`` first sends what the writer has pending
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from anyio import ClosedResourceError
-from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
+from anyio.abc import UNIXSocketStream
 
-from . import _epoll, _sockets
+from . import _sockets
 from ._config import Limits, seconds
 from ._connection import Core
 from ._epoll import IS_BROKEN, IS_EOF, TCP, UNIX, ConnectionStatistics
+from ._socket_surface import SocketSurface
 from .nocopy import Reader, Writer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._chain import Piece
-    from ._config import Keepalive
 
 __all__ = ("Connection", "UNIXConnection", "socketpair")
 
@@ -32,7 +31,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()
 
 
-class Connection(SocketStream):
+class Connection(SocketSurface):
     """A connected stream socket in the hands of a poller.
 
     It comes from a server, a listener, :func:`anypoll.connect_tcp` and their like, or from
@@ -41,7 +40,7 @@ class Connection(SocketStream):
     that write, are told so by ``BusyResourceError``.
     """
 
-    __slots__ = ("_core", "_reader", "_server", "_writer", "state")
+    __slots__ = ("_reader", "_server", "_writer", "state")
 
     state: Any
     """any object of the user's, ``None`` at first"""
@@ -196,66 +195,9 @@ class Connection(SocketStream):
         """The :class:`anypoll.Server` the connection was accepted by, or ``None``."""
         return self._server
 
-    def fileno(self) -> int:
-        """The descriptor; -1 once the connection is closed."""
-        return -1 if self._core.closed else max(_epoll.conn_fd(self._core.handle, 0), -1)
-
-    @property
-    def local_address(self) -> tuple[str, int] | str:
-        """The address of this end: host and port, or the path of a UNIX socket.
-
-        :raises ClosedResourceError: if the connection is closed
-        """
-        return _sockets.plain_address(self._socket().getsockname())
-
-    @property
-    def remote_address(self) -> tuple[str, int] | str:
-        """The address of the other end.
-
-        :raises ClosedResourceError: if the connection is closed, and was not accepted
-        :raises OSError: if the peer had gone before anybody asked, and it was not accepted
-        """
-        core = self._core
-        if core.peer is not None:
-            return _epoll.peer_address(core.peer)
-        return _sockets.plain_address(self._socket().getpeername())
-
     def statistics(self) -> ConnectionStatistics:
         """Counts of bytes and system calls; works after the close too."""
-        core = self._core
-        return _epoll.connection_statistics(core.handle, self._reader._start, self._writer._size)
-
-    @property
-    def _raw_socket(self) -> socket.socket:
-        core = self._core
-        if core.raw is not None:
-            return core.raw
-        return core.raw_socket()
-
-    def _socket(self) -> socket.socket:
-        if self._core.closed:
-            raise ClosedResourceError
-        return self._raw_socket
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """AnyIO's :class:`~anyio.abc.SocketAttribute`."""
-        attributes: dict[Any, Callable[[], Any]] = {
-            SocketAttribute.family: lambda: self._raw_socket.family,
-            SocketAttribute.local_address: lambda: self.local_address,
-            SocketAttribute.raw_socket: lambda: self._raw_socket,
-        }
-        try:
-            remote = self.remote_address
-        except (OSError, ClosedResourceError):
-            remote = None
-        if remote is not None:
-            attributes[SocketAttribute.remote_address] = lambda: remote
-        if self._core.kind == TCP:
-            attributes[SocketAttribute.local_port] = lambda: self.local_address[1]
-            if remote is not None:
-                attributes[SocketAttribute.remote_port] = lambda: remote[1]
-        return attributes
+        return self._core.statistics()
 
     # --- doing -----------------------------------------------------------------------------------
 
@@ -278,16 +220,6 @@ class Connection(SocketStream):
         :raises BusyResourceError: with pending output or a waiting task
         """
         return self._core.detach()
-
-    def set_nodelay(self, on: bool) -> None:
-        """``TCP_NODELAY``, which is on at first; ignored on UNIX sockets."""
-        if self._core.kind == TCP:
-            _sockets.set_nodelay(self._socket(), on)
-
-    def set_keepalive(self, keepalive: bool | Keepalive) -> None:
-        """TCP's keepalive probes, ``True`` with the system's times; ignored on UNIX sockets."""
-        if self._core.kind == TCP:
-            _sockets.set_keepalive(self._socket(), keepalive)
 
 
 class UNIXConnection(Connection, UNIXSocketStream):
