@@ -20,6 +20,9 @@ WRITE_HIGH_WATER = 256 * KIB
 #: The largest single request of a reader, in bytes.
 READ_LIMIT = 64 * MIB
 
+#: How long one close callback may take, in seconds, if no server says otherwise.
+CLOSE_CALLBACK_TIMEOUT = 10.0
+
 LoadBalance = str | Callable[[Sequence["PollerStatistics"]], int]
 
 
@@ -80,6 +83,8 @@ class Limits:
     read_limit: int = READ_LIMIT
     read_timeout: float | None = None
     write_timeout: float | None = None
+    idle_timeout: float | None = None
+    close_callback_timeout: float = CLOSE_CALLBACK_TIMEOUT
 
     def __post_init__(self) -> None:
         count(self.read_high_water, "read_high_water", least=1, most=2**30)
@@ -87,6 +92,7 @@ class Limits:
         count(self.read_limit, "read_limit", least=1, most=2**31)
         seconds(self.read_timeout, "read_timeout")
         seconds(self.write_timeout, "write_timeout")
+        seconds(self.idle_timeout, "idle_timeout")
 
 
 @dataclass(frozen=True, slots=True)

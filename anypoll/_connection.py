@@ -5,7 +5,8 @@ the guards, the waits. The classes in ``streams`` and ``nocopy`` are faces of it
 
 Closing is done by the caller, at once: C marks the connection closed, takes it out of epoll, bumps
 its generation, and only then is the descriptor closed. If Python has a socket object for it, that
-one closes it, so that it knows. Waiting tasks are woken and find ``closed``.
+one closes it, so that it knows. Waiting tasks are woken and find ``closed``. Then the close
+callbacks are released (``_callbacks``), unless a handler has the connection: its server does that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from anyio import BusyResourceError
 
 from . import _epoll
 from ._endpoint import AGAIN, SHUT, deadline_after
-from ._epoll import MAIL_IDLE, MAIL_TRIM, conn_queued
+from ._epoll import EIDLE, IS_IDLE_END, MAIL_IDLE, MAIL_TRIM, conn_queued
 from ._errors import os_error, stream_error
 from ._input import Input
 
@@ -46,6 +47,8 @@ class Core(Input):
             what = self.name or "connection"
             warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=1, source=self)
             self.close()
+            if self.callbacks is not None:
+                self.callbacks.run_soon()
 
     # --- what the hub tells ----------------------------------------------------------------------
 
@@ -53,9 +56,12 @@ class Core(Input):
         """Called by the hub for what is not the end of a wait."""
         if bits & MAIL_TRIM and not self.closed:
             self.reader._drop_view()
-        if bits & MAIL_IDLE:
+        if bits & MAIL_IDLE and not self.closed:
             self.reader._end = SHUT
+            self._fail(EIDLE)
+            self.writer._take()
             self.hub.wake_writers(self.number)
+            self.release_callbacks()
 
     def on_hub_end(self) -> None:
         """The event loop has ended: C has closed the descriptor, unless Python owned it."""
@@ -63,6 +69,8 @@ class Core(Input):
         self.reader._close()
         self.writer._close()
         self._let_go()
+        self.held = False  # its task will never run again
+        self.release_callbacks()
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -84,11 +92,39 @@ class Core(Input):
         hub.wake_reader(self.number)
         hub.wake_writers(self.number)
 
+    def abort(self) -> None:
+        """Closes with a RST, and releases the callbacks."""
+        if not self.closed or self._flushing:
+            self.close(reset=True)
+            self.release_callbacks()
+
+    def release_callbacks(self) -> None:
+        """What has ended the connection cannot wait for them."""
+        if self.callbacks is not None and not self.held:
+            self.callbacks.run_now()
+
+    @property
+    def over(self) -> bool:
+        """Whether a close callback that is added now comes too late to wait for the end."""
+        return self.closed or (not self.held and bool(self.status() & IS_IDLE_END))
+
     async def aclose(self) -> None:
         """Drains what the writer has pending (not an open reservation), unless the scope is
-        cancelled, and closes. The descriptor is closed on every way out. Always a checkpoint.
+        cancelled, and closes. The descriptor is closed on every way out; then the callbacks run.
+        Always a checkpoint.
         """
         self._check_loop()
+        try:
+            await self._aclose()
+        finally:
+            if self.callbacks is not None and not self.held:
+                await self.callbacks.run()
+        if self.hub.dead:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await self.hub.checkpoint()
+
+    async def _aclose(self) -> None:
         if not self.closed:
             pending = not self._writing and (
                 self.writer._size > 0 or (not self._abandoned and conn_queued(self.handle) > 0)
@@ -102,10 +138,6 @@ class Core(Input):
                 self.close()
         elif self._flushing:
             self.close()  # the first aclose() is still draining: this one ends that
-        if self.hub.dead:
-            await anyio.lowlevel.checkpoint()
-        else:
-            await self.hub.checkpoint()
 
     async def _drain_and_close(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
@@ -145,6 +177,13 @@ class Core(Input):
         finally:
             self.close()
 
+    async def end(self) -> None:
+        """The last that a handler's task does: closes, and runs the callbacks."""
+        self.close()
+        self.held = False
+        if self.callbacks is not None:
+            await self.callbacks.run()
+
     def detach(self) -> tuple[socket.socket, bytes]:
         """Gives the open socket away, together with what was read ahead.
 
@@ -165,6 +204,7 @@ class Core(Input):
         rest = _epoll.conn_rest(self.handle)
         self.reader._close()
         self.writer._close()
+        self.release_callbacks()
         return raw, rest
 
 

@@ -22,6 +22,7 @@ from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
 from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
+    from ._callbacks import Callbacks
     from ._config import Limits
     from ._epoll import Conn, ConnectionStatistics, Poller
     from ._hub import Hub
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 AGAIN = -EAGAIN
 _WINDOW = 64 * 1024  # what C shows beyond a request
+LONG = 1e9  # seconds, as good as for ever
 SHUT = -1  # an end of the window that no request can meet
 
 #: The attribute that says which connection an exception is about.
@@ -40,7 +42,7 @@ _E = TypeVar("_E", bound=Exception)
 
 def deadline_after(timeout: float | None) -> int:
     """The nanosecond of ``CLOCK_MONOTONIC`` at which ``timeout`` seconds are over; 0: never."""
-    if timeout is None or timeout > 1e9:
+    if timeout is None or timeout > LONG:
         return 0
     return time.monotonic_ns() + int(timeout * 1e9)
 
@@ -56,11 +58,14 @@ class Endpoint:
         "_reading",
         "_writing",
         "budget",
+        "callbacks",
         "closed",
         "draining",
         "failure",
         "handle",
+        "held",
         "hub",
+        "idle_timeout",
         "kind",
         "limits",
         "name",
@@ -87,6 +92,11 @@ class Endpoint:
     budget: int
     read_timeout: float | None
     write_timeout: float | None
+    idle_timeout: float | None
+    callbacks: Callbacks | None
+    """to be run at the end, if there are any"""
+    held: bool
+    """a handler has the connection: its server runs them when that has ended"""
     peer: bytes | None
     """the peer's address, if accept4 has told it"""
     raw: socket.socket | None
@@ -124,6 +134,11 @@ class Endpoint:
         self.budget = _runtime.settings().checkpoint_budget
         self.read_timeout = limits.read_timeout
         self.write_timeout = limits.write_timeout
+        self.idle_timeout = None
+        if limits.idle_timeout is not None:
+            self.set_idle_timeout(limits.idle_timeout)
+        self.callbacks = None
+        self.held = False
         self.peer = peer
         self.raw = None
         self.closed = self.draining = False
@@ -137,6 +152,14 @@ class Endpoint:
 
     def _mark_closed(self) -> None:
         self.closed = True
+
+    def set_idle_timeout(self, timeout: float | None) -> None:
+        """The clock starts anew with it."""
+        self.idle_timeout = timeout
+        if timeout is None or timeout > LONG:
+            _epoll.conn_set_idle(self.handle, 0)
+        else:
+            _epoll.conn_set_idle(self.handle, max(int(timeout * 1e9), 1))
 
     def statistics(self) -> ConnectionStatistics:
         """What the connection has counted; works after the close too."""

@@ -25,7 +25,7 @@ from . import _epoll
 from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
     from ._chain import Piece
     from ._epoll import Hub as HubHandle, View
@@ -92,6 +92,14 @@ class Hub(ABC):
     @abstractmethod
     def wake(self, waiter: Any) -> None:
         """Resumes a waiter that :meth:`wait_read` or :meth:`wait_write` has filed."""
+
+    @abstractmethod
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Runs the function in a task of its own, in the background, with the context variables of
+        the caller; it begins even if the loop is ending. What it raises is logged. Any thread.
+
+        Returns False, and runs nothing, if the event loop has ended.
+        """
 
     def forget(self, number: int) -> None:
         """``number`` has ended: no token is for anybody from now on."""

@@ -8,20 +8,71 @@ the callback is the end of the hub. For that the hub must not hold the loop eith
 from __future__ import annotations
 
 import weakref
-from asyncio import AbstractEventLoop, Future, get_running_loop, sleep
-from collections.abc import Iterable
+from asyncio import AbstractEventLoop, Future, Task, get_running_loop, sleep
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextvars import copy_context
+from inspect import CORO_CREATED, getcoroutinestate
+from typing import Any
 
 from ._epoll import hub_fd
-from ._hub import Hub
+from ._hub import Hub, logger
+
+
+Function = Callable[[], Coroutine[Any, Any, None]]
+
+
+class _Unstoppable(Coroutine[Any, Any, None]):
+    """A coroutine that begins even if its task is cancelled before: ``asyncio.run()`` does that to
+    all tasks there are at its end, and what was started as the last thing would never run.
+    """
+
+    __slots__ = ("_coroutine",)
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._coroutine.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        """``cr_frame`` and the like, by which AnyIO and debuggers look at a task."""
+        return getattr(self._coroutine, name)
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine.send(value)
+
+    def throw(self, *exc: Any) -> Any:
+        if getcoroutinestate(self._coroutine) == CORO_CREATED:
+            return self._coroutine.send(None)
+        return self._coroutine.throw(*exc)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+def _log_failure(task: Task[None]) -> None:
+    if not task.cancelled() and (exc := task.exception()) is not None:
+        logger.error("A background task of a hub has failed", exc_info=exc)
 
 
 class _Drain:
-    """The reader callback: an object of its own, since its end is the end of the hub."""
+    """The reader callback: an object of its own, since its end is the end of the hub.
 
-    __slots__ = ("__weakref__", "_hub")
+    It also keeps the hub's background tasks alive, since the loop itself holds tasks weakly; and if
+    the hub did, a loop that is forgotten would never be collected.
+    """
+
+    __slots__ = ("__weakref__", "_hub", "_tasks")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        self._tasks: set[Task[None]] = set()
+
+    def start(self, loop: AbstractEventLoop, function: Function) -> None:
+        task = loop.create_task(_Unstoppable(function()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)  # no cycle through this object: it must end
+        task.add_done_callback(_log_failure)
 
     def __call__(self) -> None:
         self._hub.dispatch()
@@ -35,6 +86,7 @@ class AsyncioHub(Hub):
         self._loop = weakref.ref(loop)
         drain = _Drain(self)
         weakref.finalize(drain, self.end).atexit = False
+        self._drain = weakref.ref(drain)
         loop.add_reader(hub_fd(self.handle), drain)
 
     def check(self) -> None:
@@ -64,6 +116,23 @@ class AsyncioHub(Hub):
 
     async def checkpoint(self) -> None:
         await sleep(0)
+
+    def spawn(self, function: Function) -> bool:
+        loop, drain = self._loop(), self._drain()
+        if loop is None or drain is None or loop.is_closed():
+            return False
+        try:
+            here = get_running_loop() is loop
+        except RuntimeError:
+            here = False
+        if here:
+            drain.start(loop, function)
+            return True
+        try:
+            loop.call_soon_threadsafe(drain.start, loop, function, context=copy_context())
+        except RuntimeError:  # closed by another thread meanwhile
+            return False
+        return True
 
     # Calling wake_reader() and wake() for each would double the cost of a wake-up.
     def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:

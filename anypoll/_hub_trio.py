@@ -8,7 +8,8 @@ it closed.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
 from types import coroutine
@@ -19,7 +20,7 @@ from outcome import Value
 from trio.lowlevel import Abort, Task
 
 from ._epoll import hub_fd
-from ._hub import Hub
+from ._hub import Hub, logger
 
 _VALUES = 1024  # window ends for which the wake-up is kept
 
@@ -39,6 +40,30 @@ def _wait_trap(abort: Any) -> Any:
 def _abort(readers: dict[int, Any], number: int, _raise_cancel: Any) -> Abort:
     readers.pop(number, None)  # None: the hub has ended
     return Abort.SUCCEEDED
+
+
+Function = Callable[[], Coroutine[Any, Any, None]]
+
+
+async def _background(function: Function) -> None:
+    """An exception that left a system task would end the run."""
+    try:
+        await function()
+    except trio.Cancelled:
+        raise
+    except BaseException:  # noqa: BLE001
+        logger.exception("A background task of a hub has failed")
+
+
+def _spawn(function: Function, context: Context) -> None:
+    trio.lowlevel.spawn_system_task(_background, function, context=context)
+
+
+def _spawn_at_last(function: Function, context: Context) -> None:
+    try:
+        _spawn(function, context)
+    except RuntimeError:
+        logger.exception("A background task of a hub came after the end of its run")
 
 
 class TrioHub(Hub):
@@ -63,12 +88,14 @@ class TrioHub(Hub):
             self._token = None  # the registry of hubs would keep both for ever
 
     def check(self) -> None:
-        try:
-            same = trio.lowlevel.current_trio_token() is self._token
-        except RuntimeError:
-            same = False
-        if not same:
+        if not self._is_here():
             raise RuntimeError("This object belongs to another event loop")
+
+    def _is_here(self) -> bool:
+        try:
+            return trio.lowlevel.current_trio_token() is self._token
+        except RuntimeError:
+            return False
 
     @coroutine
     def wait_read(self, number: int) -> Generator[Any, Any, int | None]:
@@ -118,6 +145,19 @@ class TrioHub(Hub):
 
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()
+
+    def spawn(self, function: Function) -> bool:
+        token, context = self._token, copy_context()
+        if token is None:
+            return False
+        try:
+            if self._is_here():
+                _spawn(function, context)
+            else:
+                token.run_sync_soon(_spawn_at_last, function, context)
+        except RuntimeError:  # the run is over
+            return False
+        return True
 
     def wake(self, waiter: Task) -> None:
         trio.lowlevel.reschedule(waiter)

@@ -120,9 +120,11 @@ class serve:  # noqa: N801 -- it is used as a function
     :param reuse_port: ``SO_REUSEPORT``
     :param read_timeout: ``read_timeout`` of each connection, in seconds
     :param write_timeout: ``write_timeout`` of each connection, in seconds
+    :param idle_timeout: ``idle_timeout`` of each connection, in seconds
     :param keepalive: TCP keepalive: ``True``, or a :class:`Keepalive`
     :param nodelay: ``TCP_NODELAY``
-    :param shutdown_timeout: seconds that busy connections get when the server ends
+    :param shutdown_timeout: seconds that busy connections get when the server ends, and that each
+        close callback may take
     :param read_high_water: bytes that are read ahead at most
     :param write_high_water: bytes of pending output above which reads wait
     :param read_limit: bytes that a single request may ask for
@@ -144,6 +146,7 @@ class serve:  # noqa: N801 -- it is used as a function
         reuse_port: bool = False,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
+        idle_timeout: float | None = None,
         keepalive: bool | Keepalive = False,
         nodelay: bool = True,
         shutdown_timeout: float = 10.0,
@@ -156,6 +159,7 @@ class serve:  # noqa: N801 -- it is used as a function
         limits = {
             "read_timeout": read_timeout,
             "write_timeout": write_timeout,
+            "idle_timeout": idle_timeout,
             "read_high_water": read_high_water,
             "write_high_water": write_high_water,
             "read_limit": read_limit,
@@ -175,7 +179,8 @@ class serve:  # noqa: N801 -- it is used as a function
         if seconds(shutdown_timeout, "shutdown_timeout") is None:
             raise TypeError("shutdown_timeout must be a number of seconds")
         _sockets.check_keepalive(keepalive)
-        options = Options(Limits(**self._limits), keepalive, bool(nodelay), shutdown_timeout)
+        limits = Limits(**self._limits, close_callback_timeout=shutdown_timeout)
+        options = Options(limits, keepalive, bool(nodelay), shutdown_timeout)
         server = Server(handler, options)
         if where.listeners is None:
             server._open(await where.sockets())

@@ -135,7 +135,7 @@ class Server:
 
     @property
     def connections(self) -> tuple[Connection, ...]:
-        """Those whose handlers have not ended yet: a snapshot."""
+        """Those whose handlers and close callbacks have not ended yet: a snapshot."""
         return tuple(self._connections)
 
     @property
@@ -234,6 +234,7 @@ class Server:
                 if options.keepalive:
                     connection.set_keepalive(options.keepalive)
             connection._server = self
+            core.held = True
             core.draining = self.shutting_down
             core.register()
         except BaseException:
@@ -255,8 +256,10 @@ class Server:
             if reason in _ENDED_BY_PEER:
                 await connection._core.finish(self._drain_timeout(connection))
         finally:
-            connection._core.close()
-            self._leave(connection, reason)
+            try:
+                await connection._core.end()
+            finally:
+                self._leave(connection, reason)
 
     def _drain_timeout(self, connection: Connection) -> float:
         timeout = connection.write_timeout

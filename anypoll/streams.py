@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from anyio.abc import UNIXSocketStream
 
 from . import _sockets
+from ._callbacks import Callback, Callbacks
 from ._config import Limits, seconds
 from ._connection import Core
 from ._epoll import IS_BROKEN, IS_EOF, TCP, UNIX, ConnectionStatistics
@@ -142,7 +143,8 @@ class Connection(SocketSurface):
 
         Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
         the writer has pending is drained first, for at most ``write_timeout``, unless the scope is
-        cancelled. The descriptor is closed on every way out.
+        cancelled. The descriptor is closed on every way out. Then the close callbacks run, unless
+        the connection has a handler, whose server runs them; a cancellation is seen after them.
         """
         await self._core.aclose()
 
@@ -175,6 +177,21 @@ class Connection(SocketSurface):
     def write_timeout(self, value: float | None) -> None:
         self._core.write_timeout = seconds(value, "write_timeout")
 
+    @property
+    def idle_timeout(self) -> float | None:
+        """Seconds without a byte in or out after which the connection is ended, whatever the
+        handler does; ``None`` for never. Setting it starts the clock anew.
+
+        The socket is shut down then, pending output is dropped, ``is_active`` is False, and the
+        close callbacks run. What is buffered can still be read; after that reads and writes raise
+        :class:`IdleTimeout`. A write that the peer does not take is no traffic.
+        """
+        return self._core.idle_timeout
+
+    @idle_timeout.setter
+    def idle_timeout(self, value: float | None) -> None:
+        self._core.set_idle_timeout(seconds(value, "idle_timeout"))
+
     # --- state -----------------------------------------------------------------------------------
 
     @property
@@ -203,7 +220,26 @@ class Connection(SocketSurface):
 
     def abort(self) -> None:
         """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent."""
-        self._core.close(reset=True)
+        self._core.abort()
+
+    def add_close_callback(self, callback: Callback) -> None:
+        """Has ``callback`` called once, when the connection has ended. A plain function.
+
+        The last one that was added is called first. In a server they run when the handler has
+        ended and the connection is closed; elsewhere in :meth:`aclose`, which waits for them.
+        After :meth:`abort`, :meth:`detach`, an idle end, a connection that was forgotten, or if the
+        connection is closed already, plain ones are called at once, and async ones in a task in the
+        background. All are shielded from cancellation. Each may take the ``shutdown_timeout`` of
+        its server, elsewhere 10 seconds; then it is cancelled. That, and what a callback raises, is
+        logged (logger ``anypoll.connection``) and does not stop the others.
+
+        :param callback: a plain or async callable of no argument, or else of one: the connection
+        :raises TypeError: for anything else
+        """
+        core = self._core
+        if core.callbacks is None:
+            core.callbacks = Callbacks(self, core.hub, core.limits.close_callback_timeout)
+        core.callbacks.add(callback, late=core.over)
 
     async def wait_writable(self) -> None:
         """Until a ``send()`` would probably not have to wait. A checkpoint.
@@ -215,7 +251,7 @@ class Connection(SocketSurface):
     def detach(self) -> tuple[socket.socket, bytes]:
         """Takes the socket out of the pollers, open, with the bytes that were read ahead.
 
-        The connection counts as closed afterwards.
+        The connection counts as closed afterwards, and its close callbacks run.
 
         :raises BusyResourceError: with pending output or a waiting task
         """
