@@ -17,7 +17,6 @@ from typing import Any
 from ._epoll import hub_fd
 from ._hub import Hub, logger
 
-
 Function = Callable[[], Coroutine[Any, Any, None]]
 
 

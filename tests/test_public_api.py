@@ -116,8 +116,8 @@ def test_parameters_are_those_of_anyio(name: str, added: list[str]) -> None:
 def test_serve_and_serve_forever_take_the_same_options() -> None:
     promised = words(
         "handler host port path path_mode sock listeners backlog reuse_port read_timeout "
-        "write_timeout keepalive nodelay shutdown_timeout read_high_water write_high_water "
-        "read_limit"
+        "write_timeout idle_timeout keepalive nodelay shutdown_timeout "
+        "read_high_water write_high_water read_limit"
     )
     assert set(promised) <= set(parameters(anypoll.serve))
     assert "task_status" in parameters(anypoll.serve_forever)
@@ -140,9 +140,10 @@ def test_message_too_large_is_a_value_error() -> None:
 
 
 COROUTINES = words("receive send send_eof aclose peek next skip until wait_writable")
-PLAIN = words("abort detach fileno statistics set_keepalive set_nodelay")
+PLAIN = words("abort add_close_callback detach fileno statistics set_keepalive set_nodelay")
 ATTRIBUTES = words(
-    "reader writer read_timeout write_timeout is_active at_eof server remote_address local_address"
+    "reader writer read_timeout write_timeout idle_timeout is_active at_eof server "
+    "remote_address local_address"
 )
 
 
