@@ -51,10 +51,14 @@ class _Callback:
 
     __slots__ = ("function", "is_async", "with_conn")
 
+    function: Callable[..., Any]
+    is_async: bool
+    with_conn: bool
+
     def __init__(self, function: Callback) -> None:
         if not callable(function):
             raise TypeError(f"a close callback must be callable, not {function!r}")
-        self.function: Callable[..., Any] = function
+        self.function = function
         self.with_conn = _needs_an_argument(function)
         called = getattr(function, "__call__", None)  # noqa: B004 -- of an object of some class
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)

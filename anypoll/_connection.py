@@ -68,8 +68,8 @@ class Core(Input):
         self._mark_closed()
         self.reader._close()
         self.writer._close()
-        self._let_go()
-        self.held = False  # its task will never run again
+        self._release_handle()
+        self._let_go()  # its task will never run again
         self.release_callbacks()
 
     # --- the end ---------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Core(Input):
         elif _epoll.conn_close(self.handle, 0, 1) >= 0 and reset:
             with suppress(OSError):  # closed already, by another thread
                 linger_now(self.raw)
-        self._let_go()
+        self._release_handle()
         hub.outputs.pop(self.number, None)
         hub.wake_reader(self.number)
         hub.wake_writers(self.number)
@@ -180,7 +180,7 @@ class Core(Input):
     async def end(self) -> None:
         """The last that a handler's task does: closes, and runs the callbacks."""
         self.close()
-        self.held = False
+        self._let_go()
         if self.callbacks is not None:
             await self.callbacks.run()
 

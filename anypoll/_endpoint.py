@@ -165,6 +165,9 @@ class Endpoint:
         """What the connection has counted; works after the close too."""
         return _epoll.connection_statistics(self.handle, self.reader._start, self.writer._size)
 
+    def _let_go(self) -> None:
+        self.held = False
+
     def _begin_draining(self) -> None:
         self.draining = True
 
@@ -188,7 +191,7 @@ class Endpoint:
         self.raw = sock
         _runtime.raw_sockets.add(sock)
 
-    def _let_go(self) -> None:
+    def _release_handle(self) -> None:
         """The C side has closed: what was kept for that goes."""
         _runtime.handles.pop(self.number, None)
         raw = self.raw
