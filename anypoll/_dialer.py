@@ -8,7 +8,6 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -97,6 +96,9 @@ async def _local_address(
     if local_host is None and local_port is None:
         return socket.AF_UNSPEC, None
     host = None if local_host is None else str(local_host)
+    known = None if host is None else _sockets.literal(host, local_port or 0)
+    if known is not None:
+        return known[0], _sockets.with_scope(*known)
     found = await anyio.getaddrinfo(host, local_port or 0, type=socket.SOCK_STREAM)
     family, *_, address = found[0]
     return family, tuple(address)
@@ -111,15 +113,6 @@ async def _remote_addresses(host: str, port: int, family: int) -> list[tuple[int
     return mixed + six[len(four) :] + four[len(six) :]
 
 
-def _literal(host: str, port: int) -> list[tuple[int, Any]] | None:
-    try:
-        version = ip_address(host).version
-    except ValueError:
-        return None
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET
-    return [(family, _sockets.with_scope(family, (host, port)))]
-
-
 async def _race(
     remote_host: Any, remote_port: int, local_host: Any, local_port: int | None, delay: float
 ) -> socket.socket:
@@ -128,7 +121,8 @@ async def _race(
     """
     family, local = await _local_address(local_host, local_port)
     host = str(remote_host)
-    targets = _literal(host, remote_port) or await _remote_addresses(host, remote_port, family)
+    known = _sockets.literal(host, remote_port)
+    targets = [known] if known else await _remote_addresses(host, remote_port, family)
     winner: socket.socket | None = None
     errors: list[OSError] = []
 
@@ -173,7 +167,7 @@ async def _connected(family: int, address: Any, local: tuple[Any, ...] | None) -
         if local is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(local)
-        await _sockets.connect(sock, address)
+        await _sockets.connect(sock, _sockets.with_scope(family, address))
     except BaseException:
         sock.close()
         raise
@@ -187,6 +181,7 @@ async def connect_unix(
     timeout: float | None = None,
     read_timeout: float | None = None,
     write_timeout: float | None = None,
+    keepalive: bool | Keepalive = False,
 ) -> UNIXConnection:
     """Connects to a UNIX socket, as :func:`anyio.connect_unix` does.
 
@@ -195,6 +190,7 @@ async def connect_unix(
     :param timeout: seconds to connect within
     :param read_timeout: the new connection's
     :param write_timeout: likewise
+    :param keepalive: ignored, as on UNIX sockets everywhere
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
     :raises ValueError: for another ``kind``
@@ -202,6 +198,7 @@ async def connect_unix(
     if kind != socket.SOCK_STREAM:
         raise ValueError(f"unsupported kind of socket: {socket.SocketKind(kind).name}")
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    _sockets.check_keepalive(keepalive)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

@@ -10,6 +10,7 @@ import socket
 import stat
 import struct
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any
 
 import anyio
@@ -119,6 +120,14 @@ _MISSING = {
 }
 
 
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
 def _validate(sock: socket.socket, families: Sequence[int], *, listening: bool) -> None:
     try:
         ready = _is_bound(sock) if listening else bool(sock.getpeername() or True)
@@ -126,6 +135,8 @@ def _validate(sock: socket.socket, families: Sequence[int], *, listening: bool) 
         raise ValueError(_MISSING[listening]) from exc
     if not ready:
         raise ValueError(_MISSING[listening])
+    if listening and sock.type == socket.SOCK_STREAM and _has_peer(sock):
+        raise ValueError("the socket must not be connected")
     family, kind = _described(sock)
     if sock.family not in families:
         wanted = " or ".join(socket.AddressFamily(f).name for f in families)
@@ -177,6 +188,9 @@ async def _local_addresses(host: str | None, port: int, family: int) -> list[tup
         if family == socket.AF_INET or not socket.has_dualstack_ipv6():
             return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 -- that is what was asked for
         return [(socket.AF_INET6, ("::", port))]
+    known = literal(host, port)
+    if known is not None and family in {socket.AF_UNSPEC, known[0]}:
+        return [known]
     found = await anyio.getaddrinfo(
         host, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
@@ -210,11 +224,28 @@ def _bind_all(
     return sockets
 
 
+def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
+    """Family and address, if ``host`` is one and no name. It is not resolved then: uvloop's
+    ``getaddrinfo()`` loses the scope.
+    """
+    try:
+        version = ip_address(host).version
+    except ValueError:
+        return None
+    return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
+
+
 def with_scope(family: int, address: Any) -> Any:
-    """``("fe80::1%eth0", port)`` as ``bind`` takes it."""
+    """``("fe80::1%eth0", port)`` as ``bind`` and ``connect`` take it.
+
+    :raises gaierror: if there is no such interface
+    """
     if family == socket.AF_INET6 and "%" in address[0]:
         host, _, scope = address[0].partition("%")
-        index = int(scope) if scope.isdigit() else socket.if_nametoindex(scope)
+        try:
+            index = int(scope) if scope.isdigit() else socket.if_nametoindex(scope)
+        except OSError:
+            raise socket.gaierror(socket.EAI_NONAME, f"no interface {scope!r}") from None
         return host, address[1], 0, index
     return address
 

@@ -24,7 +24,7 @@ from anyio.streams.tls import TLSAttribute, TLSListener, TLSStream
 from peers import holds, pattern, within
 
 import anypoll
-from anypoll import Connection, ConnectTimeout, UNIXConnection
+from anypoll import Connection, ConnectTimeout, UNIXConnection, _sockets
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -147,7 +147,12 @@ async def test_refused_by_all(free_port: int, names: Any) -> None:
 
 
 async def test_errors_are_those_of_anyio(free_port: int) -> None:
-    for host, port in (("127.0.0.1", free_port), ("no-such-host.invalid", 80)):
+    targets = [
+        ("127.0.0.1", free_port),
+        ("no-such-host.invalid", 80),
+        ("255.255.255.255", 80),  # unreachable for TCP, on every machine
+    ]
+    for host, port in targets:
         errors = []
         for connect in (anyio.connect_tcp, anypoll.connect_tcp):
             with pytest.raises(OSError, match=r"\w") as caught:
@@ -157,6 +162,16 @@ async def test_errors_are_those_of_anyio(free_port: int) -> None:
         assert type(ours) is type(theirs)
         assert str(ours) == str(theirs)
         assert type(ours.__cause__) is type(theirs.__cause__)
+        if theirs.__cause__ is not None:
+            assert ours.__cause__.errno == theirs.__cause__.errno  # type: ignore[union-attr]
+
+
+async def test_an_interface_that_is_not_there() -> None:
+    with pytest.raises(OSError, match="All connection attempts failed") as caught:
+        await anypoll.connect_tcp("fe80::1%no-such-interface", 80)
+    assert isinstance(caught.value.__cause__, socket.gaierror)
+    with pytest.raises(socket.gaierror):
+        await anypoll.create_tcp_listener(local_host="fe80::1%no-such-interface")
 
 
 async def test_a_failure_leaves_no_cycle(free_port: int) -> None:
@@ -298,6 +313,28 @@ async def test_cancellation_closes_everything(seed: int, tmp_path: Path) -> None
         sock.setblocking(False)
 
 
+async def test_the_winner_is_closed_when_cancelled_at_the_last_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After it has connected, and before it was handed over."""
+    connect = _sockets.connect
+    connected: list[socket.socket] = []
+    scope = anyio.CancelScope()
+
+    async def connect_and_cancel(sock: socket.socket, address: Any) -> None:
+        await connect(sock, address)
+        connected.append(sock)
+        scope.cancel()
+
+    monkeypatch.setattr(_sockets, "connect", connect_and_cancel)
+    with listening() as (_, port):
+        with scope:
+            await anypoll.connect_tcp("127.0.0.1", port)
+        assert scope.cancelled_caught
+    [winner] = connected
+    assert winner.fileno() == -1
+
+
 # --- several addresses ---------------------------------------------------------------------------
 
 
@@ -372,6 +409,14 @@ async def test_connect_unix(unix_path: Path) -> None:
             assert conn.local_address == ""
             assert (conn.read_timeout, conn.write_timeout) == (1, 2)
             assert conn.extra(SocketAttribute.remote_address) == str(unix_path)
+
+
+async def test_keepalive_is_ignored_on_unix_sockets(unix_path: Path) -> None:
+    async with await anypoll.connect_unix(unix_path, keepalive=True) as conn:
+        raw = conn.extra(SocketAttribute.raw_socket)
+        assert not raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    with pytest.raises(TypeError, match="keepalive must be"):
+        await anypoll.connect_unix(unix_path, keepalive=7)  # type: ignore[arg-type]
 
 
 async def test_errors_of_connect_unix(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def parameters(function: Any) -> list[str]:
     ("name", "added"),
     [
         ("connect_tcp", ["timeout", "read_timeout", "write_timeout", "keepalive"]),
-        ("connect_unix", ["timeout", "read_timeout", "write_timeout"]),
+        ("connect_unix", ["timeout", "read_timeout", "write_timeout", "keepalive"]),
         ("create_tcp_listener", []),
         ("create_unix_listener", []),
     ],
