@@ -235,8 +235,10 @@ class Connection(SocketSurface):
 
         :param callback: a plain or async callable of no argument, or else of one: the connection
         :raises TypeError: for anything else
+        :raises RuntimeError: outside of the connection's event loop
         """
         core = self._core
+        core._check_loop()
         if core.callbacks is None:
             core.callbacks = Callbacks(self, core.hub, core.limits.close_callback_timeout)
         core.callbacks.add(callback, late=core.over)

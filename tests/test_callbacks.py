@@ -206,6 +206,20 @@ async def test_nonsense_is_refused_and_changes_nothing(conn: Connection, wrong: 
     assert notes == ["kept"]
 
 
+async def test_another_event_loop_is_refused(conn: Connection) -> None:
+    notes: Notes = []
+
+    async def elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            conn.add_close_callback(plain(notes, "never"))
+
+    thread = threading.Thread(target=lambda: notes.append(asyncio.run(elsewhere())))
+    thread.start()
+    thread.join()
+    await conn.aclose()
+    assert notes == [None]
+
+
 async def test_several_aclose_at_once_wait_for_all(conn: Connection) -> None:
     notes: Notes = []
     go = anyio.Event()
