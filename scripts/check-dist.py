@@ -60,8 +60,9 @@ def check_sdist(sdist: Path) -> None:
 def check_import(site: Path) -> None:
     """The wheel imports, from SITE and not from the working tree, and starts no thread."""
     code = (
-        "import threading, anypoll, sys; assert threading.active_count() == 1;"
-        "assert 'trio' not in sys.modules; print(anypoll.__file__)"
+        "import threading, anypoll, anypoll.integrations, sys;"
+        "assert threading.active_count() == 1; assert 'trio' not in sys.modules;"
+        "import anypoll.integrations.trio; print(anypoll.__file__)"
     )
     found = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:1] = [{str(site)!r}]; {code}"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,10 +15,12 @@ import anyio.abc
 import pytest
 
 import anypoll
+import anypoll.integrations.trio
 import anypoll.nocopy
 import anypoll.streams
 
-MODULES = [anypoll, anypoll.streams, anypoll.nocopy]
+MODULES = [anypoll, anypoll.streams, anypoll.nocopy, anypoll.integrations.trio]
+INTEGRATIONS = sorted((Path(anypoll.__file__).parent / "integrations").glob("*.py"))
 
 
 def public_names(module: Any) -> set[str]:
@@ -237,6 +241,42 @@ def test_keepalive_refuses_nonsense() -> None:
             anypoll.Keepalive(**wrong)
 
 
+def private_uses(source: str) -> list[str]:
+    """Where something of anypoll's is used that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module)[:7] == "anypoll"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            names = [node.attr]
+        found += [f"{node.lineno}: {n}" for n in names if n[:1] == "_" and n[:2] != "__"]
+    return found
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: path.stem)
+def test_integrations_use_the_public_api(path: Path) -> None:
+    assert private_uses(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from anypoll import _epoll",
+        "from anypoll._errors import ReadTimeout",
+        "from .. import _epoll",
+        "import anypoll._errors",
+        "conn._core",
+        "self.conn._core",
+    ],
+)
+def test_the_check_of_integrations_sees_what_is_private(source: str) -> None:
+    assert private_uses(source) != []
+    assert private_uses("from __future__ import annotations\nself._own, cls.__name__") == []
+
+
 def test_every_public_thing_has_a_docstring() -> None:
     for module in MODULES:
         for name in module.__all__:
@@ -255,7 +295,7 @@ def test_import_starts_nothing_and_statistics_are_empty_then() -> None:
     out = run(
         "import os, sys, threading\n"
         "before = len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd'))\n"
-        "import anypoll, anypoll.nocopy, anypoll.streams\n"
+        "import anypoll, anypoll.nocopy, anypoll.streams, anypoll.integrations\n"
         "anypoll.configure(pollers=3)\n"
         "after = len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd'))\n"
         "assert before == after, (before, after)\n"
