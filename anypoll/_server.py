@@ -336,4 +336,5 @@ def _normal_end(exc: BaseException, number: int) -> str | None:
         about = about.__cause__
     if about is None:
         return None
-    return next((reason for kind, reason in _REASONS.items() if isinstance(exc, kind)), None)
+    kinds = {kind.__name__ for kind in type(exc).__mro__}  # Trio's exceptions have AnyIO's names
+    return next((reason for kind, reason in _REASONS.items() if kind.__name__ in kinds), None)

@@ -850,6 +850,45 @@ async def test_tls_over_a_connection_of_a_server(contexts: Contexts) -> None:
             await echoes(stream, pattern(200 * KIB))
 
 
+async def test_a_peer_that_goes_is_no_error_of_a_servers_handler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Or peers could fill the log of `anypoll.serve` whose handlers speak Trio."""
+
+    async def reading(conn: anypoll.Connection) -> None:
+        await TrioStream(conn).receive_some()
+
+    async def reading_after_the_close(conn: anypoll.Connection) -> None:
+        await conn.aclose()
+        await TrioStream(conn).receive_some()
+
+    for handler, reason in ((reading, "broken"), (reading_after_the_close, "closed")):
+        async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                await holds(lambda: server.statistics().accepted)
+                reset(client)
+                await holds(lambda: server.statistics().closed)
+        assert server.statistics().closed == {reason: 1}
+        assert server.statistics().handler_errors == 0
+    assert caplog.records == []
+
+
+async def test_the_end_of_another_stream_is_an_error_of_the_handler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def handler(conn: anypoll.Connection) -> None:
+        async with opened("tcp") as (other, peer):
+            reset(peer)
+            await TrioStream(other).receive_some()
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with socket.create_connection(("127.0.0.1", server.port)):
+            await holds(lambda: server.statistics().closed)
+        assert server.statistics().handler_errors == 1
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    caplog.clear()  # the traceback there holds the connection
+
+
 # --- opening -------------------------------------------------------------------------------------
 
 

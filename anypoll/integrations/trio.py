@@ -50,9 +50,13 @@ _ACCEPT_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, OSError)
 
 
 def _translated(exc: Exception) -> Exception:
-    """Trio's exception for one of ``_ERRORS``, with its text."""
-    trios = next(trios for kind, trios in _TRIOS.items() if isinstance(exc, kind))
-    return trios(str(exc) or str(exc.__cause__ or ""))
+    """Trio's exception for one of ``_ERRORS``, with its text and its attributes: a server knows by
+    them that it is about a connection of its own, whose peer may go at any time.
+    """
+    kind = next(trios for kind, trios in _TRIOS.items() if isinstance(exc, kind))
+    error = kind(str(exc) or str(exc.__cause__ or ""))
+    error.__dict__.update(exc.__dict__)
+    return error
 
 
 class TrioStream(trio.abc.HalfCloseableStream):
