@@ -22,9 +22,8 @@ from ._socket_surface import SocketSurface
 from .nocopy import Reader, Writer
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Buffer, Self
 
-    from ._chain import Piece
 
 __all__ = ("Connection", "UNIXConnection", "socketpair")
 
@@ -117,7 +116,7 @@ class Connection(SocketSurface):
             raise ValueError("max_bytes must be a positive integer")
         return await self._core.receive(max_bytes)
 
-    async def send(self, item: Piece) -> None:
+    async def send(self, item: Buffer) -> None:
         """Sends what the writer has pending, then ``item``. A checkpoint.
 
         Returns when the kernel has everything; ``item`` may be changed then. If the call is
