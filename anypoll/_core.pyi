@@ -30,6 +30,8 @@ class Lib(Protocol):
     AP_ELATE: int
     AP_TCP: int
     AP_UNIX: int
+    AP_SEQPACKET: int
+    AP_FDS_MOST: int
     AP_MAIL_READ: int
     AP_MAIL_WRITE: int
     AP_MAIL_SENT: int
@@ -37,6 +39,7 @@ class Lib(Protocol):
     AP_MAIL_ACCEPT: int
     AP_MAIL_STARVED: int
     AP_MAIL_IDLE: int
+    AP_MAIL_FDS: int
     AP_NOWAIT: int
     AP_SCATTER: int
     AP_NEW_BLOCK_SHIFT: int
@@ -112,6 +115,16 @@ class Lib(Protocol):
     def ap_conn_drain(self, conn: Conn, until_writable: int, deadline: int, /) -> int: ...
     def ap_conn_hold(self, conn: Conn, /) -> int: ...
     def ap_conn_requeue(self, conn: Conn, pieces: Any, count: int, /) -> int: ...
+    def ap_conn_report(self, conn: Conn, pos: int, /) -> int: ...
+    def ap_conn_take_fds(
+        self, conn: Conn, pos: int, buffer: Any, size: int, fds: Any, count: Any, /
+    ) -> int: ...
+    def ap_conn_send_fds(
+        self, conn: Conn, data: Any, size: int, fds: Any, count: int, /
+    ) -> int: ...
+    def ap_conn_receive(
+        self, conn: Conn, max: int, deadline: int, view: View, fds: Any, count: Any, /
+    ) -> int: ...
     def ap_conn_shutdown(self, conn: Conn, /) -> int: ...
     def ap_conn_linger(self, conn: Conn, pos: int, deadline: int, /) -> int: ...
     def ap_conn_set_idle(self, conn: Conn, nanoseconds: int, /) -> int: ...

@@ -176,8 +176,8 @@ async def _connected(family: int, address: Any, local: tuple[Any, ...] | None) -
 
 async def connect_unix(
     path: str | bytes | os.PathLike[Any],
-    *,
     kind: int = socket.SOCK_STREAM,
+    *,
     timeout: float | None = None,
     read_timeout: float | None = None,
     write_timeout: float | None = None,
@@ -186,7 +186,7 @@ async def connect_unix(
     """Connects to a UNIX socket, as :func:`anyio.connect_unix` does.
 
     :param path: a leading NUL makes it abstract
-    :param kind: ``SOCK_STREAM``
+    :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
     :param timeout: seconds to connect within
     :param read_timeout: the new connection's
     :param write_timeout: likewise
@@ -195,15 +195,14 @@ async def connect_unix(
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
     :raises ValueError: for another ``kind``
     """
-    if kind != socket.SOCK_STREAM:
-        raise ValueError(f"unsupported kind of socket: {socket.SocketKind(kind).name}")
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     _sockets.check_keepalive(keepalive)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    name = _sockets.unix_path(path)
+    sock = socket.socket(socket.AF_UNIX, _sockets.unix_kind(kind))
     try:
         sock.setblocking(False)
         with _connect_timeout(timeout):
-            await _connect_unix(sock, os.fsencode(os.fspath(path)))
+            await _connect_unix(sock, name)
     except BaseException:
         sock.close()
         raise

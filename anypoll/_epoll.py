@@ -43,6 +43,8 @@ EIDLE = lib.AP_EIDLE
 ELATE = lib.AP_ELATE
 TCP = lib.AP_TCP
 UNIX = lib.AP_UNIX
+SEQPACKET = lib.AP_SEQPACKET
+FDS_MOST = lib.AP_FDS_MOST
 NOWAIT = lib.AP_NOWAIT
 SCATTER = lib.AP_SCATTER
 NEW_BLOCK = 1 << lib.AP_NEW_BLOCK_SHIFT
@@ -53,6 +55,7 @@ MAIL_TRIM = lib.AP_MAIL_TRIM
 MAIL_ACCEPT = lib.AP_MAIL_ACCEPT
 MAIL_STARVED = lib.AP_MAIL_STARVED
 MAIL_IDLE = lib.AP_MAIL_IDLE
+MAIL_FDS = lib.AP_MAIL_FDS
 IS_CLOSED = lib.AP_IS_CLOSED
 IS_BROKEN = lib.AP_IS_BROKEN
 IS_EOF = lib.AP_IS_EOF
@@ -76,6 +79,7 @@ conn_shutdown = lib.ap_conn_shutdown
 conn_linger = lib.ap_conn_linger
 conn_close = lib.ap_conn_close
 conn_detach = lib.ap_conn_detach
+conn_report = lib.ap_conn_report
 conn_fd = lib.ap_conn_fd
 conn_set_idle = lib.ap_conn_set_idle
 hub_take = lib.ap_hub_take
@@ -317,6 +321,48 @@ def conn_rest(conn: Conn) -> bytes:
     return b"".join(parts)
 
 
+# --- UNIX sockets --------------------------------------------------------------------------------
+
+_BYTES_AT_ONCE = 256 * 1024
+
+
+def take_fds(conn: Conn, pos: int, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Consumes at most ``size`` unread bytes, and takes at most ``most`` of the descriptors that
+    came with them; others are closed.
+
+    :raises OSError: ``EBADF`` after the close
+    """
+    size = min(size, check(lib.ap_conn_buffered(conn, pos)), _BYTES_AT_ONCE)
+    room, fds = ffi.new("char[]", size), ffi.new("int[]", FDS_MOST)
+    count = ffi.new("int *", min(most, FDS_MOST))
+    got = check(lib.ap_conn_take_fds(conn, pos, room, size, fds, count))
+    return bytes(ffi.buffer(room, got)), list(fds[0 : count[0]])
+
+
+def receive_message(
+    conn: Conn, size: int, most: int, deadline: int
+) -> tuple[bytes, list[int]] | int:
+    """The next message, cut off behind ``size`` bytes, and at most ``most`` of its descriptors;
+    or a negative code.
+    """
+    view, fds = new_view(), ffi.new("int[]", max(min(most, FDS_MOST), 1))
+    count = ffi.new("int *", min(most, FDS_MOST))
+    got = lib.ap_conn_receive(conn, min(size, 2**40), deadline, view, fds, count)
+    if got < 0:
+        return got
+    block = ffi.gc(view.block, lib.ap_block_unref, view.size)
+    message = bytes(ffi.buffer(block, view.end)[view.start :])
+    return message, list(fds[0 : count[0]])
+
+
+def send_fds(conn: Conn, message: Piece, fds: Sequence[int]) -> int:
+    """Sends as much of ``message`` as one system call takes, with copies of the descriptors; the
+    bytes taken, or a negative code.
+    """
+    data = ffi.from_buffer("char[]", message)
+    return lib.ap_conn_send_fds(conn, data, len(data), list(fds), len(fds))
+
+
 def connection_statistics(conn: Conn, pos: int, output: int) -> ConnectionStatistics:
     """What the connection has counted; ``output``: bytes that Python still holds."""
     out = ffi.new("ap_conn_stats *")
@@ -392,9 +438,9 @@ def take_accepted(listener: Listener) -> list[tuple[int, bytes]]:
     return [(room[i].fd, memory[i * size : (i + 1) * size]) for i in range(n)]
 
 
-def peer_address(record: bytes) -> tuple[str, int] | str:
+def peer_address(record: bytes) -> tuple[str, int] | str | None:
     """The address as AnyIO gives it: host (with ``%scope``, if there is one) and port; ``""`` for
-    a UNIX socket.
+    a UNIX socket without a name, and ``None`` for one whose name the socket has to be asked for.
     """
     _fd, family, port, scope, address = _ACCEPTED.unpack(record)
     if family == socket.AF_INET:
@@ -402,7 +448,7 @@ def peer_address(record: bytes) -> tuple[str, int] | str:
     if family == socket.AF_INET6:
         host = socket.inet_ntop(socket.AF_INET6, address)
         return (f"{host}%{scope}" if scope else host), port
-    return ""
+    return None if port else ""
 
 
 # --- faults, for tests ---------------------------------------------------------------------------

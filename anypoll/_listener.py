@@ -24,9 +24,9 @@ from anyio.streams.stapled import MultiListener
 
 from . import _epoll, _runtime, _sockets
 from ._config import Limits
-from ._epoll import MAIL_STARVED, TCP, UNIX
+from ._epoll import MAIL_STARVED, TCP
 from ._errors import stream_error
-from .streams import Connection, new_connection
+from .streams import Connection, kind_of, new_connection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +64,7 @@ class SocketListener(AnyIOSocketListener):
         self._raw = sock
         self._hub = _runtime.current_hub()
         self._account = account if account is not None else _epoll.open_account()
-        self._kind = UNIX if sock.family == socket.AF_UNIX else TCP
+        self._kind = kind_of(sock)
         self._handle = _epoll.open_listener(
             _runtime.pick_poller(), self._hub.handle, sock.fileno(), self._account
         )
@@ -311,12 +311,10 @@ async def create_unix_listener(
 
     :param path: a leading NUL makes it abstract; a stale socket file is removed, any other never
     :param mode: permissions of the socket's file
-    :param kind: ``SOCK_STREAM``
+    :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
     :raises OSError: for a failed bind
     :raises ValueError: for another ``kind``
     """
-    if kind != socket.SOCK_STREAM:
-        raise ValueError(f"unsupported kind of socket: {socket.SocketKind(kind).name}")
-    sock = _sockets.unix_listening(path, mode=mode, backlog=backlog)
+    sock = _sockets.unix_listening(path, mode=mode, backlog=backlog, kind=kind)
     await anyio.lowlevel.checkpoint()
     return open_listeners([sock])[0]

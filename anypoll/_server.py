@@ -99,7 +99,7 @@ class Server:
         self._options = options
         self._account = _epoll.open_account()
         self._listeners: list[SocketListener] = []
-        self._addresses: tuple[tuple[str, int] | str, ...] = ()
+        self._addresses: tuple[_sockets.Address, ...] = ()
         self._connections: set[Connection] = set()
         self._shutting_down = anyio.Event()
         self._ended = anyio.Event()
@@ -118,7 +118,7 @@ class Server:
         return tuple(self._listeners)
 
     @property
-    def addresses(self) -> tuple[tuple[str, int] | str, ...]:
+    def addresses(self) -> tuple[_sockets.Address, ...]:
         """Of all listeners, as AnyIO's ``local_address`` gives them; also after the end."""
         return self._addresses
 

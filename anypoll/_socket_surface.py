@@ -30,27 +30,25 @@ class SocketSurface(SocketStream):
         return -1 if self._core.closed else max(_epoll.conn_fd(self._core.handle, 0), -1)
 
     @property
-    def local_address(self) -> tuple[str, int] | str:
-        """The address of this end: host and port, or the path of a UNIX socket.
+    def local_address(self) -> _sockets.Address:
+        """The address of this end: host and port, or the path of a UNIX socket; an abstract name,
+        with its leading NUL, is ``bytes``.
 
         :raises ClosedResourceError: if the connection is closed
         """
         return _sockets.plain_address(self._socket().getsockname())
 
     @property
-    def remote_address(self) -> tuple[str, int] | str:
+    def remote_address(self) -> _sockets.Address:
         """The address of the other end.
 
-        :raises ClosedResourceError: if the connection is closed, and was not accepted
+        :raises ClosedResourceError: if the connection is closed, and was not accepted (or by a
+            UNIX socket, from a peer with a name)
         :raises OSError: if the peer had gone before anybody asked, and it was not accepted
         """
-        return _sockets.plain_address(self._remote())
-
-    def _remote(self) -> Any:
         core = self._core
-        if core.peer is not None:
-            return _epoll.peer_address(core.peer)
-        return self._socket().getpeername()
+        known = _epoll.peer_address(core.peer) if core.peer is not None else None
+        return known if known is not None else _sockets.plain_address(self._socket().getpeername())
 
     def set_nodelay(self, on: bool) -> None:
         """``TCP_NODELAY``, which is on at first; ignored on UNIX sockets.
@@ -99,25 +97,20 @@ class SocketSurface(SocketStream):
         """
         return {**self._anyio_attributes(), **self._own_attributes()}
 
-    @staticmethod
-    def _as_anyio(address: Any) -> Any:
-        """AnyIO leaves an abstract name as it is, ``bytes``."""
-        return address if isinstance(address, bytes) else _sockets.plain_address(address)
-
     def _anyio_attributes(self) -> dict[Any, Callable[[], Any]]:
         attributes: dict[Any, Callable[[], Any]] = {
             SocketAttribute.family: lambda: self._raw_socket.family,
-            SocketAttribute.local_address: lambda: self._as_anyio(self._socket().getsockname()),
+            SocketAttribute.local_address: lambda: self.local_address,
             SocketAttribute.raw_socket: lambda: self._raw_socket,
         }
         try:
-            remote = self._remote()
+            remote: Any = self.remote_address
         except (OSError, ClosedResourceError):
             remote = None
         if remote is not None:
-            attributes[SocketAttribute.remote_address] = lambda: self._as_anyio(remote)
+            attributes[SocketAttribute.remote_address] = lambda: remote
         if self._core.kind == TCP:
-            attributes[SocketAttribute.local_port] = lambda: self.local_address[1]
+            attributes[SocketAttribute.local_port] = lambda: self._socket().getsockname()[1]
             if remote is not None:
                 attributes[SocketAttribute.remote_port] = lambda: remote[1]
         return attributes

@@ -20,7 +20,7 @@ from ._attributes import PeerCredentials
 from ._config import Keepalive
 
 IPAddress = tuple[str, int]
-Address = IPAddress | str
+Address = IPAddress | str | bytes
 
 BACKLOG_MOST = 65536
 _BIND_TRIES = 10
@@ -32,11 +32,11 @@ _INET = {socket.AF_INET, socket.AF_INET6}
 
 
 def plain_address(address: Any) -> Address:
-    """A socket's address as AnyIO gives it: an IPv6 one as ``(host%scope, port)``; that of a UNIX
-    socket as a ``str``, an abstract one with its leading NUL.
+    """A socket's address as AnyIO gives it: an IPv6 one as ``(host%scope, port)``; the path of a
+    UNIX socket as ``str``, an abstract name as ``bytes``, with its leading NUL.
     """
     if isinstance(address, bytes):
-        return os.fsdecode(address)
+        return address
     if isinstance(address, tuple):
         host, port, *rest = address
         scope = rest[1] if len(rest) == 2 else 0
@@ -250,24 +250,54 @@ def with_scope(family: int, address: Any) -> Any:
     return address
 
 
+def unix_path(path: str | bytes | os.PathLike[Any]) -> bytes:
+    """The path as ``bind`` and ``connect`` take it.
+
+    :raises TypeError: if it is none
+    :raises ValueError: for a NUL inside of it, which would end it there; one in front is right
+    """
+    raw = os.fsencode(os.fspath(path))
+    if b"\0" in raw and not raw.startswith(b"\0"):
+        raise ValueError(f"a path must not contain a NUL, except as its first character: {path!r}")
+    return raw
+
+
+def unix_kind(kind: int) -> socket.SocketKind:
+    """:raises ValueError: if it is neither ``SOCK_STREAM`` nor ``SOCK_SEQPACKET``"""
+    if kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        return socket.SocketKind(kind)
+    named = getattr(_named(kind), "name", repr(kind))
+    raise ValueError(f"kind must be SOCK_STREAM or SOCK_SEQPACKET, not {named}")
+
+
+def _named(kind: int) -> socket.SocketKind | None:
+    try:
+        return socket.SocketKind(kind)
+    except ValueError:
+        return None
+
+
 def unix_listening(
-    path: str | bytes | os.PathLike[Any], *, mode: int | None, backlog: int
+    path: str | bytes | os.PathLike[Any],
+    *,
+    mode: int | None,
+    backlog: int,
+    kind: int = socket.SOCK_STREAM,
 ) -> socket.socket:
     """A listening UNIX socket. A stale socket file is removed, any other file never.
 
     :raises OSError: for a failed bind; nothing is left open
     """
-    name = os.fspath(path)
-    raw = os.fsencode(name)
+    raw, backlog, kind = unix_path(path), _backlog(backlog), unix_kind(kind)
     if not raw.startswith(b"\0"):
         _remove_stale(raw)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
         sock.setblocking(False)
         sock.bind(raw)
         if mode is not None and not raw.startswith(b"\0"):
             os.chmod(raw, mode)
-        sock.listen(_backlog(backlog))
+        sock.listen(backlog)
     except BaseException:
         sock.close()
         raise
@@ -276,7 +306,7 @@ def unix_listening(
 
 def _remove_stale(path: bytes) -> None:
     try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):  # a link is a file of its own
             os.unlink(path)
     except FileNotFoundError:
         pass

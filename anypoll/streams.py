@@ -11,14 +11,13 @@ import socket
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from anyio.abc import UNIXSocketStream
-
 from . import _sockets
 from ._callbacks import Callback, Callbacks
 from ._config import Limits, seconds
 from ._connection import Core
-from ._epoll import IS_BROKEN, IS_EOF, TCP, UNIX, ConnectionStatistics
+from ._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
 from ._socket_surface import SocketSurface
+from ._unix import DescriptorStream, MessageCore, UNIXCore
 from .nocopy import Reader, Writer
 
 if TYPE_CHECKING:
@@ -259,24 +258,15 @@ class Connection(SocketSurface):
         return self._core.detach()
 
 
-class UNIXConnection(Connection, UNIXSocketStream):
-    """A :class:`Connection` over a UNIX socket."""
+class UNIXConnection(Connection, DescriptorStream):
+    """A :class:`Connection` over a UNIX socket, which can also carry file descriptors.
+
+    Over a ``SOCK_SEQPACKET`` socket it has messages and no stream: ``send()`` sends one, and
+    ``receive()`` returns one, cut off behind ``max_bytes``. ``reader`` and ``writer`` raise
+    ``ValueError`` there.
+    """
 
     __slots__ = ()
-
-    async def send_fds(self, message: bytes, fds: Any) -> None:
-        """Not there yet.
-
-        :raises NotImplementedError: always
-        """
-        raise NotImplementedError("sending descriptors is not supported yet")
-
-    async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
-        """Not there yet.
-
-        :raises NotImplementedError: always
-        """
-        raise NotImplementedError("receiving descriptors is not supported yet")
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -287,8 +277,20 @@ def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None
 
     :raises OSError: if there are no resources for it
     """
-    core = Core(fd, kind, limits, peer=peer)
-    return Connection(core) if kind == TCP else UNIXConnection(core)
+    if kind == TCP:
+        return Connection(Core(fd, kind, limits, peer=peer))
+    if kind == UNIX:
+        return UNIXConnection(UNIXCore(fd, kind, limits, peer=peer))
+    connection = UNIXConnection(MessageCore(fd, kind, limits, peer=peer))
+    connection._writer._shut = True
+    return connection
+
+
+def kind_of(sock: socket.socket) -> int:
+    """The kind of a socket, as the core names it."""
+    if sock.family != socket.AF_UNIX:
+        return TCP
+    return SEQPACKET if sock.type == socket.SOCK_SEQPACKET else UNIX
 
 
 def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
@@ -313,7 +315,7 @@ def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
 
 
 def _over(sock: socket.socket, limits: Limits) -> Connection:
-    kind = UNIX if sock.family == socket.AF_UNIX else TCP
+    kind = kind_of(sock)
     if kind == TCP:
         try:
             _sockets.set_nodelay(sock, True)

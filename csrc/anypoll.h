@@ -43,8 +43,11 @@ enum {
     AP_ELATE = -5005    /* the deadline of the call has passed; -ETIMEDOUT is the socket's */
 };
 
-/* Kinds of sockets. */
-enum { AP_TCP = 1, AP_UNIX = 2 };
+/* Kinds of sockets: TCP, UNIX streams, and UNIX sockets with messages (SOCK_SEQPACKET). */
+enum { AP_TCP = 1, AP_UNIX = 2, AP_SEQPACKET = 3 };
+
+/* Descriptors that one message can carry: the kernel's SCM_MAX_FD. */
+enum { AP_FDS_MOST = 253 };
 
 /* Bits of a token: why the loop is told about a slot. */
 enum {
@@ -54,7 +57,8 @@ enum {
     AP_MAIL_TRIM = 8,     /* the empty block was taken back: drop the wrapper */
     AP_MAIL_ACCEPT = 16,  /* accepted descriptors, or an error, wait to be taken */
     AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
-    AP_MAIL_IDLE = 64     /* the idle timeout has ended the connection */
+    AP_MAIL_IDLE = 64,    /* the idle timeout has ended the connection */
+    AP_MAIL_FDS = 128     /* descriptors go with bytes that were shown: ap_conn_report */
 };
 
 /* Flags of ap_conn_read and ap_conn_find. */
@@ -98,7 +102,8 @@ typedef struct {
     size_t size;
 } ap_piece;
 
-/* An accepted descriptor. address is in network order; port in host order. */
+/* An accepted descriptor. address is in network order; port in host order. Of a
+ * UNIX socket there is only the family, and in port whether the peer has a name. */
 typedef struct {
     int32_t fd;
     uint16_t family;
@@ -199,7 +204,7 @@ AP_API void ap_hub_unref(ap_hub *hub);
 
 /* ---- connections ------------------------------------------------------ */
 
-/* Takes a connected, non-blocking stream socket into a slot. It is not watched
+/* Takes a connected, non-blocking socket with a stream or messages into a slot. It is not watched
  * before ap_conn_register. high_water bounds what is read ahead, in bytes.
  * Owns fd from success on. Thread: loop. Returns 0; -ENOMEM, -EBADF (the hub is dead). */
 AP_API int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_water,
@@ -280,6 +285,41 @@ AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
  * or free the memory. Thread: loop. */
 AP_API int64_t ap_conn_hold(ap_conn *conn);
 AP_API int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count);
+
+/* ---- UNIX sockets ----------------------------------------------------- */
+
+/* Says how far the loop has come, so that descriptors of bytes that are consumed
+ * are closed. Thread: loop. Returns 1 if some still wait for their bytes to be
+ * taken or consumed, else 0; -EBADF. */
+AP_API int ap_conn_report(ap_conn *conn, uint32_t pos);
+
+/* Moves up to size unread bytes (256 KiB at most) into buffer, but none beyond
+ * those that descriptors came with; and if it is any of these, or size is 0 and
+ * the next one is, the descriptors into fds, which are the caller's then: *count
+ * says how many have room, and then how many there are. Others are closed. No window
+ * is handed out afterwards.
+ * Thread: loop. Returns the number of bytes; -EBADF. */
+AP_API int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size, int *fds,
+                                int *count);
+
+/* Sends as much of data as one system call takes, of a message all, with copies
+ * of the descriptors: of a connection without messages, the rest goes out without
+ * them. Nothing is queued. Thread: loop. Returns the bytes taken; -EAGAIN with queued output or
+ * without room (ap_conn_drain waits for both to end); errors as ap_conn_send, and
+ * those of the arguments (EMSGSIZE, EBADF, ETOOMANYREFS, ...), after which the
+ * connection goes on. */
+AP_API int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int *fds,
+                                int count);
+
+/* Receives the next message of an AP_SEQPACKET connection, cut off behind max
+ * bytes, into a block that is the caller's then. Descriptors as ap_conn_take_fds.
+ * Thread: loop. Returns the number of bytes; -EAGAIN (a wait is armed); AP_EEOF,
+ * also for an empty message without descriptors; AP_ELATE; -EBADF; -ENOMEM; the
+ * socket's error. */
+AP_API int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_view *view, int *fds,
+                               int *count);
+
+/* ---- the end of a connection ------------------------------------------ */
 
 /* shutdown(SHUT_WR). Idempotent. Thread: loop. Returns 0; -EBADF; -EBUSY with
  * queued output; the socket's error. */

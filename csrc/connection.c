@@ -26,7 +26,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
 {
     if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
         return -ECHILD;
-    if (fd < 0 || (kind != AP_TCP && kind != AP_UNIX) || high_water == 0)
+    if (fd < 0 || kind < AP_TCP || kind > AP_SEQPACKET || high_water == 0)
         return -EINVAL;
     ap_slot *slot;
     int rc = ap_slot_take(AP_SLOT_CONN, poller, hub, fd, &slot);
@@ -115,6 +115,8 @@ uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
         conn->owed = false;
         told |= AP_MAIL_SENT;
     }
+    if ((bits & AP_MAIL_FDS) && conn->carried)
+        told |= AP_MAIL_FDS;
     if ((bits & AP_MAIL_TRIM) && ap_input_idle(conn)) {
         ap_chain_drop(&conn->input, conn);
         conn->shown = NULL;
@@ -268,7 +270,7 @@ int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline)
         return rc;
     ap_read_to(conn, pos);
     rc = linger_locked(conn, deadline);
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return rc;
 }
 
@@ -280,7 +282,7 @@ int ap_conn_close(ap_conn *conn, int reset, int keep_fd)
     ap_input_drop(conn);
     ap_output_drop(conn);
     int fd = ap_slot_close_locked(&conn->slot);
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return ap_slot_closed(&conn->slot, fd, reset != 0, keep_fd != 0);
 }
 
@@ -294,8 +296,9 @@ int ap_conn_detach(ap_conn *conn, uint32_t pos)
         return -EBUSY;
     }
     ap_read_to(conn, pos);
+    ap_fds_doom(conn);
     int fd = ap_slot_close_locked(&conn->slot);
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return ap_slot_closed(&conn->slot, fd, false, true);
 }
 

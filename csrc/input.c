@@ -3,7 +3,8 @@
  * When. With edge-triggered events AP_READABLE is remembered and cleared only
  * by EAGAIN, on TCP also by a short read as long as nothing but plain input was
  * ever reported (measured: recv stops at an urgent byte, and on UNIX sockets
- * behind a message with descriptors, and no further edge comes).
+ * behind a message with descriptors, and no further edge comes). On UNIX sockets
+ * descriptors are received too (unix.c).
  *
  * How much. Input that nobody waits for is read up to high water, and again
  * once it has fallen to low water. While a wait is armed and not over, reading
@@ -41,6 +42,7 @@ static bool target_met(ap_conn *conn)
     switch (conn->want) {
     case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
     case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
+    case AP_WANT_MESSAGE: return conn->slot.ready & AP_READABLE;
     default: return false;
     }
 }
@@ -95,9 +97,13 @@ static bool waiting(ap_conn *conn)
     return (conn->want == AP_WANT_BYTES || conn->want == AP_WANT_DELIMITER) && !target_met(conn);
 }
 
+/* Behind bytes that carry descriptors only what somebody waits for is read: one
+ * batch of them is enough. Messages are never read ahead. */
 bool ap_input_wanted(ap_conn *conn)
 {
     bool waits = waiting(conn);
+    if (conn->type == AP_SEQPACKET || (conn->carried && !waits))
+        return false;
     return conn->read_end == 0 && (!conn->paused || waits || conn->discarding) &&
            conn->input.size < level_allowed(conn, waits);
 }
@@ -220,7 +226,7 @@ static void adapt(ap_conn *conn, size_t got)
 /* Read first, and ask SO_ERROR only if that says nothing: asking clears the
  * error, and a RST would look like a FIN. What was received before the RST is
  * still readable then. */
-static void nothing_there(ap_conn *conn)
+void ap_input_nothing(ap_conn *conn)
 {
     ap_slot *slot = &conn->slot;
     ap_count(&slot->poller->again, 1);
@@ -235,7 +241,7 @@ static void nothing_there(ap_conn *conn)
         ap_sys_drain_error_queue(slot->fd);
 }
 
-static void note_read(ap_conn *conn, size_t got)
+void ap_input_note(ap_conn *conn, size_t got)
 {
     ap_poller *poller = conn->slot.poller;
     ap_count(&conn->reads, 1);
@@ -247,10 +253,25 @@ static void note_read(ap_conn *conn, size_t got)
 }
 
 /* A write that fails takes the socket's error with it: recv says 0 after a RST then. */
-static int end_of_stream(const ap_conn *conn)
+int ap_input_end(const ap_conn *conn)
 {
     int error = conn->send_error;
     return error && error != -EPIPE && error != -ENOMEM ? error : AP_EEOF;
+}
+
+/* Reads and files. Returns the bytes, or -errno. */
+static ssize_t receive_into(ap_context *context, ap_conn *conn, target *into)
+{
+    ap_rights rights;
+    bool carries = conn->type == AP_UNIX;
+    ssize_t got = carries ? ap_sys_recv_rights(conn->slot.fd, into->iov, into->count,
+                                               &into->offered, &rights)
+                          : ap_sys_recv(conn->slot.fd, into->iov, into->count, &into->offered);
+    if (got > 0 && !file_received(context, conn, into, (size_t)got))
+        got = -ENOMEM;
+    if (carries && rights.count > 0 && !ap_fds_carry(conn, &rights, got))
+        got = -ENOMEM;
+    return got;
 }
 
 /* One system call. Returns the bytes received, 0 when that was all for now. */
@@ -259,21 +280,19 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
     ap_slot *slot = &conn->slot;
     target into;
     choose_target(context, conn, max, &into);
-    ssize_t got = ap_sys_recv(slot->fd, into.iov, into.count, &into.offered);
-    if (got > 0 && !file_received(context, conn, &into, (size_t)got))
-        got = -ENOMEM;
+    ssize_t got = receive_into(context, conn, &into);
     if (into.fresh)
         ap_block_unref(into.fresh);
     if (got > 0) {
-        note_read(conn, (size_t)got);
+        ap_input_note(conn, (size_t)got);
         if ((size_t)got < into.offered && conn->type == AP_TCP && !(slot->ready & AP_NO_SHORT_READ))
             slot->ready &= (uint8_t)~AP_READABLE;
         return (size_t)got;
     }
     if (got == -EAGAIN)
-        nothing_there(conn);
+        ap_input_nothing(conn);
     else
-        conn->read_end = got == 0 ? end_of_stream(conn) : (int)got;
+        conn->read_end = got == 0 ? ap_input_end(conn) : (int)got;
     return 0;
 }
 
@@ -315,6 +334,8 @@ void ap_input_consume(ap_conn *conn, size_t n)
     conn->consumed += n;
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
+    if (conn->carried && conn->consumed >= conn->carried_to)
+        ap_fds_doom(conn);
     if (conn->paused && conn->input.size <= conn->low) {
         conn->paused = false;
         if (conn->slot.ready & AP_READABLE)
@@ -325,6 +346,7 @@ void ap_input_consume(ap_conn *conn, size_t n)
 void ap_input_drop(ap_conn *conn)
 {
     ap_chain_drop(&conn->input, conn);
+    ap_fds_doom(conn);
     conn->shown = NULL;
     conn->want = AP_WANT_NOTHING;
 }

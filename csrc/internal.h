@@ -79,6 +79,22 @@ static inline uint64_t ap_counted(const ap_counter *counter)
 /* *offered: what iov holds; on return, what the kernel was offered of it. */
 AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered);
 AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered);
+
+/* Descriptors that a message carried: ours. */
+typedef struct {
+    int count;
+    bool truncated; /* the message was longer than what it was received into */
+    int fds[AP_FDS_MOST];
+} ap_rights;
+/* The same with descriptors, for UNIX sockets only. */
+AP_MUST_CHECK ssize_t ap_sys_recv_rights(int fd, const struct iovec *iov, size_t count,
+                                         size_t *offered, ap_rights *rights);
+AP_MUST_CHECK ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int *fds,
+                                         int count);
+/* The bytes of all messages that wait. */
+size_t ap_sys_waiting(int fd);
+/* Whether the peer has ended its side and nothing waits any more. */
+bool ap_sys_at_end(int fd);
 AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);
 AP_MUST_CHECK int ap_sys_epoll_create(void);
 AP_MUST_CHECK int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data);
@@ -374,13 +390,26 @@ void ap_hub_post(ap_slot *slot, uint32_t bits);
 AP_MUST_CHECK int ap_hub_link(ap_slot *slot);
 void ap_hub_unlink(ap_slot *slot);
 
-/* ---- connection.c, read.c, input.c, output.c ---------------------------------- */
+/* ---- connection.c, read.c, input.c, output.c, unix.c --------------------------- */
 
-enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_END };
+enum ap_want {
+    AP_WANT_NOTHING,
+    AP_WANT_BYTES,
+    AP_WANT_DELIMITER,
+    AP_WANT_MESSAGE,
+    AP_WANT_END
+};
+
+/* Descriptors that came with input. */
+typedef struct ap_fds {
+    struct ap_fds *next; /* (m) among the doomed */
+    int count;           /* (m) */
+    int numbers[];       /* (m) */
+} ap_fds;
 
 struct ap_conn {
     ap_slot slot;
-    uint8_t type; /* (c) AP_TCP or AP_UNIX */
+    uint8_t type; /* (c) AP_TCP, AP_UNIX or AP_SEQPACKET */
 
     /* input, all (m) */
     ap_chain input;
@@ -394,6 +423,9 @@ struct ap_conn {
     bool paused;        /* above high water, until below low */
     bool discarding;    /* what arrives is thrown away */
     bool gone;          /* RST noticed behind paused input */
+    ap_fds *carried;    /* came with the bytes from carried_from to carried_to */
+    uint64_t carried_from, carried_to; /* positions in the stream */
+    ap_fds *doomed; /* to be closed without the mutex: ap_conn_unlock */
 
     /* the read wait, all (m) */
     uint8_t want; /* enum ap_want */
@@ -419,8 +451,9 @@ struct ap_conn {
     bool owed;         /* AP_MAIL_SENT must follow */
     bool shut;         /* SHUT_WR was done */
     bool registered;   /* epoll watches it */
-    bool watching_out; /* AP_UNIX: EPOLLOUT is in the mask */
-    int send_error;    /* the errno of sendmsg, which has taken the socket's error */
+    bool watching_out; /* not on AP_TCP: EPOLLOUT is in the mask */
+    int send_error;    /* the errno of sendmsg (on AP_SEQPACKET also of recvmsg), which has
+                        * taken the socket's error */
     bool drain_armed, drain_writable, drain_expired;
     int64_t drain_deadline;
 
@@ -434,6 +467,20 @@ struct ap_conn {
 static inline ap_conn *ap_conn_of(ap_slot *slot)
 {
     return AP_CONTAINER(slot, ap_conn, slot);
+}
+
+void ap_fds_close(ap_fds *fds);
+
+/* In place of ap_slot_unlock, wherever descriptors may have been doomed: close(2)
+ * may block. */
+static inline void ap_conn_unlock(ap_conn *conn)
+{
+    ap_fds *doomed = conn->doomed;
+    if (doomed)
+        conn->doomed = NULL;
+    ap_slot_unlock(&conn->slot);
+    if (doomed)
+        ap_fds_close(doomed);
 }
 
 /* What the driver does for a slot, under its mutex. True: work is left. */
@@ -455,6 +502,11 @@ void ap_input_probe(ap_conn *conn);
 void ap_input_consume(ap_conn *conn, size_t n);
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline);
 void ap_input_drop(ap_conn *conn);
+/* recvmsg said EAGAIN. */
+void ap_input_nothing(ap_conn *conn);
+/* recvmsg said 0: AP_EEOF, or the error that somebody else was told. */
+int ap_input_end(const ap_conn *conn);
+void ap_input_note(ap_conn *conn, size_t got);
 /* A last block that was read to its end, and that no view needs, begins anew. */
 void ap_input_rewind(ap_conn *conn);
 
@@ -474,7 +526,18 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count);
 /* Copies a little output, for the driver to send. False: do it otherwise. */
 bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size);
 void ap_output_fail(ap_conn *conn, int error);
+/* The kernel took n bytes of the offered. */
+void ap_output_took(ap_conn *conn, size_t n, size_t offered);
+/* The kernel took nothing: EAGAIN. */
+void ap_output_again(ap_conn *conn);
 void ap_output_drop(ap_conn *conn);
+
+/* Descriptors that came with the last got bytes of the input. False: no memory; they are closed. */
+bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got);
+/* Those that are carried will not be asked for any more. */
+void ap_fds_doom(ap_conn *conn);
+/* The loop is shown bytes up to end in the first block: it has to report how far it comes. */
+void ap_fds_shown(ap_conn *conn, uint32_t end);
 
 /* ---- listener.c ------------------------------------------------------- */
 

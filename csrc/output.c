@@ -95,7 +95,7 @@ uint32_t ap_output_events(const ap_conn *conn)
 static void watch_out(ap_conn *conn, bool on)
 {
     ap_slot *slot = &conn->slot;
-    if (conn->type != AP_UNIX || conn->watching_out == on)
+    if (conn->type == AP_TCP || conn->watching_out == on)
         return;
     conn->watching_out = on;
     if (!conn->registered)
@@ -192,6 +192,19 @@ static void note_sent(ap_conn *conn, size_t n)
     ap_conn_note_activity(conn);
 }
 
+void ap_output_took(ap_conn *conn, size_t n, size_t offered)
+{
+    note_sent(conn, n);
+    if (n < offered)
+        stalled(conn);
+}
+
+void ap_output_again(ap_conn *conn)
+{
+    ap_count(&conn->slot.poller->again, 1);
+    stalled(conn);
+}
+
 /* One system call with at most PIECES_AT_ONCE pieces and AP_BOUND bytes. False:
  * the kernel takes no more now, or the connection has failed. */
 static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent)
@@ -208,14 +221,11 @@ static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *
     ssize_t took = ap_sys_send(conn->slot.fd, some, n, &offered);
     if (took >= 0) {
         *sent = (size_t)took;
-        note_sent(conn, *sent);
-        if (*sent < offered)
-            stalled(conn);
+        ap_output_took(conn, *sent, offered);
         return *sent == offered;
     }
     if (took == -EAGAIN) {
-        ap_count(&conn->slot.poller->again, 1);
-        stalled(conn);
+        ap_output_again(conn);
     } else {
         conn->send_error = (int)took;
         ap_output_fail(conn, (int)took);

@@ -329,9 +329,13 @@ static bool serve(ap_poller *poller, ap_slot *slot)
 {
     bool more = false;
     ap_slot_lock(slot);
-    if (!slot->closed && slot->kind == AP_SLOT_CONN)
-        more = ap_conn_serve(&poller->context, (ap_conn *)slot);
-    else if (!slot->closed)
+    if (slot->kind == AP_SLOT_CONN) {
+        if (!slot->closed)
+            more = ap_conn_serve(&poller->context, (ap_conn *)slot);
+        ap_conn_unlock((ap_conn *)slot);
+        return more;
+    }
+    if (!slot->closed)
         more = ap_listener_serve((ap_listener *)slot);
     ap_slot_unlock(slot);
     return more;

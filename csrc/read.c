@@ -37,6 +37,8 @@ static uint32_t window_end(const ap_conn *conn, size_t n)
 uint32_t ap_read_shown(const ap_conn *conn, size_t n)
 {
     const ap_block *block = conn->shown;
+    if (conn->carried)
+        return 0; /* the loop has to ask: it may have to report how far it comes */
     uint32_t end = block && block->end - block->start >= n ? window_end(conn, n) : 0;
     return end <= INT32_MAX ? end : 0; /* it travels in a token */
 }
@@ -111,8 +113,9 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
             conn->lent = true;
             rc = 1;
         }
+        ap_fds_shown(conn, view->end);
     }
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return rc;
 }
 
@@ -138,7 +141,7 @@ int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
         ap_input_consume(conn, n);
     conn->shown = NULL;
     conn->lent = false;
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return rc;
 }
 
@@ -165,7 +168,7 @@ static int64_t leave(ap_conn *conn, int64_t result)
 {
     if (result == CLOSED_MEANWHILE)
         return -EBADF;
-    ap_slot_unlock(&conn->slot);
+    ap_conn_unlock(conn);
     return result;
 }
 
@@ -247,7 +250,9 @@ static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
         int rc = make_contiguous(conn, n);
         if (rc < 0)
             return rc;
-        return new_block_bit(conn) | window_end(conn, n);
+        uint32_t end = window_end(conn, n);
+        ap_fds_shown(conn, end);
+        return new_block_bit(conn) | end;
     }
     if (conn->read_end)
         return conn->read_end;
@@ -311,7 +316,10 @@ static int64_t find_locked(ap_conn *conn, size_t max_bytes, int flags, int64_t d
     }
     if (length) {
         int rc = make_contiguous(conn, length);
-        return rc < 0 ? rc : new_block_bit(conn) | (int64_t)length;
+        if (rc < 0)
+            return rc;
+        ap_fds_shown(conn, window_end(conn, length));
+        return new_block_bit(conn) | (int64_t)length;
     }
     if (conn->input.size >= max_bytes)
         return AP_EDELIM;

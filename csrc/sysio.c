@@ -9,10 +9,12 @@
 #include "internal.h"
 
 #include <netinet/in.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -108,8 +110,7 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
 /* ---- transfers -------------------------------------------------------- */
 
 /* MSG_DONTWAIT, although sockets are non-blocking: whoever holds the raw socket
- * could make it blocking, and that must not stop a poller. Without a control
- * buffer the kernel closes descriptors that come along on a UNIX socket. */
+ * could make it blocking, and that must not stop a poller. */
 ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered)
 {
     ssize_t got;
@@ -124,7 +125,7 @@ ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offer
         else if (n == 1) /* the same, and 0.1 us less */
             got = recv(fd, into->iov_base, into->iov_len, MSG_DONTWAIT);
         else
-            got = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+            got = recvmsg(fd, &message, MSG_DONTWAIT);
         if (got < 0)
             got = error ? -error : -errno;
     } while (got == -EINTR);
@@ -152,9 +153,108 @@ ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offer
     return sent;
 }
 
+/* ---- transfers with descriptors --------------------------------------- */
+
+#ifndef SCM_PIDFD
+#define SCM_PIDFD 0x04
+#endif
+
+/* Room for all descriptors of a message, and for what options of the socket that
+ * somebody else has set (SO_PASSCRED, SO_PASSSEC, SO_TIMESTAMP, ...) put beside
+ * them: without it the kernel would drop descriptors. */
+typedef union {
+    struct cmsghdr header;
+    char room[CMSG_SPACE(AP_FDS_MOST * sizeof(int)) + 1024];
+} control_buffer;
+
+static void take_rights(struct msghdr *message, ap_rights *rights)
+{
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
+        bool pidfd = c->cmsg_type == SCM_PIDFD; /* nobody asks for it, but it is open */
+        if (c->cmsg_level != SOL_SOCKET || (c->cmsg_type != SCM_RIGHTS && !pidfd))
+            continue;
+        size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < n; i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            if (fd >= 0 && (pidfd || rights->count == AP_FDS_MOST)) {
+                close(fd);
+            } else if (fd >= 0) {
+                ap_fd_own(fd);
+                rights->fds[rights->count++] = fd;
+            }
+        }
+    }
+}
+
+ssize_t ap_sys_recv_rights(int fd, const struct iovec *iov, size_t count, size_t *offered,
+                           ap_rights *rights)
+{
+    ssize_t got;
+    control_buffer control;
+    rights->count = 0;
+    rights->truncated = false;
+    do {
+        struct iovec one;
+        const struct iovec *into = iov;
+        size_t n = count;
+        int error = fault_transfer(AP_CALL_READ, &into, &n, &one, offered);
+        struct msghdr message = {.msg_iov = (struct iovec *)into,
+                                 .msg_iovlen = n,
+                                 .msg_control = &control,
+                                 .msg_controllen = sizeof control};
+        got = error ? -1 : recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (got < 0) {
+            got = error ? -error : -errno;
+        } else {
+            rights->truncated = (message.msg_flags & MSG_TRUNC) != 0;
+            take_rights(&message, rights);
+        }
+    } while (got == -EINTR);
+    return got;
+}
+
+ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int *fds, int count)
+{
+    ssize_t sent;
+    control_buffer control;
+    struct iovec whole = {.iov_base = (char *)data, .iov_len = *offered};
+    do {
+        struct iovec one;
+        const struct iovec *from = &whole;
+        size_t n = 1;
+        int error = fault_transfer(AP_CALL_WRITE, &from, &n, &one, offered);
+        struct msghdr message = {.msg_iov = (struct iovec *)from, .msg_iovlen = n};
+        if (count > 0) {
+            control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
+                                              .cmsg_type = SCM_RIGHTS,
+                                              .cmsg_len = CMSG_LEN((size_t)count * sizeof(int))};
+            memcpy(CMSG_DATA(&control.header), fds, (size_t)count * sizeof(int));
+            message.msg_control = &control;
+            message.msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
+        }
+        sent = error ? -1 : sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent < 0)
+            sent = error ? -error : -errno;
+    } while (sent == -EINTR);
+    return sent;
+}
+
+size_t ap_sys_waiting(int fd)
+{
+    int n = 0;
+    return ioctl(fd, FIONREAD, &n) < 0 || n < 0 ? 0 : (size_t)n;
+}
+
+bool ap_sys_at_end(int fd)
+{
+    struct pollfd at = {.fd = fd, .events = POLLRDHUP};
+    return poll(&at, 1, 0) == 1 && (at.revents & POLLRDHUP) && ap_sys_waiting(fd) == 0;
+}
+
 /* ---- accepting -------------------------------------------------------- */
 
-static void note_address(const struct sockaddr_storage *from, ap_accepted *out)
+static void note_address(const struct sockaddr_storage *from, socklen_t size, ap_accepted *out)
 {
     out->family = from->ss_family;
     if (from->ss_family == AF_INET) {
@@ -166,6 +266,8 @@ static void note_address(const struct sockaddr_storage *from, ap_accepted *out)
         out->port = ntohs(in6->sin6_port);
         out->scope = in6->sin6_scope_id;
         memcpy(out->address, &in6->sin6_addr, sizeof in6->sin6_addr);
+    } else {
+        out->port = size > sizeof from->ss_family;
     }
 }
 
@@ -181,7 +283,7 @@ int ap_sys_accept(int fd, ap_accepted *out)
         return got;
     memset(out, 0, sizeof *out);
     out->fd = got;
-    note_address(&from, out);
+    note_address(&from, size, out);
     ap_fd_own(got);
     return 0;
 }

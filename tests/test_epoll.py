@@ -151,6 +151,7 @@ def test_check() -> None:
             ("fe80::1%2", 80),
         ),
         (struct.pack("=iHHI16s", 3, socket.AF_UNIX, 0, 0, b""), ""),
+        (struct.pack("=iHHI16s", 3, socket.AF_UNIX, 1, 0, b""), None),  # it has a name: ask
     ],
 )
 def test_peer_address(record: bytes, address: Any) -> None:

@@ -1561,15 +1561,6 @@ async def test_socketpair() -> None:
         assert await second.next(5) == b"there"
 
 
-async def test_descriptors_are_not_sent_yet() -> None:
-    first, second = anypoll.socketpair()
-    async with first, second:
-        with pytest.raises(NotImplementedError):
-            await first.send_fds(b"x", [0])
-        with pytest.raises(NotImplementedError):
-            await second.receive_fds(1, 1)
-
-
 # --- forgotten connections -----------------------------------------------------------------------
 
 

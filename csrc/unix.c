@@ -1,0 +1,260 @@
+/* UNIX sockets: descriptors that travel with bytes, and sockets with messages.
+ *
+ * Descriptors. A plain recv would close those that lie between the bytes, so a
+ * stream is read with room for as many as a message can carry. One recvmsg ends
+ * behind a message with descriptors but glues earlier bytes in front (measured),
+ * so they belong to the span of bytes of that call: carried_from to carried_to.
+ * A call that asks for descriptors and takes any byte of the span gets them; any
+ * other that consumes its last byte closes them. While some are carried input is
+ * paused, so there are never more: a peer must not be able to fill our table of
+ * descriptors. The exception is a wait for bytes beyond the span, which would not
+ * end otherwise. Should that bring others, the first ones go: whoever waits for
+ * bytes across a message with descriptors does not want them.
+ *
+ * The loop walks in its window without telling. So when it is shown the last byte
+ * of the span, it gets a token with it (AP_MAIL_FDS), and reports then.
+ *
+ * They are closed without the slot's mutex: close(2) may block.
+ *
+ * Messages (SOCK_SEQPACKET). Never read ahead, since a message must not be torn:
+ * the driver only tells that the socket is readable, and the call makes one recvmsg
+ * into a block of its own. Sending is one sendmsg, and nothing is ever queued.
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+
+/* ---- descriptors that came ------------------------------------------- */
+
+void ap_fds_close(ap_fds *fds)
+{
+    while (fds) {
+        ap_fds *next = fds->next;
+        for (int i = 0; i < fds->count; i++)
+            ap_sys_close(fds->numbers[i]);
+        free(fds);
+        fds = next;
+    }
+}
+
+void ap_fds_doom(ap_conn *conn)
+{
+    AP_ASSERT_LOCKED(&conn->slot);
+    ap_fds *fds = conn->carried;
+    if (!fds)
+        return;
+    conn->carried = NULL;
+    fds->next = conn->doomed;
+    conn->doomed = fds;
+    if (conn->slot.ready & AP_READABLE) /* input goes on */
+        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+}
+
+bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got)
+{
+    size_t size = sizeof(ap_fds) + (size_t)rights->count * sizeof(int);
+    ap_fds *fds = got > 0 ? ap_sys_alloc(size) : NULL;
+    if (!fds) {
+        for (int i = 0; i < rights->count; i++)
+            ap_sys_close(rights->fds[i]);
+        return false;
+    }
+    ap_fds_doom(conn); /* of a span that somebody waits beyond */
+    fds->count = rights->count;
+    memcpy(fds->numbers, rights->fds, (size_t)rights->count * sizeof(int));
+    conn->carried = fds;
+    conn->carried_to = conn->consumed + conn->input.size;
+    conn->carried_from = conn->carried_to - (uint64_t)got;
+    return true;
+}
+
+void ap_fds_shown(ap_conn *conn, uint32_t end)
+{
+    if (conn->carried && conn->consumed + (end - conn->input.head->start) >= conn->carried_to)
+        ap_hub_post(&conn->slot, AP_MAIL_FDS);
+}
+
+int ap_conn_report(ap_conn *conn, uint32_t pos)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    rc = conn->carried != NULL;
+    ap_conn_unlock(conn);
+    return rc;
+}
+
+/* Gives away at most room of n descriptors; returns how many. */
+static int give(const int *from, int n, int *fds, int room)
+{
+    int given = n < room ? n : room;
+    for (int i = 0; i < given; i++) {
+        fds[i] = from[i];
+        ap_fd_disown(from[i]);
+    }
+    return given;
+}
+
+static int give_carried(ap_conn *conn, int *fds, int room)
+{
+    ap_fds *carried = conn->carried;
+    int given = give(carried->numbers, carried->count, fds, room);
+    carried->count -= given;
+    memmove(carried->numbers, carried->numbers + given, (size_t)carried->count * sizeof(int));
+    ap_fds_doom(conn); /* what there was no room for */
+    return given;
+}
+
+int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size, int *fds,
+                         int *count)
+{
+    int rc = ap_slot_enter(&conn->slot), given = 0;
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    size_t n = size < AP_BOUND ? size : AP_BOUND;
+    if (n > conn->input.size)
+        n = conn->input.size;
+    if (conn->carried) {
+        uint64_t last = conn->carried_to - conn->consumed;
+        if (n > last)
+            n = (size_t)last;
+        if (conn->consumed + n > conn->carried_from ||
+            (size == 0 && conn->consumed >= conn->carried_from))
+            given = give_carried(conn, fds, *count);
+    }
+    ap_chain_copy(&conn->input, 0, (uint8_t *)buffer, n);
+    ap_input_consume(conn, n);
+    conn->shown = NULL;
+    ap_conn_unlock(conn);
+    *count = given;
+    return (int64_t)n;
+}
+
+/* ---- sending ---------------------------------------------------------- */
+
+/* What is wrong with this message; another one may be right. */
+static bool is_of_message(int error)
+{
+    return error == EMSGSIZE || error == EBADF || error == EINVAL || error == ETOOMANYREFS ||
+           error == EPERM || error == EACCES || error == ENOBUFS || error == ENOMEM;
+}
+
+static int64_t send_now(ap_conn *conn, const char *data, size_t size, const int *fds, int count)
+{
+    if (conn->shut)
+        return -EPIPE;
+    if (conn->write_error)
+        return conn->write_error;
+    if (conn->out_bytes || !(conn->slot.ready & AP_WRITABLE))
+        return -EAGAIN;
+    size_t offered = conn->type == AP_UNIX && size > AP_BOUND ? AP_BOUND : size;
+    ssize_t took = ap_sys_send_rights(conn->slot.fd, data, &offered, fds, count);
+    if (took >= 0) {
+        ap_output_took(conn, (size_t)took, offered);
+    } else if (took == -EAGAIN) {
+        ap_output_again(conn);
+    } else if (!is_of_message((int)-took)) {
+        conn->send_error = (int)took;
+        ap_output_fail(conn, (int)took);
+    }
+    return took;
+}
+
+int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int *fds, int count)
+{
+    if (size == 0 || count < 0 || count > AP_FDS_MOST || conn->type == AP_TCP)
+        return -EINVAL;
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t took = send_now(conn, data, size, fds, count);
+    ap_slot_unlock(&conn->slot);
+    return took;
+}
+
+/* ---- messages --------------------------------------------------------- */
+
+/* recvmsg says 0 to the end and to an empty message, and so do AnyIO's streams:
+ * EndOfStream. But only after the end it is said for ever. */
+static int64_t nothing_in_it(ap_conn *conn)
+{
+    if (!conn->read_end && ap_sys_at_end(conn->slot.fd))
+        conn->read_end = ap_input_end(conn);
+    return conn->read_end ? conn->read_end : AP_EEOF;
+}
+
+/* After a reset the kernel tells the error first, and then what had arrived before
+ * it: that is readable first, as on a stream. */
+static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *rights)
+{
+    size_t offered = into->iov_len;
+    ssize_t got = ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
+    if (got != -ECONNRESET)
+        return got;
+    conn->send_error = -ECONNRESET;
+    got = ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
+    return got == -EAGAIN ? -ECONNRESET : got;
+}
+
+static int64_t receive_block(ap_conn *conn, ap_block *block, size_t room, ap_rights *rights)
+{
+    struct iovec into = {.iov_base = ap_block_at(block, block->end), .iov_len = room};
+    ssize_t got = receive_or_reset(conn, &into, rights);
+    if (got == -EAGAIN) {
+        ap_input_nothing(conn);
+        return conn->read_end ? conn->read_end : -EAGAIN;
+    }
+    if (got < 0)
+        return conn->read_end = (int)got;
+    if (got == 0 && rights->count == 0 && !rights->truncated)
+        return nothing_in_it(conn);
+    ap_input_note(conn, (size_t)got);
+    block->end += (uint32_t)got;
+    return got;
+}
+
+static int64_t receive_message(ap_conn *conn, size_t max, ap_view *view, ap_rights *rights)
+{
+    if (conn->read_end && conn->read_end != AP_EIDLE)
+        return conn->read_end;
+    if (!(conn->slot.ready & AP_READABLE))
+        return conn->read_end ? conn->read_end : -EAGAIN;
+    size_t room = max, waiting = max > AP_SCRATCH ? ap_sys_waiting(conn->slot.fd) : max;
+    if (room > waiting) /* memory follows what has arrived */
+        room = waiting;
+    ap_block *block = ap_pool_take(conn->slot.hub->context.pool, room);
+    if (!block)
+        return -ENOMEM;
+    int64_t got = receive_block(conn, block, room, rights);
+    if (got < 0)
+        ap_block_unref(block);
+    else
+        *view = (ap_view){
+            .block = block, .size = block->size, .start = block->start, .end = block->end};
+    return got;
+}
+
+int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_view *view, int *fds,
+                        int *count)
+{
+    if (conn->type != AP_SEQPACKET)
+        return -EINVAL;
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_rights rights;
+    rights.count = 0;
+    conn->want = AP_WANT_NOTHING;
+    int64_t got = receive_message(conn, max, view, &rights);
+    if (got == -EAGAIN)
+        got = ap_read_wait(conn, AP_WANT_MESSAGE, 1, 0, deadline, NULL, 0);
+    ap_slot_unlock(&conn->slot);
+    if (got < 0)
+        return got;
+    *count = give(rights.fds, rights.count, fds, *count);
+    for (int i = *count; i < rights.count; i++)
+        ap_sys_close(rights.fds[i]);
+    return got;
+}
