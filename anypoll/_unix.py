@@ -294,4 +294,5 @@ class DescriptorStream(UNIXSocketStream):
             raise ValueError("msglen must be a non-negative integer")
         if not _is_at_least(1, maxfds):
             raise ValueError("maxfds must be a positive integer")
-        return await self._core.receive_fds(msglen, maxfds)
+        message, fds = await self._core.receive_fds(msglen, maxfds)
+        return message, fds

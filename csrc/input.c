@@ -264,9 +264,9 @@ static ssize_t receive_into(ap_context *context, ap_conn *conn, target *into)
 {
     ap_rights rights;
     bool carries = conn->type == AP_UNIX;
-    ssize_t got = carries ? ap_sys_recv_rights(conn->slot.fd, into->iov, into->count,
-                                               &into->offered, &rights)
-                          : ap_sys_recv(conn->slot.fd, into->iov, into->count, &into->offered);
+    ssize_t got =
+        carries ? ap_sys_recv_rights(conn->slot.fd, into->iov, into->count, &into->offered, &rights)
+                : ap_sys_recv(conn->slot.fd, into->iov, into->count, &into->offered);
     if (got > 0 && !file_received(context, conn, into, (size_t)got))
         got = -ENOMEM;
     if (carries && rights.count > 0 && !ap_fds_carry(conn, &rights, got))

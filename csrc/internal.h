@@ -392,13 +392,7 @@ void ap_hub_unlink(ap_slot *slot);
 
 /* ---- connection.c, read.c, input.c, output.c, unix.c --------------------------- */
 
-enum ap_want {
-    AP_WANT_NOTHING,
-    AP_WANT_BYTES,
-    AP_WANT_DELIMITER,
-    AP_WANT_MESSAGE,
-    AP_WANT_END
-};
+enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_MESSAGE, AP_WANT_END };
 
 /* Descriptors that came with input. */
 typedef struct ap_fds {
@@ -425,7 +419,7 @@ struct ap_conn {
     bool gone;          /* RST noticed behind paused input */
     ap_fds *carried;    /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
-    ap_fds *doomed; /* to be closed without the mutex: ap_conn_unlock */
+    ap_fds *doomed;                    /* to be closed without the mutex: ap_conn_unlock */
 
     /* the read wait, all (m) */
     uint8_t want; /* enum ap_want */

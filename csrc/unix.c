@@ -231,8 +231,10 @@ static int64_t receive_message(ap_conn *conn, size_t max, ap_view *view, ap_righ
     if (got < 0)
         ap_block_unref(block);
     else
-        *view = (ap_view){
-            .block = block, .size = block->size, .start = block->start, .end = block->end};
+        *view = (ap_view){.block = block,
+                          .size = block->size,
+                          .start = block->start,
+                          .end = block->end};
     return got;
 }
 

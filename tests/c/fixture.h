@@ -300,7 +300,10 @@ static inline void sockets_of(int kind, int fds[2])
     if (kind == AP_TCP)
         sockets_tcp(fds);
     else
-        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds) == 0);
+        CHECK(socketpair(AF_UNIX,
+                         (kind == AP_UNIX ? SOCK_STREAM : SOCK_SEQPACKET) | SOCK_NONBLOCK |
+                             SOCK_CLOEXEC,
+                         0, fds) == 0);
 }
 
 /* A close that sends a RST. */
