@@ -10,6 +10,7 @@ a message is received whole, in one call, or waits in the kernel.
 
 from __future__ import annotations
 
+from errno import EBADF
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ from . import _epoll
 from ._connection import Core
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import FDS_MOST, MAIL_FDS, conn_report
-from ._errors import os_error
+from ._errors import os_error, stream_error
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -153,7 +154,9 @@ class UNIXCore(Core):
         ended = _epoll.IS_CLOSED | _epoll.IS_BROKEN | _epoll.IS_SHUT
         if self.closed or _epoll.conn_status(self.handle) & ended:
             return self._write_error(code)
-        error = BrokenResourceError()
+        if code != -EBADF:
+            return self._own(stream_error(code))
+        error = BrokenResourceError()  # a descriptor that is to be sent, not the connection's own
         error.__cause__ = os_error(code)
         return error
 

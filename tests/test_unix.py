@@ -92,6 +92,14 @@ async def buffered(conn: UNIXConnection, size: int) -> None:
     await holds(lambda: len(conn.reader) == size)
 
 
+async def given_up(conn: UNIXConnection, function: Callable[..., Any], *args: Any) -> None:
+    """Begins to send, and cancels that when it waits for room."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(function, *args)
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
+        group.cancel_scope.cancel()
+
+
 # --- what descriptors go with --------------------------------------------------------------------
 
 
@@ -533,12 +541,9 @@ async def test_pending_output_goes_first() -> None:
 
 async def test_a_cancelled_send_that_had_not_begun_leaves_nothing() -> None:
     async with pair() as (conn, peer):
-        with anyio.move_on_after(0.02):
-            await conn.send(b"x" * 8 * MIB)
+        await given_up(conn, conn.send, b"x" * 8 * MIB)
         probe = Probe()
-        with anyio.move_on_after(0.02) as scope:
-            await conn.send_fds(b"never", [probe.writing])
-        assert scope.cancelled_caught
+        await given_up(conn, conn.send_fds, b"never", [probe.writing])
         probe.sent()
         probe.end()
         data = bytearray()
@@ -561,8 +566,7 @@ async def test_the_rest_of_a_message_that_was_given_up_goes_out(timed: bool) -> 
                 await conn.send_fds(data, [0])
             conn.write_timeout = None
         else:
-            with anyio.move_on_after(0.05):
-                await conn.send_fds(data, [0])
+            await given_up(conn, conn.send_fds, data, [0])
         data[:] = bytes(len(data))  # it is the caller's again
         async with anyio.create_task_group() as group:
             group.start_soon(conn.send, b"next")
@@ -856,11 +860,14 @@ async def test_a_message_that_is_too_large() -> None:
 async def test_a_message_that_found_no_room_is_not_sent(how: str) -> None:
     async with pair(SEQPACKET) as (conn, peer):
         sent = 0
-        with anyio.move_on_after(0.1) as scope:
+
+        async def send_on() -> None:
+            nonlocal sent
             while True:
                 await conn.send(b"%08d" % sent + bytes(20 * KIB))
                 sent += 1
-        assert scope.cancelled_caught
+
+        await given_up(conn, send_on)
         if how == "timed out":
             conn.write_timeout = 0.01
             with pytest.raises(WriteTimeout):
