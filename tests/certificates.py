@@ -1,0 +1,37 @@
+"""An authority of the tests' own, and TLS contexts that trust it, or that it has certified."""
+
+from __future__ import annotations
+
+import functools
+import ssl
+
+import trustme
+
+#: What the servers' certificate is for.
+NAMES = ("127.0.0.1", "anypoll.test")
+
+
+@functools.cache
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@functools.cache
+def certificate() -> trustme.LeafCert:
+    return authority().issue_cert(*NAMES)
+
+
+def server_context() -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate().configure_cert(context)
+    if hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    return context
+
+
+def client_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority().configure_trust(context)
+    if hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    return context
