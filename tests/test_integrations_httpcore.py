@@ -785,6 +785,22 @@ async def test_tls_write_that_times_out_ends_the_session(library: Any) -> None:
             await stream.write(b"x")
 
 
+async def test_timeouts_of_before_do_not_reach_into_the_session() -> None:
+    """Below TLS a timeout would be a broken connection."""
+    async with stream_and_peer() as (plain, conn, sock):
+        await plain.write(b"STARTTLS", timeout=0.01)
+        assert await read_all(sock, 8) == b"STARTTLS"
+        await send_all(sock, b"OK")
+        await holds(lambda: readable(plain))
+        assert await plain.read(2, timeout=0.01) == b"OK"
+        peer = TLSPeer(sock)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(plain.start_tls, client_context(), "anypoll.test")
+            await anyio.sleep(0.05)  # longer than the timeouts of before
+            await peer.handshake()
+        assert (conn.read_timeout, conn.write_timeout) == (None, None)
+
+
 @pytest.mark.parametrize("timeout", [-1, float("nan")])
 async def test_tls_nonsense_for_a_timeout(timeout: float) -> None:
     async with tls_stream() as (stream, _, peer):
@@ -860,6 +876,7 @@ sys.meta_path.insert(0, Missing())
 def run_without(missing: list[str], program: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT.format(missing=missing) + program],
+        cwd="/",  # or the working tree would be found before what is installed
         text=True,
         capture_output=True,
         timeout=60,
