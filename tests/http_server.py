@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -163,6 +164,7 @@ def main() -> None:
         sys.stdin.read()
         os._exit(0)
 
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # clients that are gone are no news
     threading.Thread(target=end_with_the_tests, daemon=True).start()
     config = Config.from_mapping(json.loads(sys.argv[1]), loglevel="ERROR")
     asyncio.run(serve(application, config))
