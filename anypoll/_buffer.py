@@ -426,8 +426,10 @@ class LinkBuffer(BaseWriter):
                 done += len(part)
             return done
 
-    peek_nowait, skip_nowait, until_nowait = peek, skip, until
+    peek_nowait = peek
     next_nowait = next  # noqa: A003 -- the method
+    skip_nowait = skip
+    until_nowait = until
 
     def release(self) -> None:
         """Nothing to do: what was consumed is let go of at once. Here for the reader's sake."""

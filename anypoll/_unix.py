@@ -26,7 +26,7 @@ from ._errors import os_error, stream_error
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from ._epoll import Piece
+    from ._chain import Piece
 
 
 class HasFileno(Protocol):
@@ -297,5 +297,5 @@ class DescriptorStream(UNIXSocketStream):
             raise ValueError("msglen must be a non-negative integer")
         if not _is_at_least(1, maxfds):
             raise ValueError("maxfds must be a positive integer")
-        message, fds = await self._core.receive_fds(msglen, maxfds)
-        return message, fds
+        result: tuple[bytes, list[int]] = await self._core.receive_fds(msglen, maxfds)
+        return result

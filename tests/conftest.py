@@ -10,9 +10,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import certificates
 import leaks
 import pytest
-import trustme
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,9 +124,4 @@ def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A server's context, with a certificate for anypoll.test and 127.0.0.1, and a client's that
     trusts it.
     """
-    authority = trustme.CA()
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("anypoll.test", "127.0.0.1").configure_cert(server)
-    client = ssl.create_default_context()
-    authority.configure_trust(client)
-    return server, client
+    return certificates.server_context(), certificates.client_context()
