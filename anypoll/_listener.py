@@ -273,6 +273,16 @@ def open_listeners(
     return listeners
 
 
+class _Listeners(MultiListener[SocketStream]):
+    """Closes all of them also in a cancelled scope, where AnyIO's own stops behind the first."""
+
+    async def aclose(self) -> None:
+        for listener in self.listeners:
+            if isinstance(listener, SocketListener):
+                listener._close()
+        await super().aclose()
+
+
 async def create_tcp_listener(
     *,
     local_host: Any = None,
@@ -297,7 +307,7 @@ async def create_tcp_listener(
         backlog=backlog,
         reuse_port=reuse_port,
     )
-    return MultiListener(open_listeners(sockets))
+    return _Listeners(open_listeners(sockets))
 
 
 async def create_unix_listener(

@@ -148,6 +148,8 @@ class Output(Endpoint):
             await self.hub.checkpoint()
             if self.closed:
                 raise self._own(ClosedResourceError())
+            if self.writer._shut:  # also if there is nothing to be sent
+                raise self.why_unwritable()
             deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
             if self.number in self.hub.outputs:
                 await self._drain(deadline)

@@ -720,3 +720,18 @@ async def test_out_of_descriptors(
         await ping(client, conn)
         await conn.aclose()
         client.close()
+
+
+async def test_several_listeners_are_closed_in_a_cancelled_scope() -> None:
+    """AnyIO's own MultiListener stops behind the first."""
+    listener = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+    listener.listeners = [
+        *listener.listeners,
+        *(await anypoll.create_tcp_listener(local_host="127.0.0.1")).listeners,
+    ]
+    raws = [one.extra(SocketAttribute.raw_socket) for one in listener.listeners]
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await listener.aclose()
+    assert scope.cancelled_caught
+    assert [raw.fileno() for raw in raws] == [-1] * len(raws)

@@ -445,6 +445,15 @@ async def test_send_eof(wire: Wire) -> None:
     assert await conn.next(14) == b"still readable"
 
 
+@pytest.mark.parametrize("item", [b"", b"x"])
+async def test_sending_after_send_eof(wire: Wire, item: bytes) -> None:
+    """As Trio has it: this side has been closed. Also for nothing at all."""
+    conn, _ = wire
+    await conn.send_eof()
+    with pytest.raises(ClosedResourceError):
+        await conn.send(item)
+
+
 async def test_send_eof_while_another_task_reads(wire: Wire) -> None:
     conn, peer = wire
     async with blocked(conn.receive) as outcome:
