@@ -110,6 +110,7 @@ async def test_leaving_the_block_runs_them(conn: Connection) -> None:
 
 
 async def test_the_connection_is_closed_before_they_run(conn: Connection) -> None:
+    """O7."""
     notes: Notes = []
     fd = conn.fileno()
 
@@ -324,6 +325,7 @@ async def test_their_context_is_that_of_who_closes(conn: Connection) -> None:
 async def test_one_that_raises_is_logged_and_stops_nobody(
     conn: Connection, log: pytest.LogCaptureFixture, kind: Any, how: str
 ) -> None:
+    """O7."""
     notes: Notes = []
 
     def fail() -> None:
@@ -383,6 +385,7 @@ async def test_an_exit_does_not_cost_the_others_their_turn(conn: Connection) -> 
 
 
 async def test_a_late_one_runs_at_once(conn: Connection) -> None:
+    """O21."""
     notes: Notes = []
     await conn.aclose()
     conn.add_close_callback(plain(notes, "plain"))

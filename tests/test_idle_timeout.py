@@ -43,6 +43,7 @@ async def ended(conn: Connection) -> None:
 
 
 async def test_a_silent_connection_is_ended(wire: Wire) -> None:
+    """L48."""
     conn, peer = wire
     conn.idle_timeout = SOON
     assert conn.idle_timeout == SOON
@@ -177,6 +178,7 @@ async def test_it_can_be_taken_back(wire: Wire, never: float | None) -> None:
 
 
 async def test_zero_ends_it_at_once(wire: Wire) -> None:
+    """O27."""
     conn, _ = wire
     conn.idle_timeout = 0
     assert conn.idle_timeout == 0
