@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import queue
 import sys
+import threading
 
 import anyio
 import pytest
@@ -216,3 +218,34 @@ async def test_a_view_that_was_sent_by_reference_survives_its_buffer() -> None:
         del buffer
         gc.collect()
         assert await read_all(peer, 2 * MIB) == pattern(2 * MIB)
+
+
+async def test_slices_are_read_and_dropped_in_another_thread() -> None:
+    """While the connection goes on: blocks come back to their poller from anywhere."""
+    total, step = 2 * MIB, 10_007
+    data = pattern(total)
+    pieces: queue.Queue[LinkBuffer | None] = queue.Queue(8)
+    got = bytearray()
+
+    def consume() -> None:
+        while (piece := pieces.get()) is not None:
+            while len(piece):
+                n = min(len(piece), 997)
+                got.extend(piece.next(n))
+            piece.close()
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    try:
+        async with opened() as (conn, peer), anyio.create_task_group() as group:
+            group.start_soon(send_all, peer, data)
+            for begin in range(0, total, step):
+                piece = await within(conn.reader.slice(min(step, total - begin)))
+                await anyio.to_thread.run_sync(pieces.put, piece)
+                del piece
+    finally:
+        pieces.put(None)
+        thread.join()
+    assert got == data
+    gc.collect()
+    await holds(lambda: pinned() == 0)
