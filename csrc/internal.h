@@ -91,8 +91,8 @@ AP_MUST_CHECK ssize_t ap_sys_recv_rights(int fd, const struct iovec *iov, size_t
                                          size_t *offered, ap_rights *rights);
 AP_MUST_CHECK ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int *fds,
                                          int count);
-/* The bytes of all messages that wait. */
-size_t ap_sys_waiting(int fd);
+/* The length of the next message, which stays where it is. */
+AP_MUST_CHECK ssize_t ap_sys_next_length(int fd);
 /* Whether the peer has ended its side and nothing waits any more. */
 bool ap_sys_at_end(int fd);
 AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);

@@ -240,16 +240,24 @@ ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int 
     return sent;
 }
 
-size_t ap_sys_waiting(int fd)
+ssize_t ap_sys_next_length(int fd)
+{
+    ssize_t n;
+    char nothing;
+    RETRY(n, AP_CALL_READ, recv(fd, &nothing, 0, MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT));
+    return n;
+}
+
+static bool nothing_waits(int fd)
 {
     int n = 0;
-    return ioctl(fd, FIONREAD, &n) < 0 || n < 0 ? 0 : (size_t)n;
+    return ioctl(fd, FIONREAD, &n) == 0 && n == 0;
 }
 
 bool ap_sys_at_end(int fd)
 {
     struct pollfd at = {.fd = fd, .events = POLLRDHUP};
-    return poll(&at, 1, 0) == 1 && (at.revents & POLLRDHUP) && ap_sys_waiting(fd) == 0;
+    return poll(&at, 1, 0) == 1 && (at.revents & POLLRDHUP) && nothing_waits(fd);
 }
 
 /* ---- accepting -------------------------------------------------------- */

@@ -185,29 +185,41 @@ static int64_t nothing_in_it(ap_conn *conn)
     return conn->read_end ? conn->read_end : AP_EEOF;
 }
 
+/* Into NULL: the length of the message, which stays. */
+static ssize_t receive_once(ap_conn *conn, struct iovec *into, ap_rights *rights)
+{
+    if (!into)
+        return ap_sys_next_length(conn->slot.fd);
+    size_t offered = into->iov_len;
+    return ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
+}
+
 /* After a reset the kernel tells the error first, and then what had arrived before
  * it: that is readable first, as on a stream. */
 static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *rights)
 {
-    size_t offered = into->iov_len;
-    ssize_t got = ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
+    ssize_t got = receive_once(conn, into, rights);
     if (got != -ECONNRESET)
         return got;
     conn->send_error = -ECONNRESET;
-    got = ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
+    got = receive_once(conn, into, rights);
     return got == -EAGAIN ? -ECONNRESET : got;
+}
+
+static int64_t not_received(ap_conn *conn, ssize_t error)
+{
+    if (error != -EAGAIN)
+        return conn->read_end = (int)error;
+    ap_input_nothing(conn);
+    return conn->read_end ? conn->read_end : -EAGAIN;
 }
 
 static int64_t receive_block(ap_conn *conn, ap_block *block, size_t room, ap_rights *rights)
 {
     struct iovec into = {.iov_base = ap_block_at(block, block->end), .iov_len = room};
     ssize_t got = receive_or_reset(conn, &into, rights);
-    if (got == -EAGAIN) {
-        ap_input_nothing(conn);
-        return conn->read_end ? conn->read_end : -EAGAIN;
-    }
     if (got < 0)
-        return conn->read_end = (int)got;
+        return not_received(conn, got);
     if (got == 0 && rights->count == 0 && !rights->truncated)
         return nothing_in_it(conn);
     ap_input_note(conn, (size_t)got);
@@ -221,9 +233,13 @@ static int64_t receive_message(ap_conn *conn, size_t max, ap_view *view, ap_righ
         return conn->read_end;
     if (!(conn->slot.ready & AP_READABLE))
         return conn->read_end ? conn->read_end : -EAGAIN;
-    size_t room = max, waiting = max > AP_SCRATCH ? ap_sys_waiting(conn->slot.fd) : max;
-    if (room > waiting) /* memory follows what has arrived */
-        room = waiting;
+    size_t room = max;
+    if (max > AP_SCRATCH) { /* memory follows what has arrived */
+        ssize_t next = receive_or_reset(conn, NULL, rights);
+        if (next < 0) /* not to be tried: what comes now would be cut off */
+            return not_received(conn, next);
+        room = (size_t)next < max ? (size_t)next : max;
+    }
     ap_block *block = ap_pool_take(conn->slot.hub->context.pool, room);
     if (!block)
         return -ENOMEM;

@@ -665,6 +665,76 @@ TEST(unix_an_empty_message_is_not_the_end_for_ever)
     world_close(w);
 }
 
+#define MESSAGES ROUNDS(60000)
+
+struct sender {
+    int peer;
+    _Atomic int received;
+};
+
+/* Sends the next message a moment after the last one was received. */
+static void *send_messages(void *arg)
+{
+    struct sender *s = arg;
+    for (int i = 0; i < MESSAGES; i++) {
+        while (atomic_load(&s->received) < i)
+            ;
+        for (volatile int moment = 0; moment < i % 1000; moment++)
+            ;
+        CHECK_EQ(send(s->peer, "12345678", 8, MSG_NOSIGNAL), 8);
+    }
+    return NULL;
+}
+
+/* Room is made for the message that is there; one that comes a moment later, when there was none,
+ * must not be cut off to nothing. */
+TEST(unix_a_message_that_comes_at_any_moment_is_whole)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_SEQPACKET, HIGH);
+    struct sender s = {.peer = l.peer};
+    world_start(w);
+    pthread_t sender;
+    CHECK(pthread_create(&sender, NULL, send_messages, &s) == 0);
+    while (s.received < MESSAGES) {
+        int64_t size = receive(&l, MB);
+        if (size == -EAGAIN)
+            await(w, l.id, AP_MAIL_READ);
+        else
+            CHECK_EQ(size, 8);
+        atomic_fetch_add(&s.received, size == 8);
+    }
+    pthread_join(sender, NULL);
+    world_stop(w);
+    link_close(&l);
+    world_close(w);
+}
+
+/* Where the kernel tells a reset first when it is asked for a length. */
+TEST(unix_large_messages_before_a_reset_are_readable_first)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_SEQPACKET, HIGH);
+    CHECK_EQ(ap_conn_send_fds(l.conn, "unread", 6, NULL, 0), 6);
+    peer_send(&l, "ab", 2);
+    peer_close(&l);
+    settle(w);
+    CHECK_EQ(receive(&l, MB), 2);
+    CHECK_EQ(receive(&l, MB), -ECONNRESET);
+    CHECK(ap_conn_status(l.conn) & AP_IS_BROKEN);
+    link_close(&l);
+    l = link_open(w, AP_SEQPACKET, HIGH);
+    CHECK_EQ(receive(&l, MB), -EAGAIN);
+    CHECK_EQ(send(l.peer, "", 0, 0), 0);
+    peer_close(&l);
+    settle(w);
+    CHECK_EQ(receive(&l, MB), AP_EEOF);
+    CHECK_EQ(receive(&l, MB), AP_EEOF);
+    CHECK(ap_conn_status(l.conn) & AP_IS_EOF);
+    link_close(&l);
+    world_close(w);
+}
+
 /* The kernel tells the reset first; what came before it must not be lost. */
 TEST(unix_messages_before_a_reset_are_readable_first)
 {
