@@ -161,6 +161,8 @@ class Output(Endpoint):
             if left < 0:
                 raise self._write_error(left)
             if left:
+                if len(item):  # to be told from the same bytes, if they are queued twice
+                    self.hub.outputs[self.number][-1] = item = memoryview(item)
                 try:
                     await self._drain(deadline)
                 except BaseException:

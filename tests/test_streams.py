@@ -963,6 +963,33 @@ async def test_the_rest_of_a_cancelled_send_goes_first(wire: Wire, mutable: bool
     assert got == data + after
 
 
+async def test_only_the_item_that_was_given_up_is_taken_back(wire: Wire) -> None:
+    """Not the same bytes that were written before it."""
+    conn, peer = wire
+    data = pattern(HUGE)
+    async with anyio.create_task_group() as group:
+        conn.writer.write(data)
+        conn.writer.write(data)
+        group.start_soon(conn.send, data)
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
+        group.cancel_scope.cancel()
+    async with anyio.create_task_group() as group:
+        group.start_soon(conn.send, b"end")
+        assert await within(read_all(peer, 2 * HUGE + 3)) == data + data + b"end"
+
+
+async def test_pending_output_is_not_taken_back_with_nothing(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(HUGE)
+    async with anyio.create_task_group() as group:
+        conn.writer.write(data)
+        conn.writer.write(data)
+        group.start_soon(conn.send, b"")
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
+        group.cancel_scope.cancel()
+    assert await within(read_all(peer, 2 * HUGE)) == data + data
+
+
 async def test_a_given_up_rest_goes_out_by_itself(wire: Wire) -> None:
     conn, peer = wire
     data = await fill(conn)
