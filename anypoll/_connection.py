@@ -201,6 +201,7 @@ class Core(Input):
         self._mark_closed()
         self._forget_raw()
         self.hub.forget(self.number)
+        self.hub.outputs.pop(self.number, None)  # all is sent, but no token will say so any more
         rest = _epoll.conn_rest(self.handle)
         self.reader._close()
         self.writer._close()

@@ -47,7 +47,7 @@ from peers import (
 )
 
 import anypoll
-from anypoll import Connection, ReadTimeout, UNIXConnection, WriteTimeout
+from anypoll import Connection, ReadTimeout, UNIXConnection, WriteTimeout, _epoll
 
 pytestmark = pytest.mark.anyio
 
@@ -1493,6 +1493,20 @@ async def test_a_detached_socket_can_come_back(wire: Wire) -> None:
     async with await Connection.from_socket(sock) as again:
         await send_all(peer, b"again")
         assert await again.next(5) == b"again"
+
+
+async def test_detach_before_it_was_told_that_all_is_sent(wire: Wire) -> None:
+    """Nobody will tell afterwards: what was kept for that must go."""
+    conn, peer = wire
+    data = await fill(conn)
+    core, rest = conn._core, len(data)
+    peer.setblocking(True)
+    while _epoll.conn_queued(core.handle) > 0:  # the event loop does not run meanwhile
+        rest -= len(peer.recv(min(rest, MIB)))
+    assert core.number in core.hub.outputs
+    sock, _ = conn.detach()
+    sock.close()
+    assert core.number not in core.hub.outputs
 
 
 async def test_detach_of_a_busy_connection(wire: Wire) -> None:
