@@ -114,7 +114,11 @@ class UNIXCore(Core):
                 left = self._send(self.writer._take())
                 if left < 0:
                     raise self._write_error(left)
-            sent = await self._send_once(message, fds, deadline)
+            try:
+                sent = await self._send_once(message, fds, deadline)
+            except BaseException:
+                self._secure()  # what was pending
+                raise
             if sent < len(message):
                 await self._send_rest(message, sent, deadline)
         finally:

@@ -555,6 +555,19 @@ async def test_a_cancelled_send_that_had_not_begun_leaves_nothing() -> None:
         assert data == b"x" * (len(data) - 3) + b"end"
 
 
+async def test_what_was_pending_may_be_changed_when_a_send_was_given_up() -> None:
+    data = bytearray(pattern(4 * MIB))
+    want = b"01" + bytes(data) + b"end"
+    async with pair() as (conn, peer):
+        conn.writer.malloc(2)[:] = b"01"
+        conn.writer.write_direct(data, 0)
+        await given_up(conn, conn.send_fds, b"never", [0])
+        data[:] = bytes(len(data))
+        async with anyio.create_task_group() as group:
+            group.start_soon(conn.send, b"end")
+            assert await read_all(peer, len(want)) == want
+
+
 @pytest.mark.parametrize("timed", [False, True])
 async def test_the_rest_of_a_message_that_was_given_up_goes_out(timed: bool) -> None:
     data = bytearray(pattern(4 * MIB))
