@@ -22,7 +22,15 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _epoll
-from ._epoll import MAIL_READ, MAIL_SENT, MAIL_TRIM, MAIL_WRITE, hub_take
+from ._epoll import (
+    MAIL_IDLE,
+    MAIL_READ,
+    MAIL_SENT,
+    MAIL_STARVED,
+    MAIL_TRIM,
+    MAIL_WRITE,
+    hub_take,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -34,6 +42,8 @@ logger = logging.getLogger("anypoll.hub")
 
 _TOKEN = Struct(_epoll.TOKEN_FORMAT)
 _TOKENS_AT_ONCE = 256
+#: News upon which code of the user's may run: close callbacks, a handler of the log.
+_MAIL_LAST = MAIL_IDLE | MAIL_STARVED
 
 
 class Addressee(Protocol):
@@ -117,20 +127,28 @@ class Hub(ABC):
             self.wake(waiter)
 
     def dispatch(self) -> None:
-        """Takes the mailbox and wakes whom it names. To be called in the loop's thread."""
+        """Takes the mailbox and wakes whom it names. To be called in the loop's thread.
+
+        What the user's code may do comes last: the other tokens tell how things were when they were
+        taken, and it may use their connections.
+        """
         tokens = self._tokens
         n = tokens.max
         trim = 0
         while n == tokens.max:
             n = hub_take(self.handle, tokens.array, n)
-            readable = []
+            readable, last = [], []
             for token in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
                 if token[1] == MAIL_READ:
                     readable.append(token)
                 else:
                     trim |= token[1] & MAIL_TRIM
                     self._dispatch_one(*token)
+                    if token[1] & _MAIL_LAST:
+                        last.append(token)
             self._wake_readers(readable)
+            for number, bits, value in last:
+                self._tell(number, bits & _MAIL_LAST, value)
         if trim:  # now that the wrappers of the blocks are gone
             _epoll.hub_trim(self.handle)
 
@@ -146,14 +164,17 @@ class Hub(ABC):
             self.outputs.pop(number, None)
         if bits & MAIL_WRITE:
             self.wake_writers(number)
-        if bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT):
-            found = self.addressees.get(number)
-            addressee = found() if found is not None else None
-            if addressee is not None:
-                try:
-                    addressee.on_token(bits, value)
-                except Exception:  # a fault of ours must not end the user's event loop
-                    logger.exception("Internal error in a hub")
+        if news := bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT | _MAIL_LAST):
+            self._tell(number, news, value)
+
+    def _tell(self, number: int, news: int, value: int) -> None:
+        found = self.addressees.get(number)
+        addressee = found() if found is not None else None
+        if addressee is not None:
+            try:
+                addressee.on_token(news, value)
+            except Exception:  # a fault of ours must not end the user's event loop
+                logger.exception("Internal error in a hub")
 
     def end(self) -> None:
         """The event loop has ended: closes what is open. Idempotent, any thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -566,6 +567,34 @@ async def test_wake_ups_for_nobody_are_harmless() -> None:
     hub.wake_writers(12345)
     hub.dispatch()
     hub._dispatch_one(12345, 0xFF, 0)
+
+
+def wait_for_news(hub: Hub) -> None:
+    """Until a poller has told the hub something; the event loop does not run meanwhile."""
+    assert select.select([_epoll.hub_fd(hub.handle)], [], [], 30)[0]
+
+
+@pytest.mark.anyio
+async def test_a_callback_uses_a_connection_of_which_news_is_under_way() -> None:
+    """The news of one connection may run close callbacks. That another one's output was sent
+    tells nothing about what a callback sends then: its memory must be kept.
+    """
+    async with opened() as (ending, _), opened() as (conn, peer):
+        core = conn._core
+        data = bytes(4 * 1024 * 1024)
+        peer.setblocking(True)
+        with anyio.move_on_after(0.01):
+            await conn.send(data)
+        rest = len(data)
+        ending.add_close_callback(lambda: core._send([data]))
+        ending.idle_timeout = 0
+        wait_for_news(core.hub)
+        while _epoll.conn_queued(core.handle) > 0:
+            rest -= len(peer.recv(rest))
+        core.hub.dispatch()
+        assert core.number in core.hub.outputs
+        assert _epoll.conn_queued(core.handle) > 0
+        conn.abort()
 
 
 @pytest.mark.anyio
