@@ -116,7 +116,7 @@ class Input(Output):
                 if self.closed:
                     raise self._own(ClosedResourceError())
                 reader._budget = self.budget
-                if end and not flags and reader._end == SHUT:  # else a release() came between
+                if end and not flags and reader._view is not EMPTY:  # else a release() came between
                     reader._end = end
                     return True
                 suspended = True
@@ -298,7 +298,10 @@ class Input(Output):
                 self._reading = False
             if self.closed:
                 raise self._own(ClosedResourceError())
-            reader._end = end
+            if reader._view is EMPTY:  # a release() came between
+                self.fill_nowait(1)
+            else:
+                reader._end = end
         start = reader._start
         stop = min(start + max_bytes, reader._end)
         reader._start = stop

@@ -20,7 +20,7 @@ import pytest
 import trio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute
-from peers import holds, opened, within
+from peers import arrive, holds, opened, read_all, within
 
 import anypoll
 from anypoll import Connection, _epoll, _runtime
@@ -595,6 +595,53 @@ async def test_a_callback_uses_a_connection_of_which_news_is_under_way() -> None
         assert core.number in core.hub.outputs
         assert _epoll.conn_queued(core.handle) > 0
         conn.abort()
+
+
+@pytest.mark.anyio
+async def test_a_release_between_a_wake_up_and_its_task() -> None:
+    """The end of the window that the wake-up brings is of no use then."""
+    async with opened() as (conn, peer):
+        await arrive(conn, peer, b"x")
+        await conn.reader.skip(1)
+        await arrive(conn, peer, b"x")
+        assert await conn.reader.next(1) == b"x"
+        got: list[bytes] = []
+
+        async def read() -> None:
+            got.append(bytes(await conn.reader.next(4)))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await holds(lambda: conn._core.number in conn._core.hub.readers)
+            peer.send(b"abcdefgh")
+            wait_for_news(conn._core.hub)
+            conn._core.hub.dispatch()
+            conn.reader.release()
+            high = conn._core.limits.write_high_water
+            conn.writer.write(bytes(high))  # closes the window too
+            group.start_soon(read_all, peer, high)
+        assert got == [b"abcd"]
+        assert await conn.reader.next(4) == b"efgh"
+
+
+@pytest.mark.anyio
+async def test_a_release_during_the_checkpoint_of_a_receive() -> None:
+    async with opened() as (conn, peer):
+        got: list[bytes] = []
+
+        async def receive() -> None:
+            got.append(await conn.receive(4))
+
+        async def release() -> None:
+            conn.reader.release()
+
+        for _ in range(20):  # trio chooses who comes first
+            await arrive(conn, peer, b"0123456789")
+            async with anyio.create_task_group() as group:
+                group.start_soon(receive)
+                group.start_soon(release)
+            assert got.pop() == b"0123"
+            assert await conn.reader.next(6) == b"456789"
 
 
 @pytest.mark.anyio
