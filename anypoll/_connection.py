@@ -126,10 +126,7 @@ class Core(Input):
 
     async def _aclose(self) -> None:
         if not self.closed:
-            pending = not self._writing and (
-                self.writer._size > 0 or (not self._abandoned and conn_queued(self.handle) > 0)
-            )
-            if pending:
+            if not self._writing and (self.writer._size > 0 or self._own_queued() > 0):
                 try:
                     await self._drain_and_close()
                 finally:

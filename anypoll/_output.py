@@ -47,6 +47,13 @@ class Output(Endpoint):
         while kept and surplus >= len(kept[0]):
             surplus -= len(kept.pop(0))
 
+    def _own_queued(self) -> int:
+        """What C has queued, without the rest of a send that was given up: that goes out by itself,
+        and nobody waits for it. As soon as all of it is sent it counts no more.
+        """
+        given_up = self._abandoned if self.number in self.hub.outputs else 0
+        return max(conn_queued(self.handle) - given_up, 0)
+
     def queued(self) -> int:
         """Bytes that C has and the kernel has not; 0 once the connection is closed."""
         return 0 if self.closed else max(conn_queued(self.handle), 0)
@@ -211,13 +218,11 @@ class Output(Endpoint):
         drain before a reader call goes on. Not what another task is sending, or duplex protocols
         would deadlock. Returns whether the task was suspended.
         """
-        queued = max(conn_queued(self.handle), 0)
-        # the rest of a send that was given up goes out by itself, and nobody waits for it: two ends
-        # that both waited for theirs would wait for each other
-        own = max(queued - self._abandoned, 0)
+        # without what was given up: two ends that both waited for theirs would wait for each other
+        own = self._own_queued()
         if self._writing or own + self.writer._size < self.limits.write_high_water:
             return False
-        left = self._send(self.writer._take()) if self.writer._size else queued
+        left = self._send(self.writer._take()) if self.writer._size else own
         self.reader._end = SHUT
         if left <= 0:
             return False  # sent, or broken: the reader may go on, the writer will be told

@@ -171,6 +171,16 @@ async def fill(conn: Connection) -> bytes:
     return data
 
 
+async def fill_the_kernel(conn: Connection) -> int:
+    """Zeros, past the poller, which believes that there is room."""
+    fd = _epoll.conn_fd(conn._core.handle, 0)
+    full = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            full += os.write(fd, bytes(MIB))
+    return full
+
+
 # --- receive -------------------------------------------------------------------------------------
 
 
@@ -774,6 +784,39 @@ async def test_aclose_does_not_wait_for_a_send_that_was_given_up(wire: Wire) -> 
     await fill(conn)
     await within(conn.aclose())
     assert conn.fileno() == -1
+
+
+async def test_aclose_waits_for_an_answer_after_a_send_that_was_given_up() -> None:
+    """Of a busy loop the poller sends the answers, from copies: nothing else tells of them."""
+    async with opened("unix") as wire:
+        conn, peer = wire
+        core = conn._core
+        data = await fill(conn)
+        assert await read_all(peer, len(data)) == data  # its rest goes out by itself
+        await holds(lambda: core.number not in core.hub.outputs)
+        full = await fill_the_kernel(conn)
+
+        async def answer() -> None:
+            await conn.receive()
+            conn.writer.write(b"bye")
+            with contextlib.suppress(ClosedResourceError):
+                await conn.receive()
+
+        async with contextlib.AsyncExitStack() as stack, anyio.create_task_group() as group:
+            others = [await stack.enter_async_context(opened("unix")) for _ in range(4)]
+            group.start_soon(answer)
+            for other, _ in others:
+                group.start_soon(other.receive)
+            await holds(lambda: len(core.hub.readers) == 5)
+            for one, end in [*others, wire]:
+                before = one.statistics().bytes_received
+                end.send(b"x")
+                while one.statistics().bytes_received == before:
+                    pass  # the loop is told of all together
+            await holds(lambda: _epoll.conn_queued(core.handle) == 3)
+            group.start_soon(conn.aclose)
+            await settle()
+            assert await within(read_to_end(peer)) == bytes(full) + b"bye"
 
 
 async def test_the_block_closes(kind: str) -> None:
