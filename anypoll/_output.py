@@ -24,8 +24,13 @@ VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of be
 
 
 def _is_constant(piece: Piece) -> bool:
-    """Whether nobody can change its bytes; those of a view of somebody else's memory may."""
-    return type(piece) is bytes or type(memoryview(piece).obj) in (bytes, BlockMemory)
+    """Whether nobody can change its bytes; those of a view of somebody else's memory may. A block
+    is only ever shown read-only, unlike what others make of the same type.
+    """
+    if type(piece) is bytes:
+        return True
+    view = memoryview(piece)
+    return view.readonly and type(view.obj) in (bytes, BlockMemory)
 
 
 class Output(Endpoint):
