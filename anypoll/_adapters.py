@@ -10,6 +10,7 @@ from anyio import ClosedResourceError, WouldBlock
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from ._buffer import LinkBuffer
+from ._config import chunk_size
 from ._reader import Reader
 from ._writer import Writer
 
@@ -60,8 +61,7 @@ class _ReceiveStream(ByteReceiveStream):
         self._closed = False
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        if max_bytes < 1:
-            raise ValueError("max_bytes must be a positive integer")
+        max_bytes = chunk_size(max_bytes)
         await anyio.lowlevel.checkpoint()
         if self._closed:
             raise ClosedResourceError

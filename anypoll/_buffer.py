@@ -7,6 +7,7 @@ after the other are joined, since a piece of its own costs more than its bytes. 
 
 from __future__ import annotations
 
+import codecs
 import sys
 from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
@@ -398,7 +399,10 @@ class LinkBuffer(BaseWriter):
 
         :raises WouldBlock: if they are not there
         :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises LookupError: for an unknown ``encoding``; nothing is consumed
         """
+        if encoding != "utf-8":
+            codecs.lookup(encoding)
         return self.read_bytes(n).decode(encoding)
 
     def read_byte(self) -> int:

@@ -42,6 +42,22 @@ def count(value: SupportsIndex, name: str, *, least: int = 0, most: int | None =
     return n
 
 
+def chunk_size(max_bytes: SupportsIndex) -> int:
+    """What a ``receive()`` may return at most; the message is AnyIO's.
+
+    :raises TypeError: if it is not an integer
+    :raises ValueError: if it is below 1
+    """
+    try:
+        n = operator.index(max_bytes)
+    except TypeError:
+        kind = type(max_bytes).__name__
+        raise TypeError(f"max_bytes must be an integer, not {kind}") from None
+    if n < 1:
+        raise ValueError("max_bytes must be a positive integer")
+    return n
+
+
 def seconds(value: float | None, name: str) -> float | None:
     """``value`` as a number of seconds that is not negative; ``None`` stays ``None``.
 

@@ -9,6 +9,7 @@ did not suspend.
 
 from __future__ import annotations
 
+import codecs
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from anyio import EndOfStream
@@ -255,7 +256,10 @@ class Reader:
         """``n`` bytes, consumed and decoded.
 
         :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises LookupError: for an unknown ``encoding``; nothing is consumed
         """
+        if encoding != "utf-8":
+            codecs.lookup(encoding)
         return (await self.read_bytes(n)).decode(encoding)
 
     async def read_byte(self) -> int:
@@ -273,11 +277,11 @@ class Reader:
         with memoryview(buffer).cast("B") as into:
             if into.readonly:
                 raise TypeError("readinto() needs a writable buffer")
-            if not into:
-                return 0
             try:
-                await self._core.fill(1)
+                await self._core.fill(1 if into else 0)
             except EndOfStream:
+                return 0
+            if not into:
                 return 0
             n = min(len(into), self._end - self._start)
             into[:n] = self._view[self._start : self._start + n]

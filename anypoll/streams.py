@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import _sockets
 from ._callbacks import Callback, Callbacks
-from ._config import Limits, seconds
+from ._config import Limits, chunk_size, seconds
 from ._connection import Core
 from ._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
 from ._socket_surface import SocketSurface
@@ -22,7 +22,6 @@ from .nocopy import Reader, Writer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
-
 
 __all__ = ("Connection", "UNIXConnection", "socketpair")
 
@@ -109,10 +108,10 @@ class Connection(SocketSurface):
         :raises BrokenResourceError: after a reset, with the ``OSError`` as its cause
         :raises ClosedResourceError: if the connection was or is closed
         :raises BusyResourceError: while another task is reading
-        :raises ValueError: for ``max_bytes`` below 1
+        :raises ValueError, TypeError: for ``max_bytes`` below 1, or no integer
         """
-        if max_bytes < 1:
-            raise ValueError("max_bytes must be a positive integer")
+        if type(max_bytes) is not int or max_bytes < 1:
+            max_bytes = chunk_size(max_bytes)
         return await self._core.receive(max_bytes)
 
     async def send(self, item: Buffer) -> None:

@@ -187,6 +187,9 @@ async def test_readinto_takes_what_there_is() -> None:
 async def test_text_in_another_encoding() -> None:
     async with opened() as (conn, peer):
         await arrive(conn, peer, "héé".encode("latin-1") + b"\xff!")
+        for wrong in ("no such encoding", None, 5):
+            with pytest.raises((LookupError, TypeError)):
+                await conn.reader.read_str(3, encoding=wrong)  # type: ignore[arg-type]
         assert await conn.reader.read_str(3, encoding="latin-1") == "héé"
         with pytest.raises(UnicodeDecodeError):
             await conn.reader.read_str(1)
@@ -708,6 +711,7 @@ async def test_a_close_ends_everything(close: str) -> None:
             lambda: reader.read_str(1),
             reader.read_byte,
             lambda: reader.readinto(bytearray(1)),
+            lambda: reader.readinto(bytearray()),
             conn.receive,
         ):
             with pytest.raises(ClosedResourceError):

@@ -116,6 +116,15 @@ async def test_the_cause_of_a_failed_write_is_preserved(call: Call) -> None:
         assert isinstance(caught.value.__cause__, (ConnectionResetError, BrokenPipeError))
 
 
+async def test_to_send_nothing_fails_too_once_the_connection_has_broken() -> None:
+    async with opened("tcp") as (conn, peer):
+        reset(peer)
+        await holds(lambda: not conn.is_active)
+        with pytest.raises(BrokenResourceError) as caught:
+            await conn.send(b"")
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
 @pytest.mark.parametrize("error", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETDOWN])
 async def test_the_cause_says_what_the_kernel_said(error: int) -> None:
     async with opened("tcp") as (conn, peer):

@@ -238,6 +238,18 @@ async def test_receive_refuses_nonsense(wire: Wire, wrong: int) -> None:
         await conn.receive(wrong)  # before anything else
 
 
+@pytest.mark.parametrize("wrong", [1.5, 2.0, "1", None])
+async def test_receive_refuses_what_is_no_number_of_bytes(wire: Wire, wrong: Any) -> None:
+    """At once, and what is there stays."""
+    conn, peer = wire
+    for data in (b"", b"abc"):
+        await arrive(conn, peer, data)
+        with pytest.raises(TypeError, match=r"^max_bytes must be an integer, not "):
+            await within(conn.receive(wrong))
+    assert await conn.receive(2) == b"ab"
+    assert await conn.receive(10**30) == b"c"
+
+
 async def test_the_end_of_the_stream_stays(wire: Wire) -> None:
     conn, peer = wire
     await send_all(peer, b"last words")
