@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass as _dataclass
 
-from . import _runtime
+from . import _runtime, streams as _streams
 from ._attributes import (
     AnypollAttribute as AnypollAttribute,
     PeerCredentials as PeerCredentials,
@@ -112,6 +112,9 @@ __all__ = (
     "socketpair",
     "statistics",
 )
+
+# It is public in `streams` too, which lies below it and cannot import it.
+_streams.__dict__["SocketListener"] = SocketListener
 
 # Tracebacks and reprs name the public home of a thing, not the file it lies in.
 for _name in __all__:

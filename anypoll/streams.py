@@ -23,7 +23,9 @@ from .nocopy import Reader, Writer
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
-__all__ = ("Connection", "UNIXConnection", "socketpair")
+    from ._listener import SocketListener  # noqa: TC004 -- at run time ``__init__`` puts it here
+
+__all__ = ("Connection", "SocketListener", "UNIXConnection", "socketpair")
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()

@@ -80,6 +80,7 @@ def test_one_thing_has_one_home() -> None:
 def test_the_streams_are_importable_from_both_modules() -> None:
     assert anypoll.streams.Connection is anypoll.Connection
     assert anypoll.streams.UNIXConnection is anypoll.UNIXConnection
+    assert anypoll.streams.SocketListener is anypoll.SocketListener
 
 
 def test_star_import() -> None:
