@@ -186,6 +186,8 @@ class serve:  # noqa: N801 -- it is used as a function
             server._open(await where.sockets())
         else:
             server._adopt(list(_flat(where.listeners)))
+        if not server.listeners:
+            raise ValueError("serve() has nothing to listen on: that list is empty")
         return server
 
     async def __aenter__(self) -> Server:
