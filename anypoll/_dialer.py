@@ -65,7 +65,11 @@ async def connect_tcp(
         ``TLSStream`` over one
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: if no address could be connected, with the reasons as its cause
+    :raises ValueError, TypeError: for nonsense
     """
+    _sockets.check_port(remote_port, "remote_port")
+    if local_port is not None:
+        _sockets.check_port(local_port, "local_port")
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     with _connect_timeout(timeout):
         sock = await _race(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)

@@ -98,6 +98,8 @@ def validated(sock_or_fd: Any, *, families: Sequence[int], listening: bool) -> s
     elif isinstance(sock_or_fd, int):
         try:
             sock, made = socket.socket(fileno=sock_or_fd), True
+        except OverflowError:
+            raise ValueError(f"a file descriptor cannot be {sock_or_fd}") from None
         except OSError as exc:
             if exc.errno == errno.ENOTSOCK:
                 raise ValueError("the file descriptor does not refer to a socket") from exc
@@ -167,10 +169,7 @@ async def tcp_listening(
 
     :raises OSError: for a failed bind; nothing is left open
     """
-    if not isinstance(port, int):
-        raise TypeError(f"port must be an integer, not {type(port).__name__}")
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port must be between 0 and 65535, not {port}")
+    check_port(port, "port")
     addresses = await _local_addresses(host, port, family)
     for attempt in range(_BIND_TRIES):
         try:
@@ -233,6 +232,14 @@ def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
     except ValueError:
         return None
     return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
+
+
+def check_port(port: object, name: str) -> None:
+    """:raises TypeError, ValueError: if it is not an integer from 0 to 65535"""
+    if not isinstance(port, int):
+        raise TypeError(f"{name} must be an integer, not {type(port).__name__}")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{name} must be between 0 and 65535, not {port}")
 
 
 def with_scope(family: int, address: Any) -> Any:

@@ -241,6 +241,24 @@ async def test_nonsense(options: Any, error: type[Exception]) -> None:
 # --- deadlines and cancellation ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("which", ["remote_port", "local_port"])
+@pytest.mark.parametrize(
+    ("port", "error"),
+    [
+        (-1, ValueError),
+        (65536, ValueError),
+        (10**30, ValueError),
+        ("80", TypeError),
+        (1.5, TypeError),
+    ],
+)
+async def test_a_wrong_port_is_named(which: str, port: Any, error: type[Exception]) -> None:
+    """By itself, and not as an `OverflowError` in a group of the attempts to connect."""
+    ports = {"remote_port": 1, which: port}
+    with pytest.raises(error, match=f"^{which} must be "):
+        await anypoll.connect_tcp("127.0.0.1", **ports)
+
+
 async def test_connect_timeout() -> None:
     with silent() as address:
         with pytest.raises(ConnectTimeout):

@@ -1611,6 +1611,13 @@ async def test_from_socket(kind: str, as_fd: bool) -> None:
             os.fstat(fd)
 
 
+@pytest.mark.parametrize("fd", [-1, 10**30])
+async def test_from_socket_refuses_what_no_descriptor_can_be(fd: int) -> None:
+    for cls in (Connection, UNIXConnection, anypoll.SocketListener):
+        with pytest.raises(ValueError):
+            await cls.from_socket(fd)
+
+
 async def test_from_socket_of_the_unix_class() -> None:
     ours, peer = socket_pair("unix")
     with peer:
