@@ -70,6 +70,8 @@ async def connect_tcp(
     _sockets.check_port(remote_port, "remote_port")
     if local_port is not None:
         _sockets.check_port(local_port, "local_port")
+    if seconds(happy_eyeballs_delay, "happy_eyeballs_delay") is None:
+        raise TypeError("happy_eyeballs_delay must be a number of seconds")
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     with _connect_timeout(timeout):
         sock = await _race(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)

@@ -296,6 +296,8 @@ def unix_listening(
     :raises OSError: for a failed bind; nothing is left open
     """
     raw, backlog, kind = unix_path(path), _backlog(backlog), unix_kind(kind)
+    if mode is not None and not isinstance(mode, int):
+        raise TypeError(f"mode must be an integer, not {type(mode).__name__}")
     if not raw.startswith(b"\0"):
         _remove_stale(raw)
     sock = socket.socket(socket.AF_UNIX, kind)

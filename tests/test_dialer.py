@@ -231,6 +231,9 @@ async def test_options_of_the_new_connection(keepalive: Any) -> None:
         ({"read_timeout": -1}, ValueError),
         ({"write_timeout": "1"}, TypeError),
         ({"keepalive": 7}, TypeError),
+        ({"happy_eyeballs_delay": "1"}, TypeError),
+        ({"happy_eyeballs_delay": None}, TypeError),
+        ({"happy_eyeballs_delay": -1}, ValueError),
     ],
 )
 async def test_nonsense(options: Any, error: type[Exception]) -> None:

@@ -142,6 +142,7 @@ async def test_the_ten_lines() -> None:
         ({"port": 0, "write_high_water": 0}, ValueError),
         ({"port": 0, "read_limit": 0}, ValueError),
         ({"port": 0, "read_limit": "1"}, TypeError),
+        ({"path": "\0anypoll-mode", "path_mode": "rw"}, TypeError),
         ({"listeners": []}, ValueError),
         ({"sock": []}, ValueError),
         ({"listeners": 5}, ValueError),
