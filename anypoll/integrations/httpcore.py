@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import ssl
+import sys
 from collections.abc import Awaitable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ import anypoll
 
 __all__ = ("AnypollBackend", "AnypollStream", "AnypollTLSStream")
 
+_READ_MOST = 2**30  # as much as OpenSSL can count
 _LIBRARIES = ("httpcore", "httpcore2")
 
 
@@ -121,9 +123,11 @@ class AnypollBackend(AsyncNetworkBackend):
         :param socket_options: arguments of ``setsockopt``; set once it is connected
         :raises httpcore.ConnectTimeout: after ``timeout`` seconds
         :raises httpcore.ConnectError: if no address could be connected, or an option is refused
+        :raises ValueError, TypeError: for nonsense
         """
+        options = _checked(socket_options)
         connecting = anypoll.connect_tcp(host, port, local_host=local_address, timeout=timeout)
-        return await _opened(connecting, socket_options)
+        return await _opened(connecting, options)
 
     async def connect_unix_socket(
         self,
@@ -132,20 +136,48 @@ class AnypollBackend(AsyncNetworkBackend):
         socket_options: Iterable[_SocketOption] | None = None,
     ) -> AnypollStream:
         """Connects to a UNIX socket; the rest is as in :meth:`connect_tcp`."""
-        return await _opened(anypoll.connect_unix(path, timeout=timeout), socket_options)
+        options = _checked(socket_options)
+        return await _opened(anypoll.connect_unix(path, timeout=timeout), options)
 
     async def sleep(self, seconds: float) -> None:
         """Sleeps, between tries to connect."""
+        _check_timeout(seconds, "seconds")
         await anyio.sleep(seconds)
 
 
+def _checked(options: Iterable[_SocketOption] | None) -> list[_SocketOption]:
+    """Whether the kernel takes them shows when there is a socket; here, whether they are any."""
+    if options is None:
+        return []
+    if not isinstance(options, Iterable):
+        raise TypeError(f"socket_options must be iterable, not {type(options).__name__}")
+    known = list(options)
+    option: Any
+    for option in known:
+        if not isinstance(option, (tuple, list)) or len(option) not in (3, 4):
+            raise TypeError("socket_options must be tuples, the arguments of setsockopt()")
+        for part in option:
+            _check_part(part)
+    return known
+
+
+def _check_part(part: object) -> None:
+    if isinstance(part, int):
+        if not -(2**31) <= part < 2**31:  # Python would raise an OverflowError
+            raise ValueError("socket_options must be made of numbers of 32 bits")
+    elif part is not None and not isinstance(part, (bytes, bytearray)):
+        raise TypeError(
+            f"socket_options must be made of integers and bytes, not {type(part).__name__}"
+        )
+
+
 async def _opened(
-    connecting: Awaitable[anypoll.Connection], options: Iterable[_SocketOption] | None
+    connecting: Awaitable[anypoll.Connection], options: list[_SocketOption]
 ) -> AnypollStream:
     try:
         connection = await connecting
         try:
-            for option in options or ():
+            for option in options:
                 connection.extra(SocketAttribute.raw_socket).setsockopt(*option)
         except BaseException:
             connection.abort()
@@ -161,6 +193,8 @@ class AnypollStream(AsyncNetworkStream):
     """A connection as httpcore sees it. A connected one comes from :class:`AnypollBackend`."""
 
     def __init__(self, connection: anypoll.Connection) -> None:
+        if not isinstance(connection, anypoll.Connection):
+            raise TypeError(f"expected an anypoll.Connection, got {type(connection).__qualname__}")
         self._connection = connection
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -169,9 +203,15 @@ class AnypollStream(AsyncNetworkStream):
         :param timeout: seconds; nothing is lost when they are over
         :raises httpcore.ReadTimeout: after ``timeout`` seconds
         :raises httpcore.ReadError: if the connection breaks or is closed
+        :raises ValueError, TypeError: for ``max_bytes`` below 1, and other nonsense
         """
+        if not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes must be a positive integer, not {max_bytes!r}")
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        _check_timeout(timeout, "timeout")
         try:
-            return await self._receive(max_bytes, timeout)
+            return await self._receive(min(max_bytes, _READ_MOST), timeout)
         except EndOfStream:
             return b""
         except TimeoutError as exc:
@@ -185,7 +225,11 @@ class AnypollStream(AsyncNetworkStream):
         :param timeout: seconds
         :raises httpcore.WriteTimeout: after ``timeout`` seconds; a part may have been sent
         :raises httpcore.WriteError: if the connection breaks or is closed
+        :raises ValueError, TypeError: for nonsense; nothing is written then
         """
+        if not isinstance(buffer, (bytes, bytearray, memoryview)):
+            raise TypeError(f"buffer must be bytes, not {type(buffer).__name__}")
+        _check_timeout(timeout, "timeout")
         if not buffer:
             return
         try:
@@ -214,7 +258,13 @@ class AnypollStream(AsyncNetworkStream):
         :raises httpcore.ConnectTimeout: after ``timeout`` seconds
         :raises httpcore.ConnectError: if the handshake fails
         :raises ValueError: without a ``server_hostname`` that the context would check
+        :raises ValueError, TypeError: for nonsense; the connection stays as it is
         """
+        if not isinstance(ssl_context, ssl.SSLContext):
+            raise TypeError(f"ssl_context must be an ssl.SSLContext, not {ssl_context!r}")
+        if server_hostname is not None and not isinstance(server_hostname, str):
+            raise TypeError(f"server_hostname must be a str or None, not {server_hostname!r}")
+        _check_timeout(timeout, "timeout")
         self._connection.read_timeout = self._connection.write_timeout = None
         try:
             if ssl_context.check_hostname and server_hostname is None:
@@ -282,6 +332,8 @@ class AnypollTLSStream(AnypollStream):
 
     def __init__(self, connection: anypoll.Connection, tls: TLSStream) -> None:
         super().__init__(connection)
+        if not isinstance(tls, TLSStream):
+            raise TypeError(f"expected an anyio TLSStream, got {type(tls).__qualname__}")
         self._tls = tls
         self._ended = False
         """the session can't go on, whatever the connection below says"""
@@ -315,9 +367,19 @@ class AnypollTLSStream(AnypollStream):
         return self._ended or super()._is_readable() or _has_unread(self._tls)
 
 
+def _check_timeout(timeout: object, name: str) -> None:
+    if timeout is None:
+        return
+    if not isinstance(timeout, (int, float)):
+        kind = type(timeout).__name__
+        raise TypeError(f"{name} must be a number of seconds or None, not {kind}")
+    if not timeout >= 0:
+        raise ValueError(f"{name} must not be negative")
+    if timeout > sys.float_info.max and not isinstance(timeout, float):
+        raise ValueError(f"{name} must be a number of seconds that a float can hold")
+
+
 def _within(timeout: float | None) -> Any:
-    if timeout is not None and not timeout >= 0:
-        raise ValueError(f"timeout must not be negative, not {timeout}")
     return anyio.fail_after(timeout, reason=f"not done within {timeout} s")
 
 

@@ -13,7 +13,6 @@ statistics, and its nocopy reader and writer, which share the buffers with the s
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -140,11 +139,10 @@ class TrioStream(trio.abc.HalfCloseableStream):
         :raises TypeError: if ``max_bytes`` is not an integer
         :raises ValueError: if it is below 1
         """
-        size = _RECEIVE_SIZE if max_bytes is None else operator.index(max_bytes)
-        if size < 1:
-            raise ValueError(f"max_bytes must be at least 1, not {size}")
         try:
-            return await self.connection.receive(size)
+            return await self.connection.receive(
+                _RECEIVE_SIZE if max_bytes is None else max_bytes  # type: ignore[arg-type]
+            )
         except anyio.EndOfStream:  # the connection has taken the checkpoint
             return b""
         except _ERRORS as exc:
@@ -275,6 +273,13 @@ def _text(host: str | bytes) -> str:
     return host.decode("ascii") if isinstance(host, bytes) else host
 
 
+def _check_port(port: object) -> None:
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an integer, not {type(port).__name__}")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be between 0 and 65535, not {port:#x}")
+
+
 async def open_tcp_stream(
     host: str | bytes,
     port: int,
@@ -290,12 +295,11 @@ async def open_tcp_stream(
     :param local_address: address or name to connect from
     :raises OSError: if no address could be connected, with the reasons as its cause
     :raises TypeError: if ``port`` is not an integer
-    :raises ValueError: if ``host`` is neither ``str`` nor ``bytes``
+    :raises ValueError: if ``host`` is neither ``str`` nor ``bytes``, or ``port`` above 65535
     """
     if not isinstance(host, (str, bytes)):
         raise ValueError(f"host must be str or bytes, not {type(host).__name__}")
-    if not isinstance(port, int):
-        raise TypeError(f"port must be an integer, not {type(port).__name__}")
+    _check_port(port)
     delay = math.inf if happy_eyeballs_delay is None else happy_eyeballs_delay
     return TrioStream(
         await anypoll.connect_tcp(
@@ -329,6 +333,7 @@ async def open_tcp_listeners(
     :raises OSError: for a failed bind
     :raises TypeError, ValueError: for a port or a backlog that is none
     """
+    _check_port(port)
     multi = await anypoll.create_tcp_listener(
         local_host=None if host is None else _text(host),
         local_port=port,
