@@ -9,8 +9,8 @@ import anyio.lowlevel
 from anyio import ClosedResourceError, WouldBlock
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
-from ._buffer import LinkBuffer
-from ._config import chunk_size
+from ._buffer import LinkBuffer, as_view
+from ._config import positive
 from ._reader import Reader
 from ._writer import Writer
 
@@ -61,7 +61,7 @@ class _ReceiveStream(ByteReceiveStream):
         self._closed = False
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        max_bytes = chunk_size(max_bytes)
+        max_bytes = positive(max_bytes, "max_bytes")
         await anyio.lowlevel.checkpoint()
         if self._closed:
             raise ClosedResourceError
@@ -84,7 +84,7 @@ class _SendStream(ByteSendStream):
     async def send(self, item: Buffer) -> None:
         if self._closed:
             raise ClosedResourceError
-        await self._writer._core.send(item if type(item) is bytes else memoryview(item).cast("B"))
+        await self._writer._core.send(item if type(item) is bytes else as_view(item, "item"))
 
     async def aclose(self) -> None:
         self._closed = True

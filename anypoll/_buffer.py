@@ -7,7 +7,6 @@ after the other are joined, since a piece of its own costs more than its bytes. 
 
 from __future__ import annotations
 
-import codecs
 import sys
 from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
@@ -25,7 +24,14 @@ REFERENCED = 4096  # bytes objects above this are never joined with their neighb
 _MOST = 2**31
 
 
-def as_bytes(data: Buffer) -> bytes:
+def _memory(data: Buffer, name: str) -> memoryview:
+    try:
+        return memoryview(data)
+    except TypeError:
+        raise TypeError(f"{name} must be bytes-like, not {type(data).__name__}") from None
+
+
+def as_bytes(data: Buffer, name: str = "data") -> bytes:
     """``data`` itself if it is ``bytes``, else a copy.
 
     :raises TypeError: if it is not bytes-like
@@ -33,19 +39,54 @@ def as_bytes(data: Buffer) -> bytes:
     if type(data) is bytes:
         return data
     # not bytes(data) of just anything: that would take a number for a size
-    return data.tobytes() if type(data) is memoryview else bytes(memoryview(data))
+    return data.tobytes() if type(data) is memoryview else bytes(_memory(data, name))
 
 
-def as_view(data: Buffer) -> memoryview:
+def _flat(data: Buffer, name: str) -> memoryview:
+    view = _memory(data, name)
+    if not view.c_contiguous:
+        raise ValueError(f"the bytes of {name} must lie side by side to be referenced")
+    return view.cast("B")
+
+
+def as_view(data: Buffer, name: str = "data") -> memoryview:
     """A read-only view of the bytes of ``data``.
 
     :raises TypeError: if it is not bytes-like
     :raises ValueError: if its bytes do not lie side by side
     """
-    view = memoryview(data)
-    if not view.c_contiguous:
-        raise ValueError("the bytes of a buffer must lie side by side to be referenced")
-    return view.cast("B").toreadonly()
+    return _flat(data, name).toreadonly()
+
+
+def room_in(buffer: Buffer) -> memoryview:
+    """A view of the bytes of a buffer that ``readinto()`` is to fill.
+
+    :raises TypeError: if it is not bytes-like, or not writable
+    :raises ValueError: if its bytes do not lie side by side
+    """
+    into = _flat(buffer, "buffer")
+    if into.readonly:
+        raise TypeError("readinto() needs a writable buffer")
+    return into
+
+
+def text_encoding(encoding: str) -> str:
+    """``encoding``, if there is such a one.
+
+    :raises TypeError: if it is not a ``str``
+    :raises ValueError: if it names no text encoding
+    """
+    if not isinstance(encoding, str):
+        raise TypeError(f"encoding must be a str, not {type(encoding).__name__}")
+    try:
+        b"a".decode(encoding)  # some codecs are not for text, and only this tells
+    except UnicodeDecodeError:
+        return encoding  # one with several bytes to a character
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"encoding must be the name of a text encoding, not {encoding!r}"
+        ) from None
+    return encoding
 
 
 def delimiter_bytes(delimiter: object) -> bytes:
@@ -149,9 +190,12 @@ class BaseWriter:
 
         :raises TypeError: if ``data`` is not a ``str``
         :raises UnicodeEncodeError: if it cannot be encoded
+        :raises ValueError: if there is no such encoding
         """
         if not isinstance(data, str):
             raise TypeError(f"a str is required, not {type(data).__name__}")
+        if encoding != "utf-8":
+            text_encoding(encoding)
         return self.write(data.encode(encoding))
 
     def write_byte(self, value: SupportsIndex, /) -> int:
@@ -399,10 +443,10 @@ class LinkBuffer(BaseWriter):
 
         :raises WouldBlock: if they are not there
         :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
-        :raises LookupError: for an unknown ``encoding``; nothing is consumed
+        :raises ValueError: if there is no such encoding
         """
         if encoding != "utf-8":
-            codecs.lookup(encoding)
+            text_encoding(encoding)
         return self.read_bytes(n).decode(encoding)
 
     def read_byte(self) -> int:
@@ -419,9 +463,7 @@ class LinkBuffer(BaseWriter):
         :raises TypeError: if ``buffer`` is not writable
         """
         self._check()
-        with memoryview(buffer).cast("B") as into:
-            if into.readonly:
-                raise TypeError("readinto() needs a writable buffer")
+        with room_in(buffer) as into:
             if into and not len(self):
                 raise WouldBlock
             done = 0

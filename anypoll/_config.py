@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ CLOSE_CALLBACK_TIMEOUT = 10.0
 LoadBalance = str | Callable[[Sequence["PollerStatistics"]], int]
 
 
+def shown(n: int) -> str:
+    """``n`` for an error's text: Python refuses to print integers of thousands of digits."""
+    return str(n) if n.bit_length() <= 256 else f"an integer of {n.bit_length()} bits"
+
+
 def count(value: SupportsIndex, name: str, *, least: int = 0, most: int | None = None) -> int:
     """``value`` as an ``int`` of at least ``least``.
 
@@ -38,23 +44,22 @@ def count(value: SupportsIndex, name: str, *, least: int = 0, most: int | None =
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
     if n < least or (most is not None and n > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise ValueError(f"{name} must be {bounds}, not {n}")
+        raise ValueError(f"{name} must be {bounds}, not {shown(n)}")
     return n
 
 
-def chunk_size(max_bytes: SupportsIndex) -> int:
-    """What a ``receive()`` may return at most; the message is AnyIO's.
+def positive(value: SupportsIndex, name: str) -> int:
+    """``value`` as an ``int`` of at least 1; the text is AnyIO's.
 
     :raises TypeError: if it is not an integer
-    :raises ValueError: if it is below 1
+    :raises ValueError: if it is too small
     """
     try:
-        n = operator.index(max_bytes)
+        n = operator.index(value)
     except TypeError:
-        kind = type(max_bytes).__name__
-        raise TypeError(f"max_bytes must be an integer, not {kind}") from None
+        raise TypeError(f"{name} must be a positive integer, not {type(value).__name__}") from None
     if n < 1:
-        raise ValueError("max_bytes must be a positive integer")
+        raise ValueError(f"{name} must be a positive integer")
     return n
 
 
@@ -62,15 +67,28 @@ def seconds(value: float | None, name: str) -> float | None:
     """``value`` as a number of seconds that is not negative; ``None`` stays ``None``.
 
     :raises TypeError: if it is not a number
-    :raises ValueError: if it is negative or not a number
+    :raises ValueError: if it is negative, not a number, or an integer that no ``float`` can hold
     """
     if value is None:
         return None
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds or None, not {type(value).__name__}")
     if not value >= 0:
-        raise ValueError(f"{name} must not be negative, not {value}")
+        text = shown(value) if isinstance(value, int) else str(value)
+        raise ValueError(f"{name} must not be negative, not {text}")
+    try:
+        math.isinf(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number of seconds that a float can hold (inf: for ever), "
+            f"not {shown(int(value))}"
+        ) from None
     return value
+
+
+def _count_field(record: Any, name: str, *, least: int = 0, most: int | None = None) -> None:
+    """Validates a field of a frozen dataclass, and makes it an ``int``."""
+    object.__setattr__(record, name, count(getattr(record, name), name, least=least, most=most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +104,8 @@ class Keepalive:
 
     def __post_init__(self) -> None:
         for name in ("idle", "interval"):
-            count(getattr(self, name), name, least=1, most=32767)
-        count(self.count, "count", least=1, most=127)
+            _count_field(self, name, least=1, most=32767)
+        _count_field(self, "count", least=1, most=127)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +121,9 @@ class Limits:
     close_callback_timeout: float = CLOSE_CALLBACK_TIMEOUT
 
     def __post_init__(self) -> None:
-        count(self.read_high_water, "read_high_water", least=1, most=2**30)
-        count(self.write_high_water, "write_high_water", least=1)
-        count(self.read_limit, "read_limit", least=1, most=2**31)
+        _count_field(self, "read_high_water", least=1, most=2**30)
+        _count_field(self, "write_high_water", least=1)
+        _count_field(self, "read_limit", least=1, most=2**31)
         seconds(self.read_timeout, "read_timeout")
         seconds(self.write_timeout, "write_timeout")
         seconds(self.idle_timeout, "idle_timeout")
@@ -120,8 +138,8 @@ class Settings:
     checkpoint_budget: int = 64
 
     def __post_init__(self) -> None:
-        count(self.pollers, "pollers", least=1, most=256)
-        count(self.checkpoint_budget, "checkpoint_budget", least=1)
+        _count_field(self, "pollers", least=1, most=256)
+        _count_field(self, "checkpoint_budget", least=1)
         balance: Any = self.load_balance
         names = ("round_robin", "random", "least_connections")
         if not callable(balance) and balance not in names:

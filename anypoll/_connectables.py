@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from . import _sockets
 from ._dialer import connect_tcp, connect_unix
 from .streams import Connection, UNIXConnection
 
@@ -21,12 +22,13 @@ class TCPConnectable(anyio.TCPConnectable):
 
     :param host: address or name of the server
     :param port: 1 to 65535
-    :raises ValueError, TypeError: for another ``port``
+    :raises ValueError, TypeError: for another ``port``, and for a ``host`` that is none
     """
 
     def __post_init__(self) -> None:
         if not isinstance(self.port, int):
             raise TypeError(f"port must be an integer, not {type(self.port).__name__}")
+        _sockets.host_text(self.host, "host")
         super().__post_init__()
 
     async def connect(self) -> Connection:
@@ -47,7 +49,11 @@ class UNIXConnectable(anyio.UNIXConnectable):
     """A UNIX socket to connect to, as :class:`anyio.UNIXConnectable`.
 
     :param path: ``str``, ``bytes`` or ``PathLike``; a leading NUL makes it abstract
+    :raises ValueError, TypeError: for a ``path`` that is none
     """
+
+    def __post_init__(self) -> None:
+        _sockets.unix_path(self.path)
 
     async def connect(self) -> UNIXConnection:
         """A new connection.

@@ -8,6 +8,8 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -65,16 +67,14 @@ async def connect_tcp(
         ``TLSStream`` over one
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: if no address could be connected, with the reasons as its cause
-    :raises ValueError, TypeError: for nonsense
+    :raises ValueError, TypeError: for nonsense; nothing is sent then
     """
-    _sockets.check_port(remote_port, "remote_port")
-    if local_port is not None:
-        _sockets.check_port(local_port, "local_port")
-    if seconds(happy_eyeballs_delay, "happy_eyeballs_delay") is None:
-        raise TypeError("happy_eyeballs_delay must be a number of seconds")
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    _sockets.check_keepalive(keepalive)
+    _check_tls(ssl_context, tls_hostname)
+    route = _Route(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
     with _connect_timeout(timeout):
-        sock = await _race(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
+        sock = await _race(route)
         try:
             _sockets.set_keepalive(sock, keepalive)
         except BaseException:
@@ -87,7 +87,7 @@ async def connect_tcp(
             return await TLSStream.wrap(
                 connection,
                 server_side=False,
-                hostname=tls_hostname or str(remote_host),
+                hostname=tls_hostname or route.host,
                 ssl_context=ssl_context,
                 standard_compatible=tls_standard_compatible,
             )
@@ -96,12 +96,41 @@ async def connect_tcp(
             raise
 
 
+def _check_tls(ssl_context: object, hostname: object) -> None:
+    """:raises TypeError: for what the handshake could not use"""
+    if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
+        kind = type(ssl_context).__name__
+        raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
+    if hostname is not None and not isinstance(hostname, (str, bytes)):
+        raise TypeError(f"tls_hostname must be a str or None, not {type(hostname).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """From where to where, validated. ``delay``: seconds between two attempts."""
+
+    host: Any
+    port: int
+    local_host: Any
+    local_port: int | None
+    delay: float | None
+
+    def __post_init__(self) -> None:
+        put = partial(object.__setattr__, self)
+        put("host", _sockets.host_text(self.host, "remote_host"))
+        put("port", _sockets.port_number(self.port, "remote_port"))
+        if self.local_host is not None:
+            put("local_host", _sockets.host_text(self.local_host, "local_host"))
+        if self.local_port is not None:
+            put("local_port", _sockets.port_number(self.local_port, "local_port"))
+        seconds(self.delay, "happy_eyeballs_delay")
+
+
 async def _local_address(
-    local_host: Any, local_port: int | None
+    host: str | None, local_port: int | None
 ) -> tuple[int, tuple[Any, ...] | None]:
-    if local_host is None and local_port is None:
+    if host is None and local_port is None:
         return socket.AF_UNSPEC, None
-    host = None if local_host is None else str(local_host)
     known = None if host is None else _sockets.literal(host, local_port or 0)
     if known is not None:
         return known[0], _sockets.with_scope(*known)
@@ -119,16 +148,13 @@ async def _remote_addresses(host: str, port: int, family: int) -> list[tuple[int
     return mixed + six[len(four) :] + four[len(six) :]
 
 
-async def _race(
-    remote_host: Any, remote_port: int, local_host: Any, local_port: int | None, delay: float
-) -> socket.socket:
+async def _race(route: _Route) -> socket.socket:
     """Happy eyeballs (RFC 8305): the addresses are tried in turn, ``delay`` seconds apart, or at
     once after a failure; the first that connects wins.
     """
-    family, local = await _local_address(local_host, local_port)
-    host = str(remote_host)
-    known = _sockets.literal(host, remote_port)
-    targets = [known] if known else await _remote_addresses(host, remote_port, family)
+    family, local = await _local_address(route.local_host, route.local_port)
+    known = _sockets.literal(route.host, route.port)
+    targets = [known] if known else await _remote_addresses(route.host, route.port, family)
     winner: socket.socket | None = None
     errors: list[OSError] = []
 
@@ -152,7 +178,7 @@ async def _race(
             for target_family, address in targets:
                 done = anyio.Event()
                 group.start_soon(attempt, target_family, address, done)
-                with anyio.move_on_after(delay):
+                with anyio.move_on_after(route.delay):
                     await done.wait()
         if winner is None:
             cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
@@ -199,7 +225,7 @@ async def connect_unix(
     :param keepalive: ignored, as on UNIX sockets everywhere
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
-    :raises ValueError: for another ``kind``
+    :raises ValueError, TypeError: for another ``kind``, and other nonsense
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     _sockets.check_keepalive(keepalive)

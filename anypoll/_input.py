@@ -18,6 +18,7 @@ from anyio import BusyResourceError, ClosedResourceError, DelimiterNotFound, End
 
 from . import _epoll
 from ._chain import EMPTY
+from ._config import shown
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import (
     EDELIM,
@@ -47,7 +48,7 @@ class Input(Output):
         """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
         if n > self.limits.read_limit:
             limit = self.limits.read_limit
-            raise self._own(MessageTooLarge(f"{n} bytes asked for; read_limit is {limit}"))
+            raise self._own(MessageTooLarge(f"{shown(n)} bytes asked for; read_limit is {limit}"))
 
     def _show(self) -> None:
         """Opens the window on a block that is new."""

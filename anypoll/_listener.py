@@ -61,6 +61,10 @@ class SocketListener(AnyIOSocketListener):
 
     def __init__(self, sock: socket.socket, account: Account | None = None) -> None:
         self._closed = True  # until there is something to close
+        if not isinstance(sock, socket.socket):
+            raise TypeError(
+                f"a listener is made by from_socket() and its like, not of {type(sock).__name__}"
+            )
         self._raw = sock
         self._hub = _runtime.current_hub()
         self._account = account if account is not None else _epoll.open_account()
@@ -299,10 +303,11 @@ async def create_tcp_listener(
     :param backlog: connections that may wait to be accepted; 65536 at most
     :param reuse_port: ``SO_REUSEPORT``: several sockets share the port
     :raises OSError: for a failed bind
+    :raises ValueError, TypeError: for nonsense
     """
     sockets = await _sockets.tcp_listening(
-        None if local_host is None else str(local_host),
-        local_port,
+        None if local_host is None else _sockets.host_text(local_host, "local_host"),
+        _sockets.port_number(local_port, "local_port"),
         family=family,
         backlog=backlog,
         reuse_port=reuse_port,
@@ -323,7 +328,7 @@ async def create_unix_listener(
     :param mode: permissions of the socket's file
     :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
     :raises OSError: for a failed bind
-    :raises ValueError: for another ``kind``
+    :raises ValueError, TypeError: for another ``kind``, and other nonsense
     """
     sock = _sockets.unix_listening(path, mode=mode, backlog=backlog, kind=kind)
     await anyio.lowlevel.checkpoint()

@@ -9,12 +9,11 @@ did not suspend.
 
 from __future__ import annotations
 
-import codecs
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from anyio import EndOfStream
 
-from ._buffer import LinkBuffer, delimiter_bytes
+from ._buffer import LinkBuffer, delimiter_bytes, room_in, text_encoding
 from ._chain import EMPTY
 from ._config import count
 from ._endpoint import SHUT
@@ -86,6 +85,9 @@ class Reader:
     __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
 
     def __init__(self, core: Source) -> None:
+        if not hasattr(core, "limits"):
+            kind = type(core).__name__
+            raise TypeError(f"a reader is a connection's, or made by wrap_reader(), not of {kind}")
         self._core = core
         self._view = EMPTY
         self._start = self._end = 0
@@ -256,10 +258,10 @@ class Reader:
         """``n`` bytes, consumed and decoded.
 
         :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
-        :raises LookupError: for an unknown ``encoding``; nothing is consumed
+        :raises ValueError: if there is no such encoding
         """
         if encoding != "utf-8":
-            codecs.lookup(encoding)
+            text_encoding(encoding)
         return (await self.read_bytes(n)).decode(encoding)
 
     async def read_byte(self) -> int:
@@ -274,9 +276,7 @@ class Reader:
 
         :raises TypeError: if ``buffer`` is not writable
         """
-        with memoryview(buffer).cast("B") as into:
-            if into.readonly:
-                raise TypeError("readinto() needs a writable buffer")
+        with room_in(buffer) as into:
             try:
                 await self._core.fill(1 if into else 0)
             except EndOfStream:

@@ -43,8 +43,14 @@ class _Where:
         given = [tcp, self.path is not None, self.sock is not None, self.listeners is not None]
         if sum(given) != 1:
             raise ValueError("serve() needs exactly one of host/port, path, sock and listeners")
-        if tcp:
-            count(0 if self.port is None else self.port, "port", most=65535)
+        if self.port is not None:
+            _sockets.port_number(self.port, "port")
+        if self.host is not None:
+            _sockets.host_text(self.host, "host")
+        if self.path_mode is not None:
+            count(self.path_mode, "path_mode", most=0o7777)
+        if self.sock in ([], ()):
+            raise ValueError("sock must be a socket, a descriptor, or a list of some, not empty")
         count(self.backlog, "backlog", least=1)
 
     async def sockets(self) -> list[socket.socket]:
@@ -55,21 +61,34 @@ class _Where:
         if self.path is not None:
             return [_sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)]
         if self.sock is not None:
-            given = self.sock if isinstance(self.sock, (list, tuple)) else [self.sock]
-            return [self._listening(sock) for sock in given]
+            return self._listening(self.sock)
         return await _sockets.tcp_listening(
-            None if self.host is None else str(self.host),
+            None if self.host is None else _sockets.host_text(self.host, "host"),
             self.port or 0,
             family=socket.AF_UNSPEC,
             backlog=self.backlog,
             reuse_port=self.reuse_port,
         )
 
-    def _listening(self, sock: socket.socket | int) -> socket.socket:
+    def _listening(self, given: Any) -> list[socket.socket]:
+        """What was given, valid; if anything of it is not, all descriptors stay the caller's."""
         families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-        valid = _sockets.validated(sock, families=families, listening=True)
-        valid.listen(min(self.backlog, _sockets.BACKLOG_MOST))
-        return valid
+        sockets: list[socket.socket] = []
+        made: list[socket.socket] = []
+        try:
+            for one in given if isinstance(given, (list, tuple)) else [given]:
+                sock = _sockets.validated(one, families=families, listening=True)
+                made += [] if sock is one else [sock]
+                if any(sock.fileno() == other.fileno() for other in sockets):
+                    raise ValueError(f"sock must not contain the descriptor {sock.fileno()} twice")
+                sockets.append(sock)
+            for sock in sockets:
+                sock.listen(min(self.backlog, _sockets.BACKLOG_MOST))
+        except BaseException:
+            for sock in made:
+                sock.detach()
+            raise
+        return sockets
 
 
 def _flat(listeners: Any) -> Iterable[SocketListener]:
@@ -83,6 +102,13 @@ def _flat(listeners: Any) -> Iterable[SocketListener]:
             yield from _flat(listener)
     else:
         raise ValueError(f"serve() cannot use the listener {listeners!r}")
+
+
+def _all_different(listeners: list[SocketListener]) -> list[SocketListener]:
+    """:raises ValueError: if there is none, or one is there twice"""
+    if not listeners or len(set(listeners)) < len(listeners):
+        raise ValueError("listeners must be SocketListeners, at least one, and each only once")
+    return listeners
 
 
 def _leaves(exc: BaseException) -> set[int]:
@@ -185,7 +211,7 @@ class serve:  # noqa: N801 -- it is used as a function
         if where.listeners is None:
             server._open(await where.sockets())
         else:
-            server._adopt(list(_flat(where.listeners)))
+            server._adopt(_all_different(list(_flat(where.listeners))))
         if not server.listeners:
             raise ValueError("serve() has nothing to listen on: that list is empty")
         return server
@@ -238,6 +264,8 @@ async def serve_forever(
     :param handler: as in :class:`serve`, and so are all other options
     :param task_status: told the :class:`Server` when every listener accepts
     """
+    if not callable(getattr(task_status, "started", None)):
+        raise TypeError(f"task_status must have a started(), unlike {type(task_status).__name__}")
     async with serve(handler, **options) as server:
         task_status.started(server)
         await server._ended.wait()

@@ -95,6 +95,8 @@ class Server:
     """What ``async with anypoll.serve(...)`` gives."""
 
     def __init__(self, handler: Handler, options: Options) -> None:
+        if not isinstance(options, Options):
+            raise TypeError(f"a server is made by serve(), not of {type(options).__name__}")
         self._handler = handler
         self._options = options
         self._account = _epoll.open_account()
@@ -174,6 +176,8 @@ class Server:
 
     def _adopt(self, listeners: Sequence[SocketListener]) -> None:
         """Takes over listeners that were made by themselves: their sockets move to the account."""
+        if any(listener._closed for listener in listeners):
+            raise ClosedResourceError
         self._open([listener._give_away() for listener in listeners])
 
     def _open(self, sockets: Sequence[socket.socket]) -> None:

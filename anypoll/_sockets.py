@@ -10,14 +10,14 @@ import socket
 import stat
 import struct
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from ._attributes import PeerCredentials
-from ._config import Keepalive
+from ._config import Keepalive, count
 
 IPAddress = tuple[str, int]
 Address = IPAddress | str | bytes
@@ -42,6 +42,23 @@ def plain_address(address: Any) -> Address:
         scope = rest[1] if len(rest) == 2 else 0
         return (f"{host.partition('%')[0]}%{scope}" if scope else host), port
     return str(address)
+
+
+def host_text(host: object, name: str) -> str:
+    """A host as text.
+
+    :raises TypeError: if it is neither a ``str`` nor an address of :mod:`ipaddress`
+    """
+    if isinstance(host, str):
+        return host
+    if isinstance(host, (IPv4Address, IPv6Address)):
+        return str(host)
+    raise TypeError(f"{name} must be a str or an IP address, not {type(host).__name__}")
+
+
+def port_number(port: int, name: str) -> int:
+    """:raises TypeError, ValueError: if it is not an integer, or not within 0 to 65535"""
+    return count(port, name, most=65535)
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -96,10 +113,10 @@ def validated(sock_or_fd: Any, *, families: Sequence[int], listening: bool) -> s
     if isinstance(sock_or_fd, socket.socket):
         sock, made = sock_or_fd, False
     elif isinstance(sock_or_fd, int):
+        if not -(2**31) <= sock_or_fd < 2**31:  # Python would raise an OverflowError
+            raise ValueError(_MISSING[listening])
         try:
             sock, made = socket.socket(fileno=sock_or_fd), True
-        except OverflowError:
-            raise ValueError(f"a file descriptor cannot be {sock_or_fd}") from None
         except OSError as exc:
             if exc.errno == errno.ENOTSOCK:
                 raise ValueError("the file descriptor does not refer to a socket") from exc
@@ -156,9 +173,7 @@ def _is_bound(sock: socket.socket) -> bool:
 
 
 def _backlog(backlog: int) -> int:
-    if not isinstance(backlog, int):
-        raise TypeError(f"backlog must be an integer, not {type(backlog).__name__}")
-    return min(backlog, BACKLOG_MOST)
+    return min(count(backlog, "backlog"), BACKLOG_MOST)
 
 
 async def tcp_listening(
@@ -169,17 +184,23 @@ async def tcp_listening(
 
     :raises OSError: for a failed bind; nothing is left open
     """
-    check_port(port, "port")
-    addresses = await _local_addresses(host, port, family)
+    backlog = _backlog(backlog)
+    addresses = await _local_addresses(host, port, _ip_family(family))
     for attempt in range(_BIND_TRIES):
         try:
-            return _bind_all(addresses, _backlog(backlog), reuse_port=reuse_port)
+            return _bind_all(addresses, backlog, reuse_port=reuse_port)
         except OSError as exc:
             # the ephemeral port of the first address was taken on another one: the next may be free
             taken = exc.errno == errno.EADDRINUSE and port == 0 and len(addresses) > 1
             if not taken or attempt == _BIND_TRIES - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _ip_family(family: object) -> int:
+    if isinstance(family, int) and family in {socket.AF_UNSPEC, *_INET}:
+        return family
+    raise ValueError(f"family must be AF_UNSPEC, AF_INET or AF_INET6, not {family!r}")
 
 
 async def _local_addresses(host: str | None, port: int, family: int) -> list[tuple[int, Any]]:
@@ -234,14 +255,6 @@ def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
     return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
 
 
-def check_port(port: object, name: str) -> None:
-    """:raises TypeError, ValueError: if it is not an integer from 0 to 65535"""
-    if not isinstance(port, int):
-        raise TypeError(f"{name} must be an integer, not {type(port).__name__}")
-    if not 0 <= port <= 65535:
-        raise ValueError(f"{name} must be between 0 and 65535, not {port}")
-
-
 def with_scope(family: int, address: Any) -> Any:
     """``("fe80::1%eth0", port)`` as ``bind`` and ``connect`` take it.
 
@@ -261,9 +274,16 @@ def unix_path(path: str | bytes | os.PathLike[Any]) -> bytes:
     """The path as ``bind`` and ``connect`` take it.
 
     :raises TypeError: if it is none
-    :raises ValueError: for a NUL inside of it, which would end it there; one in front is right
+    :raises ValueError: if it is empty (the kernel would choose an abstract name), or for a NUL
+        inside of it, which would end it there; one in front is right
     """
-    raw = os.fsencode(os.fspath(path))
+    try:
+        raw = os.fsencode(os.fspath(path))
+    except TypeError:
+        kind = type(path).__name__
+        raise TypeError(f"path must be str, bytes or os.PathLike, not {kind}") from None
+    if not raw:
+        raise ValueError("path must not be empty")
     if b"\0" in raw and not raw.startswith(b"\0"):
         raise ValueError(f"a path must not contain a NUL, except as its first character: {path!r}")
     return raw
@@ -296,8 +316,7 @@ def unix_listening(
     :raises OSError: for a failed bind; nothing is left open
     """
     raw, backlog, kind = unix_path(path), _backlog(backlog), unix_kind(kind)
-    if mode is not None and not isinstance(mode, int):
-        raise TypeError(f"mode must be an integer, not {type(mode).__name__}")
+    mode = None if mode is None else count(mode, "mode", most=0o7777)
     if not raw.startswith(b"\0"):
         _remove_stale(raw)
     sock = socket.socket(socket.AF_UNIX, kind)

@@ -18,6 +18,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import UNIXSocketStream
 
 from . import _epoll
+from ._buffer import as_view
 from ._connection import Core
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import FDS_MOST, MAIL_FDS, conn_report
@@ -42,7 +43,10 @@ def descriptors(fds: Iterable[Any]) -> list[int]:
     :raises TypeError: for anything else
     :raises ValueError: if there is none, one is closed, or there are more than a message can carry
     """
-    numbers = [index(fd.fileno() if hasattr(fd, "fileno") else fd) for fd in fds]
+    try:
+        numbers = [index(fd.fileno() if hasattr(fd, "fileno") else fd) for fd in fds]
+    except TypeError as exc:
+        raise TypeError(f"fds must be integers, or objects with a fileno(): {exc}") from None
     if not numbers:
         raise ValueError("fds must not be empty")
     if len(numbers) > FDS_MOST:
@@ -275,12 +279,12 @@ class DescriptorStream(UNIXSocketStream):
             (``EMSGSIZE``): its cause
         :raises WriteTimeout, ClosedResourceError, BusyResourceError: as :meth:`send`
         """
-        if not len(message):
+        if type(message) is not bytes:
+            message = as_view(message, "message")
+        if not message:
             raise ValueError("message must not be empty")
         if not fds:
             raise ValueError("fds must not be empty")
-        if type(message) is not bytes:
-            message = memoryview(message).cast("B")
         await self._core.send_fds(message, descriptors(fds))
 
     async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:

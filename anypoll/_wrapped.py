@@ -24,7 +24,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream
 from . import _runtime
 from ._buffer import as_bytes
 from ._chain import EMPTY, Chain, Piece
-from ._config import Limits
+from ._config import Limits, shown
 from ._endpoint import SHUT
 from ._epoll import SCATTER
 from ._errors import MessageTooLarge
@@ -146,7 +146,7 @@ class StreamSource:
         """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
         limit = self.limits.read_limit
         if n > limit:
-            raise MessageTooLarge(f"{n} bytes asked for; the limit is {limit}")
+            raise MessageTooLarge(f"{shown(n)} bytes asked for; the limit is {limit}")
 
     async def fill(self, n: int, flags: int = 0) -> bool:
         """See ``Source``."""

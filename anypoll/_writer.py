@@ -46,6 +46,9 @@ class Writer(BaseWriter):
     __slots__ = ("_core",)
 
     def __init__(self, core: Sink) -> None:
+        if not hasattr(core, "limits"):
+            kind = type(core).__name__
+            raise TypeError(f"a writer is a connection's, or made by wrap_writer(), not of {kind}")
         super().__init__(core.limits.write_high_water)
         self._core = core
 

@@ -12,8 +12,9 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import _sockets
+from ._buffer import as_view
 from ._callbacks import Callback, Callbacks
-from ._config import Limits, chunk_size, seconds
+from ._config import Limits, positive, seconds
 from ._connection import Core
 from ._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
 from ._socket_surface import SocketSurface
@@ -46,6 +47,10 @@ class Connection(SocketSurface):
     """any object of the user's, ``None`` at first"""
 
     def __init__(self, core: Core) -> None:
+        if not isinstance(core, Core):
+            raise TypeError(
+                f"a connection is made by from_socket() and its like, not of {type(core).__name__}"
+            )
         self._core = core
         self._reader = core.reader = Reader(core)
         self._writer = core.writer = Writer(core)
@@ -113,7 +118,7 @@ class Connection(SocketSurface):
         :raises ValueError, TypeError: for ``max_bytes`` below 1, or no integer
         """
         if type(max_bytes) is not int or max_bytes < 1:
-            max_bytes = chunk_size(max_bytes)
+            max_bytes = positive(max_bytes, "max_bytes")
         return await self._core.receive(max_bytes)
 
     async def send(self, item: Buffer) -> None:
@@ -128,9 +133,11 @@ class Connection(SocketSurface):
         :raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause
         :raises ClosedResourceError: if the connection was or is closed, or after ``send_eof()``
         :raises BusyResourceError: while another task is sending
+        :raises TypeError: if ``item`` is not bytes-like
+        :raises ValueError: if its bytes do not lie side by side
         """
         if type(item) is not bytes:
-            item = memoryview(item).cast("B")
+            item = as_view(item, "item")
         await self._core.send(item)
 
     async def send_eof(self) -> None:
