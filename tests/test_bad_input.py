@@ -1,0 +1,1018 @@
+"""Nonsense for every argument of every public call: what is raised, with which text, and that
+nothing has changed. Then nonsense at random. A call that is in neither the table nor the list of
+exceptions fails the last test.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.abc
+import pytest
+from anyio import BrokenResourceError, DelimiterNotFound, WouldBlock
+from hypothesis import HealthCheck, given, settings, strategies as st
+from peers import arrive, holds, read_all, socket_pair, within
+
+import anypoll
+import anypoll.integrations.httpcore
+import anypoll.integrations.trio
+import anypoll.nocopy
+import anypoll.streams
+from anypoll import MessageTooLarge, ReadTimeout, _runtime
+from anypoll.nocopy import LinkBuffer
+
+pytestmark = pytest.mark.anyio
+
+#: Stands for the connection of the test where another argument is tried.
+OPEN = object()
+NAN, INF = float("nan"), float("inf")
+HUGE = [2**31, 2**63, 2**70, 2**20_000]  # the last one has more digits than Python prints
+TOO_SMALL = [-1, -(2**31) - 1, -(2**63) - 1, -(2**70), -(2**20_000)]
+THINGS: list[Any] = ["1", b"1", [1], {1: 1}, 1j, object(), int]
+NO_INTEGERS = [*THINGS, None, 1.5, 1.0, NAN, INF]
+NO_BYTES = ["text", None, 5, 1.5, [1], object(), bytes]
+
+Nonsense = dict[type[Exception], list[Any]]
+
+
+#: What is raised may also be one of these subclasses.
+SUBCLASSES = (UnicodeEncodeError,)
+
+
+class Argument(NamedTuple):
+    """What one argument must not be, what the text must say, and the other arguments."""
+
+    wrong: Nonsense
+    text: str = r"{name}.* must "
+    others: dict[str, Any] = {}  # noqa: RUF012 -- never changed
+
+
+def count(least: int = 0, most: int | None = None, **more: Any) -> Argument:
+    small = [*TOO_SMALL, *([0] if least else [])]
+    large = [] if most is None else [n for n in (most + 1, *HUGE) if n > most]
+    return Argument(
+        {ValueError: small + large, TypeError: NO_INTEGERS},
+        rf"{{name}} must be (an integer|at least {least}|between {least} and {most})",
+        **more,
+    )
+
+
+def seconds(*, none: bool = True, **more: Any) -> Argument:
+    wrong = [-1, -0.5, NAN, -INF, -(2**70), 2**20_000, -(2**20_000)]
+    return Argument(
+        {ValueError: wrong, TypeError: THINGS if none else [*THINGS, None]},
+        "{name} must (be a number of seconds|not be negative)",
+        **more,
+    )
+
+
+def typed(*wrong: Any, text: str = r"{name}.* must ", **more: Any) -> Argument:
+    return Argument({TypeError: list(wrong)}, text, **more)
+
+
+def of_a_reader(small: type[Exception] = ValueError) -> Argument:
+    """A count of bytes that are to be read."""
+    return Argument(
+        {small: TOO_SMALL, MessageTooLarge: HUGE, TypeError: NO_INTEGERS},
+        "n must be (an integer|at least 0)|read_limit is|the limit is",
+    )
+
+
+def of_a_buffer() -> Argument:
+    return Argument(
+        {ValueError: TOO_SMALL, WouldBlock: HUGE, TypeError: NO_INTEGERS},
+        "^$|n must be (an integer|at least 0)",
+    )
+
+
+POSITIVE = Argument(
+    {ValueError: [*TOO_SMALL, 0], TypeError: NO_INTEGERS}, "^{name} must be a positive integer"
+)
+BYTES = typed(*NO_BYTES, text="{name} must be bytes-like")
+STRIDED = memoryview(b"abcdef")[::2]
+CONTIGUOUS = Argument(
+    {TypeError: NO_BYTES, ValueError: [STRIDED]},
+    "{name} must be bytes-like|the bytes of {name} must lie side by side",
+)
+DELIMITER = Argument(
+    {TypeError: ["\n", None, 10, 1.5, [10]], ValueError: [b"", bytearray(), memoryview(b"")]},
+    "delimiter must (be bytes|not be empty)",
+)
+MAX_BYTES = count(most=2**31, others={"delimiter": b"\n"})
+ENCODING = Argument(
+    {TypeError: [5, None, b"utf-8"], ValueError: ["", "nonsense", "hex", "a\0b", "\ud800"]},
+    "encoding must be (a str|the name of a text encoding)",
+)
+INTO = Argument(
+    {
+        TypeError: [*NO_BYTES, b"constant", memoryview(b"constant")],
+        ValueError: [memoryview(bytearray(6))[::2]],
+    },
+    "buffer must be bytes-like|the bytes of buffer must|needs a writable buffer",
+)
+HOST = typed(5, 1.5, b"127.0.0.1", ["h"], object())
+HOST_NEEDED = typed(None, 5, 1.5, b"127.0.0.1", ["h"], object())
+PORT = count(most=65535)
+PATH = Argument(
+    {TypeError: [5, None, 1.5, ["p"], object()], ValueError: ["", b"", "a\0b", b"a\0b"]},
+    r"path must (be str, bytes or|not be empty|not contain a NUL)|a path must not contain a NUL",
+)
+MODE = Argument({ValueError: [*TOO_SMALL, *HUGE, 0o10000], TypeError: THINGS}, "mode must be ")
+BACKLOG = Argument(
+    {ValueError: TOO_SMALL, TypeError: NO_INTEGERS}, "backlog must be (an integer|at least )"
+)
+KIND = Argument(
+    {ValueError: [0, -1, 2**70, None, "x", [], socket.SOCK_DGRAM, NAN]},
+    "kind must be SOCK_STREAM or SOCK_SEQPACKET",
+)
+SOCKET = Argument(
+    {TypeError: [None, "1", b"1", 1.5, [1], object()], ValueError: [*TOO_SMALL, *HUGE]},
+    "^expected an int or socket|^the socket must be|^negative file descriptor$",
+)
+KEEPALIVE = typed(None, 5, 0, 1.5, "yes", [True], text="keepalive must be a bool or a Keepalive")
+CONTEXT = typed("x", 5, True, object(), text="ssl_context must be an ssl.SSLContext")
+NO_MAKER = typed(None, 5, "x", object(), text=r"a \w+ is (made by|a connection's)")
+CALLBACK = typed(None, 5, "x", lambda _a, _b: None, text="a close callback must")
+
+READ_COUNTED = ["peek", "next", "skip", "next_parts", "slice", "read_bytes", "read_str"]
+NOWAIT = ["peek_nowait", "next_nowait", "skip_nowait"]
+
+READER = {f"Reader.{name}": {"n": of_a_reader()} for name in READ_COUNTED + NOWAIT}
+READER["Reader.read_str"]["encoding"] = ENCODING._replace(others={"n": 1})
+READER |= {
+    f"Reader.{name}": {"delimiter": DELIMITER, "max_bytes": MAX_BYTES}
+    for name in ("until", "until_nowait")
+}
+READER["Reader.readinto"] = {"buffer": INTO}
+BUFFER = {f"LinkBuffer.{name}": {"n": of_a_buffer()} for name in READ_COUNTED + NOWAIT}
+BUFFER["LinkBuffer.read_str"]["encoding"] = ENCODING._replace(others={"n": 1})
+BUFFER |= {
+    f"LinkBuffer.{name}": {"delimiter": DELIMITER, "max_bytes": MAX_BYTES}
+    for name in ("until", "until_nowait")
+}
+BUFFER["LinkBuffer.readinto"] = {"buffer": INTO}
+WRITER = {
+    "Writer.write": {"data": BYTES},
+    "Writer.write_str": {
+        "data": typed(b"x", None, 5, ["x"], text="a str is required"),
+        "encoding": ENCODING._replace(others={"data": "x"}),
+    },
+    "Writer.write_byte": {"value": count(most=255)},
+    "Writer.append": {"buffer": typed(*NO_BYTES, b"x", text="a LinkBuffer is required")},
+    "Writer.malloc": {"n": count(most=2**31)},
+    "Writer.malloc_ack": {"n": count(most=4)},
+    "Writer.write_direct": {
+        "data": CONTIGUOUS._replace(others={"remain": 0}),
+        "remain": count(most=4, others={"data": b"x"}),
+    },
+}
+BUFFER |= {name.replace("Writer", "LinkBuffer"): row for name, row in WRITER.items()}
+
+CONNECTION = {
+    "Connection": {"core": NO_MAKER},
+    "UNIXConnection": {"core": NO_MAKER},
+    "Connection.from_socket": {"sock_or_fd": SOCKET},
+    **{f"Connection.{name}": READER[f"Reader.{name}"] for name in ("peek", "next", "skip")},
+    "Connection.until": READER["Reader.until"],
+    "Connection.receive": {"max_bytes": POSITIVE},
+    "Connection.send": {"item": CONTIGUOUS},
+    "Connection.read_timeout": {"value": seconds()._replace(text="^read_timeout must ")},
+    "Connection.write_timeout": {"value": seconds()._replace(text="^write_timeout must ")},
+    "Connection.idle_timeout": {"value": seconds()._replace(text="^idle_timeout must ")},
+    "Connection.set_nodelay": {"on": typed(None, 0, 1, "x", NAN)},
+    "Connection.set_keepalive": {"keepalive": KEEPALIVE},
+    "Connection.add_close_callback": {"callback": CALLBACK},
+    "UNIXConnection.send_fds": {
+        "message": Argument(
+            {TypeError: NO_BYTES, ValueError: [b"", STRIDED]},
+            "message must (be bytes-like|not be empty|lie side by side)",
+            {"fds": [0]},
+        ),
+        "fds": Argument(
+            {
+                TypeError: [5, ["x"], [1.5], [None], "12", [object()]],
+                ValueError: [[], (), [-1], [2**31], [2**63], [2**70], [0] * 254],
+            },
+            "fds must|at most 253 fds",
+            {"message": b"x"},
+        ),
+    },
+    "UNIXConnection.receive_fds": {
+        "msglen": Argument(
+            {ValueError: [-1, -(2**70), 1.5, "1", None, NAN]},
+            "^msglen must be a non-negative integer$",
+            {"maxfds": 1},
+        ),
+        "maxfds": Argument(
+            {ValueError: [0, -1, -(2**70), 1.5, "1", None, NAN]},
+            "^maxfds must be a positive integer$",
+            {"msglen": 1},
+        ),
+    },
+}
+
+AT_NO_PORT = {"remote_host": "127.0.0.1", "remote_port": 1}
+OPTIONS = {
+    "read_timeout": seconds(),
+    "write_timeout": seconds(),
+    "keepalive": KEEPALIVE,
+}
+DIALER = {
+    "connect_tcp": {
+        name: argument._replace(others={**AT_NO_PORT, **argument.others})
+        for name, argument in {
+            "remote_host": HOST_NEEDED,
+            "remote_port": PORT,
+            "local_host": HOST,
+            "local_port": Argument(
+                {ValueError: [-1, 65536, *HUGE], TypeError: THINGS},
+                "local_port must be (an integer|between 0 and 65535)",
+            ),
+            "ssl_context": CONTEXT,
+            "tls_hostname": typed(5, 1.5, ["h"], object()),
+            "happy_eyeballs_delay": seconds(),
+            "timeout": seconds(),
+            **OPTIONS,
+        }.items()
+    },
+    "connect_unix": {
+        name: argument._replace(others={"path": b"\0anypoll-nobody"})
+        for name, argument in {
+            "path": PATH,
+            "kind": KIND,
+            "timeout": seconds(),
+            **OPTIONS,
+        }.items()
+    },
+    "TCPConnectable": {
+        "host": HOST_NEEDED._replace(others={"port": 1}),
+        "port": Argument(
+            {ValueError: [0, *TOO_SMALL, 65536, *HUGE], TypeError: NO_INTEGERS},
+            "port must be an integer|^TCP port number out of range$",
+            {"host": "h"},
+        ),
+    },
+    "UNIXConnectable": {"path": PATH},
+}
+AT_HOME = {"host": "127.0.0.1", "port": 0}
+SERVE = {
+    "host": HOST._replace(others={"port": 0}),
+    "port": Argument(
+        {ValueError: [-1, 65536, *HUGE], TypeError: THINGS},
+        "port must be (an integer|between 0 and 65535)",
+        {"host": "127.0.0.1"},
+    ),
+    "path": PATH._replace(
+        wrong={TypeError: [5, 1.5, ["p"]], ValueError: ["", b"", "a\0b"]},
+    ),
+    "path_mode": MODE._replace(others={"path": b"\0anypoll-mode"}),
+    "sock": SOCKET._replace(
+        wrong={TypeError: ["1", 1.5, ["x"]], ValueError: [*TOO_SMALL, *HUGE, [], ()]},
+        text=f"{SOCKET.text}|sock must be a socket",
+    ),
+    "listeners": Argument(
+        {ValueError: [5, "x", ["x"], [], ()]}, "cannot use the listener|listeners must be "
+    ),
+    "backlog": count(least=1, others=AT_HOME)._replace(text="backlog must be "),
+    "read_timeout": seconds(others=AT_HOME),
+    "write_timeout": seconds(others=AT_HOME),
+    "idle_timeout": seconds(others=AT_HOME),
+    "keepalive": KEEPALIVE._replace(others=AT_HOME),
+    "shutdown_timeout": seconds(none=False, others=AT_HOME),
+    "read_high_water": Argument(
+        {ValueError: [0, *TOO_SMALL, 2**30 + 1, *HUGE], TypeError: [*THINGS, 1.5]},
+        "{name} must be",
+        AT_HOME,
+    ),
+    "write_high_water": Argument(
+        {ValueError: [0, *TOO_SMALL], TypeError: [*THINGS, 1.5]}, "{name} must be", AT_HOME
+    ),
+    "read_limit": Argument(
+        {ValueError: [0, *TOO_SMALL, 2**31 + 1, *HUGE[1:]], TypeError: [*THINGS, 1.5]},
+        "{name} must be",
+        AT_HOME,
+    ),
+}
+NO_HANDLER = Argument({ValueError: [None, 5, "x"]}, "needs a handler", AT_HOME)
+SERVER = {
+    "SocketListener": {"sock": NO_MAKER},
+    "SocketListener.from_socket": {"sock_or_fd": SOCKET},
+    "Server": {"options": NO_MAKER._replace(others={"handler": print})},
+    "Server.shutdown": {"timeout": seconds()},
+    "create_tcp_listener": {
+        "local_host": HOST,
+        "local_port": PORT,
+        "family": Argument(
+            {ValueError: [-1, 1, 2**31, 2**70, None, "x", 1.5, []]}, "family must be AF_UNSPEC"
+        ),
+        "backlog": BACKLOG,
+    },
+    "create_unix_listener": {
+        "path": PATH,
+        "mode": MODE._replace(others={"path": "listener"}),
+        "backlog": BACKLOG._replace(others={"path": "listener"}),
+        "kind": KIND._replace(others={"path": "listener"}),
+    },
+    "serve": {"handler": NO_HANDLER, **SERVE},
+    "serve_forever": {
+        "handler": NO_HANDLER,
+        "task_status": typed(5, None, "x", others={"handler": print, **AT_HOME}),
+    },
+}
+PROCESS = {
+    "Keepalive": {
+        "idle": count(least=1, most=32767),
+        "interval": count(least=1, most=32767),
+        "count": count(least=1, most=127),
+    },
+    "configure": {
+        "pollers": Argument(
+            {ValueError: [0, *TOO_SMALL, 257, *HUGE], TypeError: [*THINGS, 1.5, NAN]},
+            "pollers must be (an integer|between 1 and 256)",
+        ),
+        "load_balance": Argument({ValueError: ["", "x", 5, b"random", [1]]}, "{name} must be one"),
+        "checkpoint_budget": Argument(
+            {ValueError: [0, *TOO_SMALL], TypeError: [*THINGS, 1.5, NAN]},
+            "checkpoint_budget must be (an integer|at least 1)",
+        ),
+    },
+}
+NOCOPY = {
+    "Reader": {"core": NO_MAKER},
+    "Writer": {"core": NO_MAKER},
+    "LinkBuffer": {"block_size": count(least=1, most=2**31)},
+    "as_raw_io": {"buffer": typed(None, 5, b"x", text="a LinkBuffer is required")},
+    "as_receive_stream": {"reader": typed(None, 5, b"x", text="a Reader is required")},
+    "as_send_stream": {"writer": typed(None, 5, b"x", text="a Writer is required")},
+    "wrap_reader": {"stream": typed(None, 5, b"x", text="a ByteReceiveStream is required")},
+    "wrap_writer": {"stream": typed(None, 5, b"x", text="a ByteSendStream is required")},
+    # what those give, which has no public class
+    "as_receive_stream().receive": {"max_bytes": POSITIVE},
+    "as_send_stream().send": {"item": CONTIGUOUS},
+    "as_raw_io().write": {"data": BYTES},
+    "as_raw_io().readinto": {"into": INTO},
+}
+CONNECTION_NEEDED = typed(None, 5, object(), text=r"expected an anypoll\.Connection")
+LISTENER_NEEDED = typed(None, 5, object(), text=r"expected an anypoll\.SocketListener")
+TRIO = {
+    "trio.TrioStream": {"connection": CONNECTION_NEEDED},
+    "trio.TrioStream.send_all": {"data": CONTIGUOUS._replace(text="must (be bytes-like|lie)")},
+    "trio.TrioStream.receive_some": {
+        "max_bytes": POSITIVE._replace(
+            wrong={ValueError: [*TOO_SMALL, 0], TypeError: [*THINGS, 1.5, NAN]}
+        )
+    },
+    "trio.TrioListener": {"listener": LISTENER_NEEDED},
+    "trio.open_tcp_stream": {
+        "host": Argument({ValueError: [None, 5, ["h"]]}, "host must be", {"port": 1}),
+        "port": PORT._replace(others={"host": "127.0.0.1"}),
+        "happy_eyeballs_delay": seconds(others={"host": "127.0.0.1", "port": 1}),
+        "local_address": HOST._replace(
+            text="local_host must be", others={"host": "127.0.0.1", "port": 1}
+        ),
+    },
+    "trio.open_unix_socket": {"filename": PATH},
+    "trio.open_tcp_listeners": {
+        "port": PORT,
+        "host": typed(5, 1.5, ["h"], text="host must be", others={"port": 0}),
+        "backlog": BACKLOG._replace(
+            wrong={ValueError: TOO_SMALL, TypeError: [*THINGS, 1.5]}, others={"port": 0}
+        ),
+    },
+    "trio.serve_tcp": {
+        "port": PORT._replace(others={"handler": print}),
+        "host": typed(5, 1.5, ["h"], text="host must be", others={"handler": print, "port": 0}),
+        "backlog": BACKLOG._replace(
+            wrong={ValueError: TOO_SMALL}, others={"handler": print, "port": 0}
+        ),
+    },
+}
+SOCKET_OPTIONS = Argument(
+    {
+        TypeError: [["x"], [(1, "x", 2)], [(1,)], [5], 5],
+        ValueError: [[(1, 2**40, 1)], [(1, 2, 2**70)]],
+    },
+    "socket_options must be",
+)
+HTTPCORE_READ = {"max_bytes": POSITIVE, "timeout": seconds(others={"max_bytes": 1})}
+HTTPCORE_WRITE = {
+    "buffer": typed(*NO_BYTES),
+    "timeout": seconds(others={"buffer": b"x"}),
+}
+TLS = ssl.create_default_context()
+HTTPCORE = {
+    "httpcore.AnypollBackend.connect_tcp": {
+        "host": HOST_NEEDED._replace(others={"port": 1}),
+        "port": PORT._replace(others={"host": "127.0.0.1"}),
+        "timeout": seconds(others={"host": "127.0.0.1", "port": 1}),
+        "local_address": HOST._replace(
+            text="local_host must be", others={"host": "127.0.0.1", "port": 1}
+        ),
+        "socket_options": SOCKET_OPTIONS._replace(others={"host": "127.0.0.1", "port": 1}),
+    },
+    "httpcore.AnypollBackend.connect_unix_socket": {
+        "path": PATH,
+        "timeout": seconds(others={"path": b"\0anypoll-nobody"}),
+        "socket_options": SOCKET_OPTIONS._replace(others={"path": b"\0anypoll-nobody"}),
+    },
+    "httpcore.AnypollBackend.sleep": {"seconds": seconds()},
+    "httpcore.AnypollStream": {"connection": CONNECTION_NEEDED},
+    "httpcore.AnypollTLSStream": {
+        "connection": CONNECTION_NEEDED._replace(others={"tls": None}),
+        "tls": typed(None, 5, text="expected an anyio TLSStream", others={"connection": OPEN}),
+    },
+    "httpcore.AnypollStream.read": HTTPCORE_READ,
+    "httpcore.AnypollStream.write": HTTPCORE_WRITE,
+    "httpcore.AnypollStream.start_tls": {
+        "ssl_context": typed(None, "x", 5, text="ssl_context must be an ssl.SSLContext"),
+        "server_hostname": typed(5, b"h", others={"ssl_context": TLS}),
+        "timeout": seconds(others={"ssl_context": TLS, "server_hostname": "h"}),
+    },
+}
+
+TABLE: dict[str, dict[str, Argument]] = {
+    **READER,
+    **WRITER,
+    **BUFFER,
+    **CONNECTION,
+    **DIALER,
+    **SERVER,
+    **PROCESS,
+    **NOCOPY,
+    **TRIO,
+    **HTTPCORE,
+}
+
+# --- the table -----------------------------------------------------------------------------------
+
+INPUT = b"abcdef\n"
+OUTPUT = b"pend"
+RESERVED = b"open"
+
+
+class Live:
+    """Objects at work: unread input, pending output, an open reservation, timeouts."""
+
+    def __init__(self, conn: anypoll.UNIXConnection, peer: socket.socket) -> None:
+        self.conn, self.peer = conn, peer
+        self.tcp: Any = None
+        self.closed: list[str] = []
+
+    @classmethod
+    async def make(cls, conn: Any, peer: socket.socket) -> Live:
+        live = cls(conn, peer)
+        conn.read_timeout, conn.write_timeout, conn.idle_timeout = 50.0, 60.0, 70.0
+        conn.add_close_callback(lambda: live.closed.append("once"))
+        live.buffer = LinkBuffer(block_size=16)
+        live.buffer.write(INPUT)
+        live.buffer.flush()
+        live.source = LinkBuffer()
+        first, second = anyio.create_memory_object_stream[bytes](4)
+        live.wrapped = anypoll.nocopy.wrap_reader(_Bytes(second))
+        live.wrapping = anypoll.nocopy.wrap_writer(_Bytes(first))
+        live.received = second
+        await first.send(INPUT)
+        await live.wrapped.peek(1)
+        await arrive(conn, peer, INPUT)
+        for writer in (conn.writer, live.buffer, live.wrapping):
+            writer.write(OUTPUT)
+            writer.malloc(len(RESERVED))[:] = RESERVED
+        return live
+
+    def state(self) -> list[object]:
+        """All that a call with wrong arguments must leave as it is."""
+        conn, statistics = self.conn, self.conn.statistics()
+        counts = [(len(w), w.malloc_len) for w in (conn.writer, self.buffer, self.wrapping)]
+        return [
+            *counts,
+            *(len(reader) for reader in (conn.reader, self.buffer, self.wrapped)),
+            (conn.read_timeout, conn.write_timeout, conn.idle_timeout),
+            (conn.is_active, conn.at_eof, conn.fileno(), self.closed[:]),
+            (statistics.bytes_received, statistics.bytes_sent),
+            (statistics.buffered_input, statistics.buffered_output),
+            _runtime.settings(),
+            len(anypoll.statistics().pollers),
+        ]
+
+    async def still_works(self) -> None:
+        """What was buffered before comes out, whole and in order, at all ends."""
+        assert await self.conn.reader.next(len(INPUT)) == INPUT
+        assert await self.wrapped.next(len(INPUT)) == INPUT
+        assert self.buffer.next(len(INPUT)) == INPUT
+        self.buffer.flush()
+        assert self.buffer.to_bytes() == OUTPUT + RESERVED
+        await self.conn.writer.flush()
+        assert await read_all(self.peer, 8) == OUTPUT + RESERVED
+        await self.wrapping.flush()
+        assert self.received.receive_nowait() == OUTPUT + RESERVED
+        await arrive(self.conn, self.peer, b"more")
+        assert await self.conn.receive() == b"more"
+
+
+class _Bytes(anyio.abc.ByteStream):
+    """A stream of objects as one of bytes."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        result: bytes = await self.stream.receive()
+        return result
+
+    async def send(self, item: Any) -> None:
+        await self.stream.send(item)
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+@asynccontextmanager
+async def alive() -> AsyncIterator[Live]:
+    ours, peer = socket.socketpair()
+    peer.setblocking(False)
+    with peer:
+        async with await anypoll.UNIXConnection.from_socket(ours) as conn:
+            live = await Live.make(conn, peer)
+            yield live
+            await live.wrapped._core.aclose()
+            await live.wrapping._core.aclose()
+
+
+def integration(name: str) -> Any:
+    return getattr(anypoll.integrations, name)
+
+
+async def entered(*args: Any, **kwargs: Any) -> None:
+    async with anypoll.serve(*args, **kwargs):
+        pytest.fail("serve() has taken it")
+
+
+async def shut_down(timeout: Any) -> None:
+    async with anypoll.serve(print, host="127.0.0.1", port=0) as server:
+        try:
+            await server.shutdown(timeout)
+        finally:
+            assert not server.shutting_down
+
+
+def own(live: Live) -> dict[str, Any]:
+    """What a name of the table stands for, if it is not an attribute of a public module."""
+    nocopy = anypoll.nocopy
+    receiving = nocopy.as_receive_stream(live.conn.reader)
+    sending = nocopy.as_send_stream(live.conn.writer)
+    raw = nocopy.as_raw_io(live.buffer)
+    return {
+        "serve": partial(entered, print) if live.tcp is None else entered,
+        "Server.shutdown": shut_down,
+        "as_receive_stream().receive": receiving.receive,
+        "as_send_stream().send": sending.send,
+        "as_raw_io().write": raw.write,
+        "as_raw_io().readinto": raw.readinto,
+    }
+
+
+def instances(live: Live) -> dict[str, list[Any]]:
+    """The objects whose methods are tried."""
+    http = anypoll.integrations.httpcore
+    made: dict[str, list[Any]] = {
+        "Reader": [live.conn.reader, live.wrapped],
+        "Writer": [live.conn.writer, live.wrapping],
+        "LinkBuffer": [live.buffer],
+        "Connection": [live.conn],
+        "UNIXConnection": [live.conn],
+        "httpcore.AnypollBackend": [http.AnypollBackend()],
+        "httpcore.AnypollStream": [http.AnypollStream(live.conn)],
+        "trio.TrioStream": [anypoll.integrations.trio.TrioStream(live.conn)],
+    }
+    return made
+
+
+def targets(name: str, live: Live) -> Iterator[Callable[..., Any]]:
+    special = own(live).get(name)
+    if special is not None:
+        yield special
+        return
+    owner, _, method = name.rpartition(".")
+    if owner in ("", "trio", "httpcore"):
+        for module in (anypoll, anypoll.nocopy) if not owner else (integration(owner),):
+            if hasattr(module, method):
+                yield getattr(module, method)
+    elif owner == "SocketListener":
+        yield getattr(anypoll.SocketListener, method)
+    else:
+        for thing in instances(live)[owner]:
+            if isinstance(inspect.getattr_static(type(thing), method), property):
+                yield lambda value, thing=thing: setattr(thing, method, value)
+            else:
+                yield getattr(thing, method)
+
+
+def arguments(call: Callable[..., Any], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Those that can only be given by their place go there."""
+    given = dict(named)
+    placed = [
+        given.pop(name)
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_ONLY and name in given
+    ]
+    return placed, given
+
+
+async def called(call: Callable[..., Any], named: dict[str, Any]) -> Any:
+    placed, given = arguments(call, named)
+    result = call(*placed, **given)
+    return await within(result) if inspect.isawaitable(result) else result
+
+
+ROWS = [(name, argument) for name, row in TABLE.items() for argument in row]
+
+
+@pytest.mark.parametrize(("name", "argument"), ROWS, ids=lambda part: part)
+async def test_nonsense_is_refused_and_changes_nothing(
+    name: str,
+    argument: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    anyio_backend: tuple[str, Any],
+) -> None:
+    if name.startswith("trio.") and anyio_backend[0] != "trio":
+        pytest.skip("Trio's streams are Trio's")
+    monkeypatch.chdir(tmp_path)
+    row = TABLE[name][argument]
+    async with alive() as live:
+        live.tcp = argument == "handler" or None
+        before = live.state()
+        for target in targets(name, live):
+            for error, values in row.wrong.items():
+                for value in values:
+                    others = {k: live.conn if v is OPEN else v for k, v in row.others.items()}
+                    with pytest.raises(error) as caught:
+                        await called(target, {**others, argument: value})
+                    assert type(caught.value) in (error, *SUBCLASSES), caught.value
+                    text = row.text.format(name=argument)
+                    assert re.search(text, str(caught.value)), str(caught.value)
+                    assert live.state() == before
+        await live.still_works()
+        assert list(tmp_path.iterdir()) == []
+    assert live.closed == ["once"]
+
+
+# --- at random -----------------------------------------------------------------------------------
+
+#: Sent and written at random; without anything that could not be decoded.
+TEXT = [b"", b"a", b"\n", b"ab\n", b"x" * 100, b"y" * 5000]
+GOOD_COUNTS: list[Any] = [0, 1, 2, 3, 7, 100, True]
+ANY_COUNT = st.sampled_from([*GOOD_COUNTS, *NO_INTEGERS, -1, -(2**70), 2**63, 2**70, 2**2000])
+ANY_BYTES = st.sampled_from(
+    [*TEXT, *map(bytearray, TEXT), *map(memoryview, TEXT), STRIDED, *NO_BYTES]
+)
+ANY_ENCODING = st.sampled_from(["utf-8", "latin-1", "utf-16", "ascii", "nonsense", "hex", 5, None])
+ANY_SECONDS = st.sampled_from([None, 1e9, 1e300, INF, NAN, -1, -INF, 2**2000, "1", b"", object()])
+ANY_TEXT = st.sampled_from(["", "a", "abc" * 50, b"x", None, 5, "\ud800"])
+ANY_DELIMITER = st.sampled_from([b"\n", bytearray(b"b\n"), b"", "\n", None, 5, b"none of these"])
+ANY_THING = st.sampled_from([True, False, anypoll.Keepalive(), None, 5, "x", NAN, print, len])
+NULL = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]  # for as long as the process lives
+ANY_FDS = st.sampled_from([NULL, [], [-1], [2**31], [2**70], ["x"], None, 5, NULL * 254, [1.5]])
+
+READS = [*READ_COUNTED, *NOWAIT]
+CALLS = {
+    **{name: (ANY_COUNT,) for name in READS if name != "read_str"},
+    "read_str": (ANY_COUNT, ANY_ENCODING),
+    "read_byte": (),
+    "readinto": (st.sampled_from([0, 1, 10, 6000, *NO_BYTES, b"constant"]),),
+    "until": (ANY_DELIMITER, ANY_COUNT),
+    "until_nowait": (ANY_DELIMITER, ANY_COUNT),
+    "release": (),
+    "write": (ANY_BYTES,),
+    "write_str": (ANY_TEXT, ANY_ENCODING),
+    "write_byte": (ANY_COUNT,),
+    "append": (st.sampled_from([*TEXT, *NO_BYTES]),),
+    "malloc": (ANY_COUNT,),
+    "malloc_ack": (ANY_COUNT,),
+    "write_direct": (ANY_BYTES, ANY_COUNT),
+    "flush": (),
+}
+CONNECTION_CALLS = {
+    **CALLS,
+    "receive": (ANY_COUNT,),
+    "send": (ANY_BYTES,),
+    "send_fds": (ANY_BYTES, ANY_FDS),
+    "receive_fds": (ANY_COUNT, ANY_COUNT),
+    "set_nodelay": (ANY_THING,),
+    "set_keepalive": (ANY_THING,),
+    "read_timeout": (ANY_SECONDS | st.just(0),),
+    "write_timeout": (ANY_SECONDS,),
+    "idle_timeout": (ANY_SECONDS,),
+    "statistics": (),
+    "wait_writable": (),
+    "extra_attributes": (),
+}
+
+
+def steps_of(calls: dict[str, tuple[Any, ...]]) -> Any:
+    one = [st.tuples(st.just(name), st.tuples(*kinds)) for name, kinds in calls.items()]
+    return st.lists(st.tuples(st.booleans(), st.one_of(one)), min_size=20, max_size=80)
+
+
+#: What a call may raise, whatever it is given, while both ends are open. A cancellation, too.
+DOCUMENTED = (TypeError, ValueError, WouldBlock, DelimiterNotFound, ReadTimeout)
+
+
+class End:
+    """One end of a stream, and what is known of what it has written and the other end has read."""
+
+    def __init__(self, thing: Any, reader: Any, writer: Any) -> None:
+        self.thing, self.reader, self.writer = thing, reader, writer
+        self.out = bytearray()
+        self.open = bytearray()
+        self.taken = 0  # of the other end's `out`
+        self.other = self
+
+    # --- what a call that was taken has done -----------------------------------------------------
+
+    def seal(self) -> None:
+        self.out += self.open
+        self.open.clear()
+
+    def written(self, method: str, given: tuple[Any, ...], result: Any) -> None:
+        if method == "malloc":
+            result[:] = b"m" * len(result)
+            self.open += result
+        elif method == "write_direct":
+            place = len(self.open) - operator.index(given[1])
+            self.open[place:place] = given[0]
+        elif method == "malloc_ack":
+            del self.open[operator.index(given[0]) :]
+            self.seal()
+        elif method in ("write", "send", "send_fds", "append"):
+            self.seal()
+            self.out += bytes(given[0])
+        elif method == "write_str":
+            self.seal()
+            self.out += given[0].encode(given[1])
+        elif method == "write_byte":
+            self.seal()
+            self.out.append(operator.index(given[0]))
+        elif method == "flush":
+            self.seal()
+
+    def read(self, method: str, given: tuple[Any, ...], result: Any) -> None:
+        name = method.removesuffix("_nowait")
+        if name == "skip":
+            self.taken += operator.index(given[0])
+            return
+        data = self.bytes_of(name, given, result)
+        if data is None:
+            return
+        assert data == self.other.out[self.taken : self.taken + len(data)]
+        if name != "peek":
+            self.taken += len(data)
+
+    def bytes_of(self, name: str, given: tuple[Any, ...], result: Any) -> bytes | None:
+        if name in ("peek", "next", "until", "read_bytes", "receive"):
+            return bytes(result)
+        if name == "next_parts":
+            return b"".join(result)
+        if name == "slice":
+            return result.to_bytes()  # type: ignore[no-any-return]
+        if name == "read_str":
+            size = operator.index(given[0])
+            assert result == bytes(self.expected(size)).decode(given[1])
+            return bytes(self.expected(size))
+        if name == "read_byte":
+            return bytes([result])
+        if name == "readinto":
+            return bytes(given[0][:result])
+        if name == "receive_fds":
+            for fd in result[1]:
+                os.close(fd)
+            return bytes(result[0])
+        return None
+
+    def expected(self, size: int) -> bytearray:
+        return self.other.out[self.taken : self.taken + size]
+
+    # --- calling ---------------------------------------------------------------------------------
+
+    def bound(self, method: str) -> Callable[..., Any] | None:
+        for thing in (self.thing, self.writer, self.reader):
+            if isinstance(inspect.getattr_static(type(thing), method, None), property):
+                if method == "extra_attributes":
+                    return lambda: thing.extra_attributes
+                return lambda value: setattr(thing, method, value)
+            if hasattr(thing, method):
+                return getattr(thing, method)  # type: ignore[no-any-return]
+        return None  # send_fds() over TCP
+
+    async def step(self, method: str, given: tuple[Any, ...]) -> None:
+        call = self.bound(method)
+        if call is None:
+            return
+        if method == "readinto" and type(given[0]) is int:
+            given = (bytearray(given[0]),)
+        actual: tuple[Any, ...] = given
+        if method == "append" and type(given[0]) is bytes:
+            actual = (LinkBuffer(),)
+            actual[0].write(given[0])
+        named = {}
+        if method.startswith("until"):
+            actual, named = given[:1], {"max_bytes": given[1]}
+        try:
+            result = call(*actual, **named)
+            if inspect.isawaitable(result):
+                with anyio.move_on_after(0.001):  # what it waits for may never come
+                    result = await result
+                if inspect.isawaitable(result):
+                    return  # and then it has done nothing
+        except UnicodeDecodeError:
+            self.taken += operator.index(given[0])
+        except BrokenResourceError:
+            assert method == "send_fds"
+        except DOCUMENTED:
+            pass
+        else:
+            self.written(method, given, result)
+            self.read(method, given, result)
+
+
+@asynccontextmanager
+async def ends(kind: str) -> AsyncIterator[list[End]]:
+    """Two connections, each with something to read."""
+    first, second = socket_pair(kind)
+    async with (
+        await anypoll.Connection.from_socket(first) as a,
+        await anypoll.Connection.from_socket(second) as b,
+    ):
+        both = [End(conn, conn.reader, conn.writer) for conn in (a, b)]
+        both[0].other, both[1].other = both[1], both[0]
+        for end in both:
+            end.out += b"ab\n" * 400
+            await end.thing.send(end.out)
+            await holds(lambda end=end: len(end.other.reader) == len(end.out))
+        yield both
+
+
+async def throw_at_connections(kind: str, steps: list[Any]) -> None:
+    async with ends(kind) as both:
+        for which, step in steps:
+            await both[which].step(*step)
+        for end in both:
+            end.thing.read_timeout = end.thing.write_timeout = end.thing.idle_timeout = None
+            await within(end.writer.flush())
+            end.seal()
+        for end in both:
+            left = len(end.other.out) - end.taken
+            assert await within(end.reader.read_bytes(left)) == end.expected(left)
+            assert len(end.reader) == len(end.writer) == 0
+            assert end.thing.is_active
+            await end.thing.send_eof()
+        for end in both:
+            with pytest.raises(anyio.EndOfStream):
+                await within(end.thing.receive())
+
+
+quick = settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@quick
+@given(steps=steps_of(CONNECTION_CALLS))
+def test_nonsense_at_random_for_connections(
+    anyio_backend: tuple[str, dict[str, Any]], kind: str, steps: list[Any]
+) -> None:
+    backend, options = anyio_backend
+    anyio.run(throw_at_connections, kind, steps, backend=backend, backend_options=options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=steps_of(CALLS))
+def test_nonsense_at_random_for_a_buffer(steps: list[Any]) -> None:
+    async def main() -> None:
+        buffer = LinkBuffer(block_size=8)
+        end = End(buffer, buffer, buffer)
+        buffer.write(b"ab\n" * 400)
+        buffer.flush()
+        end.out += b"ab\n" * 400
+        for _, step in steps:
+            await end.step(*step)
+        buffer.flush()
+        end.seal()
+        assert buffer.to_bytes() == end.out[end.taken :]
+
+    with suppress(StopIteration):
+        main().send(None)  # nothing in it waits
+
+
+# --- nothing is left out -------------------------------------------------------------------------
+
+RECORDS = [
+    "AnypollAttribute",
+    "ConnectTimeout",
+    "ConnectionStatistics",
+    "IdleTimeout",
+    "MessageTooLarge",
+    "PeerCredentials",
+    "PollerStatistics",
+    "ReadTimeout",
+    "ServerStatistics",
+    "Statistics",
+    "WriteTimeout",
+]
+#: Arguments that are not in the table, and why not.
+EXCEPTIONS = {
+    **dict.fromkeys(
+        RECORDS, "a record, an exception or a set of attributes: keeps what it is given"
+    ),
+    "SocketListener.account": "what anypoll gives it",
+    "SocketListener.on_token.bits": "called by the hub, and not by users",
+    "SocketListener.on_token.error": "likewise",
+    "Server.handler": "serve() looks at it",
+    "serve_forever.options": "those of serve(), which it is given",
+    "connect_tcp.tls": "true or false, whatever it is, as in AnyIO",
+    "connect_tcp.tls_standard_compatible": "likewise",
+    "create_tcp_listener.reuse_port": "likewise",
+    "serve.reuse_port": "likewise",
+    "serve.nodelay": "likewise",
+    "trio.serve_tcp.handler": "trio.serve_listeners() calls it, and does not look at it before",
+    "trio.serve_tcp.handler_nursery": "trio.serve_listeners() is given it",
+    "trio.serve_tcp.task_status": "trio.serve_listeners() is given it",
+    "httpcore.AnypollStream.get_extra_info.info": "None for whatever it does not know",
+    "httpcore.AnypollTLSStream.get_extra_info.info": "likewise",
+}
+PREFIXES = {
+    anypoll: "",
+    anypoll.streams: "",
+    anypoll.nocopy: "",
+    anypoll.integrations.trio: "trio.",
+    anypoll.integrations.httpcore: "httpcore.",
+}
+
+
+def parameters(function: Any) -> list[str]:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except ValueError:  # an exception's: *args
+        return []
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def methods(cls: type) -> Iterator[tuple[str, list[str]]]:
+    """The public ones that anypoll's own classes define, and the properties that can be set."""
+    for name in dir(cls):
+        home = next((c for c in cls.__mro__ if name in vars(c)), cls)
+        if name.startswith("_") or not home.__module__.startswith("anypoll"):
+            continue
+        thing = vars(home)[name]
+        if isinstance(thing, property):
+            if thing.fset is not None:
+                yield name, ["value"]
+        elif callable(getattr(cls, name)):
+            yield name, parameters(getattr(cls, name))
+
+
+def is_own(cls: Any, name: str, public: list[Any]) -> bool:
+    """Not inherited from another public class, where it is listed."""
+    thing = inspect.getattr_static(cls, name)
+    above = [c for c in cls.__mro__[1:] if c in public]
+    return all(inspect.getattr_static(c, name, None) is not thing for c in above)
+
+
+def public_arguments() -> Iterator[str]:
+    public = [getattr(module, name) for module in PREFIXES for name in module.__all__]
+    for module, prefix in PREFIXES.items():
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if not inspect.isclass(thing) and not inspect.isfunction(thing):
+                continue  # an alias of types
+            if name in RECORDS:
+                yield name
+                continue
+            yield from (f"{prefix}{name}.{part}" for part in parameters(thing))
+            for method, parts in methods(thing) if inspect.isclass(thing) else ():
+                if is_own(thing, method, public):
+                    yield from (f"{prefix}{name}.{method}.{part}" for part in parts)
+
+
+def test_every_argument_of_every_public_call_is_tried() -> None:
+    tried = {f"{name}.{argument}" for name, row in TABLE.items() for argument in row}
+    named = {name for name in tried if "()." not in name}
+    public = set(public_arguments())
+    assert public - tried - set(EXCEPTIONS) == set()
+    assert set(EXCEPTIONS) - public == set(), "exceptions that are none"
+    assert named - public == set(), "rows of the table that are about nothing"
