@@ -9,7 +9,7 @@ import anyio.lowlevel
 from anyio import ClosedResourceError, WouldBlock
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
-from ._buffer import LinkBuffer, as_view
+from ._buffer import LinkBuffer, flat_view
 from ._config import positive
 from ._reader import Reader
 from ._writer import Writer
@@ -84,7 +84,7 @@ class _SendStream(ByteSendStream):
     async def send(self, item: Buffer) -> None:
         if self._closed:
             raise ClosedResourceError
-        await self._writer._core.send(item if type(item) is bytes else as_view(item, "item"))
+        await self._writer._core.send(item if type(item) is bytes else flat_view(item, "item"))
 
     async def aclose(self) -> None:
         self._closed = True

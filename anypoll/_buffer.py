@@ -42,7 +42,12 @@ def as_bytes(data: Buffer, name: str = "data") -> bytes:
     return data.tobytes() if type(data) is memoryview else bytes(_memory(data, name))
 
 
-def _flat(data: Buffer, name: str) -> memoryview:
+def flat_view(data: Buffer, name: str) -> memoryview:
+    """A view of the bytes of ``data``, as writable as that is.
+
+    :raises TypeError: if it is not bytes-like
+    :raises ValueError: if its bytes do not lie side by side
+    """
     view = _memory(data, name)
     if not view.c_contiguous:
         raise ValueError(f"the bytes of {name} must lie side by side to be referenced")
@@ -55,7 +60,7 @@ def as_view(data: Buffer, name: str = "data") -> memoryview:
     :raises TypeError: if it is not bytes-like
     :raises ValueError: if its bytes do not lie side by side
     """
-    return _flat(data, name).toreadonly()
+    return flat_view(data, name).toreadonly()
 
 
 def room_in(buffer: Buffer) -> memoryview:
@@ -64,7 +69,7 @@ def room_in(buffer: Buffer) -> memoryview:
     :raises TypeError: if it is not bytes-like, or not writable
     :raises ValueError: if its bytes do not lie side by side
     """
-    into = _flat(buffer, "buffer")
+    into = flat_view(buffer, "buffer")
     if into.readonly:
         raise TypeError("readinto() needs a writable buffer")
     return into

@@ -59,6 +59,8 @@ async def connect_tcp(
 ) -> Any:
     """Connects to a TCP server, as :func:`anyio.connect_tcp` does, with these additions.
 
+    :param happy_eyeballs_delay: seconds before the next address is tried too; ``None``: when the
+        one before has failed
     :param timeout: seconds for all of it, name resolution and TLS included
     :param read_timeout: the new connection's
     :param write_timeout: likewise

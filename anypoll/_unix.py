@@ -18,7 +18,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import UNIXSocketStream
 
 from . import _epoll
-from ._buffer import as_view
+from ._buffer import flat_view
 from ._connection import Core
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import FDS_MOST, MAIL_FDS, conn_report
@@ -280,7 +280,7 @@ class DescriptorStream(UNIXSocketStream):
         :raises WriteTimeout, ClosedResourceError, BusyResourceError: as :meth:`send`
         """
         if type(message) is not bytes:
-            message = as_view(message, "message")
+            message = flat_view(message, "message")
         if not message:
             raise ValueError("message must not be empty")
         if not fds:

@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import _sockets
-from ._buffer import as_view
+from ._buffer import flat_view
 from ._callbacks import Callback, Callbacks
 from ._config import Limits, positive, seconds
 from ._connection import Core
@@ -137,7 +137,7 @@ class Connection(SocketSurface):
         :raises ValueError: if its bytes do not lie side by side
         """
         if type(item) is not bytes:
-            item = as_view(item, "item")
+            item = flat_view(item, "item")
         await self._core.send(item)
 
     async def send_eof(self) -> None:

@@ -232,7 +232,6 @@ async def test_options_of_the_new_connection(keepalive: Any) -> None:
         ({"write_timeout": "1"}, TypeError),
         ({"keepalive": 7}, TypeError),
         ({"happy_eyeballs_delay": "1"}, TypeError),
-        ({"happy_eyeballs_delay": None}, TypeError),
         ({"happy_eyeballs_delay": -1}, ValueError),
     ],
 )

@@ -244,7 +244,7 @@ async def test_receive_refuses_what_is_no_number_of_bytes(wire: Wire, wrong: Any
     conn, peer = wire
     for data in (b"", b"abc"):
         await arrive(conn, peer, data)
-        with pytest.raises(TypeError, match=r"^max_bytes must be an integer, not "):
+        with pytest.raises(TypeError, match=r"^max_bytes must be a positive integer, not "):
             await within(conn.receive(wrong))
     assert await conn.receive(2) == b"ab"
     assert await conn.receive(10**30) == b"c"

@@ -429,7 +429,7 @@ async def test_adapter_calls_are_checkpoints_and_check_their_arguments() -> None
         for n in (0, -1):
             with pytest.raises(ValueError, match="max_bytes must be a positive integer"):
                 await receiving.receive(n)
-        with pytest.raises(TypeError, match="max_bytes must be an integer"):
+        with pytest.raises(TypeError, match="max_bytes must be a positive integer"):
             await receiving.receive(1.5)  # type: ignore[arg-type]
         calls: list[Callable[[], Any]] = [receiving.receive, lambda: sending.send(b"x")]
         for call in calls:
