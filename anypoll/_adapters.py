@@ -9,7 +9,8 @@ import anyio.lowlevel
 from anyio import ClosedResourceError, WouldBlock
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
-from ._buffer import LinkBuffer, flat_view
+from ._buffer import LinkBuffer
+from ._bytes import flat_view
 from ._config import positive
 from ._reader import Reader
 from ._writer import Writer

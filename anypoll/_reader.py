@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from anyio import EndOfStream
 
-from ._buffer import LinkBuffer, delimiter_bytes, room_in, text_encoding
+from ._buffer import LinkBuffer
+from ._bytes import delimiter_bytes, room_in, text_encoding
 from ._chain import EMPTY
 from ._config import count
 from ._endpoint import SHUT

@@ -18,7 +18,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import UNIXSocketStream
 
 from . import _epoll
-from ._buffer import flat_view
+from ._bytes import flat_view
 from ._connection import Core
 from ._endpoint import AGAIN, SHUT, deadline_after
 from ._epoll import FDS_MOST, MAIL_FDS, conn_report

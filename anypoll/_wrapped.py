@@ -22,7 +22,7 @@ from anyio import (
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from . import _runtime
-from ._buffer import as_bytes
+from ._bytes import as_bytes
 from ._chain import EMPTY, Chain, Piece
 from ._config import Limits, shown
 from ._endpoint import SHUT

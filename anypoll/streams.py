@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import _sockets
-from ._buffer import flat_view
+from ._bytes import flat_view
 from ._callbacks import Callback, Callbacks
 from ._config import Limits, positive, seconds
 from ._connection import Core

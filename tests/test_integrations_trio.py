@@ -981,3 +981,11 @@ async def test_serve_tcp() -> None:
         nursery.cancel_scope.cancel()
     with pytest.raises(trio.ClosedResourceError):
         await listener.accept()
+
+
+async def test_a_connection_with_messages_is_no_stream(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = await anypoll.create_unix_listener(path, kind=socket.SOCK_SEQPACKET)
+    async with listener, await anypoll.connect_unix(path, kind=socket.SOCK_SEQPACKET) as conn:
+        with pytest.raises(ValueError, match="not a socket with messages"):
+            TrioStream(conn)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn, SupportsIndex
 
 import anyio
 import trio
+from anyio.abc import SocketAttribute
 from anyio.streams.stapled import MultiListener
 
 import anypoll
@@ -66,6 +68,7 @@ class TrioStream(trio.abc.HalfCloseableStream):
     Trio, and the stream stays usable.
 
     :raises TypeError: if ``connection`` is not an :class:`anypoll.Connection`
+    :raises ValueError: if it has messages (``SOCK_SEQPACKET``) and no stream
     """
 
     __slots__ = ("__weakref__", "_eof_sent", "connection")
@@ -76,6 +79,9 @@ class TrioStream(trio.abc.HalfCloseableStream):
     def __init__(self, connection: anypoll.Connection) -> None:
         if not isinstance(connection, anypoll.Connection):
             raise TypeError(f"expected an anypoll.Connection, got {type(connection).__qualname__}")
+        if isinstance(connection, anypoll.UNIXConnection) and connection.fileno() >= 0:
+            if connection.extra(SocketAttribute.raw_socket).type != socket.SOCK_STREAM:
+                raise ValueError("a TrioStream needs a stream, not a socket with messages")
         self.connection = connection
         self._eof_sent = False
 
