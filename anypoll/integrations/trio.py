@@ -60,6 +60,12 @@ def _translated(exc: Exception) -> Exception:
     return error
 
 
+def _has_messages(connection: anypoll.Connection) -> bool:
+    if not isinstance(connection, anypoll.UNIXConnection) or connection.fileno() < 0:
+        return False
+    return bool(connection.extra(SocketAttribute.raw_socket).type == socket.SOCK_SEQPACKET)
+
+
 class TrioStream(trio.abc.HalfCloseableStream):
     """A :class:`trio.abc.HalfCloseableStream` over a connection, which it owns.
 
@@ -79,9 +85,8 @@ class TrioStream(trio.abc.HalfCloseableStream):
     def __init__(self, connection: anypoll.Connection) -> None:
         if not isinstance(connection, anypoll.Connection):
             raise TypeError(f"expected an anypoll.Connection, got {type(connection).__qualname__}")
-        if isinstance(connection, anypoll.UNIXConnection) and connection.fileno() >= 0:
-            if connection.extra(SocketAttribute.raw_socket).type != socket.SOCK_STREAM:
-                raise ValueError("a TrioStream needs a stream, not a socket with messages")
+        if _has_messages(connection):
+            raise ValueError("a TrioStream needs a stream, not a socket with messages")
         self.connection = connection
         self._eof_sent = False
 
