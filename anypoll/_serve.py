@@ -212,8 +212,6 @@ class serve:  # noqa: N801 -- it is used as a function
             server._open(await where.sockets())
         else:
             server._adopt(_all_different(list(_flat(where.listeners))))
-        if not server.listeners:
-            raise ValueError("serve() has nothing to listen on: that list is empty")
         return server
 
     async def __aenter__(self) -> Server:
