@@ -28,7 +28,7 @@ _VALUES = 1024  # window ends for which the wake-up is kept
 def _wait_trap(abort: Any) -> Any:
     """What ``wait_task_rescheduled(abort)`` yields to Trio's scheduler.
 
-    Yielding it again and again, once for every wait, costs a third of calling that function, which
+    Yielding it again and again, once for every wait, is cheaper than calling that function, which
     takes two more frames and builds a new message and a new result each time.
     """
     waiting = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105 -- it never waits
