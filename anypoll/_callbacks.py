@@ -162,7 +162,7 @@ class Callbacks:
             self._start()
         if self._running and (mine or not _inside.get()):
             self._ended = self._ended or anyio.Event()
-            await _wait_shielded(self._ended)
+            await wait_shielded(self._ended)
 
     def _release(self) -> list[_Callback]:
         released, self._waiting = self._waiting, []
@@ -231,7 +231,7 @@ class Callbacks:
                 one.result.close()
 
 
-async def _wait_shielded(event: anyio.Event) -> None:
+async def wait_shielded(event: anyio.Event) -> None:
     """Waits whatever is cancelled meanwhile, and raises the cancellation then."""
     cancelled: BaseException | None = None
     with anyio.CancelScope(shield=True):

@@ -63,6 +63,16 @@ def positive(value: SupportsIndex, name: str) -> int:
     return n
 
 
+def flag(value: bool, name: str) -> bool:
+    """``value``.
+
+    :raises TypeError: if it is not a ``bool``
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {value!r}")
+    return value
+
+
 def seconds(value: float | None, name: str) -> float | None:
     """``value`` as a number of seconds that is not negative; ``None`` stays ``None``.
 

@@ -22,7 +22,7 @@ from anyio import BusyResourceError
 
 from . import _epoll
 from ._endpoint import AGAIN, SHUT, deadline_after
-from ._epoll import EIDLE, IS_IDLE_END, MAIL_IDLE, MAIL_TRIM, conn_queued
+from ._epoll import EIDLE, IS_IDLE_END, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
 from ._errors import os_error, stream_error
 from ._input import Input
 
@@ -56,6 +56,8 @@ class Core(Input):
         """Called by the hub for what is not the end of a wait."""
         if bits & MAIL_TRIM and not self.closed:
             self.reader._drop_view()
+        if bits & MAIL_GONE and self.watcher is not None:
+            self.watcher()
         if bits & MAIL_IDLE and not self.closed:
             self.reader._end = SHUT
             self._fail(EIDLE)
@@ -68,6 +70,7 @@ class Core(Input):
         self._mark_closed()
         self.reader._close()
         self.writer._close()
+        self.requests = self.watcher = None
         self._release_handle()
         self._let_go()  # its task will never run again
         self.release_callbacks()
@@ -91,6 +94,8 @@ class Core(Input):
         hub.outputs.pop(self.number, None)
         hub.wake_reader(self.number)
         hub.wake_writers(self.number)
+        if self.requests is not None:
+            self.requests.on_close()
 
     def abort(self) -> None:
         """Closes with a RST, and releases the callbacks."""
@@ -160,6 +165,8 @@ class Core(Input):
         still arrives until the peer has ended too, all within ``timeout`` seconds; then closes.
         """
         deadline = deadline_after(timeout)
+        if self.requests is not None:
+            self.requests.stop()
         if self.closed:
             return
         try:
@@ -176,6 +183,8 @@ class Core(Input):
 
     async def end(self) -> None:
         """The last that a handler's task does: closes, and runs the callbacks."""
+        if self.requests is not None:
+            self.requests.stop()
         self.close()
         self._let_go()
         if self.callbacks is not None:
@@ -187,7 +196,7 @@ class Core(Input):
         :raises BusyResourceError: with pending output or a waiting task
         """
         self._check_usable()
-        if self._reading:
+        if self._reading and not (self.requests is not None and self.requests.idle):
             raise BusyResourceError("reading from")
         if self._writing or self.writer._size or conn_queued(self.handle) > 0:
             raise BusyResourceError("writing to")
@@ -202,6 +211,8 @@ class Core(Input):
         rest = _epoll.conn_rest(self.handle)
         self.reader._close()
         self.writer._close()
+        if self.requests is not None:
+            self.requests.on_close()
         self.release_callbacks()
         return raw, rest
 

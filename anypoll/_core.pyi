@@ -40,6 +40,7 @@ class Lib(Protocol):
     AP_MAIL_STARVED: int
     AP_MAIL_IDLE: int
     AP_MAIL_FDS: int
+    AP_MAIL_GONE: int
     AP_NOWAIT: int
     AP_SCATTER: int
     AP_NEW_BLOCK_SHIFT: int
@@ -48,6 +49,7 @@ class Lib(Protocol):
     AP_IS_EOF: int
     AP_IS_IDLE_END: int
     AP_IS_SHUT: int
+    AP_IS_GONE: int
     AP_CALL_READ: int
     AP_CALL_WRITE: int
     AP_CALL_ACCEPT: int
@@ -90,6 +92,10 @@ class Lib(Protocol):
         /,
     ) -> int: ...
     def ap_conn_want(self, conn: Conn, pos: int, n: int, /) -> int: ...
+    def ap_conn_request(
+        self, conn: Conn, pos: int, fresh: int, output: bytes, output_size: int, /
+    ) -> int: ...
+    def ap_conn_watch_peer(self, conn: Conn, /) -> int: ...
     def ap_conn_find(
         self,
         conn: Conn,

@@ -22,11 +22,14 @@ from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
 from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._callbacks import Callbacks
     from ._config import Limits
     from ._epoll import Conn, ConnectionStatistics, Poller
     from ._hub import Hub
     from ._reader import Reader
+    from ._requests import Requests
     from ._writer import Writer
 
 AGAIN = -EAGAIN
@@ -70,12 +73,13 @@ class Endpoint:
         "limits",
         "name",
         "number",
-        "on_end",
         "peer",
         "poller",
         "raw",
         "read_timeout",
         "reader",
+        "requests",
+        "watcher",
         "write_timeout",
         "writer",
     )
@@ -93,6 +97,10 @@ class Endpoint:
     read_timeout: float | None
     write_timeout: float | None
     idle_timeout: float | None
+    requests: Requests | None
+    """request mode, if it is in that"""
+    watcher: Callable[[], None] | None
+    """to be told, once, that the peer has gone"""
     callbacks: Callbacks | None
     """to be run at the end, if there are any"""
     held: bool
@@ -138,6 +146,8 @@ class Endpoint:
         if limits.idle_timeout is not None:
             self.set_idle_timeout(limits.idle_timeout)
         self.callbacks = None
+        self.requests = None
+        self.watcher = None
         self.held = False
         self.peer = peer
         self.raw = None
@@ -170,6 +180,13 @@ class Endpoint:
 
     def _begin_draining(self) -> None:
         self.draining = True
+
+    def watch_peer(self, watcher: Callable[[], None]) -> None:
+        """Has ``watcher`` called, once, when the peer has ended its side, or reset the connection;
+        in the hub, so it must not run the user's code.
+        """
+        self.watcher = watcher
+        _epoll.conn_watch_peer(self.handle)
 
     # --- the socket object -----------------------------------------------------------------------
 

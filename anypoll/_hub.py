@@ -9,6 +9,7 @@ What is where:
   - ``readers`` and ``writers`` hold the waiters (a future or a task) strongly while they wait; a
     suspended task's frame holds its connection, so a connection that is waited for stays alive.
   - ``addressees`` holds connections and listeners weakly, by the number that tokens carry.
+  - ``requests`` holds the idle connections in request mode, strongly: no task has them.
   - ``outputs`` holds the objects whose memory the poller is still sending. It is a plain registry,
     not an attribute of the connection: in a garbage cycle the order of freeing is arbitrary, and
     the memory must outlive the C side's use of it.
@@ -56,6 +57,13 @@ class Addressee(Protocol):
         """The event loop has ended, and the C side has closed the descriptor."""
 
 
+class Request(Protocol):
+    """What an idle connection in request mode waits with."""
+
+    def on_input(self) -> None:
+        """The wait is over. Must not run the user's code."""
+
+
 class Hub(ABC):
     """What an event loop has to do with the pollers; see the module."""
 
@@ -74,6 +82,8 @@ class Hub(ABC):
         self.writers: dict[int, list[Any]] = {}
         self.addressees: dict[int, Callable[[], Addressee | None]] = {}  # weak references
         self.outputs: dict[int, list[Piece]] = {}
+        self.requests: dict[int, Request] = {}
+        self.unserved: Any = None
         self._tokens = _epoll.Tokens(_TOKENS_AT_ONCE)
 
     @abstractmethod
@@ -155,11 +165,18 @@ class Hub(ABC):
     def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
         """Of tokens that say nothing but that a read wait is over."""
         for token in tokens:
-            self.wake_reader(token[0])
+            self._read_over(token[0])
+
+    def _read_over(self, number: int) -> None:
+        waiter = self.readers.pop(number, None)
+        if waiter is not None:
+            self.wake(waiter)
+        elif (request := self.requests.pop(number, None)) is not None:
+            request.on_input()
 
     def _dispatch_one(self, number: int, bits: int, value: int) -> None:
         if bits & MAIL_READ:
-            self.wake_reader(number)
+            self._read_over(number)
         if bits & MAIL_SENT:
             self.outputs.pop(number, None)
         if bits & MAIL_WRITE:
@@ -187,6 +204,7 @@ class Hub(ABC):
             if addressee is not None:
                 addressee.on_hub_end()
         self.addressees.clear()
+        self.requests.clear()
         self.readers.clear()
         self.writers.clear()
         self.outputs.clear()  # last: the C side refers to nothing any more

@@ -138,7 +138,9 @@ class AsyncioHub(Hub):
         pop = self.readers.pop
         for number, _, end in tokens:
             future = pop(number, None)
-            if future is not None and not future.done():
+            if future is None:
+                self._read_over(number)
+            elif not future.done():
                 future.set_result(end)
 
     def wake(self, waiter: Future[None]) -> None:

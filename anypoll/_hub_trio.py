@@ -122,6 +122,8 @@ class TrioHub(Hub):
             task = pop(number, None)
             if task is not None:
                 reschedule(task, values.get(end) or self._value(end))
+            else:
+                self._read_over(number)
 
     def _value(self, end: int) -> Value[int]:
         value = Value(end)

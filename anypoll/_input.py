@@ -312,6 +312,8 @@ class Input(Output):
         """From now on a wait with nothing buffered, the present one too, sees the end of stream."""
         self._begin_draining()
         self.hub.wake_reader(self.number)
+        if self.requests is not None:
+            self.requests.on_draining()
 
     @property
     def idle(self) -> bool:

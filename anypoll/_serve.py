@@ -1,23 +1,24 @@
-"""``serve()`` and ``serve_forever()``: what to listen on, the options, and the block."""
+"""``serve()`` and ``serve_forever()``: the options, and the block."""
 
 from __future__ import annotations
 
+import inspect
 import os
-import socket
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import anyio
 from anyio.abc import TaskStatus
-from anyio.streams.stapled import MultiListener
 
 from . import _sockets
-from ._config import Keepalive, Limits, count, seconds
-from ._listener import SocketListener
-from ._server import Handler, Options, Server
+from ._admission import Admission
+from ._config import Keepalive, Limits, count, flag, seconds
+from ._lives import Options
+from ._requests import Function
+from ._server import Server
+from ._where import Where, all_different, flat
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -25,97 +26,15 @@ if sys.version_info < (3, 11):
 __all__ = ("serve", "serve_forever")
 
 
-@dataclass(frozen=True, slots=True)
-class _Where:
-    """What to listen on; exactly one kind."""
-
-    host: Any
-    port: int | None
-    path: Any
-    path_mode: int | None
-    sock: Any
-    listeners: Any
-    backlog: int
-    reuse_port: bool
-
-    def __post_init__(self) -> None:
-        tcp = self.host is not None or self.port is not None
-        given = [tcp, self.path is not None, self.sock is not None, self.listeners is not None]
-        if sum(given) != 1:
-            raise ValueError("serve() needs exactly one of host/port, path, sock and listeners")
-        if self.port is not None:
-            _sockets.port_number(self.port, "port")
-        if self.host is not None:
-            _sockets.host_text(self.host, "host")
-        if self.path_mode is not None:
-            count(self.path_mode, "path_mode", most=0o7777)
-        if self.sock in ([], ()):
-            raise ValueError("sock must be a socket, a descriptor, or a list of some, not empty")
-        count(self.backlog, "backlog", least=1)
-
-    async def sockets(self) -> list[socket.socket]:
-        """Listening sockets.
-
-        :raises OSError: for a failed bind; nothing is left open
-        """
-        if self.path is not None:
-            return [_sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)]
-        if self.sock is not None:
-            return self._listening(self.sock)
-        return await _sockets.tcp_listening(
-            None if self.host is None else _sockets.host_text(self.host, "host"),
-            self.port or 0,
-            family=socket.AF_UNSPEC,
-            backlog=self.backlog,
-            reuse_port=self.reuse_port,
-        )
-
-    def _listening(self, given: Any) -> list[socket.socket]:
-        """What was given, valid; if anything of it is not, all descriptors stay the caller's."""
-        families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-        sockets: list[socket.socket] = []
-        made: list[socket.socket] = []
-        try:
-            for one in given if isinstance(given, (list, tuple)) else [given]:
-                sock = _sockets.validated(one, families=families, listening=True)
-                made += [] if sock is one else [sock]
-                if any(sock.fileno() == other.fileno() for other in sockets):
-                    raise ValueError(f"sock must not contain the descriptor {sock.fileno()} twice")
-                sockets.append(sock)
-            for sock in sockets:
-                sock.listen(min(self.backlog, _sockets.BACKLOG_MOST))
-        except BaseException:
-            for sock in made:
-                sock.detach()
-            raise
-        return sockets
-
-
-def _flat(listeners: Any) -> Iterable[SocketListener]:
-    """The sockets' listeners in whatever :func:`anypoll.create_tcp_listener` and its like gave."""
-    if isinstance(listeners, SocketListener):
-        yield listeners
-    elif isinstance(listeners, MultiListener):
-        yield from _flat(listeners.listeners)
-    elif isinstance(listeners, (list, tuple)):
-        for listener in listeners:
-            yield from _flat(listener)
-    else:
-        raise ValueError(f"serve() cannot use the listener {listeners!r}")
-
-
-def _all_different(listeners: list[SocketListener]) -> list[SocketListener]:
-    """:raises ValueError: if there is none, or one is there twice"""
-    if not listeners or len(set(listeners)) < len(listeners):
-        raise ValueError("listeners must be SocketListeners, at least one, and each only once")
-    return listeners
-
-
 def _leaves(exc: BaseException) -> set[int]:
     """The identities of the exceptions in a group: Trio rebuilds the groups themselves."""
     if isinstance(exc, BaseExceptionGroup):
         return set().union(*(_leaves(e) for e in exc.exceptions))
     return {id(exc)}
+
+
+def _limit(value: int | None, name: str) -> int | None:
+    return None if value is None else count(value, name, least=1)
 
 
 class serve:  # noqa: N801 -- it is used as a function
@@ -131,11 +50,30 @@ class serve:  # noqa: N801 -- it is used as a function
 
     Each connection gets a task that runs ``handler(connection)``. The connection is closed when
     that returns (what was written is sent before, for at most ``write_timeout``, or else
-    ``shutdown_timeout``), raises, or is cancelled. An exception that leaves a handler is logged
-    (logger ``anypoll.server``) and stops nothing else; those that a peer can cause (the end of its
-    stream, a reset, a timeout, a message that is too large) are only counted.
+    ``shutdown_timeout``), raises, or is cancelled. With ``on_request`` instead of a handler no task
+    exists per connection: it is called whenever input has come, see
+    :meth:`Connection.set_on_request`. An exception that leaves either, or a hook, is logged (logger
+    ``anypoll.server``), ends its connection, and stops nothing else; those that a peer can cause
+    (the end of its stream, a reset, a timeout, a message that is too large) are only counted.
+
+    The hooks of a connection are called in this order, each once at most: ``on_prepare``,
+    ``on_connect``, then the handler or the requests, ``on_disconnect``, then what
+    :meth:`Connection.add_close_callback` was given.
 
     :param handler: a coroutine function of one argument, the :class:`Connection`
+    :param on_request: likewise; exactly one of the two must be given
+    :param on_prepare: a plain function of the connection, called before anything is read; it may
+        set options, or refuse the connection by its ``abort()``
+    :param on_connect: a coroutine function of the connection, called before the handler
+    :param on_disconnect: a coroutine function of the connection, called as soon as the peer has
+        ended its side or has reset the connection, beside the handler if that still runs; what was
+        received can still be read, and a peer that has only ended its side still be answered
+    :param on_error: a plain or coroutine function of the connection and an exception: one that was
+        logged
+    :param cancel_on_disconnect: cancel the handler when the peer ends its side or resets the
+        connection; not for protocols whose clients end their side and wait for the answer
+    :param max_connections: the server stops accepting at so many, until one has ended
+    :param max_connections_per_peer: one more from the same IP address is closed at once
     :param host: address or name to listen on; ``None`` with a ``port``: all interfaces
     :param port: 0 chooses one, the same on all addresses; see ``server.port``
     :param path: a UNIX socket, instead of host and port
@@ -160,14 +98,22 @@ class serve:  # noqa: N801 -- it is used as a function
 
     def __init__(
         self,
-        handler: Handler | None = None,
+        handler: Function | None = None,
         *,
+        on_request: Function | None = None,
         host: Any = None,
         port: int | None = None,
         path: str | bytes | os.PathLike[Any] | None = None,
         path_mode: int | None = None,
         sock: Any = None,
         listeners: Any = None,
+        on_prepare: Callable[[Any], None] | None = None,
+        on_connect: Function | None = None,
+        on_disconnect: Function | None = None,
+        on_error: Callable[[Any, Exception], Any] | None = None,
+        cancel_on_disconnect: bool = False,
+        max_connections: int | None = None,
+        max_connections_per_peer: int | None = None,
         backlog: int = 65536,
         reuse_port: bool = False,
         read_timeout: float | None = None,
@@ -180,8 +126,8 @@ class serve:  # noqa: N801 -- it is used as a function
         write_high_water: int | None = None,
         read_limit: int | None = None,
     ) -> None:
-        self._handler = handler
         self._where = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
+        self._most = (max_connections, max_connections_per_peer)
         limits = {
             "read_timeout": read_timeout,
             "write_timeout": write_timeout,
@@ -193,26 +139,51 @@ class serve:  # noqa: N801 -- it is used as a function
         self._limits: dict[str, Any] = {
             name: value for name, value in limits.items() if value is not None
         }
-        self._options = (keepalive, nodelay, shutdown_timeout)
+        self._options = {
+            "keepalive": keepalive,
+            "nodelay": nodelay,
+            "shutdown_timeout": shutdown_timeout,
+            "handler": handler,
+            "on_request": on_request,
+            "on_prepare": on_prepare,
+            "on_connect": on_connect,
+            "on_disconnect": on_disconnect,
+            "on_error": on_error,
+            "cancel_on_disconnect": cancel_on_disconnect,
+        }
 
     async def _server(self) -> Server:
         """The server, listening; nothing is left open if it fails."""
-        handler = self._handler
-        if not callable(handler):
-            raise ValueError("serve() needs a handler: an async function of one argument")
-        where = _Where(*self._where)
-        keepalive, nodelay, shutdown_timeout = self._options
-        if seconds(shutdown_timeout, "shutdown_timeout") is None:
-            raise TypeError("shutdown_timeout must be a number of seconds")
-        _sockets.check_keepalive(keepalive)
-        limits = Limits(**self._limits, close_callback_timeout=shutdown_timeout)
-        options = Options(limits, keepalive, bool(nodelay), shutdown_timeout)
-        server = Server(handler, options)
+        options = self._checked_options()
+        admission = Admission(
+            _limit(self._most[0], "max_connections"),
+            _limit(self._most[1], "max_connections_per_peer"),
+        )
+        where = Where(*self._where)
+        server = Server(options, admission)
         if where.listeners is None:
             server._open(await where.sockets())
         else:
-            server._adopt(_all_different(list(_flat(where.listeners))))
+            server._adopt(all_different(list(flat(where.listeners))))
         return server
+
+    def _checked_options(self) -> Options:
+        given: dict[str, Any] = self._options
+        if (given["handler"] is None) == (given["on_request"] is None):
+            raise ValueError("serve() needs exactly one of handler and on_request")
+        for name in ("handler", "on_request", "on_connect", "on_disconnect", "on_error"):
+            if given[name] is not None and not callable(given[name]):
+                raise ValueError(f"{name} must be a function, not {given[name]!r}")
+        prepare = given["on_prepare"]
+        if prepare is not None and (not callable(prepare) or inspect.iscoroutinefunction(prepare)):
+            raise ValueError(f"on_prepare must be a plain function, not {prepare!r}")
+        timeout = given["shutdown_timeout"]
+        if seconds(timeout, "shutdown_timeout") is None:
+            raise TypeError("shutdown_timeout must be a number of seconds")
+        for name in ("nodelay", "cancel_on_disconnect"):
+            flag(given[name], name)
+        _sockets.check_keepalive(given["keepalive"])
+        return Options(Limits(**self._limits, close_callback_timeout=timeout), **given)
 
     async def __aenter__(self) -> Server:
         server = await self._server()
@@ -248,7 +219,7 @@ class serve:  # noqa: N801 -- it is used as a function
 
 
 async def serve_forever(
-    handler: Handler,
+    handler: Function | None = None,
     *,
     task_status: TaskStatus[Server] = anyio.TASK_STATUS_IGNORED,
     **options: Any,

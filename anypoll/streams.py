@@ -11,12 +11,15 @@ import socket
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from anyio import BusyResourceError
+
 from . import _sockets
 from ._bytes import flat_view
 from ._callbacks import Callback, Callbacks
 from ._config import Limits, positive, seconds
 from ._connection import Core
 from ._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
+from ._requests import Function, Requests, unserved
 from ._socket_surface import SocketSurface
 from ._unix import DescriptorStream, MessageCore, UNIXCore
 from .nocopy import Reader, Writer
@@ -248,6 +251,42 @@ class Connection(SocketSurface):
         if core.callbacks is None:
             core.callbacks = Callbacks(self, core.hub, core.limits.close_callback_timeout)
         core.callbacks.add(callback, late=core.over)
+
+    def set_on_request(self, function: Function) -> None:
+        """Puts the connection into request mode, or replaces the function there. A plain function.
+
+        From now on ``function(connection)`` is called, in a task, when input is there and no call
+        runs, also for input that is there already. It must consume input, or wait for more through
+        the reader; if it returns having consumed nothing, it is called again only when more has
+        come. No task exists between the calls, and nobody else may read then. What was written is
+        flushed when it returns.
+
+        The connection is closed when a call has raised; when the peer has ended its side and
+        nothing is unread, or a call has consumed nothing of what is (pending output is sent before,
+        for at most ``write_timeout``, or else 10 seconds); and when it is broken. In a server with
+        a handler it is the handler's end that closes it. An exception is logged (logger
+        ``anypoll.connection``, in a server ``anypoll.server``) unless a peer can cause it.
+
+        :param function: a coroutine function of one argument, the connection
+        :raises TypeError: if it is not callable
+        :raises ClosedResourceError: if the connection was closed
+        :raises BusyResourceError: while another task is reading
+        :raises RuntimeError: outside of the connection's event loop
+        """
+        core = self._core
+        if not callable(function):
+            raise TypeError(f"function must be a coroutine function, not {function!r}")
+        core._check_usable()
+        core._check_loop()
+        if core.requests is not None:
+            core.requests.replace(function)
+            return
+        if core._reading:
+            raise BusyResourceError("reading from")
+        server = self._server
+        owner = unserved(core.hub) if server is None else server._owner_of_requests()
+        core.requests = Requests(self, core, function, owner)
+        core.requests.start()
 
     async def wait_writable(self) -> None:
         """Until a ``send()`` would probably not have to wait. A checkpoint.

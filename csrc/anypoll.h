@@ -58,7 +58,8 @@ enum {
     AP_MAIL_ACCEPT = 16,  /* accepted descriptors, or an error, wait to be taken */
     AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
     AP_MAIL_IDLE = 64,    /* the idle timeout has ended the connection */
-    AP_MAIL_FDS = 128     /* descriptors go with bytes that were shown: ap_conn_report */
+    AP_MAIL_FDS = 128,    /* descriptors go with bytes that were shown: ap_conn_report */
+    AP_MAIL_GONE = 256    /* the peer has gone: ap_conn_watch_peer; once */
 };
 
 /* Flags of ap_conn_read and ap_conn_find. */
@@ -77,7 +78,8 @@ enum {
     AP_IS_BROKEN = 2,   /* known to be dead: RST, failed write, idle end */
     AP_IS_EOF = 4,      /* the peer's FIN was read */
     AP_IS_IDLE_END = 8, /* broken by the idle timeout */
-    AP_IS_SHUT = 16     /* ap_conn_shutdown was called */
+    AP_IS_SHUT = 16,    /* ap_conn_shutdown was called */
+    AP_IS_GONE = 32     /* the peer has gone, by a FIN or a RST, whether that was read or not */
 };
 
 /* One entry of the mailbox as the loop sees it. */
@@ -242,6 +244,16 @@ AP_API int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, 
                             size_t max_bytes, int flags, int64_t deadline, const char *output,
                             size_t output_size);
 
+/* Request mode: the next call, or a wait for it. It is due when anything is
+ * unread; but if the last call has consumed nothing (and not with fresh), only
+ * when more has come than was there when it began. The output goes as in
+ * ap_conn_read. A connection that waits with nothing unread keeps no block.
+ * Thread: loop. Returns as ap_conn_read: the window on what is unread; 0 if the
+ * last call had consumed nothing; -EAGAIN or AP_EQUEUED (armed); AP_EEOF when no
+ * call will ever be due; the others. */
+AP_API int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *output,
+                               size_t output_size);
+
 /* Fills view with the window at the first unread byte. When its block was not
  * handed out yet, the caller gets a reference and owes one ap_block_unref:
  * returns 1 then, 0 if the caller has the block already.
@@ -331,6 +343,11 @@ AP_API int ap_conn_shutdown(ap_conn *conn);
  * be closed (at once, if nothing is unread and nothing unsent); -EAGAIN
  * (armed); AP_ELATE; -EBUSY with queued output. */
 AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
+
+/* Asks for AP_MAIL_GONE, once, when the peer has ended its side or has reset the
+ * connection, noticed also behind unread and paused input; an idle end is none.
+ * Thread: loop. Returns 0; -EBADF. */
+AP_API int ap_conn_watch_peer(ap_conn *conn);
 
 /* A real idle timeout: no byte in or out for that long. 0: none. */
 AP_API int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds);

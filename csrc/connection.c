@@ -40,6 +40,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     conn->grow = AP_BLOCK_MIN;
     conn->trim_at = AP_FOREVER;
     conn->delimiter = conn->delimiter_inline;
+    conn->request_at = UINT64_MAX; /* no call has begun */
     conn->created_at = ap_now();
     atomic_init(&conn->last_activity, conn->created_at);
     rc = ap_hub_link(slot);
@@ -82,9 +83,41 @@ uint64_t ap_conn_id(ap_conn *conn)
 
 /* ---- the driver's part ------------------------------------------------ */
 
+/* By a FIN or a RST; what this side has done itself is neither. */
+static bool peer_gone(const ap_conn *conn)
+{
+    if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
+        return false;
+    return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || conn->read_end || conn->write_error ||
+           conn->gone;
+}
+
+static void tell_gone(ap_conn *conn)
+{
+    if (!conn->watching_peer || !peer_gone(conn))
+        return;
+    conn->watching_peer = false;
+    ap_hub_post(&conn->slot, AP_MAIL_GONE);
+}
+
+int ap_conn_watch_peer(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->watching_peer = true;
+    tell_gone(conn);
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
 bool ap_conn_serve(ap_context *context, ap_conn *conn)
 {
     bool more = false;
+    if (conn->type == AP_SEQPACKET) { /* whatever has come, looking is harmless */
+        conn->arrivals++;
+        conn->slot.ready |= AP_READABLE;
+    }
     if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
         more = ap_input_read(context, conn);
     else
@@ -93,6 +126,7 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
         more |= ap_output_write(conn);
     if (ap_input_over(conn))
         ap_hub_post(&conn->slot, AP_MAIL_READ);
+    tell_gone(conn);
     return more;
 }
 
@@ -100,7 +134,7 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
  * again: the bits only say that it is worth while. */
 uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
 {
-    uint32_t told = bits & AP_MAIL_IDLE;
+    uint32_t told = bits & (AP_MAIL_IDLE | AP_MAIL_GONE);
     if (ap_input_over(conn)) {
         if (conn->want == AP_WANT_BYTES && conn->input.size >= conn->want_bytes)
             *value = (int32_t)ap_read_shown(conn, conn->want_bytes);
@@ -371,6 +405,8 @@ int ap_conn_status(ap_conn *conn)
         status |= AP_IS_IDLE_END | AP_IS_BROKEN;
     if (conn->shut)
         status |= AP_IS_SHUT;
+    if (peer_gone(conn))
+        status |= AP_IS_GONE;
     ap_slot_unlock(&conn->slot);
     return status;
 }

@@ -433,6 +433,12 @@ struct ap_conn {
     int64_t trim_at;   /* when to take an empty block back; AP_FOREVER: never */
     bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
 
+    /* request mode, all (m): how things were when the last call began */
+    uint64_t request_at;   /* what was consumed; of messages: how many were received */
+    uint64_t request_seen; /* what had arrived, in the same measure */
+    uint32_t arrivals;     /* of messages: how often some have come */
+    bool watching_peer;    /* AP_MAIL_GONE is wanted */
+
     /* output, all (m) */
     struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
     ap_block *own;     /* what the first own_count pieces lie in */

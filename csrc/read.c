@@ -12,6 +12,7 @@
 #include "internal.h"
 
 #include <stdlib.h>
+#include <sys/ioctl.h>
 
 #define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
 
@@ -273,6 +274,67 @@ int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t d
 int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n)
 {
     return ap_conn_read(conn, pos, n, 0, 0, NULL, 0);
+}
+
+/* ---- requests --------------------------------------------------------- */
+
+/* What is idle keeps no block. Those of a connection that is readable will be used again at once.
+ */
+static void give_block_back(ap_conn *conn)
+{
+    if (!ap_input_idle(conn) || (conn->slot.ready & AP_READABLE))
+        return;
+    ap_chain_drop(&conn->input, conn);
+    conn->shown = NULL;
+    conn->lent = false;
+    ap_poller_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
+}
+
+static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, size_t output_size)
+{
+    bool untouched = !fresh && conn->consumed == conn->request_at;
+    size_t seen = untouched ? (size_t)(conn->request_seen - conn->consumed) : 0;
+    give_block_back(conn);
+    int64_t result =
+        read_locked(conn, seen + 1, untouched ? AP_SCATTER : 0, 0, output, output_size);
+    if (result >= 0) {
+        conn->request_at = conn->consumed;
+        conn->request_seen = conn->consumed + conn->input.size;
+    }
+    return result;
+}
+
+/* Messages stay in the kernel, so what has come is known by the events only: one that was not
+ * received is new until a call has begun after it. */
+static int64_t request_message(ap_conn *conn, bool fresh, const char *output, size_t output_size)
+{
+    uint64_t received = ap_counted(&conn->reads);
+    bool untouched = !fresh && received == conn->request_at;
+    int waiting = 0;
+    ioctl(conn->slot.fd, FIONREAD, &waiting);
+    if (waiting == 0 || (untouched && conn->arrivals == conn->request_seen))
+        conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
+    if (conn->slot.ready & AP_READABLE) {
+        conn->request_at = received;
+        conn->request_seen = conn->arrivals;
+        return 0;
+    }
+    if (conn->read_end || (conn->slot.ready & AP_RDHUP))
+        return conn->read_end ? conn->read_end : AP_EEOF;
+    return ap_read_wait(conn, AP_WANT_MESSAGE, 0, 0, 0, output, output_size);
+}
+
+int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *output,
+                        size_t output_size)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_read_to(conn, pos);
+    int64_t result = conn->type == AP_SEQPACKET
+                         ? request_message(conn, fresh != 0, output, output_size)
+                         : request_locked(conn, fresh != 0, output, output_size);
+    return leave(conn, result);
 }
 
 /* ---- searching -------------------------------------------------------- */

@@ -1,0 +1,340 @@
+"""The lives of a server's connections, from ``on_prepare`` to the last close callback.
+
+The order, for each connection, and each of these once at most: ``on_prepare`` before anything is
+read; ``on_connect``; the handler, or the calls of request mode; ``on_disconnect``, if the peer has
+gone by then; what is pending is sent; the connection is closed; the close callbacks. A connection
+counts until these have ended.
+
+Nothing that happens here reaches the server's task group. Ends that a peer can cause are counted;
+any other exception of the user's code is an error: logged once, counted, and told to ``on_error``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import EndOfStream
+
+from . import _epoll
+from ._departure import Departure, PeerGoneError
+from ._ends import GRACEFUL, normal_end
+from ._errors import os_error
+from ._listener import SocketListener, nodelay_fd
+from ._requests import Function, Requests
+from ._statistics import ServerStatistics
+from ._workers import Workers
+from .streams import Connection, new_connection
+
+if TYPE_CHECKING:
+    from ._admission import Admission
+    from ._config import Keepalive, Limits
+    from ._hub import Hub
+
+logger = logging.getLogger("anypoll.server")
+
+Hook = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the connections of a server have in common."""
+
+    limits: Limits
+    keepalive: bool | Keepalive
+    nodelay: bool
+    shutdown_timeout: float
+    handler: Function | None = None
+    on_request: Function | None = None
+    on_prepare: Hook | None = None
+    on_connect: Function | None = None
+    on_disconnect: Function | None = None
+    on_error: Callable[[Any, Exception], Any] | None = None
+    cancel_on_disconnect: bool = False
+
+
+class Lives:
+    """See the module. One for each server; an ``Owner`` of connections in request mode."""
+
+    def __init__(self, server: Any, options: Options, admission: Admission, hub: Hub) -> None:
+        self._server = server
+        self._options = options
+        self._admission = admission
+        self._group: anyio.abc.TaskGroup | None = None
+        self._context = copy_context()
+        self.workers = Workers(hub, self._begin)
+        self.connections: dict[Connection, Departure | None] = {}
+        self.on_leave: Callable[[], None] = lambda: None
+        """called whenever a connection has ended"""
+        self._accepted = self._rejected = self._errors = self._received = self._sent = 0
+        self._closed: Counter[str] = Counter()
+
+    def statistics(self) -> ServerStatistics:
+        """Of now; works after the end too."""
+        live = [connection.statistics() for connection in self.connections]
+        return ServerStatistics(
+            accepted=self._accepted,
+            active=len(self.connections),
+            rejected=self._rejected,
+            handler_errors=self._errors,
+            closed=MappingProxyType(dict(self._closed)),
+            bytes_received=self._received + sum(s.bytes_received for s in live),
+            bytes_sent=self._sent + sum(s.bytes_sent for s in live),
+        )
+
+    # --- the tasks -------------------------------------------------------------------------------
+
+    def open(self, group: anyio.abc.TaskGroup) -> None:
+        """Tasks run in that group from now on."""
+        self._group = group
+
+    def _begin(self, function: Callable[..., Awaitable[Any]], *args: Any) -> bool:
+        """Runs it in a task of the server, with the context variables of ``serve()``."""
+        if self._group is None:
+            return False
+        start: Any = self._group.start_soon
+        self._context.copy().run(start, function, *args)
+        return True
+
+    # --- the beginning ---------------------------------------------------------------------------
+
+    def begin(self, listener: SocketListener, batch: list[tuple[int, bytes]]) -> None:
+        """Makes connections of what was accepted, and has them handled."""
+        opened = []
+        for fd, peer in batch:
+            if not self._admission.enter(peer):
+                self._rejected += 1
+                _epoll.fd_close(fd)
+                continue
+            try:
+                opened.append(self._open(listener, fd, peer))
+            except OSError as exc:
+                self._failed(peer, exc)
+        if opened:
+            results = _epoll.register([connection._core.handle for connection in opened])
+            for connection, result in zip(opened, results, strict=True):
+                if result < 0:
+                    connection._core.close()
+                    self._failed(connection._core.peer, os_error(result))
+                else:
+                    self._introduce(connection)
+
+    def _failed(self, peer: bytes | None, exc: OSError) -> None:
+        """Its fd is closed, and nobody else is concerned."""
+        self._admission.leave(peer)
+        self._closed["failed"] += 1
+        logger.debug("An accepted connection could not be opened: %s", exc)
+
+    def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
+        """:raises OSError: if there are no resources for it; the fd is closed then"""
+        options = self._options
+        connection = new_connection(fd, listener._kind, options.limits, peer)
+        core = connection._core
+        try:
+            if listener._kind == _epoll.TCP:
+                if options.nodelay:
+                    nodelay_fd(fd)
+                if options.keepalive:
+                    connection.set_keepalive(options.keepalive)
+        except BaseException:
+            core.close()
+            raise
+        core.held = True
+        core.draining = self._server.shutting_down
+        connection._server = self._server
+        if options.on_request is not None:
+            core.requests = Requests(connection, core, options.on_request, self)
+        return connection
+
+    def _introduce(self, connection: Connection) -> None:
+        options = self._options
+        core = connection._core
+        self._accepted += 1
+        self.connections[connection] = None
+        try:
+            if options.on_prepare is not None and options.on_prepare(connection) is not None:
+                raise TypeError("on_prepare must be a plain function that returns None")
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            self._begin(self.conclude, connection, exc)
+            return
+        if core.closed:
+            self._begin(self._end, connection, "refused")
+            return
+        if options.on_disconnect is not None or options.cancel_on_disconnect:
+            self._watch(connection)
+        if core.requests is None or options.on_request is None:
+            self._begin(self._run, connection)
+        elif options.on_connect is not None:
+            core.requests.start(self._connect)
+        else:
+            self._connected(connection)
+            core.requests.start()
+
+    def _watch(self, connection: Connection) -> None:
+        hook = None
+        if self._options.on_disconnect is not None:
+            hook = partial(self._disconnect, connection)
+        departure = Departure(connection._core, hook, self._begin)
+        self.connections[connection] = departure
+        connection._core.watch_peer(departure.notice)
+
+    def _connected(self, connection: Connection) -> None:
+        departure = self.connections[connection]
+        if departure is not None:
+            departure.open()
+
+    async def _connect(self, connection: Connection) -> None:
+        if self._options.on_connect is not None:
+            await self._options.on_connect(connection)
+        self._connected(connection)
+
+    # --- the user's code -------------------------------------------------------------------------
+
+    async def _run(self, connection: Connection) -> None:
+        """The life of one connection in handler mode."""
+        exc: BaseException | None = None
+        try:
+            await self.call(connection, self._handle)
+        except Exception as e:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            exc = e
+        except BaseException as e:
+            await self.conclude(connection, e)
+            raise
+        await self.conclude(connection, exc)
+
+    async def _handle(self, connection: Connection) -> None:
+        assert self._options.handler is not None
+        await self._connect(connection)
+        if not connection._core.closed:  # on_connect may have refused it
+            await self._options.handler(connection)
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """Calls it, in a scope that ends with the peer if that was asked for."""
+        departure = self.connections[conn]
+        if departure is not None and self._options.cancel_on_disconnect:
+            return departure.scoped(function(conn))
+        return function(conn)
+
+    async def _disconnect(self, connection: Connection) -> None:
+        assert self._options.on_disconnect is not None
+        try:
+            await self._options.on_disconnect(connection)
+        except Exception as exc:  # noqa: BLE001 -- as in the handler
+            if await self._judge(connection, exc) == "error":
+                connection._core.close()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """The handler, or the last call, has ended, with that exception."""
+        reason = "cancelled"
+        try:
+            reason = await self._reason(conn, exc)
+            departure = self.connections[conn]
+            if departure is not None and reason != "cancelled":
+                await departure.settle()
+            if reason in GRACEFUL:
+                await conn._core.finish(self._drain_timeout(conn))
+        finally:
+            await self._end(conn, reason)
+
+    async def _reason(self, conn: Any, exc: BaseException | None) -> str:
+        if exc is None:
+            return "done"
+        if isinstance(exc, PeerGoneError):
+            return "disconnected"
+        if isinstance(exc, Exception):
+            return await self._judge(conn, exc)
+        return "cancelled"
+
+    async def _end(self, connection: Connection, reason: str) -> None:
+        """Closes; when this returns, nothing of the connection is left."""
+        connection._core.close()
+        departure = self.connections[connection]
+        try:
+            if departure is not None:
+                await departure.over()
+        finally:
+            try:
+                await connection._core.end()
+            finally:
+                self._leave(connection, reason)
+
+    def _drain_timeout(self, connection: Connection) -> float:
+        timeout = connection.write_timeout
+        return self._options.shutdown_timeout if timeout is None else timeout
+
+    async def _judge(self, connection: Connection, exc: Exception) -> str:
+        """The reason that is counted; an error is logged, and told to ``on_error``."""
+        name = self._name(connection)
+        reason = normal_end(exc, connection._core.number)
+        if reason is not None:
+            logger.debug("%s ended: %s", name, reason)
+            return reason
+        self._errors += 1
+        logger.error("The handler of %s has failed", name, exc_info=exc)
+        if self._options.on_error is not None:
+            try:
+                result = self._options.on_error(connection, exc)
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                logger.exception("on_error has failed for %s", name)
+        return "error"
+
+    @staticmethod
+    def _name(connection: Connection) -> str:
+        """For log records, which may be kept for long: not the connection itself."""
+        return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
+
+    def _leave(self, connection: Connection, reason: str) -> None:
+        statistics = connection.statistics()
+        self._received += statistics.bytes_received
+        self._sent += statistics.bytes_sent
+        self._closed[reason] += 1
+        del self.connections[connection]
+        self._admission.leave(connection._core.peer)
+        if not self._server.shutting_down:
+            self._admission.grant(len(self.connections))
+        self.on_leave()
+
+    def drain(self) -> None:
+        """Those that are idle end now, and the others as soon as they are."""
+        for connection in tuple(self.connections):
+            connection._core.end_if_idle()
+
+    async def cut(self) -> None:
+        """Ends those that have no task in which a cancellation could do it."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for connection in tuple(self.connections):
+                    requests = connection._core.requests
+                    if requests is not None and requests.taskless:
+                        requests.stop()
+                        group.start_soon(self._end, connection, "cancelled")
+
+
+class Guests:
+    """The owner of connections in request mode in a server with a handler, whose end is theirs."""
+
+    def __init__(self, lives: Lives) -> None:
+        self._lives = lives
+        self.workers = lives.workers
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """See ``Owner``."""
+        return function(conn)
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """An error closes it; that the peer has ended its side is the handler's affair."""
+        if isinstance(exc, Exception) and not isinstance(exc, EndOfStream):
+            await self._lives._judge(conn, exc)
+            conn._core.close()

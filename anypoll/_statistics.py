@@ -1,0 +1,25 @@
+"""What a server has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ("ServerStatistics",)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    """Counters of a server since its start."""
+
+    accepted: int
+    active: int
+    """connections that have not ended yet: ``len(server.connections)``"""
+    rejected: int
+    """closed at once for ``max_connections_per_peer``, or because the server was ending"""
+    handler_errors: int
+    """exceptions of handlers, request calls and hooks that no peer can cause"""
+    closed: Mapping[str, int]
+    """how often connections ended for which reason"""
+    bytes_received: int
+    bytes_sent: int
