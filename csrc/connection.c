@@ -83,13 +83,13 @@ uint64_t ap_conn_id(ap_conn *conn)
 
 /* ---- the driver's part ------------------------------------------------ */
 
-/* By a FIN or a RST; what this side has done itself is neither. */
+/* By a FIN or a RST; what this side has done itself, or had no memory for, is neither. */
 static bool peer_gone(const ap_conn *conn)
 {
-    if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
+    int end = conn->read_end;
+    if (end == AP_EIDLE || conn->write_error == AP_EIDLE)
         return false;
-    return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || conn->read_end || conn->write_error ||
-           conn->gone;
+    return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || (end && end != -ENOMEM) || conn->gone;
 }
 
 static void tell_gone(ap_conn *conn)

@@ -260,7 +260,7 @@ TEST(input_data_and_fin_at_once)
         CHECK_EQ(want(&l, 200), AP_EEOF);
         expect(&l, 1, 0, 100);
         CHECK_EQ(want(&l, 1), AP_EEOF);
-        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF);
+        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF | AP_IS_GONE);
         CHECK_EQ(w->tokens, 1);
         link_close(&l);
         world_close(w);
@@ -326,7 +326,7 @@ TEST(input_half_close_leaves_writing)
         CHECK_EQ(ap_conn_write(l.conn, "answer", 6), 0);
         char answer[6];
         CHECK_EQ(recv(l.peer, answer, 6, MSG_WAITALL), 6);
-        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF);
+        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF | AP_IS_GONE);
         link_close(&l);
         world_close(w);
     }
@@ -345,7 +345,7 @@ TEST(input_reset_comes_after_the_data)
     expect(&l, 1, 0, 1000);
     CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
     CHECK_EQ(want(&l, 1), -ECONNRESET); /* and stays */
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
     link_close(&l);
     world_close(w);
 }
@@ -374,7 +374,7 @@ TEST(input_reset_is_no_fin_after_a_failed_write)
     arrived_event(&l, POLLERR);
     CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ECONNRESET);
     CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
     link_close(&l);
     world_close(w);
 }
@@ -436,7 +436,7 @@ TEST(input_fin_behind_paused_input)
     peer_close(&l);
     arrived_event(&l, POLLRDHUP);
     settle(w);
-    CHECK_EQ(ap_conn_status(l.conn), 0);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_GONE);
     expect_stream(&l, 1, 0, 10 * KB);
     CHECK_EQ(want_wait(&l, 1), AP_EEOF);
     link_close(&l);
@@ -764,7 +764,7 @@ TEST(input_error_of_recv_is_reported)
     peer_say(&l, 1, 0, 1);
     await(w, l.id, AP_MAIL_READ);
     CHECK_EQ(want(&l, 1), -ETIMEDOUT);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
     ap_fault_clear();
     link_close(&l);
     world_close(w);
