@@ -59,6 +59,7 @@ class Requests:
 
     __slots__ = (
         "_before",
+        "_carries",
         "_conn",
         "_core",
         "_due",
@@ -77,6 +78,7 @@ class Requests:
         self._before: Function | None = None
         self._fresh = True  # what is unread is new to the function
         self._due = False  # a call has begun, as far as the C side knows
+        self._carries = False  # what earlier calls have written is still pending
         self._over = False
         self.taskless = True
         """no step is being taken"""
@@ -143,6 +145,12 @@ class Requests:
         core._reading = False
         return True
 
+    def on_suspend(self) -> None:
+        """The call waits for something: what was answered before must not wait with it."""
+        core = self._core
+        if self._carries and not core.closed and not core._writing and core.writer._size:
+            core._send(core.writer._take())
+
     # --- one step --------------------------------------------------------------------------------
 
     async def step(self) -> None:
@@ -156,6 +164,7 @@ class Requests:
             self.taskless = True
             return
         except Exception as e:  # noqa: BLE001 -- the owner decides
+            self.on_suspend()
             exc = e
         except BaseException as e:
             self.stop()
@@ -173,12 +182,14 @@ class Requests:
             return
         self._due = False
         await self._owner.call(self._conn, self._function)
+        self._carries = False
         if not self._over and self._look():
             self._due = True
             self._owner.workers.submit(self)  # behind those that are ready already
 
     def _look(self) -> bool:
-        """Sends what the writer has pending. Whether a call is due; if not, it is idle now.
+        """Whether a call is due. If not, what is pending is sent, and the connection is idle now;
+        if so, what is pending goes together with the next answer, or when that call suspends.
 
         :raises EndOfStream: if none will ever be due, because the peer has ended its side, or the
             server is ending and nothing is unread
@@ -198,8 +209,7 @@ class Requests:
             raise core._ended(result)
         self._fresh = False
         self._open_window(result)
-        if core.writer._size:
-            core._send(core.writer._take())
+        self._carries = core.writer._size > 0
         return True
 
     def _ask(self) -> int:
@@ -229,6 +239,9 @@ class Requests:
             reader._end = SHUT
             if (unread := core.buffered()) > core.limits.read_limit:
                 core.check_request(unread)
+            return
+        if core.number in core.hub.outputs:  # the first reader call sees to it that it drains
+            reader._end = SHUT
             return
         if result & NEW_BLOCK:
             core._show()

@@ -37,6 +37,9 @@ class Job(Protocol):
     def step(self) -> Coroutine[Any, Any, None]:
         """Does it. What it raises ends the worker's task."""
 
+    def on_suspend(self) -> None:
+        """It suspends for the first time. A plain function."""
+
     def abandon(self) -> None:
         """No task will ever do it."""
 
@@ -87,7 +90,7 @@ class Workers:
         """Does what is ready. Returns whether this task may do more."""
         done = 0
         while self._ready:
-            await self._run(self._ready.popleft().step())
+            await self._run(self._ready.popleft())
             if not _same(copy_context(), base):
                 return False
             done += 1
@@ -113,12 +116,14 @@ class Workers:
             raise
 
     @coroutine
-    def _run(self, job: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-        """``await job``, which steps aside before it suspends for the first time."""
+    def _run(self, job: Job) -> Generator[Any, Any, None]:
+        """``await job.step()``, and steps aside before that suspends for the first time."""
+        step = job.step()
         try:
-            trap = job.send(None)
+            trap = step.send(None)
         except StopIteration:
             return
+        job.on_suspend()
         self._step_aside()
         try:
             while True:
@@ -126,11 +131,11 @@ class Workers:
                 try:
                     value = yield trap
                 except GeneratorExit:
-                    job.close()
+                    step.close()
                     raise
                 except BaseException as exc:  # noqa: BLE001 -- it goes to the job
                     raised = exc
-                trap = job.send(value) if raised is None else job.throw(raised)
+                trap = step.send(value) if raised is None else step.throw(raised)
         except StopIteration:
             return
         finally:

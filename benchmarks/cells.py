@@ -83,6 +83,7 @@ SERVERS = {
     server.name: server
     for server in (
         Server("anypoll", _python("anypoll_server.py"), ("asyncio", "uvloop", "trio")),
+        Server("requests", _python("requests_server.py"), ("asyncio", "uvloop", "trio")),
         Server("anyio", _python("anyio_server.py"), ("asyncio", "uvloop", "trio")),
         Server("protocol", _python("protocol_server.py"), ("asyncio", "uvloop")),
         Server("epoll", (str(BUILD / "epoll_server"),), (NO_LOOP,)),
