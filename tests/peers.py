@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +15,7 @@ import anyio
 import pytest
 
 import anypoll
+from anypoll import _runtime
 
 T = TypeVar("T")
 
@@ -37,6 +39,53 @@ async def within(awaitable: Awaitable[T], seconds: float = 30) -> T:
     """What is awaited, without hanging for ever if it never comes."""
     with anyio.fail_after(seconds):
         return await awaitable
+
+
+async def settle() -> None:
+    """Until the other tasks have come to where they wait for something from outside. (AnyIO's
+    `wait_all_tasks_blocked()` takes 0.1 s on asyncio.)
+    """
+    for _ in range(20):
+        await anyio.sleep(0)
+
+
+async def pollers_have_looked() -> None:
+    """Until the pollers have served once more whatever the kernel had for them."""
+    before = [poller.polls for poller in anypoll.statistics().pollers]
+
+    def looked() -> bool:
+        _runtime.nudge()
+        now = [poller.polls for poller in anypoll.statistics().pollers]
+        return all(polls >= old + 3 for old, polls in zip(before, now, strict=False))
+
+    await holds(looked)
+
+
+def has_room(sock: socket.socket | int) -> bool:
+    """Whether the kernel takes more output of the socket."""
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+async def stalled(conn: anypoll.Connection) -> None:
+    """Until no more of the connection's output moves, for the other end does not read."""
+    with anyio.fail_after(60):
+        while True:
+            before = conn.statistics().bytes_sent
+            await pollers_have_looked()
+            if not has_room(conn.fileno()) and conn.statistics().bytes_sent == before:
+                return
+
+
+async def given_up(
+    conn: anypoll.Connection, function: Callable[..., Awaitable[Any]], *args: Any
+) -> None:
+    """Begins to send, and cancels that when it waits for room."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(function, *args)
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
+        group.cancel_scope.cancel()
 
 
 def at_once(awaitable: Awaitable[T]) -> T:
@@ -118,16 +167,22 @@ async def send_all(peer: socket.socket, data: bytes) -> None:
             await anyio.wait_writable(peer)
 
 
-async def send_until_full(peer: socket.socket, data: bytes) -> int:
-    """Sends until neither the kernel nor the other end takes more; returns how much that was."""
+async def send_until_full(conn: anypoll.Connection, peer: socket.socket, data: bytes) -> int:
+    """Sends until neither the kernel nor the connection, which nobody reads, takes more; returns
+    how much that was.
+    """
     sent = 0
-    with anyio.move_on_after(0.25) as scope:
+    with anyio.fail_after(60):
         while sent < len(data):
             try:
                 sent += peer.send(memoryview(data)[sent : sent + 64 * KIB])
-                scope.deadline = anyio.current_time() + 0.25
             except BlockingIOError:
-                await anyio.wait_writable(peer)
+                before = conn.statistics().bytes_received
+                await pollers_have_looked()
+                paused = len(conn.reader) >= conn._core.limits.read_high_water
+                still = conn.statistics().bytes_received == before
+                if paused and still and not has_room(peer):
+                    break
     return sent
 
 

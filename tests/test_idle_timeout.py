@@ -243,7 +243,7 @@ async def test_after_a_reset_the_reset_stays() -> None:
 
 async def test_it_ends_a_connection_whose_input_is_paused(wire: Wire) -> None:
     conn, peer = wire
-    await send_until_full(peer, bytes(16 << 20))
+    await send_until_full(conn, peer, bytes(16 << 20))
     buffered = len(conn.reader)
     conn.idle_timeout = SOON
     await ended(conn)

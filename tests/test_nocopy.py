@@ -785,7 +785,7 @@ async def test_reading_ahead_stops_at_high_water(kind: str) -> None:
     """O16."""
     data = pattern(16 * MIB)
     async with opened(kind) as (conn, peer):
-        sent = await send_until_full(peer, data)
+        sent = await send_until_full(conn, peer, data)
         assert sent < len(data)
         assert conn.statistics().bytes_received == len(conn.reader) == 256 * KIB
         async with anyio.create_task_group() as group:
@@ -835,7 +835,7 @@ async def test_a_request_above_high_water() -> None:
 async def test_own_marks() -> None:
     """O25."""
     async with served(read_high_water=10_000) as (conn, peer):
-        sent = await send_until_full(peer, pattern(16 * MIB))
+        sent = await send_until_full(conn, peer, pattern(16 * MIB))
         assert sent > 10_000
         assert len(conn.reader) == 10_000
         assert await within(conn.reader.next(20_000)) == pattern(16 * MIB)[:20_000]

@@ -148,7 +148,7 @@ async def test_probes_while_another_task_reads(wire: Wire) -> None:
 
 async def paused(conn: Connection, peer: socket.socket) -> int:
     """The peer has sent more than is read ahead; returns what is buffered."""
-    await send_until_full(peer, bytes(16 << 20))
+    await send_until_full(conn, peer, bytes(16 << 20))
     await holds(lambda: len(conn.reader) >= 256 * 1024)
     return conn.reader.buffered
 

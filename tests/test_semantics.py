@@ -66,14 +66,14 @@ async def made(how: str) -> AsyncIterator[tuple[Connection, socket.socket]]:
 async def test_no_read_ahead_without_bound_before_the_first_receive(how: str) -> None:
     """AnyIO's own accepted streams take 256 MiB from a peer before anybody has asked for a byte."""
     async with made(how) as (conn, peer):
-        sent = await send_until_full(peer, bytes(64 * MIB))
+        sent = await send_until_full(conn, peer, bytes(64 * MIB))
         assert sent < 32 * MIB
         assert 256 * KIB <= len(conn.reader) <= 512 * KIB
 
 
 async def test_the_bound_of_the_read_ahead_is_an_option() -> None:
     async with served(read_high_water=4 * KIB) as (conn, peer):
-        await send_until_full(peer, bytes(64 * MIB))
+        await send_until_full(conn, peer, bytes(64 * MIB))
         assert 4 * KIB <= len(conn.reader) <= 8 * KIB
 
 

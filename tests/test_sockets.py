@@ -261,4 +261,4 @@ async def test_an_ephemeral_port_that_is_taken_elsewhere_is_tried_again(
         ports = {each.extra(SocketAttribute.local_port) for each in multi.listeners}
         assert len(multi.listeners) == 2
         assert len(ports) == 1
-    assert len(tries) == 3
+    assert len(tries) >= 3  # more, if the port that it got was indeed taken

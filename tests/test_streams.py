@@ -1793,7 +1793,7 @@ async def test_many_connections_at_once(kind: str) -> None:
 async def test_backpressure_reaches_the_peer(wire: Wire) -> None:
     """A connection that nobody reads takes what it may read ahead, and then no more."""
     conn, peer = wire
-    sent = await send_until_full(peer, bytes(64 * MIB))
+    sent = await send_until_full(conn, peer, bytes(64 * MIB))
     assert sent < 32 * MIB
     assert len(conn.reader) <= 512 * KIB
 
