@@ -552,7 +552,7 @@ async def test_two_that_close_each_other_do_not_wait_for_each_other(conn: Connec
     async with opened() as (other, _):
         conn.add_close_callback(closer(other))
         other.add_close_callback(closer(conn))
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             async with anyio.create_task_group() as group:
                 group.start_soon(conn.aclose)
                 group.start_soon(other.aclose)

@@ -395,6 +395,7 @@ async def test_the_connections_timeouts_leave_the_stream_usable() -> None:
         with pytest.raises(anypoll.WriteTimeout):
             await first.send_all(bytes(2 * MIB))
         await second.send_all(b"x")
+        await holds(lambda: first.connection.reader.buffered)
         assert await first.receive_some() == b"x"
 
 

@@ -36,6 +36,7 @@ from peers import (
     read_to_end,
     reset,
     send_all,
+    settle,
     within,
 )
 
@@ -782,15 +783,25 @@ async def test_a_cancellation_of_the_block() -> None:
 
 
 async def test_a_cancellation_during_the_grace() -> None:
+    cancelled = False
+
     async def stubborn(conn: Connection) -> None:
-        await anyio.sleep_forever()
+        nonlocal cancelled
+        assert conn.server is not None
+        await conn.server.wait_shutting_down()
+        try:
+            scope.cancel()
+            await anyio.sleep_forever()
+        finally:
+            cancelled = True
 
     with anyio.fail_after(30):
-        with anyio.move_on_after(0.05) as scope:
+        with anyio.CancelScope() as scope:
             async with local(stubborn, shutdown_timeout=1e6) as server, client(server):
                 await holds(lambda: server.connections)
         assert scope.cancelled_caught
     assert server.connections == ()
+    assert cancelled
 
 
 async def test_leaving_at_once() -> None:
@@ -884,7 +895,7 @@ async def test_busy_connections_finish_their_work() -> None:
 
                 async def release() -> None:
                     await server.wait_shutting_down()
-                    await anyio.wait_all_tasks_blocked()
+                    await settle()
                     assert len(server.connections) == 1
                     go_on.set()
 
@@ -909,7 +920,7 @@ async def test_half_a_message_is_not_idle() -> None:
 
             async def finish() -> None:
                 await server.wait_shutting_down()
-                await anyio.wait_all_tasks_blocked()
+                await settle()
                 sock.sendall(b"f\n")
 
             group.start_soon(finish)
@@ -1031,8 +1042,11 @@ async def test_a_cancelled_shutdown_goes_on() -> None:
 
     async with local(stubborn, shutdown_timeout=1e6) as server, client(server):
         await holds(lambda: server.connections)
-        with anyio.move_on_after(0.01):
-            await server.shutdown()
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.shutdown)
+            await server.wait_shutting_down()
+            await settle()
+            group.cancel_scope.cancel()
         assert server.shutting_down
         assert len(server.connections) == 1
         await within(server.shutdown(0))
