@@ -20,7 +20,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio import BrokenResourceError
-from peers import KIB, MIB, holds, opened, pattern, read_all, send_all, within
+from peers import KIB, MIB, holds, opened, pattern, read_all, send_all, settle, within
 
 import anypoll
 from anypoll import _epoll
@@ -272,7 +272,7 @@ async def test_writes_that_find_no_room(fault: Callable[..., None], kind: str) -
         fault("WRITE", errno.EAGAIN, times=1)
         data = pattern(300 * KIB)
         group.start_soon(within, conn.send(data))
-        await anyio.wait_all_tasks_blocked()
+        await settle()
         await send_all(peer, b"an event, which says that there is room too")
         assert await read_all(peer, len(data)) == data
 
@@ -340,7 +340,7 @@ async def test_a_poller_that_fails_to_write_tells_who_waits(
                 errors.append(exc)
 
         group.start_soon(send)
-        await anyio.wait_all_tasks_blocked()
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
         fault("WRITE", errno.ECONNRESET)
         while not errors:
             with contextlib.suppress(BlockingIOError):

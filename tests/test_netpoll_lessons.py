@@ -42,6 +42,7 @@ from peers import (
     read_to_end,
     reset,
     send_all,
+    settle,
     socket_pair,
     within,
 )
@@ -189,7 +190,7 @@ async def test_an_end_alone_is_told_once_and_then_costs_nothing(kind: str) -> No
         conns = [await Connection.from_socket(ours) for ours, _ in pairs]
         for conn in conns:
             group.start_soon(wait, conn)
-        await anyio.wait_all_tasks_blocked()
+        await settle()
         before = events()
         for _, peer in pairs:
             peer.shutdown(socket.SHUT_WR)
@@ -799,7 +800,7 @@ async def test_a_large_request_that_comes_in_small_segments() -> None:
             got.append(await conn.next(MIB))
 
         group.start_soon(ask)
-        await anyio.wait_all_tasks_blocked()
+        await settle()
         for place in range(0, MIB, KIB):
             await arrive(conn, peer, data[place : place + KIB])
             if place % (32 * KIB) == 0:
@@ -906,7 +907,7 @@ async def test_a_server_that_nobody_refers_to() -> None:
         other = await anypoll.create_tcp_listener(local_host=HOST)
         other_port = other.extra(anyio.abc.SocketAttribute.local_port)
         group.start_soon(accepting, other)
-        await anyio.wait_all_tasks_blocked()
+        await settle()
         del other
         for _ in range(3):
             gc.collect()
@@ -965,7 +966,7 @@ async def test_writing_while_the_connection_closes(write: str) -> None:
     async with opened() as (conn, _), anyio.create_task_group() as group:
         conn.writer.write(bytes(8 * MIB))
         group.start_soon(conn.aclose)
-        await anyio.wait_all_tasks_blocked()
+        await settle()
         assert conn.fileno() == -1 or conn._core.closed
         for _ in range(2):
             with pytest.raises(ClosedResourceError):

@@ -254,7 +254,7 @@ def test_reading(
     async def main() -> None:
         conn, peer = anypoll.socketpair()
         async with conn, peer:
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 model = ReadModel(conn, peer)
                 for (method, argument), ending in steps:
                     await model.step(method, argument, ending)
@@ -485,7 +485,7 @@ def test_writing(
     async def main() -> None:
         conn, peer = anypoll.socketpair()
         async with conn, peer:
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 model = WriteModel(conn, peer)
                 for method, argument in steps:
                     await model.step(method, argument)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from peers import holds, opened, read_all, reset, send_all, send_until_full
+from peers import holds, opened, read_all, reset, send_all, send_until_full, settle
 
 from anypoll import Connection
 
@@ -137,7 +137,7 @@ async def test_probes_while_another_task_reads(wire: Wire) -> None:
     conn, _ = wire
     async with anyio.create_task_group() as group:
         group.start_soon(conn.receive)
-        await anyio.sleep(0.01)
+        await settle()
         assert good(conn)
         group.cancel_scope.cancel()
     assert good(conn)
