@@ -19,7 +19,9 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio.streams.tls import TLSStream
+from anyio.abc import SocketAttribute
+from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.tls import TLSListener, TLSStream
 from certificates import certificate, client_context, server_context
 from http_server import HTTPServer, bytes_of, serving
 from peers import (
@@ -66,16 +68,37 @@ def server(
         yield server
 
 
-@pytest.fixture(scope="module")
-def hasty_server(
-    tmp_path_factory: pytest.TempPathFactory, foreign_env: dict[str, str]
-) -> Iterator[HTTPServer]:
-    """It closes a connection that is idle for a moment."""
-    directory = tmp_path_factory.mktemp("hasty")
-    with serving(
-        directory, foreign_env, certificate=certificate(), keep_alive_timeout=0.2
-    ) as server:
-        yield server
+@contextlib.asynccontextmanager
+async def hasty_server(
+    directory: Path,
+) -> AsyncIterator[tuple[HTTPServer, Callable[[], None]]]:
+    """A server that answers one request on each connection; and what makes it close the last one,
+    as if that had been idle for long.
+    """
+    ends: list[anyio.Event] = []
+
+    def close() -> None:
+        ends[-1].set()
+
+    async def answer(stream: anyio.abc.ByteStream) -> None:
+        async with stream:
+            await BufferedByteReceiveStream(stream).receive_until(b"\r\n\r\n", 65536)
+            ends.append(anyio.Event())
+            await stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
+            await ends[-1].wait()
+
+    path = str(directory / "hasty")
+    tcp = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+    tls = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+    unix = await anypoll.create_unix_listener(path)
+    listeners = [tcp, TLSListener(tls, server_context(), standard_compatible=False), unix]
+    async with contextlib.AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        for listener in listeners:
+            await stack.enter_async_context(listener)
+            tasks.start_soon(listener.serve, answer)
+        ports = [each.extra(SocketAttribute.local_port) for each in (tcp, tls)]
+        yield HTTPServer(ports[0], path, ports[1]), close
+        tasks.cancel_scope.cancel()
 
 
 class Client:
@@ -178,15 +201,19 @@ async def test_a_connection_that_the_server_ends_is_not_kept(
 
 
 async def test_idle_connections_that_the_server_has_closed_are_replaced(
-    library: Any, hasty_server: HTTPServer, transport: str
+    library: Any, transport: str, tmp_path: Path
 ) -> None:
     """Without the answer to "is_readable" the second request would fail, time and again."""
-    async with Client(library, hasty_server, transport) as client:
+    async with (
+        hasty_server(tmp_path) as (server, close),
+        Client(library, server, transport) as client,
+    ):
         streams = []
         for _ in range(3):
             response = await client.get("hello")
             assert response.content == b"hello"
             streams.append(stream_of(response))
+            close()
             await holds(lambda: streams[-1].get_extra_info("is_readable"))
             assert client.pool.connections[0].has_expired()
         assert len(set(streams)) == 3
@@ -280,12 +307,19 @@ async def test_connect_timeout(library: Any, tmp_path: Path) -> None:
         assert isinstance(caught.value.__cause__, anypoll.ConnectTimeout)
 
 
+class Patient(AnypollBackend):
+    """Nothing but the handshake may time out."""
+
+    async def connect_tcp(self, host: str, port: int, *_: Any, **options: Any) -> Any:
+        return await super().connect_tcp(host, port, **{**options, "timeout": None})
+
+
 async def test_a_handshake_that_does_not_come_times_out(library: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
-        async with library.AsyncConnectionPool(network_backend=AnypollBackend()) as pool:
-            with pytest.raises(library.ConnectTimeout, match=r"not done within 0\.2 s"):
-                await pool.request("GET", url, extensions=timeouts(connect=0.2))
+        async with library.AsyncConnectionPool(network_backend=Patient()) as pool:
+            with pytest.raises(library.ConnectTimeout, match=r"not done within 0\.05 s"):
+                await pool.request("GET", url, extensions=timeouts(connect=0.05))
             assert pool.connections == []
         stream = await AnypollBackend().connect_tcp(*silent.getsockname())
         with pytest.raises(library.ConnectTimeout) as caught:
@@ -462,12 +496,16 @@ async def test_httpx_gets_its_own_exceptions(httpx: Any, server: HTTPServer) -> 
 
 
 async def test_httpx_replaces_connections_that_the_server_has_closed(
-    httpx: Any, hasty_server: HTTPServer
+    httpx: Any, tmp_path: Path
 ) -> None:
-    async with httpx.AsyncClient(transport=transport_of(httpx)) as client:
+    async with (
+        hasty_server(tmp_path) as (server, close),
+        httpx.AsyncClient(transport=transport_of(httpx)) as client,
+    ):
         for _ in range(3):
-            response = await client.get(f"http://127.0.0.1:{hasty_server.port}/hello")
+            response = await client.get(f"http://127.0.0.1:{server.port}/hello")
             assert response.text == "hello"
+            close()
             await holds(lambda: stream_of(response).get_extra_info("is_readable"))  # noqa: B023
 
 
