@@ -93,8 +93,7 @@ bench: .venv/.core
 
 include tests/c/rules.mk
 
-PYTEST_SANITIZED := -m pytest -q --capture=sys -o timeout=300 -o faulthandler_timeout=900 \
-                    -m 'not slow and not redis and not unsanitized'
+PYTEST_SANITIZED := -m pytest -q --capture=sys -m 'not slow and not redis and not unsanitized'
 
 .PHONY: test test-py test-asan test-tsan test-dist test-pythons redis-tools
 # test-py comes last, so that its summary does.
@@ -103,7 +102,7 @@ test: lint test-c test-dist test-asan test-tsan test-py
 
 test-py: .venv/.core .venv/.dev | redis-tools
 	@echo 'pytest'
-	@timeout --kill-after=10 1800 .venv/bin/pytest -q $(ARGS)
+	@timeout --kill-after=10 3600 .venv/bin/pytest -q $(ARGS)
 
 test-asan: .venv-asan/.core
 	@echo 'pytest, with ASan+UBSan'

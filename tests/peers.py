@@ -28,14 +28,14 @@ def pattern(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-async def holds(condition: Callable[[], object], *, within: float = 30) -> None:
+async def holds(condition: Callable[[], object], *, within: float = 60) -> None:
     """Until the condition is true. `within` only keeps a failure from hanging."""
     with anyio.fail_after(within):
         while not condition():
             await anyio.sleep(0.001)
 
 
-async def within(awaitable: Awaitable[T], seconds: float = 30) -> T:
+async def within(awaitable: Awaitable[T], seconds: float = 60) -> T:
     """What is awaited, without hanging for ever if it never comes."""
     with anyio.fail_after(seconds):
         return await awaitable
@@ -196,7 +196,7 @@ async def arrive(conn: anypoll.Connection, peer: socket.socket, data: bytes) -> 
 async def read_all(peer: socket.socket, size: int) -> bytes:
     """Exactly so many bytes; fewer if the stream ends."""
     got = bytearray()
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while len(got) < size:
             try:
                 piece = peer.recv(min(size - len(got), 256 * KIB))

@@ -101,7 +101,7 @@ def knock_until_refused(address: str) -> None:
 def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
     """A stop that nobody complains about."""
     process.send_signal(signum)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0
 
 
@@ -131,7 +131,7 @@ def anypoll(anypoll_command: list[str], directory: Path) -> Anypoll:
             cwd=directory,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
 
@@ -315,7 +315,7 @@ def test_two_pollers_and_all_interfaces(anypoll_command: list[str], directory: P
                 client.sendall(b"hello")
                 assert client.recv(100) == b"hello"
         process.terminate()
-        more, errors = process.communicate(timeout=30)
+        more, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (0, "")
         assert all(line.startswith("listening on ") for line in more.splitlines())
 
@@ -383,7 +383,7 @@ def test_a_failing_handler_is_logged_and_others_are_served(
             with connect(address) as client, contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
         process.terminate()
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "")
     assert errors.count("RuntimeError: as told\n") == 2
     assert errors.count("ERROR anypoll.server: ") == 2

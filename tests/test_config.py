@@ -31,7 +31,7 @@ def run(code: str) -> str:
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert (done.stderr, done.returncode) == ("", 0)

@@ -682,7 +682,7 @@ def test_a_dead_hub_is_replaced() -> None:
 # --- the process ---------------------------------------------------------------------------------
 
 
-def python(code: str, *, timeout: float = 60) -> str:
+def python(code: str, *, timeout: float = 240) -> str:
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", code],
         capture_output=True,
@@ -766,7 +766,7 @@ def test_interpreter_exit_inside_the_loop() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 7
@@ -802,7 +802,7 @@ def test_signals_reach_the_main_thread() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[0] == "interrupted\n"
+        assert process.communicate(timeout=60)[0] == "interrupted\n"
     assert process.returncode == 0
 
 
@@ -926,7 +926,7 @@ def test_fork(backend: str) -> None:
         [sys.executable, "-c", FORK, backend],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

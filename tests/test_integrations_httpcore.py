@@ -917,7 +917,7 @@ def run_without(missing: list[str], program: str) -> str:
         cwd="/",  # or the working tree would be found before what is installed
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     return done.stdout + done.stderr

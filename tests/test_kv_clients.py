@@ -52,7 +52,7 @@ def cli(redis_cli: str, foreign_env: dict[str, str], port: int) -> Cli:
             input=stdin,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=240,
             check=True,
         )
         assert done.stderr == ""

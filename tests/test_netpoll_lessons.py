@@ -118,7 +118,7 @@ def python(code: str, *args: str) -> str:
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert (done.stderr, done.returncode) == ("", 0)
@@ -164,7 +164,7 @@ async def test_peers_that_send_and_close_at_once(kind: str, seed: int) -> None:
 
     count = 160
     async with served_at(handler, kind) as (server, address):
-        with anyio.fail_after(50):
+        with anyio.fail_after(240):
             async with anyio.create_task_group() as group:
                 for first in range(8):
                     group.start_soon(worker, first, address)
@@ -237,7 +237,7 @@ async def test_a_ping_over_unix_and_an_immediate_close(count: int) -> None:
                     await anyio.wait_readable(sock)
 
     async with served_at(handler, "unix") as (server, address):
-        with anyio.fail_after(55):
+        with anyio.fail_after(240):
             async with anyio.create_task_group() as group:
                 for _ in range(8):
                     group.start_soon(worker, count // 8, address)
@@ -308,7 +308,7 @@ async def test_both_ends_close_at_once(kind: str, seed: int) -> None:
 
     rounds, workers = 30, 8
     async with served_at(handler, kind) as (server, address):
-        with anyio.fail_after(50):
+        with anyio.fail_after(240):
             async with anyio.create_task_group() as group:
                 for number in range(workers):
                     group.start_soon(worker, number, address)
@@ -365,7 +365,7 @@ async def test_no_byte_of_another_connection(kind: str, seed: int) -> None:
         served_at(handler, kind) as (one, first),
         served_at(handler, kind) as (other, second),
     ):
-        with anyio.fail_after(50):
+        with anyio.fail_after(240):
             async with anyio.create_task_group() as group:
                 for number in range(20):
                     group.start_soon(worker, number, (first, second)[number % 2])
@@ -457,7 +457,7 @@ async def test_connects_that_are_given_up_at_any_moment(count: int) -> None:
             served_at(echo, "unix") as (_, path),
             silent() as dead,
         ):
-            with anyio.fail_after(55):
+            with anyio.fail_after(240):
                 async with anyio.create_task_group() as workers:
                     for number in range(12):
                         workers.start_soon(worker, number)
@@ -855,7 +855,7 @@ async def test_more_than_two_gib_in_one_send(kind: str) -> None:
         first, second = anypoll.socketpair() if kind == "unix" else await tcp_pair()
         async with first, second:
             room, got = bytearray(4 * MIB), 0
-            with memoryview(zeros) as view, anyio.fail_after(55):
+            with memoryview(zeros) as view, anyio.fail_after(240):
                 async with anyio.create_task_group() as group:
                     group.start_soon(first.send, view)
                     while got < size:
@@ -1002,10 +1002,15 @@ async def test_a_timeout_on_a_socket_without_a_name() -> None:
 
 @pytest.mark.unsanitized
 def test_waiting_takes_no_processor_time() -> None:
-    """O15: no thread spins, whatever is waited for: all of them sleep in the kernel."""
+    """O15: no thread spins, whatever is waited for: all of them sleep in the kernel. A thread that
+    spins would do it for ever; the program ends with the first half second of rest.
+    """
     out = python(
         """
-        import anyio, anypoll, os, resource, socket
+        import anyio, anypoll, os
+
+        def count():
+            return sum(p.polls for p in anypoll.statistics().pollers)
 
         async def main():
             anypoll.configure(pollers=3)
@@ -1018,26 +1023,22 @@ def test_waiting_takes_no_processor_time() -> None:
                         group.start_soon(one.receive)
                         group.start_soon(other.send, bytes(8 << 20))
                         group.start_soon(other.receive)
-                    polls = -1
-                    while polls != (polls := sum(p.polls for p in anypoll.statistics().pollers)):
-                        await anyio.sleep(0.1)  # until all of them have stalled
-                    before = os.times()
-                    await anyio.sleep(0.5)
-                    after = os.times()
-                    polls = sum(p.polls for p in anypoll.statistics().pollers) - polls
-                    print(polls, after.user + after.system - before.user - before.system)
+                    rests = False
+                    while not rests:  # at first there are things to do
+                        polls, seconds = count(), sum(os.times()[:2])
+                        await anyio.sleep(0.5)
+                        rests = count() - polls < 100 and sum(os.times()[:2]) - seconds < 0.3
                     group.cancel_scope.cancel()
                 for pair in pairs:
                     for one in pair:
                         one.abort()
                 conn.abort()
+            print("rests")
 
         anyio.run(main)
         """
     )
-    polls, seconds = out.split()
-    assert int(polls) < 100
-    assert float(seconds) < 0.3
+    assert out == "rests\n"
 
 
 # --- the document --------------------------------------------------------------------------------
