@@ -60,6 +60,16 @@ class Lib(Protocol):
     AP_CALL_ALLOC: int
     AP_CALL_MAP: int
     AP_CALL_THREAD: int
+    AP_CALL_ATFORK: int
+    AP_CALL_SIGNAL: int
+    AP_CALL_DRAIN: int
+    AP_CALL_SHUTDOWN: int
+    AP_CALL_SOCKOPT: int
+    AP_CALL_IOCTL: int
+    AP_CALL_POLL: int
+    AP_CALL_ERRQUEUE: int
+    AP_CALL_CLOSE: int
+    AP_CALL_UNMAP: int
 
     def ap_poller_new(self, out: Any, /) -> int: ...
     def ap_poller_start(self, poller: Poller, /) -> int: ...
@@ -157,6 +167,7 @@ class Lib(Protocol):
     def ap_fork_child(self, /) -> int: ...
     def ap_fd_close(self, fd: int, /) -> int: ...
     def ap_fault_set(self, call: int, error: int, skip: int, times: int, limit: int, /) -> int: ...
+    def ap_fault_hits(self, call: int, /) -> int: ...
     def ap_fault_clear(self, /) -> None: ...
 
 class FFI(Protocol):

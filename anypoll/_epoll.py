@@ -466,6 +466,11 @@ def set_fault(call: str, error: int = 0, *, skip: int = 0, times: int = 1, limit
     check(lib.ap_fault_set(getattr(lib, f"AP_CALL_{call}"), error, skip, times, limit))
 
 
+def fault_hits(call: str) -> int:
+    """How many calls of that kind have failed since :func:`set_fault`."""
+    return check(lib.ap_fault_hits(getattr(lib, f"AP_CALL_{call}")))
+
+
 def clear_faults() -> None:
     """Ends all faults."""
     lib.ap_fault_clear()

@@ -428,12 +428,24 @@ enum {
     AP_CALL_ALLOC,
     AP_CALL_MAP,
     AP_CALL_THREAD,
+    AP_CALL_ATFORK,
+    AP_CALL_SIGNAL, /* write(2) to an event descriptor */
+    AP_CALL_DRAIN,  /* read(2) from one */
+    AP_CALL_SHUTDOWN,
+    AP_CALL_SOCKOPT, /* SO_ERROR, SO_LINGER */
+    AP_CALL_IOCTL,   /* FIONREAD, SIOCOUTQNSD */
+    AP_CALL_POLL,
+    AP_CALL_ERRQUEUE, /* recvmsg(2) with MSG_ERRQUEUE */
+    AP_CALL_CLOSE,    /* is made all the same: the descriptor is gone whatever it says */
+    AP_CALL_UNMAP,
     AP_CALLS
 };
 
 /* After skip calls, the next times calls of that kind fail with error (> 0),
  * or, when error is 0, transfer at most limit bytes. times < 0: for ever. */
 AP_API int ap_fault_set(int call, int error, int skip, int times, size_t limit);
+/* How many calls of that kind have failed since then. */
+AP_API int ap_fault_hits(int call);
 AP_API void ap_fault_clear(void);
 
 #endif

@@ -14,10 +14,8 @@
  */
 #include "internal.h"
 
-#include <linux/sockios.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 
 /* ---- opening ---------------------------------------------------------- */
 
@@ -215,7 +213,8 @@ int64_t ap_conn_next_deadline(const ap_conn *conn)
 static void end_idle(ap_conn *conn)
 {
     conn->idle = 0;
-    shutdown(conn->slot.fd, SHUT_RDWR);
+    int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
+    (void)rc; /* not connected any more: as good */
     if (!conn->read_end)
         conn->read_end = AP_EIDLE;
     ap_output_fail(conn, AP_EIDLE);
@@ -269,16 +268,14 @@ int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds)
 /* ---- the end ---------------------------------------------------------- */
 
 /* A close would be a RST if input is unread, or if some arrives while output is
- * still unsent. SIOCOUTQNSD, not SIOCOUTQ, which also counts what only waits
- * for its acknowledgement (measured: 40 ms for every close). */
+ * still unsent. What cannot be asked for may be there. */
 static bool may_close(const ap_conn *conn)
 {
-    int waiting = 0, unsent = 0;
+    int fd = conn->slot.fd;
     if (conn->type != AP_TCP || conn->read_end || conn->write_error)
         return true;
-    ioctl(conn->slot.fd, FIONREAD, &waiting);
-    ioctl(conn->slot.fd, SIOCOUTQNSD, &unsent);
-    return conn->input.size == 0 && waiting == 0 && unsent == 0 && !conn->discarding;
+    return conn->input.size == 0 && !conn->discarding && ap_sys_unread(fd) == 0 &&
+           ap_sys_unsent(fd) == 0;
 }
 
 static int linger_locked(ap_conn *conn, int64_t deadline)
@@ -289,7 +286,7 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
         return 0;
     if (!conn->shut) {
         conn->shut = true;
-        if (shutdown(conn->slot.fd, SHUT_WR) < 0)
+        if (ap_sys_shutdown(conn->slot.fd, SHUT_WR) < 0)
             return 0; /* not connected any more: nothing to wait for */
     }
     conn->discarding = true;

@@ -10,8 +10,6 @@
  */
 #include "internal.h"
 
-#include <unistd.h>
-
 #define FD_WORDS (1u << 14) /* 64 descriptors each; beyond 2^20 the child closes nothing */
 
 _Atomic uint32_t ap_epoch = 1;
@@ -46,7 +44,7 @@ int ap_fd_close(int fd)
     uint64_t bit = (uint64_t)1 << ((unsigned)fd % 64);
     if (word && !(atomic_fetch_and_explicit(word, ~bit, memory_order_relaxed) & bit))
         return -EBADF;
-    close(fd);
+    ap_sys_close(fd);
     return 0;
 }
 
@@ -56,18 +54,16 @@ static void in_child(void)
     atomic_fetch_add_explicit(&ap_epoch, 1, memory_order_relaxed);
 }
 
-static pthread_once_t watch_once = PTHREAD_ONCE_INIT;
-static int watch_error;
-
-static void watch(void)
-{
-    watch_error = pthread_atfork(NULL, NULL, in_child);
-}
+static _Atomic bool watched; /* (a) relaxed: twice does no harm, the epoch moves on by two */
 
 int ap_fork_watch(void)
 {
-    pthread_once(&watch_once, watch);
-    return -watch_error;
+    if (atomic_load_explicit(&watched, memory_order_relaxed))
+        return 0;
+    int rc = ap_sys_atfork(in_child);
+    if (rc == 0)
+        atomic_store_explicit(&watched, true, memory_order_relaxed);
+    return rc;
 }
 
 int ap_fork_child(void)
@@ -75,7 +71,7 @@ int ap_fork_child(void)
     for (unsigned word = 0; word < FD_WORDS; word++) {
         uint64_t bits = atomic_exchange_explicit(&owned[word], 0, memory_order_relaxed);
         for (; bits; bits &= bits - 1)
-            close((int)(word * 64 + (unsigned)__builtin_ctzll(bits)));
+            ap_sys_close((int)(word * 64 + (unsigned)__builtin_ctzll(bits)));
     }
     ap_slot_table_reset();
     return 0;

@@ -74,6 +74,15 @@ static inline uint64_t ap_counted(const ap_counter *counter)
     return atomic_load_explicit(counter, memory_order_relaxed);
 }
 
+/* ---- faults.c --------------------------------------------------------- */
+
+#define AP_FAULT_SHORT (-1)
+/* What is to become of this call: 0, it is made; an errno to fail with; or
+ * AP_FAULT_SHORT, it transfers at most *limit bytes. */
+int ap_fault_next(int call, size_t *limit);
+/* The same of a call that transfers nothing: the errno, or 0. */
+int ap_fault_error(int call);
+
 /* ---- sysio.c ---------------------------------------------------------- */
 
 /* *offered: what iov holds; on return, what the kernel was offered of it. */
@@ -105,9 +114,17 @@ void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
+/* Bytes that wait to be received, or to be sent for the first time; or -errno. */
+AP_MUST_CHECK int ap_sys_unread(int fd);
+AP_MUST_CHECK int ap_sys_unsent(int fd);
+AP_MUST_CHECK int ap_sys_shutdown(int fd, int how);
+/* Makes the close a RST. */
+void ap_sys_linger_now(int fd);
 void ap_sys_close(int fd);
 AP_MUST_CHECK void *ap_sys_alloc(size_t size);
 AP_MUST_CHECK void *ap_sys_map(size_t size);
+void ap_sys_unmap(void *memory, size_t size);
+AP_MUST_CHECK int ap_sys_atfork(void (*in_child)(void));
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 int64_t ap_now(void);
 int64_t ap_now_coarse(void);

@@ -437,7 +437,7 @@ int ap_conn_shutdown(ap_conn *conn)
     else if (conn->out_bytes)
         rc = -EBUSY;
     else if (!conn->shut) {
-        rc = shutdown(conn->slot.fd, SHUT_WR) < 0 ? -errno : 0;
+        rc = ap_sys_shutdown(conn->slot.fd, SHUT_WR);
         conn->shut = true;
     }
     ap_slot_unlock(&conn->slot);

@@ -16,7 +16,6 @@
 #include "internal.h"
 
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -125,7 +124,7 @@ static void slab_free(ap_pool *pool, ap_slab *slab, int size_class)
     ap_uncount(&pool->blocks_free, n);
     ap_uncount(&pool->bytes_free, slab->size);
     UNPOISON(slab->memory, slab->size);
-    munmap(slab->memory, slab->size);
+    ap_sys_unmap(slab->memory, slab->size);
     free(slab);
 }
 
@@ -180,7 +179,7 @@ static ap_block *large_take(ap_pool *pool, uint32_t size, int size_class)
 
 static void large_free(ap_block *block)
 {
-    munmap(block, block->size);
+    ap_sys_unmap(block, block->size);
 }
 
 static void large_give(ap_pool *pool, ap_block *block, int size_class)

@@ -179,11 +179,10 @@ int ap_slot_close_locked(ap_slot *slot)
 
 int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd)
 {
-    struct linger now = {.l_onoff = 1, .l_linger = 0};
     ap_hub_unlink(slot);
     ap_uncount(&slot->poller->connections, 1);
     if (reset)
-        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        ap_sys_linger_now(fd);
     if (!keep_fd)
         ap_sys_close(fd);
     else

@@ -1,13 +1,14 @@
 /* System calls that retry on EINTR and return -errno, and the seam where tests
- * make them fail.
+ * make them fail (faults.c).
  *
- * The calls of the core that can fail for reasons outside of it go through here
- * (AP_CALL_*: transfers, accepting, epoll, eventfd, memory, threads; not shutdown
- * and socket options, whose failure changes nothing), in the build that ships: what the fault tests
- * exercise is what runs in production. While no fault is set the seam is one relaxed load.
+ * Every call of the core that can fail for reasons outside of it goes through here
+ * (AP_CALL_*), in the build that ships: what the fault tests exercise is what runs
+ * in production. While no fault is set the seam is one load. Outside of it is what
+ * fails for misuse alone: mutexes, pthread_join, clock_gettime, pthread_sigmask.
  */
 #include "internal.h"
 
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
@@ -20,76 +21,15 @@
 
 /* ---- faults ----------------------------------------------------------- */
 
-typedef struct {
-    _Atomic int error, skip, times; /* (a) relaxed: a test arms them before the calls */
-    _Atomic size_t limit;
-} fault;
-
-static _Atomic int faults_set;
-static fault faults[AP_CALLS];
-
-int ap_fault_set(int call, int error, int skip, int times, size_t limit)
-{
-    if (call < 0 || call >= AP_CALLS)
-        return -EINVAL;
-    fault *f = &faults[call];
-    atomic_store_explicit(&f->error, error, memory_order_relaxed);
-    atomic_store_explicit(&f->skip, skip, memory_order_relaxed);
-    atomic_store_explicit(&f->limit, limit, memory_order_relaxed);
-    atomic_store_explicit(&f->times, times, memory_order_relaxed);
-    atomic_store_explicit(&faults_set, 1, memory_order_release); /* pairs with fault_hits */
-    return 0;
-}
-
-void ap_fault_clear(void)
-{
-    atomic_store_explicit(&faults_set, 0, memory_order_relaxed);
-    for (size_t i = 0; i < AP_CALLS; i++)
-        atomic_store_explicit(&faults[i].times, 0, memory_order_relaxed);
-}
-
-/* Counts down *n unless it is 0; a negative one stays as it is. True: it was not 0. */
-static bool count_down(_Atomic int *n)
-{
-    int old = atomic_load_explicit(n, memory_order_relaxed);
-    while (old > 0) {
-        if (atomic_compare_exchange_weak_explicit(n, &old, old - 1, memory_order_relaxed,
-                                                  memory_order_relaxed))
-            return true;
-    }
-    return old < 0;
-}
-
-static fault *fault_hits(int call)
-{
-    /* acquire; pairs with the release in ap_fault_set */
-    if (!atomic_load_explicit(&faults_set, memory_order_acquire))
-        return NULL;
-    fault *f = &faults[call];
-    if (!atomic_load_explicit(&f->times, memory_order_relaxed) || count_down(&f->skip))
-        return NULL;
-    return count_down(&f->times) ? f : NULL;
-}
-
-/* The error to fail with, or 0. */
-static int fault_error(int call)
-{
-    fault *f = fault_hits(call);
-    return f ? atomic_load_explicit(&f->error, memory_order_relaxed) : 0;
-}
-
-/* As fault_error, but a fault without an error shortens what is offered, and says
- * so: a transfer that the kernel did not cut short is followed by no event. */
+/* The error to fail with, or 0. A fault without an error shortens what is offered,
+ * and says so: a transfer that the kernel did not cut short is followed by no event. */
 static int fault_transfer(int call, const struct iovec **iov, size_t *count, struct iovec *one,
                           size_t *offered)
 {
-    fault *f = fault_hits(call);
-    if (!f)
-        return 0;
-    int error = atomic_load_explicit(&f->error, memory_order_relaxed);
-    if (error || *count == 0)
-        return error;
-    size_t limit = atomic_load_explicit(&f->limit, memory_order_relaxed);
+    size_t limit;
+    int error = ap_fault_next(call, &limit);
+    if (error >= 0 || *count == 0)
+        return error > 0 ? error : 0;
     one->iov_base = (*iov)->iov_base;
     one->iov_len = (*iov)->iov_len < limit ? (*iov)->iov_len : limit;
     *iov = one;
@@ -101,7 +41,7 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
 /* Evaluates call until it is not interrupted; the result is >= 0 or -errno. */
 #define RETRY(result, kind, call)                 \
     do {                                          \
-        int injected = fault_error(kind);         \
+        int injected = ap_fault_error(kind);      \
         (result) = injected ? -injected : (call); \
         if (!injected && (result) < 0)            \
             (result) = -errno;                    \
@@ -178,7 +118,7 @@ static void take_rights(struct msghdr *message, ap_rights *rights)
             int fd;
             memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
             if (fd >= 0 && (pidfd || rights->count == AP_FDS_MOST)) {
-                close(fd);
+                ap_sys_close(fd);
             } else if (fd >= 0) {
                 ap_fd_own(fd);
                 rights->fds[rights->count++] = fd;
@@ -248,16 +188,12 @@ ssize_t ap_sys_next_length(int fd)
     return n;
 }
 
-static bool nothing_waits(int fd)
-{
-    int n = 0;
-    return ioctl(fd, FIONREAD, &n) == 0 && n == 0;
-}
-
 bool ap_sys_at_end(int fd)
 {
     struct pollfd at = {.fd = fd, .events = POLLRDHUP};
-    return poll(&at, 1, 0) == 1 && (at.revents & POLLRDHUP) && nothing_waits(fd);
+    int rc;
+    RETRY(rc, AP_CALL_POLL, poll(&at, 1, 0));
+    return rc == 1 && (at.revents & POLLRDHUP) && ap_sys_unread(fd) == 0;
 }
 
 /* ---- accepting -------------------------------------------------------- */
@@ -317,7 +253,7 @@ int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data)
 
 int ap_sys_epoll_wait(int epfd, struct epoll_event *events, int max, int timeout_ms)
 {
-    int injected = fault_error(AP_CALL_EPOLL_WAIT);
+    int injected = ap_fault_error(AP_CALL_EPOLL_WAIT);
     int n = injected ? -1 : epoll_wait(epfd, events, max, timeout_ms);
     if (n >= 0)
         return n;
@@ -334,29 +270,41 @@ int ap_sys_eventfd(void)
     return fd;
 }
 
-/* Cannot fail in a way that matters: EAGAIN means 2^64 - 2 unread signals. */
+/* EAGAIN means 2^64 - 2 signals that nobody has read (a poller never does): begins
+ * anew, since whoever sleeps needs an edge. There is no other error for an event
+ * descriptor that is open. */
 void ap_sys_signal(int efd)
 {
     uint64_t one = 1;
-    while (write(efd, &one, sizeof one) < 0 && errno == EINTR)
-        ;
+    ssize_t rc;
+    for (;;) {
+        RETRY(rc, AP_CALL_SIGNAL, write(efd, &one, sizeof one));
+        if (rc != -EAGAIN)
+            return;
+        ap_sys_drain(efd);
+    }
 }
 
+/* EAGAIN: nothing is there. After any other error it is still readable, and the
+ * loop comes again. */
 void ap_sys_drain(int efd)
 {
     uint64_t count;
-    while (read(efd, &count, sizeof count) < 0 && errno == EINTR)
-        ;
+    ssize_t rc;
+    RETRY(rc, AP_CALL_DRAIN, read(efd, &count, sizeof count));
+    (void)rc;
 }
 
 /* ---- sockets ---------------------------------------------------------- */
 
-/* The pending error of the socket (> 0), which asking for clears; 0 if none. */
+/* The pending error of the socket (> 0), which asking for clears; 0 if none. That it
+ * cannot be asked for is an error too. */
 int ap_sys_socket_error(int fd)
 {
-    int error = 0;
+    int error = 0, rc;
     socklen_t size = sizeof error;
-    return getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0 ? errno : error;
+    RETRY(rc, AP_CALL_SOCKOPT, getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size));
+    return rc < 0 ? -rc : error;
 }
 
 void ap_sys_drain_error_queue(int fd)
@@ -364,32 +312,84 @@ void ap_sys_drain_error_queue(int fd)
     char control[512];
     struct msghdr message = {.msg_control = control, .msg_controllen = sizeof control};
     for (int i = 0; i < 64; i++) {
+        ssize_t rc;
         message.msg_controllen = sizeof control;
-        if (recvmsg(fd, &message, MSG_ERRQUEUE | MSG_DONTWAIT) < 0 && errno != EINTR)
+        RETRY(rc, AP_CALL_ERRQUEUE, recvmsg(fd, &message, MSG_ERRQUEUE | MSG_DONTWAIT));
+        if (rc < 0)
             return;
     }
 }
 
-/* Not retried: on Linux the descriptor is gone whatever close returns. */
+int ap_sys_unread(int fd)
+{
+    int n = 0, rc;
+    RETRY(rc, AP_CALL_IOCTL, ioctl(fd, FIONREAD, &n));
+    return rc < 0 ? rc : n;
+}
+
+/* Not SIOCOUTQ, which also counts what only waits for its acknowledgement
+ * (measured: 40 ms for every close). */
+int ap_sys_unsent(int fd)
+{
+    int n = 0, rc;
+    RETRY(rc, AP_CALL_IOCTL, ioctl(fd, SIOCOUTQNSD, &n));
+    return rc < 0 ? rc : n;
+}
+
+int ap_sys_shutdown(int fd, int how)
+{
+    int rc;
+    RETRY(rc, AP_CALL_SHUTDOWN, shutdown(fd, how));
+    return rc;
+}
+
+/* If that fails, the close is an ordinary one. */
+void ap_sys_linger_now(int fd)
+{
+    struct linger now = {.l_onoff = 1, .l_linger = 0};
+    int rc;
+    RETRY(rc, AP_CALL_SOCKOPT, setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now));
+    (void)rc;
+}
+
+/* Not retried: on Linux the descriptor is gone whatever close returns, and the
+ * number may be somebody else's already. */
 void ap_sys_close(int fd)
 {
     ap_fd_disown(fd);
-    close(fd);
+    int rc = close(fd);
+    if (ap_fault_error(AP_CALL_CLOSE))
+        rc = -1;
+    (void)rc;
 }
 
 /* ---- memory, threads, time -------------------------------------------- */
 
 void *ap_sys_alloc(size_t size)
 {
-    return fault_error(AP_CALL_ALLOC) ? NULL : calloc(1, size);
+    return ap_fault_error(AP_CALL_ALLOC) ? NULL : calloc(1, size);
 }
 
 void *ap_sys_map(size_t size)
 {
-    if (fault_error(AP_CALL_MAP))
+    if (ap_fault_error(AP_CALL_MAP))
         return NULL;
     void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return p == MAP_FAILED ? NULL : p;
+}
+
+/* ENOMEM: taking a piece out of a larger mapping would make too many of them
+ * (vm.max_map_count). Its addresses are lost then, but not the memory behind them. */
+void ap_sys_unmap(void *memory, size_t size)
+{
+    if (ap_fault_error(AP_CALL_UNMAP) || munmap(memory, size) < 0)
+        madvise(memory, size, MADV_DONTNEED);
+}
+
+int ap_sys_atfork(void (*in_child)(void))
+{
+    int error = ap_fault_error(AP_CALL_ATFORK);
+    return error ? -error : -pthread_atfork(NULL, NULL, in_child);
 }
 
 /* Signals are blocked before the thread exists, so that not even its first
@@ -399,7 +399,7 @@ int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = fault_error(AP_CALL_THREAD);
+    int error = ap_fault_error(AP_CALL_THREAD);
     if (!error)
         error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);

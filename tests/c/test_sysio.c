@@ -122,6 +122,52 @@ TEST(sysio_every_call_can_fail)
     CHECK(ap_sys_alloc(1) == NULL);
     CHECK(ap_sys_map(4096) == NULL);
     CHECK_EQ(ap_sys_thread(&thread, NULL, NULL), -EMFILE);
+    CHECK_EQ(ap_sys_atfork(NULL), -EMFILE);
+    CHECK_EQ(ap_sys_shutdown(0, SHUT_WR), -EMFILE);
+    CHECK_EQ(ap_sys_unread(0), -EMFILE);
+    CHECK_EQ(ap_sys_unsent(0), -EMFILE);
+    CHECK_EQ(ap_sys_socket_error(0), EMFILE);
+    CHECK(!ap_sys_at_end(0));
+    ap_fault_clear();
+}
+
+/* An event descriptor that takes no more is emptied, so that the sleeper gets an edge. */
+TEST(sysio_signal_of_a_full_event_descriptor)
+{
+    struct epoll_event event;
+    uint64_t most = UINT64_MAX - 1;
+    int efd = ap_sys_eventfd(), epfd = ap_sys_epoll_create();
+    CHECK_OK(ap_sys_epoll_ctl(epfd, EPOLL_CTL_ADD, efd, EPOLLIN | EPOLLET, 1));
+    CHECK_EQ(write(efd, &most, sizeof most), sizeof most);
+    CHECK_EQ(ap_sys_epoll_wait(epfd, &event, 1, 0), 1);
+    CHECK_EQ(ap_sys_epoll_wait(epfd, &event, 1, 0), 0);
+    ap_sys_signal(efd);
+    CHECK_EQ(ap_sys_epoll_wait(epfd, &event, 1, 0), 1);
+    ap_sys_close(efd);
+    ap_sys_close(epfd);
+}
+
+/* The number may be somebody else's already. */
+TEST(sysio_close_is_not_repeated)
+{
+    open_pair();
+    CHECK_OK(ap_fault_set(AP_CALL_CLOSE, EINTR, 0, -1, 0));
+    ap_sys_close(fds[0]);
+    CHECK_EQ(ap_fault_hits(AP_CALL_CLOSE), 1);
+    CHECK_EQ(fcntl(fds[0], F_GETFD), -1);
+    ap_fault_clear();
+    close(fds[1]);
+}
+
+/* Addresses that cannot be given back keep no memory. */
+TEST(sysio_unmap_that_fails_gives_the_pages_back)
+{
+    uint8_t *memory = ap_sys_map(64 * KB);
+    memset(memory, 1, 64 * KB);
+    CHECK_OK(ap_fault_set(AP_CALL_UNMAP, ENOMEM, 0, 1, 0));
+    ap_sys_unmap(memory, 64 * KB);
+    CHECK_EQ(memory[0], 0);
+    ap_sys_unmap(memory, 64 * KB);
     ap_fault_clear();
 }
 
