@@ -252,11 +252,12 @@ void ap_input_note(ap_conn *conn, size_t got)
     adapt(conn, got);
 }
 
-/* A write that fails takes the socket's error with it: recv says 0 after a RST then. */
+/* A write that fails takes the socket's error with it, or ends the socket itself: recv
+ * says 0 then. */
 int ap_input_end(const ap_conn *conn)
 {
     int error = conn->send_error;
-    return error && error != -EPIPE && error != -ENOMEM ? error : AP_EEOF;
+    return error && error != -EPIPE ? error : AP_EEOF;
 }
 
 /* Reads and files. Returns the bytes, or -errno. */

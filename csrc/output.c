@@ -74,6 +74,20 @@ void ap_output_fail(ap_conn *conn, int error)
     tell(conn);
 }
 
+/* A system call has failed. The socket itself may live on (ENOBUFS), and a task that
+ * waits for input at either end would wait for an answer that never comes: so it ends
+ * for both. On UNIX sockets EPIPE may only say that the peer does not read any more; it
+ * may still send. */
+void ap_output_break(ap_conn *conn, int error)
+{
+    conn->send_error = error;
+    ap_output_fail(conn, error);
+    if (error == -EPIPE && conn->type != AP_TCP)
+        return;
+    int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
+    (void)rc; /* not connected any more: as good */
+}
+
 void ap_output_drop(ap_conn *conn)
 {
     forget_own(conn);
@@ -103,7 +117,7 @@ static void watch_out(ap_conn *conn, bool on)
     int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, ap_output_events(conn),
                               ap_slot_tag(slot));
     if (rc < 0)
-        ap_output_fail(conn, rc);
+        ap_output_break(conn, rc);
 }
 
 /* Nothing is stalled any more, unless somebody waits for room. */
@@ -227,8 +241,7 @@ static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *
     if (took == -EAGAIN) {
         ap_output_again(conn);
     } else {
-        conn->send_error = (int)took;
-        ap_output_fail(conn, (int)took);
+        ap_output_break(conn, (int)took);
     }
     return false;
 }

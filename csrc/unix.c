@@ -156,8 +156,7 @@ static int64_t send_now(ap_conn *conn, const char *data, size_t size, const int 
     } else if (took == -EAGAIN) {
         ap_output_again(conn);
     } else if (!is_of_message((int)-took)) {
-        conn->send_error = (int)took;
-        ap_output_fail(conn, (int)took);
+        ap_output_break(conn, (int)took);
     }
     return took;
 }

@@ -834,3 +834,29 @@ TEST(output_error_of_epoll_while_stalled)
     link_close(&l);
     world_close(w);
 }
+
+/* A socket that lives on after a failed write would leave both ends waiting: the peer for the
+ * answer, the loop for the next request. */
+TEST(output_that_fails_ends_the_input_too)
+{
+    int errors[] = {ENOBUFS, ENOMEM, EPIPE};
+    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
+        for (size_t i = 0; i < AP_ARRAY_SIZE(errors); i++) {
+            struct world *w = world_open();
+            struct link l = link_open(w, kind, HIGH);
+            peer_say(&l, 1, 0, 100);
+            CHECK_OK(ap_fault_set(AP_CALL_WRITE, errors[i], 0, 1, 0));
+            CHECK_EQ(ap_conn_write(l.conn, "x", 1), -errors[i]);
+            ap_fault_clear();
+            expect(&l, 1, 0, 100); /* what had come stays readable */
+            if (kind == AP_UNIX && errors[i] == EPIPE) {
+                CHECK_EQ(want(&l, 1), -EAGAIN); /* it only does not read any more */
+            } else {
+                CHECK_EQ(want_wait(&l, 1), errors[i] == EPIPE ? AP_EEOF : -errors[i]);
+                peer_expect_eof(&l);
+            }
+            link_close(&l);
+            world_close(w);
+        }
+    }
+}
