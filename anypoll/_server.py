@@ -137,6 +137,7 @@ class Server:
                 logger.error("A listener was closed while its server was running")
         except BrokenResourceError as exc:
             logger.error("A listener has failed: %s", exc.__cause__)
+            listener._close()  # or clients would wait in its backlog for ever
         finally:
             self._accepting -= 1
             self._check_idle()
