@@ -25,7 +25,11 @@ class Pool:
     def __init__(self, settings: Settings) -> None:
         self._pollers: list[Poller] = []
         self._next = 0
-        self.configure(settings)
+        try:
+            self.configure(settings)
+        except BaseException:
+            self.stop()  # those that run already
+            raise
 
     def configure(self, settings: Settings) -> None:
         """Grows at once. After a decrease the pollers beyond the new number get no connection
