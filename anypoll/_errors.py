@@ -59,7 +59,7 @@ def stream_error(code: int) -> Exception:
     if code in {-EBADF, -ECHILD}:  # closed here, or inherited through fork()
         return ClosedResourceError()
     if code == -ENOMEM:
-        return MemoryError()
+        return MemoryError(os.strerror(ENOMEM))
     error = BrokenResourceError()
     error.__cause__ = os_error(code)
     return error
