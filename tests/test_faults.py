@@ -1,0 +1,263 @@
+"""Every system call of the core fails, and every allocation, with the package on top of it: what
+comes of it is an exception with a cause or a retry, never a crash, a hang or a leak; and the server
+goes on. csrc/faults.c has the seam, tests/c/test_faults.c the same without Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, IncompleteRead
+from peers import KIB, pattern
+
+import anypoll
+from anypoll import _epoll
+
+pytestmark = pytest.mark.anyio
+
+#: What the man pages list, as far as it is not our own misuse; tests/c/test_faults.c has more.
+SITES: dict[str, tuple[int, ...]] = {
+    "READ": (errno.EINTR, errno.ECONNRESET, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOBUFS),
+    "WRITE": (errno.EINTR, errno.EPIPE, errno.ECONNRESET, errno.ENOBUFS, errno.EMSGSIZE),
+    "ACCEPT": (errno.EINTR, errno.ECONNABORTED, errno.EMFILE, errno.EPROTO, errno.ENOBUFS),
+    "EPOLL_CTL": (errno.EINTR, errno.ENOMEM, errno.ENOSPC, errno.EEXIST),
+    "EPOLL_WAIT": (errno.EINTR,),
+    "ALLOC": (errno.ENOMEM,),
+    "MAP": (errno.ENOMEM,),
+    "SIGNAL": (errno.EINTR, errno.EAGAIN),
+    "DRAIN": (errno.EINTR, errno.EAGAIN),
+    "SHUTDOWN": (errno.EINTR, errno.ENOTCONN),
+    "IOCTL": (errno.EINTR, errno.EINVAL),
+    "SOCKOPT": (errno.EINTR, errno.ENOMEM),
+    "CLOSE": (errno.EINTR, errno.EIO),
+    "UNMAP": (errno.ENOMEM,),
+}
+
+LINE = b"\r\n-- behind this line --\r\n"
+
+
+@pytest.fixture(autouse=True)
+def faults_end() -> Iterator[None]:
+    yield
+    _epoll.clear_faults()
+
+
+@pytest.fixture(autouse=True)
+def no_internal_error(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Faults may be logged as what they are, but not as faults of ours."""
+    caplog.set_level(logging.INFO, "anypoll")
+    yield
+    texts = [r.getMessage() for r in caplog.get_records("call") if r.name == "anypoll.hub"]
+    caplog.clear()  # records hold connections
+    caplog.get_records("call").clear()
+    assert texts == []
+
+
+async def mirror(conn: anypoll.Connection) -> None:
+    """Answers each line with itself; what the handler leaves unread makes its end a lingering."""
+    while (line := await conn.until(LINE, max_bytes=1 << 20)) != b"end" + LINE:
+        conn.writer.write(line)
+
+
+async def exchange(server: anypoll.Server) -> None:
+    """Small and large, with a delimiter and without, to the end of both sides."""
+    line = pattern(200 * KIB, 1) + LINE
+    for unread in (b"", b"unread"):
+        async with await anypoll.connect_tcp("127.0.0.1", server.port) as conn:
+            for data in (LINE, line, line[-5000:]):
+                await conn.send(data)
+                assert await conn.next(len(data)) == data
+            await conn.send(b"end" + LINE + unread)
+            with pytest.raises(EndOfStream):
+                await conn.receive()
+            await conn.send_eof()
+
+
+async def pass_descriptors() -> None:
+    first, second = anypoll.socketpair()
+    async with first, second:
+        with open(os.devnull) as file:
+            await first.send_fds(b"message", [file])
+        data, fds = await second.receive_fds(100, 2)
+        for fd in fds:
+            os.close(fd)
+        assert b"message".startswith(data)
+        first.abort()
+
+
+#: What a fault may become: these, if they say why.
+OUTCOMES = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream, MemoryError)
+
+
+def explained(exc: BaseException) -> bool:
+    """Whether an exception tells what has happened."""
+    if isinstance(exc, BrokenResourceError):
+        return isinstance(exc.__cause__, OSError)
+    return isinstance(exc, (EndOfStream, IncompleteRead, ClosedResourceError)) or bool(str(exc))
+
+
+async def outcome(step: Callable[[], Awaitable[None]]) -> None:
+    """Runs the step, which works or fails as it may, and ends."""
+    try:
+        with anyio.fail_after(30):
+            await step()
+    except TimeoutError as exc:
+        if exc.errno is None:  # not the socket's
+            raise AssertionError("it hangs") from None
+    except (*OUTCOMES, IncompleteRead) as exc:
+        assert explained(exc), repr(exc)
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[anypoll.Server]:
+    async with anypoll.serve(mirror, host="127.0.0.1", port=0, shutdown_timeout=5) as server:
+        yield server
+
+
+async def run(server: anypoll.Server) -> None:
+    """With the fault that is set; then without one."""
+    await outcome(lambda: exchange(server))
+    await outcome(pass_descriptors)
+    _epoll.clear_faults()
+    with anyio.fail_after(30):
+        await exchange(server)
+        await pass_descriptors()
+
+
+@pytest.mark.parametrize("call", SITES)
+async def test_each_call_fails(call: str) -> None:
+    reached = 0
+    async with serving() as server:
+        for code in SITES[call]:
+            for skip, times in ((0, 1), (1, 1), (3, 2), (8, 1)):
+                _epoll.set_fault(call, code, skip=skip, times=times)
+                await outcome(lambda: exchange(server))
+                await outcome(pass_descriptors)
+                reached += _epoll.fault_hits(call)
+                await run(server)
+    anypoll._runtime.nudge()
+    if call not in {"SOCKOPT", "UNMAP", "MAP", "ALLOC"}:  # rare, or satisfied from a cache
+        assert reached > 0
+
+
+@pytest.mark.parametrize("call", [call for call, codes in SITES.items() if errno.EINTR in codes])
+async def test_storms_of_interruptions(call: str) -> None:
+    """L21."""
+    async with serving() as server:
+        _epoll.set_fault(call, errno.EINTR, times=1000)
+        with anyio.fail_after(30):
+            await exchange(server)
+            await pass_descriptors()
+        _epoll.clear_faults()
+
+
+@pytest.mark.parametrize("call", ["READ", "WRITE"])
+@pytest.mark.parametrize("limit", [1, 100])
+async def test_short_transfers(call: str, limit: int) -> None:
+    async with serving() as server:
+        for skip in (0, 3):
+            _epoll.set_fault(call, limit=limit, skip=skip, times=1000)
+            with anyio.fail_after(30):
+                await exchange(server)
+                await pass_descriptors()
+            _epoll.clear_faults()
+
+
+@pytest.mark.parametrize("times", [1, -1], ids=["one", "all that follow"])
+@pytest.mark.parametrize("call", ["ALLOC", "MAP"])
+async def test_no_memory_at_each_allocation(call: str, times: int) -> None:
+    """The first allocation fails, then the second, ..., until all goes well."""
+    for skip in range(500):
+
+        async def whole() -> None:
+            async with serving() as server:
+                await outcome(pass_descriptors)
+                if times > 0:  # else it would wait to be accepted until there is memory
+                    await outcome(lambda: exchange(server))
+                _epoll.clear_faults()
+                with anyio.fail_after(30):
+                    await exchange(server)
+                    await pass_descriptors()
+
+        _epoll.set_fault(call, errno.ENOMEM, skip=skip, times=times)
+        await outcome(whole)
+        hits = _epoll.fault_hits(call)
+        _epoll.clear_faults()
+        if not hits:
+            break
+    else:
+        pytest.fail("there is no end to it")
+
+
+async def test_a_listener_of_a_server_that_fails_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    """It is closed, so that nobody waits in its backlog."""
+    async with serving() as server:
+        _epoll.set_fault("ACCEPT", errno.EINVAL)
+        with pytest.raises((OSError, BrokenResourceError, EndOfStream)), anyio.fail_after(30):
+            await exchange(server)
+        with pytest.raises(OSError, match="failed"):
+            await anypoll.connect_tcp("127.0.0.1", server.port)
+    assert [r.getMessage() for r in caplog.records] == [
+        "A listener has failed: [Errno 22] Invalid argument"
+    ]
+
+
+# --- in processes of their own, where the pollers do not run yet ----------------------------------
+
+
+def run_program(program: str, backend: str, *, env: dict[str, str] | None = None) -> list[str]:
+    """Its lines; it must end well and complain of nothing."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), backend],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout.splitlines()
+
+
+POOL = """
+import sys
+import anyio, anypoll
+from anypoll import _epoll
+
+async def main():
+    anypoll.configure(pollers=3)
+    calls = {"ATFORK": (12, 1), "ALLOC": (12, 9), "EPOLL_CREATE": (24, 3), "EVENTFD": (24, 3),
+             "THREAD": (11, 3), "EPOLL_CTL": (28, 3)}
+    for call, (code, how_often) in calls.items():
+        for skip in range(how_often):
+            _epoll.set_fault(call, code, skip=skip)
+            try:
+                anypoll.socketpair()
+            except OSError as exc:
+                assert exc.errno == code, (call, skip, exc)
+                assert not anypoll.statistics().pollers, (call, skip)
+            else:
+                raise AssertionError((call, skip))
+    _epoll.clear_faults()
+    a, b = anypoll.socketpair()
+    async with a, b:
+        await a.send(b"at last")
+        print(await b.receive())
+
+anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_pool_of_several_that_cannot_be_started(backend: str) -> None:
+    """L26. Those that run already end with it."""
+    assert run_program(POOL, backend) == ["b'at last'"]
