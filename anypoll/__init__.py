@@ -22,6 +22,7 @@ from ._connectables import (
 from ._dialer import connect_tcp as connect_tcp, connect_unix as connect_unix
 from ._epoll import (
     ConnectionStatistics as ConnectionStatistics,
+    MemoryStatistics as MemoryStatistics,
     PollerStatistics as PollerStatistics,
 )
 from ._errors import (
@@ -50,35 +51,50 @@ class Statistics:
     """What :func:`statistics` gives."""
 
     pollers: tuple[PollerStatistics, ...]
-    """one entry per poller; empty before first use"""
+    """one entry per poller; empty before first use. Those that get connections come first; behind
+    them are those that end with their last connection.
+    """
+    memory: MemoryStatistics
+    """received bytes: those of all pollers and event loops, and what only views keep"""
 
 
 def statistics() -> Statistics:
-    """Counters of the process's pollers."""
-    return Statistics(pollers=_runtime.poller_statistics())
+    """Counters of the process's pollers, and its blocks of received bytes."""
+    return Statistics(pollers=_runtime.poller_statistics(), memory=_runtime.memory_statistics())
 
 
 def configure(
     *,
     pollers: int | None = None,
     load_balance: LoadBalance | None = None,
+    block_size: int | None = None,
     checkpoint_budget: int | None = None,
 ) -> None:
     """Sets options of the process; ``None`` leaves one as it is.
 
     Before first use this only records. Afterwards the number of pollers grows at once; when it
-    shrinks, the pollers beyond it get no new connections and keep those they have.
+    shrinks, the pollers beyond it get no new connections, serve those they have (and the listeners,
+    whose connections go to others), and end with the last of them.
 
     :param pollers: threads that read and write, 1 at first
     :param load_balance: which poller gets a new connection: ``"round_robin"``, ``"random"``,
         ``"least_connections"``, or a callable that is given the pollers' statistics and returns an
-        index. One that fails, or returns a wrong index, is logged, and round robin chooses.
+        index. It is called in the thread that opens the connection. One that fails, or returns a
+        wrong index, is logged (logger ``anypoll.pollers``), and round robin chooses.
+    :param block_size: bytes of the first block that a connection's input is put into, 2048 at
+        first, and the least of later ones, which grow with what arrives. From 2048 to 1 MiB;
+        rounded up to a power of two, and no more than the connection's ``read_high_water``. Holds
+        for connections made from then on
     :param checkpoint_budget: how many reads and flushes in a row may do without a checkpoint; holds
         for connections made from then on
     :raises ValueError, TypeError: for nonsense; nothing is changed then
+    :raises OSError: if there are no resources for more pollers; nothing is changed then
     """
     _runtime.configure(
-        pollers=pollers, load_balance=load_balance, checkpoint_budget=checkpoint_budget
+        pollers=pollers,
+        load_balance=load_balance,
+        block_size=block_size,
+        checkpoint_budget=checkpoint_budget,
     )
 
 
@@ -90,6 +106,7 @@ __all__ = (
     "IdleTimeout",
     "Keepalive",
     "LoadBalance",
+    "MemoryStatistics",
     "MessageTooLarge",
     "PeerCredentials",
     "PollerStatistics",

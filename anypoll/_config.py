@@ -21,6 +21,9 @@ WRITE_HIGH_WATER = 256 * KIB
 #: The largest single request of a reader, in bytes.
 READ_LIMIT = 64 * MIB
 
+#: The first block of input of a connection, in bytes, header included.
+BLOCK_SIZE = 2 * KIB
+
 #: How long one close callback may take, in seconds, if no server says otherwise.
 CLOSE_CALLBACK_TIMEOUT = 10.0
 
@@ -145,10 +148,12 @@ class Settings:
 
     pollers: int = 1
     load_balance: LoadBalance = "round_robin"
+    block_size: int = BLOCK_SIZE
     checkpoint_budget: int = 64
 
     def __post_init__(self) -> None:
         _count_field(self, "pollers", least=1, most=256)
+        _count_field(self, "block_size", least=BLOCK_SIZE, most=MIB)
         _count_field(self, "checkpoint_budget", least=1)
         balance: Any = self.load_balance
         names = ("round_robin", "random", "least_connections")

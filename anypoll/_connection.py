@@ -20,9 +20,9 @@ import anyio
 import anyio.lowlevel
 from anyio import BusyResourceError
 
-from . import _epoll
+from . import _epoll, _runtime
 from ._endpoint import AGAIN, SHUT, deadline_after
-from ._epoll import EIDLE, IS_IDLE_END, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
+from ._epoll import EIDLE, IS_IDLE_END, MAIL_FAILED, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
 from ._errors import os_error, stream_error
 from ._input import Input
 
@@ -52,7 +52,7 @@ class Core(Input):
 
     # --- what the hub tells ----------------------------------------------------------------------
 
-    def on_token(self, bits: int, _error: int) -> None:
+    def on_token(self, bits: int, value: int) -> None:
         """Called by the hub for what is not the end of a wait."""
         if bits & MAIL_TRIM and not self.closed:
             self.reader._drop_view()
@@ -64,6 +64,11 @@ class Core(Input):
             self.writer._take()
             self.hub.wake_writers(self.number)
             self.release_callbacks()
+        if bits & MAIL_FAILED:
+            if not self.closed:
+                self._fail(value)
+                self.hub.wake_writers(self.number)
+            _runtime.bury_pollers()
 
     def on_hub_end(self) -> None:
         """The event loop has ended: C has closed the descriptor, unless Python owned it."""

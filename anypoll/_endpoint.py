@@ -18,8 +18,9 @@ import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 
 from . import _epoll, _runtime
+from ._config import BLOCK_SIZE
 from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
-from ._errors import IdleTimeout, ReadTimeout, WriteTimeout, stream_error
+from ._errors import POLLER_ENDED, IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,9 +126,10 @@ class Endpoint:
         self.closed = True  # until there is something to close
         try:
             hub = self.hub = _runtime.current_hub()
-            self.poller = _runtime.pick_poller()
-            self._owner = _epoll.open_connection(
-                self.poller, hub.handle, fd, kind, limits.read_high_water
+            self.poller, self._owner = _runtime.on_poller(
+                lambda poller: _epoll.open_connection(
+                    poller, hub.handle, fd, kind, limits.read_high_water
+                )
             )
         except BaseException:
             if _epoll.fd_close(fd) < 0:  # it was not the core's yet
@@ -139,7 +141,10 @@ class Endpoint:
         if limits.read_limit < _WINDOW:  # the window must not let a larger request pass
             _epoll.conn_set_window(self.handle, limits.read_limit)
         self.number = _epoll.conn_id(self.handle)
-        self.budget = _runtime.settings().checkpoint_budget
+        settings = _runtime.settings()
+        self.budget = settings.checkpoint_budget
+        if settings.block_size != BLOCK_SIZE:
+            _epoll.conn_set_block(self.handle, settings.block_size)
         self.read_timeout = limits.read_timeout
         self.write_timeout = limits.write_timeout
         self.idle_timeout = None
@@ -277,7 +282,11 @@ class Endpoint:
             return _epoll.IS_CLOSED
         status = _epoll.conn_status(self.handle)
         if status & _epoll.IS_BROKEN and not self.failure:
-            self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
+            failed = _epoll.poller_ended(self.poller)
+            if failed:
+                self._fail(POLLER_ENDED - failed)
+            else:
+                self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
         return status
 
 

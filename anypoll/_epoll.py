@@ -16,11 +16,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from errno import ECANCELED
 from struct import Struct
 from typing import TYPE_CHECKING, TypeVar
 
 from ._chain import Piece
-from ._errors import os_error
+from ._errors import POLLER_ENDED, os_error, stream_error
 
 if sys.implementation.name != "cpython":
     raise ImportError(f"anypoll needs CPython; this is {sys.implementation.name}")
@@ -57,6 +58,7 @@ MAIL_STARVED = lib.AP_MAIL_STARVED
 MAIL_IDLE = lib.AP_MAIL_IDLE
 MAIL_FDS = lib.AP_MAIL_FDS
 MAIL_GONE = lib.AP_MAIL_GONE
+MAIL_FAILED = lib.AP_MAIL_FAILED
 IS_CLOSED = lib.AP_IS_CLOSED
 IS_BROKEN = lib.AP_IS_BROKEN
 IS_EOF = lib.AP_IS_EOF
@@ -73,6 +75,7 @@ conn_write = lib.ap_conn_write
 conn_drain = lib.ap_conn_drain
 conn_consume = lib.ap_conn_consume
 conn_set_window = lib.ap_conn_set_window
+conn_set_block = lib.ap_conn_set_block
 conn_buffered = lib.ap_conn_buffered
 conn_queued = lib.ap_conn_queued
 conn_hold = lib.ap_conn_hold
@@ -107,6 +110,17 @@ def check(code: int) -> int:
     if code < 0:
         raise os_error(code)
     return code
+
+
+class PollerEndedError(Exception):
+    """The poller that was picked takes no connections any more: another one does."""
+
+
+def _check_open(code: int) -> None:
+    """:raises PollerEndedError, OSError: for what opening a connection or a listener returns"""
+    if code <= POLLER_ENDED:
+        raise PollerEndedError
+    check(code)
 
 
 # --- pollers -------------------------------------------------------------------------------------
@@ -169,6 +183,25 @@ def stop_poller(poller: Poller) -> None:
     lib.ap_poller_stop(poller)
 
 
+def drain_poller(poller: Poller) -> None:
+    """Has the poller and its thread end with the last connection and listener."""
+    lib.ap_poller_drain(poller, 1)
+
+
+def keep_poller(poller: Poller) -> bool:
+    """Takes :func:`drain_poller` back. False: it has ended already."""
+    return lib.ap_poller_drain(poller, 0) == 0
+
+
+def poller_ended(poller: Poller) -> int | None:
+    """``None`` while it runs; 0 if it has ended as it was told to; the errno it has failed with."""
+    state = lib.ap_poller_state(poller)
+    if state > POLLER_ENDED:
+        return None
+    error = POLLER_ENDED - state
+    return 0 if error == ECANCELED else error
+
+
 def nudge_poller(poller: Poller) -> None:
     """Makes the poller look at once for what it may recycle."""
     lib.ap_poller_nudge(poller)
@@ -182,6 +215,31 @@ def poller_statistics(poller: Poller) -> PollerStatistics:
     out = ffi.new("ap_poller_stats *")
     check(lib.ap_poller_statistics(poller, out))
     return PollerStatistics(**{name: getattr(out, name) for name in _STATISTICS})
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStatistics:
+    """The blocks of received bytes in the whole process: those of the pollers, those of the event
+    loops (what a loop has read by itself, and what was merged for a request), and those that views
+    keep of pollers and loops that have ended.
+    """
+
+    blocks_in_use: int
+    blocks_free: int
+    bytes_in_use: int
+    bytes_free: int
+    bytes_pinned: int
+    """in blocks that are read to their end, but kept by views"""
+
+
+_MEMORY = tuple(MemoryStatistics.__dataclass_fields__)
+
+
+def memory_statistics() -> MemoryStatistics:
+    """Of now."""
+    out = ffi.new("ap_poller_stats *")
+    lib.ap_memory_statistics(out)
+    return MemoryStatistics(**{name: getattr(out, name) for name in _MEMORY})
 
 
 # --- hubs ----------------------------------------------------------------------------------------
@@ -254,9 +312,10 @@ def open_connection(poller: Poller, hub: Hub, fd: int, kind: int, high_water: in
     """Takes a connected, non-blocking socket; owns ``fd`` when it returns.
 
     :raises OSError: ``ENOMEM``; ``EBADF`` if the hub's loop has ended
+    :raises PollerEndedError: if the poller has
     """
     out = ffi.new("ap_conn **")
-    check(lib.ap_conn_new(poller, hub, fd, kind, high_water, out))
+    _check_open(lib.ap_conn_new(poller, hub, fd, kind, high_water, out))
     conn: Conn = ffi.gc(out[0], lib.ap_conn_release)
     return conn
 
@@ -413,9 +472,10 @@ def open_listener(poller: Poller, hub: Hub, fd: int, account: Account) -> Listen
     """Takes a listening, non-blocking socket; owns ``fd`` when it returns.
 
     :raises OSError: ``ENOMEM``, ``ENOSPC``; ``EBADF`` if the hub's loop has ended
+    :raises PollerEndedError: if the poller has
     """
     out = ffi.new("ap_listener **")
-    check(lib.ap_listener_new(poller, hub, fd, account, out))
+    _check_open(lib.ap_listener_new(poller, hub, fd, account, out))
     listener: Listener = ffi.gc(out[0], lib.ap_listener_release)
     return listener
 
@@ -434,9 +494,13 @@ def take_accepted(listener: Listener) -> list[tuple[int, bytes]]:
     address for :func:`peer_address`.
 
     :raises OSError: for an error of ``accept4``; ``EBADF`` after the close
+    :raises BrokenResourceError: if the poller has failed
     """
     room = ffi.new("ap_accepted[]", _ACCEPT_MOST)
-    n = check(lib.ap_listener_take(listener, room, _ACCEPT_MOST))
+    n = lib.ap_listener_take(listener, room, _ACCEPT_MOST)
+    if n <= POLLER_ENDED:
+        raise stream_error(n)
+    check(n)
     size = _ACCEPTED.size
     memory = bytes(ffi.buffer(room, n * size))
     return [(room[i].fd, memory[i * size : (i + 1) * size]) for i in range(n)]

@@ -49,8 +49,16 @@ class MessageTooLarge(ValueError):
 LACK_OF_RESOURCES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
 
 
+#: ``POLLER_ENDED - errno`` says that a poller has failed, and is not an errno of a socket. Equal to
+#: csrc/anypoll.h's ``AP_EPOLLER``.
+POLLER_ENDED = -7000
+
+
 def os_error(code: int) -> OSError:
     """The ``OSError`` (of the fitting subclass) for a negative errno."""
+    if code <= POLLER_ENDED:
+        number = POLLER_ENDED - code
+        return OSError(number, f"The poller has failed: {os.strerror(number)}")
     return OSError(-code, os.strerror(-code))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _epoll
 from ._epoll import (
+    MAIL_FAILED,
     MAIL_IDLE,
     MAIL_READ,
     MAIL_SENT,
@@ -44,7 +45,7 @@ logger = logging.getLogger("anypoll.hub")
 _TOKEN = Struct(_epoll.TOKEN_FORMAT)
 _TOKENS_AT_ONCE = 256
 #: News upon which code of the user's may run: close callbacks, a handler of the log.
-_MAIL_LAST = MAIL_IDLE | MAIL_STARVED
+_MAIL_LAST = MAIL_IDLE | MAIL_STARVED | MAIL_FAILED
 
 
 class Addressee(Protocol):

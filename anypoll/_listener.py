@@ -24,7 +24,7 @@ from anyio.streams.stapled import MultiListener
 
 from . import _epoll, _runtime, _sockets
 from ._config import Limits
-from ._epoll import MAIL_STARVED, TCP
+from ._epoll import MAIL_FAILED, MAIL_STARVED, TCP
 from ._errors import stream_error
 from .streams import Connection, kind_of, new_connection
 
@@ -69,8 +69,10 @@ class SocketListener(AnyIOSocketListener):
         self._hub = _runtime.current_hub()
         self._account = account if account is not None else _epoll.open_account()
         self._kind = kind_of(sock)
-        self._handle = _epoll.open_listener(
-            _runtime.pick_poller(), self._hub.handle, sock.fileno(), self._account
+        _, self._handle = _runtime.on_poller(
+            lambda poller: _epoll.open_listener(
+                poller, self._hub.handle, sock.fileno(), self._account
+            )
         )
         _epoll.listener_fd(self._handle, 1)
         _runtime.raw_sockets.add(sock)
@@ -110,6 +112,8 @@ class SocketListener(AnyIOSocketListener):
 
     def on_token(self, bits: int, error: int) -> None:
         """Called by the hub when connections, or trouble, have come."""
+        if bits & MAIL_FAILED:
+            _runtime.bury_pollers()
         if bits & MAIL_STARVED:
             logger.warning(
                 "Accepting on %s is paused, again and again until it works: %s",

@@ -16,22 +16,28 @@ import weakref
 from asyncio import AbstractEventLoop
 from collections.abc import MutableMapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from errno import EIO
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.lowlevel import current_token
 
 from . import _epoll
 from ._config import Settings
+from ._epoll import PollerEndedError
 from ._hub_asyncio import AsyncioHub
-from ._pollers import Pool
+from ._pollers import Pool, choose, logger
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
-    from ._epoll import Poller, PollerStatistics
+    from ._epoll import MemoryStatistics, Poller, PollerStatistics
     from ._hub import Hub
 
-_lock = threading.Lock()
+#: Reentrant: the garbage collector and signal handlers run code of the user's anywhere, which may
+#: ask for statistics. What is known to be the user's (load_balance, handlers of the log) is called
+#: without it.
+_lock = threading.RLock()
 _settings = Settings()
 _pool: Pool | None = None
 _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
@@ -64,6 +70,18 @@ def configure(**changes: Any) -> None:
         if _pool is not None:
             _pool.configure(new)
         _settings = new
+    bury_pollers()
+
+
+def _active_pollers() -> tuple[Pool, list[Poller]]:
+    global _pool
+    with _lock:
+        if _pool is None:
+            pool = Pool(_settings)
+            atexit.register(pool.stop)
+            _pool = pool
+        _pool.refill()
+        return _pool, _pool.active()
 
 
 def pick_poller() -> Poller:
@@ -71,25 +89,63 @@ def pick_poller() -> Poller:
 
     :raises OSError: if the pool cannot be started
     """
-    global _pool
+    if _pool is not None and _pool.draining:
+        bury_pollers()
+    pool, active = _active_pollers()
+    if len(active) == 1:
+        return active[0]
+    balance = _settings.load_balance
+    poller = choose(active, balance, pool.turn)
+    if callable(balance):  # it may have configured something
+        _, active = _active_pollers()
+        if poller not in active:
+            poller = active[pool.turn() % len(active)]
+    return poller
+
+
+_TRIES = 8
+
+_Handle = TypeVar("_Handle")
+
+
+def on_poller(open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
+    """Picks a poller and opens something on it; on another one, if that has ended meanwhile.
+
+    :raises OSError: if the pool cannot be started, or what ``open_on`` raises
+    """
+    for _ in range(_TRIES):
+        poller = pick_poller()
+        try:
+            return poller, open_on(poller)
+        except PollerEndedError:
+            bury_pollers()
+    raise OSError(EIO, "Pollers fail as soon as they are started")
+
+
+def bury_pollers() -> None:
+    """Takes notice of pollers that have ended: replaces and logs those that have failed."""
     with _lock:
-        if _pool is None:
-            pool = Pool(_settings)
-            atexit.register(pool.stop)
-            _pool = pool
-        return _pool.pick()
+        failed = [] if _pool is None else _pool.bury()
+    for error in failed:
+        logger.error("A poller has failed, and all its connections with it: %s", os.strerror(error))
 
 
 def poller_index(poller: Poller) -> int:
-    """Where the poller is in :func:`poller_statistics`."""
+    """Where the poller is in :func:`poller_statistics`; -1 if it has ended."""
     with _lock:
         return -1 if _pool is None else _pool.index(poller)
 
 
 def poller_statistics() -> tuple[PollerStatistics, ...]:
     """Of all pollers; nothing before first use."""
+    bury_pollers()
     with _lock:
         return () if _pool is None else _pool.statistics()
+
+
+def memory_statistics() -> MemoryStatistics:
+    """The blocks of the process."""
+    return _epoll.memory_statistics()
 
 
 def nudge() -> None:
@@ -122,7 +178,7 @@ def _new_hub(token: object) -> Hub:
 
 def _after_fork_in_child() -> None:
     global _lock, _pool, _hubs
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _pool is not None:
         atexit.unregister(_pool.stop)
     _pool = None

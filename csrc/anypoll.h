@@ -40,7 +40,9 @@ enum {
                          * over with the call was queued: keep it until AP_MAIL_SENT */
     AP_EDELIM = -5003,  /* no delimiter within the first max_bytes */
     AP_EIDLE = -5004,   /* the connection was ended by its idle timeout */
-    AP_ELATE = -5005    /* the deadline of the call has passed; -ETIMEDOUT is the socket's */
+    AP_ELATE = -5005,   /* the deadline of the call has passed; -ETIMEDOUT is the socket's */
+    AP_EPOLLER = -7000  /* AP_EPOLLER - errno: the poller has failed with that errno;
+                         * AP_EPOLLER - ECANCELED: it has ended, as it was told to */
 };
 
 /* Kinds of sockets: TCP, UNIX streams, and UNIX sockets with messages (SOCK_SEQPACKET). */
@@ -59,7 +61,8 @@ enum {
     AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
     AP_MAIL_IDLE = 64,    /* the idle timeout has ended the connection */
     AP_MAIL_FDS = 128,    /* descriptors go with bytes that were shown: ap_conn_report */
-    AP_MAIL_GONE = 256    /* the peer has gone: ap_conn_watch_peer; once */
+    AP_MAIL_GONE = 256,   /* the peer has gone: ap_conn_watch_peer; once */
+    AP_MAIL_FAILED = 512  /* the poller has failed, and so has the slot */
 };
 
 /* Flags of ap_conn_read and ap_conn_find. */
@@ -86,8 +89,9 @@ enum {
 typedef struct {
     uint64_t id;   /* generation << 32 | slot, as ap_conn_id gives it */
     uint32_t bits; /* AP_MAIL_* */
-    int32_t value; /* AP_MAIL_STARVED: the errno. AP_MAIL_READ: the end of the window, if what
-                    * was waited for lies in the block that was shown last; else 0 */
+    int32_t value; /* AP_MAIL_FAILED: AP_EPOLLER - errno. AP_MAIL_STARVED: the errno. AP_MAIL_READ:
+                    * the end of the window, if what was waited for lies in the block that was shown
+                    * last; else 0 */
 } ap_token;
 
 /* A readable window of a block. Offsets count from the block's own address,
@@ -158,17 +162,26 @@ typedef struct {
 AP_API int ap_poller_new(ap_poller **out) AP_MUST_CHECK;
 
 /* Starts the thread that drives the poller, with all signals blocked.
- * Thread: any, once. Returns 0; -EAGAIN if no thread could be had. */
+ * Thread: any, once. Returns 0; -EAGAIN if no thread could be had; AP_EPOLLER. */
 AP_API int ap_poller_start(ap_poller *poller) AP_MUST_CHECK;
 
 /* Drives the poller once: drains its inbox, fires what is due, waits at most
  * timeout_ms (-1: until something happens) and serves at most budget slots.
- * Thread: any; -EBUSY while another thread drives. Returns the slots served. */
+ * Thread: any; -EBUSY while another thread drives. Returns the slots served;
+ * -errno of epoll_wait; AP_EPOLLER once the poller has ended. */
 AP_API int ap_poller_step(ap_poller *poller, int timeout_ms, int budget);
 
 /* Ends and joins the thread, if there is one. Connections stay open, but
  * nothing moves any more. Thread: any but the poller's own. Returns 0. */
 AP_API int ap_poller_stop(ap_poller *poller);
+
+/* on: lets the poller end, and its thread, as soon as it has no connection and no listener; those
+ * that it has are served, and more may be opened. Not on: it stays after all. Thread: any.
+ * Returns 0; AP_EPOLLER if it has ended. */
+AP_API int ap_poller_drain(ap_poller *poller, int on);
+
+/* 0: it runs. 1: it will end with its last connection. AP_EPOLLER: it has ended. */
+AP_API int ap_poller_state(ap_poller *poller);
 
 /* Drops the caller's reference; the memory goes with the last slot and block. */
 AP_API void ap_poller_unref(ap_poller *poller);
@@ -177,6 +190,10 @@ AP_API void ap_poller_unref(ap_poller *poller);
 AP_API int ap_poller_nudge(ap_poller *poller);
 
 AP_API int ap_poller_statistics(ap_poller *poller, ap_poller_stats *out);
+
+/* The blocks of the process: of pollers, of hubs, and of those that have gone. Only those fields
+ * are set. Thread: any. Returns 0. */
+AP_API int ap_memory_statistics(ap_poller_stats *out);
 
 /* ---- hubs ------------------------------------------------------------- */
 
@@ -208,7 +225,8 @@ AP_API void ap_hub_unref(ap_hub *hub);
 
 /* Takes a connected, non-blocking socket with a stream or messages into a slot. It is not watched
  * before ap_conn_register. high_water bounds what is read ahead, in bytes.
- * Owns fd from success on. Thread: loop. Returns 0; -ENOMEM, -EBADF (the hub is dead). */
+ * Owns fd from success on. Thread: loop. Returns 0; -ENOMEM, -EBADF (the hub is dead), AP_EPOLLER.
+ */
 AP_API int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_water,
                        ap_conn **out) AP_MUST_CHECK;
 
@@ -262,6 +280,10 @@ AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHE
 
 /* How many bytes a window shows beyond what was asked for, 64 KiB at first. */
 AP_API int ap_conn_set_window(ap_conn *conn, uint32_t size);
+
+/* The size of the first block of input, and the least of later ones, header included; at most the
+ * high water mark. Before there is any. Returns 0; -EINVAL. */
+AP_API int ap_conn_set_block(ap_conn *conn, uint32_t size);
 
 /* Consumes n more unread bytes, across blocks, and forgets that a window was
  * handed out: the next one is new. Returns 0; -EINVAL if fewer are there. */

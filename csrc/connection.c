@@ -35,7 +35,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     conn->high = high_water;
     conn->low = high_water / 4;
     conn->window = AP_WINDOW;
-    conn->grow = AP_BLOCK_MIN;
+    conn->grow = conn->base = AP_BLOCK_MIN;
     conn->trim_at = AP_FOREVER;
     conn->delimiter = conn->delimiter_inline;
     conn->request_at = UINT64_MAX; /* no call has begun */
@@ -57,9 +57,7 @@ static int register_one(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    rc = ap_sys_epoll_ctl(conn->slot.poller->epfd, EPOLL_CTL_ADD, conn->slot.fd,
-                          ap_output_events(conn), ap_slot_tag(&conn->slot));
-    conn->registered = rc == 0;
+    rc = ap_slot_watch(&conn->slot, ap_output_events(conn));
     ap_slot_unlock(&conn->slot);
     return rc;
 }
@@ -149,6 +147,10 @@ uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
     }
     if ((bits & AP_MAIL_FDS) && conn->carried)
         told |= AP_MAIL_FDS;
+    if (bits & AP_MAIL_FAILED) {
+        *value = ap_state(conn->slot.poller);
+        told |= AP_MAIL_FAILED;
+    }
     if ((bits & AP_MAIL_TRIM) && ap_input_idle(conn)) {
         ap_chain_drop(&conn->input, conn);
         conn->shown = NULL;
@@ -248,6 +250,15 @@ void ap_conn_expire(ap_conn *conn, int64_t now)
         end_idle(conn);
     if (now >= conn->trim_at)
         trim(conn);
+}
+
+/* What is buffered stays readable; the socket is as it was, but nobody looks after it. */
+void ap_conn_fail(ap_conn *conn, int error)
+{
+    if (!conn->read_end)
+        conn->read_end = error;
+    ap_output_fail(conn, error);
+    ap_hub_post(&conn->slot, AP_MAIL_FAILED | AP_MAIL_READ | AP_MAIL_WRITE);
 }
 
 int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds)

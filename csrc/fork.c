@@ -74,5 +74,6 @@ int ap_fork_child(void)
             ap_sys_close((int)(word * 64 + (unsigned)__builtin_ctzll(bits)));
     }
     ap_slot_table_reset();
+    ap_pools_reset();
     return 0;
 }

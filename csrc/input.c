@@ -217,7 +217,7 @@ static void adapt(ap_conn *conn, size_t got)
     size_t bound = most(conn->high, AP_BLOCK_MIN);
     while (conn->grow < got + AP_BLOCK_HEADER && conn->grow * 2 <= bound)
         conn->grow *= 2;
-    if (got < conn->grow / 8 && conn->grow > AP_BLOCK_MIN)
+    if (got < conn->grow / 8 && conn->grow > conn->base)
         conn->grow /= 2;
 }
 

@@ -172,6 +172,8 @@ AP_MUST_CHECK ap_block *ap_pool_take(ap_pool *pool, size_t room);
 /* Gives what others returned back to the system, as far as it is not needed. */
 void ap_pool_trim(ap_pool *pool);
 void ap_pool_statistics(ap_pool *pool, ap_poller_stats *out);
+/* In the child of a fork: the parent's pools are not counted there. */
+void ap_pools_reset(void);
 static inline void ap_block_ref(ap_block *block)
 {
     /* relaxed: whoever takes a reference holds one, so the block cannot go */
@@ -281,6 +283,8 @@ struct ap_slot {
     bool closed;                 /* (m) */
     uint8_t ready;               /* (m) AP_READABLE ... */
     bool disowned;               /* (m) closing fd is Python's business */
+    bool watched;                /* (m) epoll knows it */
+    bool orphaned;               /* (m) its poller has failed; see ending.c */
     int fd;                      /* (m) -1 once closed */
     _Atomic int32_t refs;        /* (a) acq_rel down: the handle, the driver, the mailbox, a kill */
     uint64_t id;                 /* (c) */
@@ -310,6 +314,10 @@ ap_slot *ap_slot_at(uint32_t index);
 void ap_slot_ref(ap_slot *slot);
 void ap_slot_unref(ap_slot *slot);
 void ap_slot_table_reset(void);
+/* Has epoll watch the slot, under its mutex. 0; -errno; AP_EPOLLER. */
+AP_MUST_CHECK int ap_slot_watch(ap_slot *slot, uint32_t events);
+/* Every slot there is, open or not, without its mutex. */
+void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg);
 
 static inline void ap_slot_lock(ap_slot *slot)
 {
@@ -369,6 +377,8 @@ struct ap_poller {
     int64_t now;                   /* (d) when epoll_wait last returned */
     bool busy;                     /* (d) the last epoll_wait found something */
     int64_t sweep_at;              /* (d) when to trim the pool; AP_FOREVER: nothing to do */
+    int failures;                  /* (d) of epoll_wait, in a row */
+    _Atomic int state;             /* (a) see ending.c: AP_ACTIVE ..., or why it has ended */
     ap_counter connections, waits, polls, events, reads, writes, again, accepts, bytes_received,
         bytes_sent, wakeups, wakeups_coalesced, stale_tokens, stalls, timeouts, slots;
 };
@@ -384,6 +394,29 @@ extern _Thread_local ap_poller *ap_driving;
  * beyond due. Under the slot's mutex. */
 void ap_poller_push(ap_slot *slot, uint32_t bits, int64_t due);
 void ap_poller_ref(ap_poller *poller);
+/* Lets go of what is queued for the driver; it has ended. */
+void ap_poller_clear(ap_poller *poller);
+
+/* ---- ending.c --------------------------------------------------------- */
+
+enum ap_poller_state { AP_ACTIVE, AP_DRAINING, AP_ENDING };
+
+/* seq_cst; the reasons are in ending.c */
+static inline int ap_state(ap_poller *poller)
+{
+    return atomic_load_explicit(&poller->state, memory_order_seq_cst);
+}
+static inline bool ap_has_ended(ap_poller *poller)
+{
+    return ap_state(poller) < 0;
+}
+/* Counts one connection more, unless the poller has ended. 0; AP_EPOLLER. */
+AP_MUST_CHECK int ap_poller_admit(ap_poller *poller);
+void ap_poller_dismiss(ap_poller *poller);
+/* What the driver does with the result of a wait: a poller that fails ends. */
+void ap_poller_judge(ap_poller *poller, int result);
+/* Ends a poller that was to end with its last connection. */
+void ap_poller_end_drained(ap_poller *poller);
 
 /* ---- hub.c ------------------------------------------------------------ */
 
@@ -429,6 +462,7 @@ struct ap_conn {
     uint64_t consumed;  /* bytes, since the beginning */
     uint32_t high, low; /* water marks */
     uint32_t grow;      /* size of the next block */
+    uint32_t base;      /* at least; also that of the first one */
     uint32_t recent;    /* bytes that the last read brought */
     int read_end;       /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
     bool paused;        /* above high water, until below low */
@@ -467,7 +501,6 @@ struct ap_conn {
     bool held;         /* between ap_conn_hold and ap_conn_requeue */
     bool owed;         /* AP_MAIL_SENT must follow */
     bool shut;         /* SHUT_WR was done */
-    bool registered;   /* epoll watches it */
     bool watching_out; /* not on AP_TCP: EPOLLOUT is in the mask */
     int send_error;    /* the errno of sendmsg (on AP_SEQPACKET also of recvmsg), which has
                         * taken the socket's error */
@@ -503,6 +536,8 @@ static inline void ap_conn_unlock(ap_conn *conn)
 /* What the driver does for a slot, under its mutex. True: work is left. */
 bool ap_conn_serve(ap_context *context, ap_conn *conn);
 void ap_conn_expire(ap_conn *conn, int64_t now);
+/* Its poller has failed: it is broken. */
+void ap_conn_fail(ap_conn *conn, int error);
 int64_t ap_conn_next_deadline(const ap_conn *conn);
 uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value);
 void ap_conn_drop(ap_conn *conn);
@@ -582,6 +617,7 @@ struct ap_listener {
 
 bool ap_listener_serve(ap_listener *listener);
 void ap_listener_expire(ap_listener *listener, int64_t now);
+void ap_listener_fail(ap_listener *listener, int error);
 int64_t ap_listener_next_deadline(const ap_listener *listener);
 uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value);
 void ap_listener_drop(ap_listener *listener);

@@ -132,8 +132,7 @@ int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
     rc = ap_hub_link(slot);
     if (rc == 0) {
         ap_slot_lock(slot);
-        rc =
-            ap_sys_epoll_ctl(poller->epfd, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLET, ap_slot_tag(slot));
+        rc = ap_slot_watch(slot, EPOLLIN | EPOLLET);
         ap_slot_unlock(slot);
     }
     if (rc < 0) {
@@ -321,7 +320,8 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
         listener->first = 0;
     if (n == 0 && listener->error) {
         n = listener->error;
-        listener->error = 0;
+        if (!listener->slot.orphaned)
+            listener->error = 0;
         ap_poller_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
     }
     ap_slot_unlock(&listener->slot);
@@ -344,10 +344,19 @@ void ap_listener_expire(ap_listener *listener, int64_t now)
         ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
 }
 
+void ap_listener_fail(ap_listener *listener, int error)
+{
+    listener->error = error;
+    ap_hub_post(&listener->slot, AP_MAIL_FAILED | AP_MAIL_ACCEPT);
+}
+
 uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value)
 {
     uint32_t told = listener->count > 0 || listener->error ? AP_MAIL_ACCEPT : 0;
-    if (bits & AP_MAIL_STARVED) {
+    if (bits & AP_MAIL_FAILED) {
+        *value = ap_state(listener->slot.poller);
+        told |= AP_MAIL_FAILED;
+    } else if (bits & AP_MAIL_STARVED) {
         *value = listener->starved_error;
         told |= AP_MAIL_STARVED;
     }

@@ -112,7 +112,7 @@ static void watch_out(ap_conn *conn, bool on)
     if (conn->type == AP_TCP || conn->watching_out == on)
         return;
     conn->watching_out = on;
-    if (!conn->registered)
+    if (!slot->watched)
         return; /* it will be with this mask */
     int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, ap_output_events(conn),
                               ap_slot_tag(slot));

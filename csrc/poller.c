@@ -30,7 +30,6 @@
 
 #define EVENTS 256
 #define SELF UINT64_MAX /* the data of the poller's own event descriptor */
-#define THREAD_BUDGET 1024
 
 #ifdef AP_DEBUG
 _Thread_local ap_poller *ap_driving;
@@ -140,6 +139,8 @@ void ap_poller_push(ap_slot *slot, uint32_t bits, int64_t due)
 {
     AP_ASSERT_LOCKED(slot);
     ap_poller *poller = slot->poller;
+    if (slot->orphaned)
+        return;
     uint32_t old =
         atomic_fetch_or_explicit(&slot->box_bits, bits | AP_BOX_QUEUED, memory_order_seq_cst);
     if (!(old & AP_BOX_QUEUED)) {
@@ -197,6 +198,8 @@ static void handle_box(ap_poller *poller, ap_slot *slot, uint32_t bits)
             ap_slot_unref(slot);
         return;
     }
+    if (ap_has_ended(poller))
+        return;
     if (bits & AP_BOX_DEADLINE) {
         ap_slot_lock(slot);
         int64_t at = slot->timer_at;
@@ -362,6 +365,21 @@ static int run(ap_poller *poller, int budget)
     return served;
 }
 
+void ap_poller_clear(ap_poller *poller)
+{
+    AP_ASSERT_DRIVER(poller);
+    while (poller->run_head) {
+        ap_slot *slot = poller->run_head;
+        poller->run_head = slot->run_next;
+        slot->on_run = false;
+        if (slot->forgotten)
+            ap_slot_unref(slot);
+    }
+    poller->run_tail = &poller->run_head;
+    drain_inbox(poller);
+    ap_pool_trim(poller->context.pool);
+}
+
 /* ---- timers ----------------------------------------------------------- */
 
 static int64_t expire(ap_slot *slot, int64_t now)
@@ -395,6 +413,8 @@ int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
 {
     if (poller->epoch != ap_epoch_now())
         return -ECHILD;
+    if (ap_has_ended(poller))
+        return ap_state(poller);
     if (pthread_mutex_trylock(&poller->lease) != 0)
         return -EBUSY;
     DRIVING(poller);
@@ -410,48 +430,11 @@ int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
         sweep_later(poller);
     fire_timers(poller);
     sweep(poller);
+    ap_poller_judge(poller, n);
+    ap_poller_end_drained(poller);
     DRIVING(NULL);
     pthread_mutex_unlock(&poller->lease);
     return n < 0 ? n : served;
-}
-
-static void *drive(void *arg)
-{
-    ap_poller *poller = arg;
-    /* acquire; pairs with the release in ap_poller_stop */
-    while (!atomic_load_explicit(&poller->stopping, memory_order_acquire)) {
-        if (ap_poller_step(poller, -1, THREAD_BUDGET) < 0)
-            usleep(1000); /* somebody else drives, or epoll_wait has failed: not a spin */
-    }
-    return NULL;
-}
-
-int ap_poller_start(ap_poller *poller)
-{
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (atomic_load_explicit(&poller->started, memory_order_relaxed))
-        return -EALREADY;
-    int rc = ap_sys_thread(&poller->thread, drive, poller);
-    if (rc == 0)
-        atomic_store_explicit(&poller->started, true, memory_order_relaxed);
-    return rc;
-}
-
-int ap_poller_stop(ap_poller *poller)
-{
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
-        return 0;
-    atomic_store_explicit(&poller->stopping, true, memory_order_release); /* with drive */
-    ap_sys_signal(poller->efd);
-    pthread_join(poller->thread, NULL);
-    atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
-    /* What was closed meanwhile is let go of. What is closed later stays until
-     * somebody steps: at the end of the process nobody misses it. */
-    ap_poller_step(poller, 0, THREAD_BUDGET);
-    return 0;
 }
 
 /* ---- statistics ------------------------------------------------------- */

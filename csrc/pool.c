@@ -50,7 +50,40 @@ struct ap_pool {
     _Atomic size_t cached_bytes;      /* (a) relaxed: a bound, not a ledger */
     ap_block *_Atomic returned;       /* (a) release in give_back, acquire in reclaim */
     ap_counter blocks_in_use, bytes_in_use, blocks_free, bytes_free, bytes_pinned;
+    ap_pool *prev, *next; /* under pools_mutex */
 };
+
+/* All there are, for statistics: views keep memory also of pollers and loops that have gone. */
+static pthread_mutex_t pools_mutex = PTHREAD_MUTEX_INITIALIZER;
+static ap_pool *pools; /* under pools_mutex */
+
+static void enlist(ap_pool *pool)
+{
+    pthread_mutex_lock(&pools_mutex);
+    pool->next = pools;
+    if (pools)
+        pools->prev = pool;
+    pools = pool;
+    pthread_mutex_unlock(&pools_mutex);
+}
+
+static void delist(ap_pool *pool)
+{
+    pthread_mutex_lock(&pools_mutex);
+    if (pool->prev)
+        pool->prev->next = pool->next;
+    else
+        pools = pool->next;
+    if (pool->next)
+        pool->next->prev = pool->prev;
+    pthread_mutex_unlock(&pools_mutex);
+}
+
+void ap_pools_reset(void)
+{
+    pthread_mutex_init(&pools_mutex, NULL);
+    pools = NULL;
+}
 
 ap_pool *ap_pool_new(void)
 {
@@ -61,6 +94,7 @@ ap_pool *ap_pool_new(void)
     pool->epoch = ap_epoch_now();
     for (int i = 0; i < SMALL_CLASSES; i++)
         pool->partial[i].prev = pool->partial[i].next = &pool->partial[i];
+    enlist(pool);
     return pool;
 }
 
@@ -299,6 +333,7 @@ void ap_pool_unref(ap_pool *pool)
     /* acq_rel; pairs with itself: the last one sees what the others wrote */
     if (atomic_fetch_sub_explicit(&pool->refs, 1, memory_order_acq_rel) != 1)
         return;
+    delist(pool);
     ap_pool_trim(pool);
     for (int i = 0; i < SMALL_CLASSES; i++) {
         while (pool->partial[i].next != &pool->partial[i])
@@ -314,6 +349,16 @@ void ap_pool_statistics(ap_pool *pool, ap_poller_stats *out)
     out->blocks_free += ap_counted(&pool->blocks_free);
     out->bytes_free += ap_counted(&pool->bytes_free);
     out->bytes_pinned += ap_counted(&pool->bytes_pinned);
+}
+
+int ap_memory_statistics(ap_poller_stats *out)
+{
+    memset(out, 0, sizeof *out);
+    pthread_mutex_lock(&pools_mutex);
+    for (ap_pool *pool = pools; pool; pool = pool->next)
+        ap_pool_statistics(pool, out);
+    pthread_mutex_unlock(&pools_mutex);
+    return 0;
 }
 
 /* ---- references ------------------------------------------------------- */

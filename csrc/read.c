@@ -130,6 +130,19 @@ int ap_conn_set_window(ap_conn *conn, uint32_t size)
     return 0;
 }
 
+int ap_conn_set_block(ap_conn *conn, uint32_t size)
+{
+    if (size < AP_BLOCK_MIN || size > AP_BLOCK_MAX)
+        return -EINVAL;
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    uint32_t most = conn->high > AP_BLOCK_MIN ? conn->high : AP_BLOCK_MIN;
+    conn->base = conn->grow = size < most ? size : most;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
 int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
 {
     int rc = ap_slot_enter(&conn->slot);

@@ -42,6 +42,7 @@ typedef union {
 static pthread_mutex_t table_mutex = PTHREAD_MUTEX_INITIALIZER;
 static slot_memory *_Atomic chunks[CHUNKS]; /* (a) release in grow, acquire in ap_slot_at */
 static uint32_t chunk_count;                /* (s) */
+static uint32_t first_chunk;                /* (s) those before it are the parent's of a fork */
 static ap_slot *free_list;                  /* (s) */
 
 ap_slot *ap_slot_at(uint32_t index)
@@ -77,6 +78,7 @@ static void clear(ap_slot *slot)
      * its mutex, index and generation live on. */
     memset((char *)slot + sizeof(ap_slot), 0, sizeof(slot_memory) - sizeof(ap_slot));
     slot->closed = slot->disowned = slot->on_run = slot->forgotten = slot->hub_linked = false;
+    slot->watched = false;
     slot->run_next = slot->hub_prev = slot->hub_next = slot->free_next = NULL;
     slot->timer.prev = slot->timer.next = NULL;
     slot->timer_at = AP_FOREVER;
@@ -84,16 +86,29 @@ static void clear(ap_slot *slot)
     atomic_init(&slot->mail_bits, 0);
 }
 
-int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out)
+static int take_free(ap_slot **out)
 {
     pthread_mutex_lock(&table_mutex);
     int rc = free_list ? 0 : grow();
-    ap_slot *slot = free_list;
-    if (rc == 0)
-        free_list = slot->free_next;
+    if (rc == 0) {
+        *out = free_list;
+        free_list = free_list->free_next;
+    }
     pthread_mutex_unlock(&table_mutex);
+    return rc;
+}
+
+int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out)
+{
+    ap_slot *slot;
+    int rc = ap_poller_admit(poller);
     if (rc < 0)
         return rc;
+    rc = take_free(&slot);
+    if (rc < 0) {
+        ap_poller_dismiss(poller);
+        return rc;
+    }
     ap_slot_lock(slot); /* against a late event of the last generation */
     clear(slot);
     slot->kind = (uint8_t)kind;
@@ -103,12 +118,12 @@ int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out
     slot->id = ap_slot_tag(slot);
     slot->poller = poller;
     slot->hub = hub;
-    atomic_init(&slot->refs, 2); /* the handle and the driver */
+    slot->orphaned = ap_has_ended(poller); /* ap_slot_each has been here already */
+    atomic_init(&slot->refs, 2);           /* the handle and the driver */
     ap_slot_unlock(slot);
     ap_poller_ref(poller);
     ap_hub_ref(hub);
     ap_count(&poller->slots, 1);
-    ap_count(&poller->connections, 1);
     *out = slot;
     return 0;
 }
@@ -150,6 +165,26 @@ void ap_slot_table_reset(void)
 {
     pthread_mutex_init(&table_mutex, NULL);
     free_list = NULL;
+    first_chunk = chunk_count;
+}
+
+void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg)
+{
+    pthread_mutex_lock(&table_mutex);
+    uint32_t first = first_chunk * CHUNK, end = chunk_count * CHUNK;
+    pthread_mutex_unlock(&table_mutex);
+    for (uint32_t i = first; i < end; i++)
+        visit(ap_slot_at(i), arg);
+}
+
+int ap_slot_watch(ap_slot *slot, uint32_t events)
+{
+    AP_ASSERT_LOCKED(slot);
+    int rc = slot->orphaned ? ap_state(slot->poller)
+                            : ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_ADD, slot->fd, events,
+                                               ap_slot_tag(slot));
+    slot->watched = rc == 0;
+    return rc;
 }
 
 int ap_slot_enter(ap_slot *slot)
@@ -180,12 +215,14 @@ int ap_slot_close_locked(ap_slot *slot)
 int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd)
 {
     ap_hub_unlink(slot);
-    ap_uncount(&slot->poller->connections, 1);
+    ap_poller_dismiss(slot->poller);
     if (reset)
         ap_sys_linger_now(fd);
     if (!keep_fd)
         ap_sys_close(fd);
     else
         ap_fd_disown(fd);
+    if (slot->orphaned)      /* constant from the close on */
+        ap_slot_unref(slot); /* for the driver, which is no more */
     return keep_fd ? fd : 0;
 }

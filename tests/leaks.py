@@ -16,6 +16,7 @@ from anypoll import _runtime
 _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")
 #: What one poller has for as long as the process lives.
 _FDS_OF_A_POLLER = 2
+_ANONYMOUS = "anon_inode:"
 #: Worker threads that libraries keep for a while, or for ever.
 _OTHERS_THREADS = ("Trio thread", "libuv-worker")
 
@@ -69,6 +70,10 @@ class Snapshot:
             python_threads=_python_threads(),
         )
 
+    @property
+    def anonymous(self) -> int:
+        return sum(target.startswith(_ANONYMOUS) for target in self.descriptors.values())
+
     def grown(self) -> list[str]:
         """What there is now and was not then, in words."""
         now = self.take()
@@ -85,10 +90,12 @@ class Snapshot:
             for fd, target in now.descriptors.items()
             if self.descriptors.get(fd) != target
         }
-        # those of the kernel's anonymous files look alike, so only their number tells
-        anonymous = [fd for fd, target in new.items() if target.startswith("anon_inode:")]
-        for fd in anonymous[: new_pollers * _FDS_OF_A_POLLER]:
-            del new[fd]
+        # those of the kernel's anonymous files look alike, and pollers come and go: only how many
+        # there are tells
+        more = now.anonymous - self.anonymous - new_pollers * _FDS_OF_A_POLLER
+        for fd in [fd for fd, target in new.items() if target.startswith(_ANONYMOUS)]:
+            if more <= 0:
+                del new[fd]
         words += [f"descriptor {fd}: {target}" for fd, target in new.items()]
         if now.native_threads > self.native_threads + new_pollers:
             words.append(f"native threads: {self.native_threads} before, {now.native_threads} now")

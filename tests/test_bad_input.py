@@ -342,6 +342,13 @@ PROCESS = {
             "pollers must be (an integer|between 1 and 256)",
         ),
         "load_balance": Argument({ValueError: ["", "x", 5, b"random", [1]]}, "{name} must be one"),
+        "block_size": Argument(
+            {
+                ValueError: [0, 2047, 2**20 + 1, *TOO_SMALL, *HUGE],
+                TypeError: [*THINGS, 1.5, NAN],
+            },
+            "block_size must be (an integer|between 2048 and 1048576)",
+        ),
         "checkpoint_budget": Argument(
             {ValueError: [0, *TOO_SMALL], TypeError: [*THINGS, 1.5, NAN]},
             "checkpoint_budget must be (an integer|at least 1)",
@@ -926,6 +933,7 @@ RECORDS = [
     "ConnectTimeout",
     "ConnectionStatistics",
     "IdleTimeout",
+    "MemoryStatistics",
     "MessageTooLarge",
     "PeerCredentials",
     "PollerStatistics",

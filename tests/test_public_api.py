@@ -185,6 +185,10 @@ def test_server_members() -> None:
     ("cls", "fields"),
     [
         (
+            anypoll.MemoryStatistics,
+            "blocks_in_use blocks_free bytes_in_use bytes_free bytes_pinned",
+        ),
+        (
             anypoll.PollerStatistics,
             (
                 "connections waits events reads writes bytes_received bytes_sent wakeups "
@@ -215,7 +219,9 @@ def test_statistics_are_frozen_dataclasses(cls: Any, fields: str) -> None:
 def test_configure_takes_keywords_only() -> None:
     kinds = {p.kind for p in inspect.signature(anypoll.configure).parameters.values()}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
-    assert {"pollers", "load_balance", "checkpoint_budget"} <= set(parameters(anypoll.configure))
+    assert {"pollers", "load_balance", "block_size", "checkpoint_budget"} <= set(
+        parameters(anypoll.configure)
+    )
     assert anypoll.configure() is None
 
 

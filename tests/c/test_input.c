@@ -786,3 +786,29 @@ TEST(input_without_memory_ends_the_connection)
     link_close(&l);
     world_close(w);
 }
+
+/* The first block is as large as was asked for, later ones no smaller. */
+TEST(input_blocks_have_a_size_at_least)
+{
+    static const struct {
+        uint32_t high, asked, first;
+    } sizes[] = {{HIGH, 2048, 2048},
+                 {HIGH, 10000, 16384},
+                 {HIGH, 65536, 65536},
+                 {4096, 65536, 4096}};
+    for (size_t i = 0; i < AP_ARRAY_SIZE(sizes); i++) {
+        struct world *w = world_open();
+        struct link l = link_open(w, AP_TCP, sizes[i].high);
+        CHECK_EQ(ap_conn_set_block(l.conn, AP_BLOCK_MIN - 1), -EINVAL);
+        CHECK_EQ(ap_conn_set_block(l.conn, AP_BLOCK_MAX + 1), -EINVAL);
+        CHECK_OK(ap_conn_set_block(l.conn, sizes[i].asked));
+        for (uint64_t k = 0; k < 40; k++) {
+            peer_say(&l, 1, k, 1);
+            arrived(&l, 1);
+            expect(&l, 1, k, 1);
+            CHECK_EQ(l.block->size, sizes[i].first);
+        }
+        link_close(&l);
+        world_close(w);
+    }
+}

@@ -331,8 +331,8 @@ TEST(poller_is_fair)
 TEST(poller_survives_a_failing_wait)
 {
     struct world *w = world_open();
-    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, EBADF, 0, 1, 0));
-    CHECK_EQ(ap_poller_step(w->poller, 0, BUDGET), -EBADF);
+    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, ENOMEM, 0, 1, 0));
+    CHECK_EQ(ap_poller_step(w->poller, 0, BUDGET), -ENOMEM);
     CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, EINTR, 0, 5, 0));
     for (int i = 0; i < 5; i++)
         CHECK_EQ(ap_poller_step(w->poller, -1, BUDGET), 0);

@@ -277,3 +277,24 @@ TEST(pool_memory_does_not_stay_for_survivors)
     }
     ap_pool_unref(pool);
 }
+
+/* The sum over all pools that there are, also of those whose owner has gone. */
+TEST(pool_statistics_of_the_process)
+{
+    ap_poller_stats before, during, after;
+    CHECK_OK(ap_memory_statistics(&before));
+    ap_pool *first = ap_pool_new(), *second = ap_pool_new(), *third = ap_pool_new();
+    ap_block *a = ap_pool_take(first, 1000), *b = ap_pool_take(second, 100000);
+    CHECK(a && b && third);
+    ap_pool_unref(second);
+    ap_pool_unref(third);
+    CHECK_OK(ap_memory_statistics(&during));
+    CHECK_EQ(during.blocks_in_use - before.blocks_in_use, 2);
+    CHECK_EQ(during.bytes_in_use - before.bytes_in_use, a->size + b->size);
+    CHECK(during.blocks_free > before.blocks_free);
+    ap_block_unref(b);
+    ap_block_unref(a);
+    ap_pool_unref(first);
+    CHECK_OK(ap_memory_statistics(&after));
+    CHECK(memcmp(&before, &after, sizeof after) == 0);
+}

@@ -1,0 +1,208 @@
+/* A poller's thread, and how a poller ends: stopped, drained, or failed.
+ *
+ * States, and who may change them:
+ *
+ *   ACTIVE    it serves what it has, and gets more
+ *   DRAINING  it ends with its last connection or listener (ap_poller_drain, any
+ *             thread; back to ACTIVE likewise)
+ *   ENDING    the driver has found that there is none, and looks once more
+ *   < 0       it has ended, for ever: AP_EPOLLER - ECANCELED if drained, or the
+ *             errno of epoll_wait (the driver)
+ *
+ * Drained, against a connection that is being opened:
+ *   opener: count, then load the state, and take back the count if it is ENDING or
+ *           has ended;
+ *   driver: change DRAINING to ENDING, then load the count, and change back unless
+ *           it is 0.
+ *   All of it is seq_cst, so one of the two sees the other. Whoever takes the count
+ *   to 0 while the poller drains wakes the driver, which sleeps perhaps.
+ *
+ * Failed: nothing that is open can be served any more. Each slot is ended with
+ * the error, so that whoever waits is told, and orphaned: from then on its poller
+ * is not pushed to, and whoever closes it drops the driver's reference too. A
+ * slot that is taken meanwhile finds that the poller has ended, under its mutex,
+ * or is found by ap_slot_each. Descriptors of a poller are closed with the last
+ * reference, since loops may be in the middle of a call with them.
+ */
+#include "internal.h"
+
+#include <unistd.h>
+
+#define THREAD_BUDGET 1024 /* slots in one step: bounds how long events, inbox and timers wait */
+#define TRIES 20           /* of an epoll_wait that may work again: about a second */
+#define PAUSE_MOST 6       /* the pause is 2^n ms */
+#define DRAINED (AP_EPOLLER - ECANCELED)
+
+/* ---- counting --------------------------------------------------------- */
+
+int ap_poller_admit(ap_poller *poller)
+{
+    /* seq_cst; pairs with ap_poller_end_drained */
+    atomic_fetch_add_explicit(&poller->connections, 1, memory_order_seq_cst);
+    int state = ap_state(poller);
+    if (state == AP_ACTIVE || state == AP_DRAINING)
+        return 0;
+    ap_poller_dismiss(poller);
+    return state < 0 ? state : DRAINED;
+}
+
+void ap_poller_dismiss(ap_poller *poller)
+{
+    /* seq_cst; pairs with ap_poller_end_drained */
+    if (atomic_fetch_sub_explicit(&poller->connections, 1, memory_order_seq_cst) == 1 &&
+        ap_state(poller) > AP_ACTIVE)
+        ap_sys_signal(poller->efd);
+}
+
+/* ---- draining --------------------------------------------------------- */
+
+static bool change(ap_poller *poller, int from, int to)
+{
+    return atomic_compare_exchange_strong_explicit(&poller->state, &from, to, memory_order_seq_cst,
+                                                   memory_order_seq_cst);
+}
+
+int ap_poller_drain(ap_poller *poller, int on)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (on) {
+        change(poller, AP_ACTIVE, AP_DRAINING);
+        ap_sys_signal(poller->efd);
+    } else {
+        change(poller, AP_DRAINING, AP_ACTIVE);
+    }
+    int state = ap_state(poller);
+    if (on)
+        return state < 0 && state != DRAINED ? state : 0;
+    return state < 0 ? state : state == AP_ENDING ? DRAINED : 0;
+}
+
+int ap_poller_state(ap_poller *poller)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    int state = ap_state(poller);
+    return state == AP_ENDING ? AP_DRAINING : state;
+}
+
+static uint64_t open_slots(ap_poller *poller)
+{
+    return atomic_load_explicit(&poller->connections, memory_order_seq_cst);
+}
+
+void ap_poller_end_drained(ap_poller *poller)
+{
+    AP_ASSERT_DRIVER(poller);
+    if (ap_state(poller) != AP_DRAINING || open_slots(poller) > 0 ||
+        !change(poller, AP_DRAINING, AP_ENDING))
+        return;
+    if (open_slots(poller) > 0) { /* pairs with ap_poller_admit */
+        change(poller, AP_ENDING, AP_DRAINING);
+        return;
+    }
+    change(poller, AP_ENDING, DRAINED);
+    ap_poller_clear(poller); /* what was closed is in the inbox, since that comes first */
+}
+
+/* ---- failing ---------------------------------------------------------- */
+
+typedef struct {
+    ap_poller *poller;
+    int error;
+    ap_slot *orphans; /* linked by run_next, with a reference: they may be in the inbox */
+} failure;
+
+static void end_slot(ap_slot *slot, void *arg)
+{
+    failure *f = arg;
+    ap_slot_lock(slot);
+    if (slot->poller == f->poller && !slot->closed && !slot->orphaned) {
+        ap_slot_ref(slot);
+        slot->run_next = f->orphans;
+        f->orphans = slot;
+        slot->orphaned = true;
+        ap_wheel_unfile(&f->poller->wheel, &slot->timer);
+        if (slot->watched && slot->kind == AP_SLOT_CONN)
+            ap_conn_fail((ap_conn *)slot, f->error);
+        else if (slot->watched)
+            ap_listener_fail((ap_listener *)slot, f->error);
+    }
+    ap_slot_unlock(slot);
+}
+
+static void fail(ap_poller *poller, int error)
+{
+    failure f = {.poller = poller, .error = error};
+    atomic_store_explicit(&poller->state, error, memory_order_seq_cst);
+    ap_poller_clear(poller); /* the run list, which uses run_next too */
+    ap_slot_each(end_slot, &f);
+    ap_poller_clear(poller); /* what was closed or pushed before it was orphaned */
+    while (f.orphans) {
+        ap_slot *slot = f.orphans;
+        f.orphans = slot->run_next;
+        ap_slot_unref(slot);
+    }
+}
+
+static bool may_pass(int error)
+{
+    return error == -ENOMEM || error == -ENOBUFS || error == -EAGAIN;
+}
+
+void ap_poller_judge(ap_poller *poller, int result)
+{
+    AP_ASSERT_DRIVER(poller);
+    if (result >= 0)
+        poller->failures = 0;
+    else if (!may_pass(result) || ++poller->failures == TRIES)
+        fail(poller, AP_EPOLLER + result);
+}
+
+/* ---- the thread ------------------------------------------------------- */
+
+static void *drive(void *arg)
+{
+    ap_poller *poller = arg;
+    /* acquire; pairs with the release in ap_poller_stop */
+    for (int failures = 0; !atomic_load_explicit(&poller->stopping, memory_order_acquire);) {
+        int rc = ap_poller_step(poller, -1, THREAD_BUDGET);
+        if (ap_has_ended(poller))
+            break;
+        if (rc >= 0 || rc == -EBUSY)
+            failures = 0;
+        if (rc < 0) /* somebody else drives, or epoll_wait has failed: not a spin */
+            usleep(1000u << (failures < PAUSE_MOST ? failures++ : PAUSE_MOST));
+    }
+    return NULL;
+}
+
+int ap_poller_start(ap_poller *poller)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (ap_has_ended(poller))
+        return ap_state(poller);
+    if (atomic_load_explicit(&poller->started, memory_order_relaxed))
+        return -EALREADY;
+    int rc = ap_sys_thread(&poller->thread, drive, poller);
+    if (rc == 0)
+        atomic_store_explicit(&poller->started, true, memory_order_relaxed);
+    return rc;
+}
+
+int ap_poller_stop(ap_poller *poller)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
+        return 0;
+    atomic_store_explicit(&poller->stopping, true, memory_order_release); /* with drive */
+    ap_sys_signal(poller->efd);
+    pthread_join(poller->thread, NULL);
+    atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
+    /* What was closed meanwhile is let go of. What is closed later stays until
+     * somebody steps: at the end of the process nobody misses it. */
+    ap_poller_step(poller, 0, THREAD_BUDGET);
+    return 0;
+}
