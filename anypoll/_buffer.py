@@ -17,7 +17,7 @@ from ._chain import Chain, Piece
 from ._config import count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -142,7 +142,11 @@ class BaseWriter:
         if buffer is self:
             raise ValueError("a LinkBuffer cannot be appended to itself")
         self._check()
-        pieces = buffer._give_all()
+        return self._extend(buffer._give_all())
+
+    def _extend(self, pieces: Sequence[Piece]) -> int:
+        """Appends what nobody changes any more, as it is."""
+        self._check()
         self._seal()
         size = sum(map(len, pieces))
         self._pieces.extend(pieces)

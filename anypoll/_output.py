@@ -104,10 +104,30 @@ class Output(Endpoint):
         """
         self._enter_writing()
         try:
-            self.writer._seal()
-            await self._flush()
+            await self.flush_claimed()
         finally:
             self._writing = False
+
+    def claim(self) -> None:
+        """Nobody else may send from now on."""
+        self._enter_writing()
+
+    async def flush_claimed(self) -> None:
+        """``flush()``, for whoever is the one that sends."""
+        self.writer._seal()
+        await self._flush()
+
+    def release(self) -> None:
+        """Ends the claim; what the writer still has is sent, or queued, without any waiting."""
+        self._writing = False
+        if self.writer._size and not self.writer._shut:
+            self._send(self.writer._take())
+
+    def why_broken(self) -> Exception | None:
+        """What a write would raise; asks nobody but C."""
+        if self.writer._shut or self.status() & (_epoll.IS_BROKEN | _epoll.IS_CLOSED):
+            return self.why_unwritable()
+        return None
 
     async def _flush(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0

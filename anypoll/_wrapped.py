@@ -228,14 +228,30 @@ class StreamSink:
 
     async def flush(self) -> None:
         """Gives the stream what is pending; a checkpoint."""
+        self.claim()
+        try:
+            await self.flush_claimed()
+        finally:
+            self._writing = False
+
+    def claim(self) -> None:
+        """See ``Sink``."""
         if self._writing:
             raise BusyResourceError("writing to")
         self._writing = True
-        try:
-            self.writer._seal()
-            await self._send_pending()
-        finally:
-            self._writing = False
+
+    async def flush_claimed(self) -> None:
+        """See ``Sink``."""
+        self.writer._seal()
+        await self._send_pending()
+
+    def release(self) -> None:
+        """Ends the claim. Nothing goes out: a stream cannot be given bytes without waiting."""
+        self._writing = False
+
+    def why_broken(self) -> Exception | None:
+        """Nothing: only the stream knows."""
+        return None
 
     async def _send_pending(self) -> None:
         if not self.writer._size:

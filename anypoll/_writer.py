@@ -22,6 +22,21 @@ class Sink(Protocol):
     async def send(self, item: Piece) -> None:
         """Sends what the writer has pending, then ``item``."""
 
+    def claim(self) -> None:
+        """Makes the caller the only one who sends: others are told that it is busy.
+
+        :raises BusyResourceError: if another one is sending
+        """
+
+    async def flush_claimed(self) -> None:
+        """A ``flush()`` of the one who has claimed it."""
+
+    def release(self) -> None:
+        """Ends the claim. What is pending goes out as far as that needs no waiting."""
+
+    def why_broken(self) -> Exception | None:
+        """What a write would raise, if that is known without trying."""
+
     async def aclose(self) -> None:
         """Closes it."""
 

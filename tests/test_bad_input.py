@@ -27,9 +27,11 @@ from peers import arrive, holds, read_all, socket_pair, within
 import anypoll
 import anypoll.integrations.httpcore
 import anypoll.integrations.trio
+import anypoll.mux
 import anypoll.nocopy
 import anypoll.streams
 from anypoll import MessageTooLarge, ReadTimeout, _runtime
+from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer
 
 pytestmark = pytest.mark.anyio
@@ -370,6 +372,17 @@ NOCOPY = {
     "as_raw_io().write": {"data": BYTES},
     "as_raw_io().readinto": {"into": INTO},
 }
+MUX = {
+    "mux.ShardQueue": {
+        "conn": typed(None, 5, b"x", object(), text="a nocopy writer is required"),
+        "shards": count(least=1, others={"conn": OPEN}),
+    },
+    "mux.ShardQueue.add": {
+        "buffers": typed(
+            "text", None, 5, 1.5, [1], object(), object, lambda: None, text="must be bytes-like"
+        ),
+    },
+}
 CONNECTION_NEEDED = typed(None, 5, object(), text=r"expected an anypoll\.Connection")
 LISTENER_NEEDED = typed(None, 5, object(), text=r"expected an anypoll\.SocketListener")
 TRIO = {
@@ -457,6 +470,7 @@ TABLE: dict[str, dict[str, Argument]] = {
     **SERVER,
     **PROCESS,
     **NOCOPY,
+    **MUX,
     **TRIO,
     **HTTPCORE,
 }
@@ -576,6 +590,16 @@ async def shut_down(timeout: Any) -> None:
             assert not server.shutting_down
 
 
+async def queued(buffers: Any) -> None:
+    first, second = anyio.create_memory_object_stream[bytes](4)
+    with first, second:
+        async with ShardQueue(anypoll.nocopy.wrap_writer(_Bytes(first))) as queue:
+            try:
+                await queue.add(b"before", buffers)
+            finally:
+                assert queue.buffered == 0
+
+
 def own(live: Live) -> dict[str, Any]:
     """What a name of the table stands for, if it is not an attribute of a public module."""
     nocopy = anypoll.nocopy
@@ -589,6 +613,8 @@ def own(live: Live) -> dict[str, Any]:
         "as_send_stream().send": sending.send,
         "as_raw_io().write": raw.write,
         "as_raw_io().readinto": raw.readinto,
+        "mux.ShardQueue": ShardQueue,
+        "mux.ShardQueue.add": queued,
     }
 
 
@@ -967,6 +993,7 @@ PREFIXES = {
     anypoll: "",
     anypoll.streams: "",
     anypoll.nocopy: "",
+    anypoll.mux: "mux.",
     anypoll.integrations.trio: "trio.",
     anypoll.integrations.httpcore: "httpcore.",
 }

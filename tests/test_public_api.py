@@ -16,10 +16,17 @@ import pytest
 
 import anypoll
 import anypoll.integrations.trio
+import anypoll.mux
 import anypoll.nocopy
 import anypoll.streams
 
-MODULES = [anypoll, anypoll.streams, anypoll.nocopy, anypoll.integrations.trio]
+MODULES = [
+    anypoll,
+    anypoll.streams,
+    anypoll.nocopy,
+    anypoll.mux,
+    anypoll.integrations.trio,
+]
 INTEGRATIONS = sorted((Path(anypoll.__file__).parent / "integrations").glob("*.py"))
 
 
@@ -174,6 +181,15 @@ def test_members_of_reader_and_writer() -> None:
     assert [name for name in writer.split() if not hasattr(anypoll.nocopy.Writer, name)] == []
 
 
+def test_members_of_a_queue() -> None:
+    queue = anypoll.mux.ShardQueue
+    assert parameters(queue) == ["conn", "shards"]
+    assert inspect.signature(queue).parameters["shards"].kind is inspect.Parameter.KEYWORD_ONLY
+    for name in ("add", "aclose", "__aenter__", "__aexit__"):
+        assert inspect.iscoroutinefunction(getattr(queue, name))
+    assert isinstance(inspect.getattr_static(queue, "buffered"), property)
+
+
 def test_server_members() -> None:
     names = (
         "listeners addresses port connections shutting_down wait_shutting_down statistics shutdown"
@@ -306,7 +322,7 @@ def test_import_starts_nothing_and_statistics_are_empty_then() -> None:
     out = run(
         "import os, sys, threading\n"
         "before = len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd'))\n"
-        "import anypoll, anypoll.nocopy, anypoll.streams, anypoll.integrations\n"
+        "import anypoll, anypoll.mux, anypoll.nocopy, anypoll.streams, anypoll.integrations\n"
         "anypoll.configure(pollers=3)\n"
         "after = len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd'))\n"
         "assert before == after, (before, after)\n"

@@ -13,6 +13,7 @@ import trio.testing
 
 import anypoll
 from anypoll import Connection
+from anypoll.mux import ShardQueue
 
 pytestmark = pytest.mark.trio
 
@@ -113,3 +114,23 @@ async def test_the_read_timeout_is_real_time(autojump_clock: trio.testing.MockCl
         first.read_timeout = 0.02
         with pytest.raises(anypoll.ReadTimeout):
             await first.receive()
+
+
+async def test_a_queue_in_a_nursery() -> None:
+    """Many tasks of a nursery write to one connection, and a deadline of Trio's ends the block."""
+    first, second = anypoll.socketpair()
+    async with first, second:
+        async with ShardQueue(first) as queue, trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(queue.add, b"%02d" % number)
+        got = bytes(await second.next(200))
+        assert sorted(got[at : at + 2] for at in range(0, 200, 2)) == [
+            b"%02d" % number for number in range(100)
+        ]
+        with trio.CancelScope() as scope:
+            async with ShardQueue(first) as queue:
+                await queue.add(b"sent")
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert await second.next(4) == b"sent"

@@ -1,0 +1,1236 @@
+"""Many tasks write messages to one connection: whole, in order, merged, bounded, and told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
+from anyio.streams.tls import TLSStream
+from hypothesis import HealthCheck, given, settings, strategies as st
+from peers import (
+    KIB,
+    arrived,
+    at_once,
+    holds,
+    opened,
+    pattern,
+    read_all,
+    read_to_end,
+    reset,
+    served,
+    socket_pair,
+    within,
+)
+
+import anypoll
+from anypoll import IdleTimeout, WriteTimeout, mux
+from anypoll.mux import ShardQueue
+from anypoll.nocopy import LinkBuffer, wrap_writer
+
+pytestmark = pytest.mark.anyio
+
+HIGH = 256 * KIB  # the default of write_high_water
+HEADER = struct.Struct(">HIH")
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+def message(caller: int, number: int, size: int) -> tuple[bytes, bytes]:
+    return HEADER.pack(caller, number, size), pattern(size, seed=caller * 100_003 + number)
+
+
+def check(stream: bytes, counts: dict[int, int], size: Callable[[int], int]) -> None:
+    """The stream consists of so many messages of each caller, whole and in order."""
+    seen = dict.fromkeys(counts, 0)
+    view, position = memoryview(stream), 0
+    while position < len(view):
+        caller, number, length = HEADER.unpack_from(view, position)
+        assert number == seen[caller]
+        header, body = message(caller, number, size(number))
+        end = position + len(header) + length
+        assert view[position:end] == header + body
+        seen[caller], position = number + 1, end
+    assert seen == counts
+
+
+class Gate(anyio.abc.ByteSendStream):
+    """A stream that takes nothing until it is opened."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []
+        self.open = anyio.Event()
+        self.failure: Exception | None = None
+
+    async def send(self, item: bytes) -> None:
+        await self.open.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.items.append(item)
+
+    async def aclose(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    async def took(self, size: int) -> bytes:
+        """What has come behind the filling, when it is so much."""
+        await holds(lambda: sum(map(len, self.items)) >= HIGH + size)
+        return b"".join(self.items)[HIGH:]
+
+
+@asynccontextmanager
+async def full() -> AsyncIterator[tuple[ShardQueue, Gate]]:
+    """A queue that has no room until the gate is opened."""
+    gate = Gate()
+    async with ShardQueue(wrap_writer(gate)) as queue:
+        await queue.add(bytes(HIGH))
+        try:
+            yield queue, gate
+        finally:
+            gate.open.set()
+
+
+@asynccontextmanager
+async def narrow(kind: str = "unix") -> AsyncIterator[tuple[anypoll.Connection, socket.socket]]:
+    """As `opened()`, with little room in the kernel."""
+    async with opened(kind) as (conn, peer):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+        raw = conn.extra(anyio.abc.SocketAttribute.raw_socket)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
+        yield conn, peer
+
+
+class Flood:
+    """A task that adds without end until it is told to stop; counts the bytes it has added."""
+
+    def __init__(self, queue: ShardQueue) -> None:
+        self.queue, self.added = queue, 0
+        self.told: Exception | None = None
+
+    async def run(self) -> None:
+        try:
+            while True:
+                await self.queue.add(bytes(50_000))
+                self.added += 50_000
+        except (BrokenResourceError, ClosedResourceError, WriteTimeout) as exc:
+            self.told = exc
+
+    async def is_stopped(self) -> None:
+        """The connection takes no more for now, and the queue is full."""
+        await holds(lambda: self.queue._waiting and self.queue.buffered >= HIGH)
+
+
+async def waiting(queue: ShardQueue, count: int) -> None:
+    """Until so many calls of add() wait for room."""
+    await holds(lambda: len(queue._waiting) == count)
+
+
+# --- whole, in order, merged ---------------------------------------------------------------------
+
+
+async def test_a_hundred_tasks_with_a_thousand_messages_each(kind: str) -> None:
+    """O23: each byte arrives, in each task's order, and in few system calls."""
+    tasks, count = 100, 1000
+
+    def size(number: int) -> int:
+        return number % 24
+
+    async def caller(queue: ShardQueue, name: int) -> None:
+        for number in range(count):
+            await queue.add(*message(name, number, size(number)))
+
+    async def send(conn: anypoll.Connection) -> None:
+        async with ShardQueue(conn) as queue, anyio.create_task_group() as tg:
+            for name in range(tasks):
+                tg.start_soon(caller, queue, name)
+        await conn.send_eof()
+
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as tg:
+        tg.start_soon(send, conn)
+        check(await read_to_end(peer), dict.fromkeys(range(tasks), count), size)
+        assert 10 * conn.statistics().writes <= tasks * count
+
+
+async def test_messages_of_every_size_through_a_small_queue() -> None:
+    """Those above 4 KiB are sent by reference, and all of them wait for room again and again."""
+    tasks, count = 10, 40
+
+    def size(number: int) -> int:
+        return [0, 1, 100, 4096, 4097, 40_000][number % 6]
+
+    async with served(write_high_water=1000) as (conn, peer):
+
+        async def caller(name: int) -> None:
+            for number in range(count):
+                await queue.add(*message(name, number, size(number)))
+                assert queue.buffered <= 1000 + HEADER.size + 40_000
+
+        async with ShardQueue(conn) as queue, anyio.create_task_group() as tg:
+            for name in range(tasks):
+                tg.start_soon(caller, name)
+            total = tasks * sum(HEADER.size + size(number) for number in range(count))
+            check(await read_all(peer, total), dict.fromkeys(range(tasks), count), size)
+        assert queue.buffered == 0
+
+
+async def test_what_is_added_in_one_turn_is_sent_at_once() -> None:
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        before = conn.statistics().writes
+        for _ in range(20):
+            at_once(queue.add(b"ab", b"c"))
+        assert queue.buffered == 60
+        assert await read_all(peer, 60) == b"abc" * 20
+        assert conn.statistics().writes == before + 1
+        await holds(lambda: queue.buffered == 0)
+
+
+async def test_no_bytes_are_no_message() -> None:
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        for nothing in [(), (b"",), (b"", bytearray()), (lambda: b"", LinkBuffer())]:
+            await queue.add(*nothing)
+        assert queue.buffered == 0
+        await queue.add(b"", b"x", b"")
+        assert await read_all(peer, 1) == b"x"
+    assert conn.statistics().bytes_sent == 1
+
+
+async def test_other_tasks_run_while_one_adds_without_end() -> None:
+    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
+        ran = anyio.Event()
+
+        async def other() -> None:
+            ran.set()
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(other)
+            with anyio.fail_after(30):
+                while not ran.is_set():
+                    await queue.add(b"x")
+
+
+async def test_a_cancelled_task_stops_adding() -> None:
+    """The checkpoint comes before the message is queued."""
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        added = 0
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            while added < 10_000:
+                await queue.add(b"x")
+                added += 1
+        assert 0 < added < 10_000
+        assert len(await read_all(peer, added)) == added
+        await queue.add(b"y")
+        assert await read_all(peer, 1) == b"y"
+
+
+# --- what a buffer may be ------------------------------------------------------------------------
+
+
+async def test_changeable_buffers_are_copied() -> None:
+    async with full() as (queue, gate):
+        data = bytearray(b"first")
+        view = memoryview(bytearray(b"second"))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(queue.add, data, view)
+            await waiting(queue, 1)
+            data[:] = b"?????"
+            view[:] = b"??????"
+            gate.open.set()
+        data[:] = b"third"
+        await queue.add(data)
+        data[:] = b"?????"
+        assert await gate.took(16) == b"firstsecondthird"
+
+
+async def test_large_bytes_are_referenced() -> None:
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        data = bytes(5000)
+        at_once(queue.add(data))
+        assert queue._pieces[0] is data
+        assert await read_all(peer, 5000) == data
+
+
+async def test_a_link_buffer_is_moved() -> None:
+    buffer = LinkBuffer()
+    buffer.write(b"readable ")
+    buffer.flush()
+    buffer.write(b"written ")
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        await queue.add(b"<", buffer, b">")
+        assert len(buffer) == 0
+        assert await read_all(peer, 19) == b"<readable written >"
+        buffer.write(b"again")
+        await queue.add(buffer)
+        assert await read_all(peer, 5) == b"again"
+
+
+async def test_a_link_buffer_stays_whole_until_its_turn() -> None:
+    buffer = LinkBuffer()
+    buffer.write(b"mine")
+    async with full() as (queue, _gate):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(queue.add, buffer)
+            await waiting(queue, 1)
+            tg.cancel_scope.cancel()
+        buffer.flush()
+        assert buffer.to_bytes() == b"mine"
+
+
+async def test_callables_are_called_in_the_order_of_sending() -> None:
+    numbers = iter(range(1000))
+
+    def next_number() -> bytes:
+        return b"%03d" % next(numbers)
+
+    async with full() as (queue, gate):
+        async with anyio.create_task_group() as tg:
+            for _ in range(50):
+                tg.start_soon(queue.add, next_number, b"filling " * 10_000)
+            await waiting(queue, 50)
+            assert next(numbers) == 0, "called before there was room"
+            gate.open.set()
+        got = await gate.took(50 * 80_003)
+        assert got.replace(b"filling ", b"") == b"".join(b"%03d" % n for n in range(1, 51))
+
+
+@pytest.mark.parametrize("result", [b"bytes", bytearray(b"bytes"), memoryview(b"bytes")])
+async def test_what_a_callable_may_return(result: Any) -> None:
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        await queue.add(b"<", lambda: result, b">")
+        assert await read_all(peer, 7) == b"<bytes>"
+
+
+async def test_a_callable_that_returns_a_link_buffer() -> None:
+    buffer = LinkBuffer()
+    buffer.write(b"bytes")
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        await queue.add(b"<", lambda: buffer, b">")
+        assert await read_all(peer, 7) == b"<bytes>"
+
+
+def failing() -> bytes:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ("text", TypeError),
+        (5, TypeError),
+        (None, TypeError),
+        ([b"x"], TypeError),
+        (lambda: "text", TypeError),
+        (lambda: failing, TypeError),
+        (failing, ZeroDivisionError),
+    ],
+)
+async def test_a_message_that_cannot_be_made(wrong: Any, error: type[Exception]) -> None:
+    """O23: nothing of it is sent, nothing is taken, and the queue goes on."""
+    buffer = LinkBuffer()
+    buffer.write(b"kept")
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        with pytest.raises(error):
+            await queue.add(b"part", buffer, lambda: b"called", wrong)
+        assert queue.buffered == 0
+        await queue.add(buffer)
+        assert await read_all(peer, 4) == b"kept"
+    assert conn.statistics().bytes_sent == 4
+
+
+async def test_a_closed_link_buffer_is_refused() -> None:
+    closed, buffer = LinkBuffer(), LinkBuffer()
+    closed.close()
+    buffer.write(b"kept")
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        with pytest.raises(ClosedResourceError):
+            await queue.add(buffer, closed)
+        await queue.add(buffer)
+        assert await read_all(peer, 4) == b"kept"
+
+
+async def test_a_callable_that_fails_after_a_wait() -> None:
+    """O23: the room that was kept for it goes to the next one."""
+    async with full() as (queue, gate):
+        raised = []
+
+        async def add_failing() -> None:
+            with pytest.raises(ZeroDivisionError):
+                await queue.add(b"part", failing)
+            raised.append(1)
+
+        async with anyio.create_task_group() as tg:
+            for number in range(5):
+                tg.start_soon(add_failing)
+                await waiting(queue, 2 * number + 1)
+                tg.start_soon(queue.add, b"%d" % number)
+                await waiting(queue, 2 * number + 2)
+            gate.open.set()
+        assert sorted(await gate.took(5)) == sorted(b"01234")
+        assert len(raised) == 5
+        await holds(lambda: queue.buffered == 0)
+
+
+# --- bounded -------------------------------------------------------------------------------------
+
+
+async def test_a_peer_that_does_not_read_stops_those_who_add(kind: str) -> None:
+    tasks, count, size = 20, 200, 4000
+
+    async with narrow(kind) as (conn, peer), ShardQueue(conn) as queue:
+        added = 0
+
+        async def caller(name: int) -> None:
+            nonlocal added
+            for number in range(count):
+                await queue.add(*message(name, number, size))
+                added += 1
+                assert queue.buffered <= HIGH + HEADER.size + size
+
+        async with anyio.create_task_group() as tg:
+            for name in range(tasks):
+                tg.start_soon(caller, name)
+            await waiting(queue, tasks)
+            assert added < tasks * count
+            total = tasks * count * (HEADER.size + size)
+            check(await read_all(peer, total), dict.fromkeys(range(tasks), count), lambda _: size)
+        assert added == tasks * count
+
+
+async def test_who_waits_longest_goes_on_first() -> None:
+    async with full() as (queue, gate):
+        async with anyio.create_task_group() as tg:
+            for letter in b"abcdef":
+                tg.start_soon(queue.add, bytes([letter]) * HIGH)
+                await waiting(queue, letter - ord("a") + 1)
+            gate.open.set()
+        got = await gate.took(6 * HIGH)
+        assert got == b"".join(bytes([letter]) * HIGH for letter in b"abcdef")
+
+
+async def test_nobody_overtakes_who_waits() -> None:
+    async with full() as (queue, gate):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(queue.add, b"first" * HIGH)
+            await waiting(queue, 1)
+            tg.start_soon(queue.add, b"second")
+            await waiting(queue, 2)
+            gate.open.set()
+        assert await gate.took(5 * HIGH + 6) == b"first" * HIGH + b"second"
+
+
+async def test_a_cancelled_add_leaves_nothing_behind() -> None:
+    async with full() as (queue, gate):
+        scopes = [anyio.CancelScope() for _ in range(6)]
+
+        async def add(number: int) -> None:
+            with scopes[number]:
+                await queue.add(b"%d" % number)
+
+        async with anyio.create_task_group() as tg:
+            for number in range(6):
+                tg.start_soon(add, number)
+                await waiting(queue, number + 1)
+            for number in (0, 3, 5):
+                scopes[number].cancel()
+            await waiting(queue, 3)
+            gate.open.set()
+        assert sorted(await gate.took(3)) == sorted(b"124")
+        await holds(lambda: queue.buffered == 0)
+    assert sum(map(len, gate.items)) == HIGH + 3
+
+
+async def test_an_add_that_is_cancelled_when_its_turn_has_come() -> None:
+    """It is sent as a whole, or not at all; and its room is not lost."""
+    async with full() as (queue, gate):
+        scopes = [anyio.CancelScope() for _ in range(20)]
+        done: list[int] = []
+
+        async def add(number: int) -> None:
+            with scopes[number]:
+                await queue.add(b"%c" % (ord("a") + number))
+                done.append(number)
+                for scope in scopes:  # those behind have been granted room, and have not run
+                    scope.cancel()
+
+        async with anyio.create_task_group() as tg:
+            for number in range(20):
+                tg.start_soon(add, number)
+                await waiting(queue, number + 1)
+            gate.open.set()
+        assert done
+        assert sorted(await gate.took(len(done))) == sorted(ord("a") + n for n in done)
+        await holds(lambda: queue.buffered == 0)
+        assert queue._size == 0
+
+
+async def test_a_task_that_reads_does_not_wait_for_the_queue() -> None:
+    """Else two ends that both wait for room would wait for each other."""
+    async with narrow() as (conn, peer), anyio.create_task_group() as tg:
+        async with ShardQueue(conn) as queue:
+            flood = Flood(queue)
+            tg.start_soon(flood.run)
+            await flood.is_stopped()
+            peer.send(b"input")
+            assert await within(conn.next(5)) == b"input"
+            assert queue.buffered >= HIGH
+            tg.start_soon(read_to_end, peer)
+        await conn.send_eof()
+
+
+# --- one sender ----------------------------------------------------------------------------------
+
+
+async def test_nobody_else_sends_meanwhile() -> None:
+    async with opened() as (conn, peer):
+        async with ShardQueue(conn) as queue:
+            for call in (conn.send_eof, conn.writer.flush, conn.wait_writable):
+                with pytest.raises(BusyResourceError):
+                    await call()
+            with pytest.raises(BusyResourceError):
+                await conn.send(b"x")
+            with pytest.raises(BusyResourceError):
+                conn.detach()
+            with pytest.raises(BusyResourceError):
+                async with ShardQueue(conn):
+                    pass
+            await queue.add(b"queued ")
+        await conn.send(b"sent ")
+        async with ShardQueue(conn) as queue:
+            await queue.add(b"queued again")
+        assert await read_all(peer, 24) == b"queued sent queued again"
+
+
+async def test_entering_while_another_task_sends() -> None:
+    async with opened() as (conn, peer), anyio.create_task_group() as tg:
+        data = pattern(8 * 1024 * KIB)
+        tg.start_soon(conn.send, data)
+        await holds(lambda: conn.statistics().buffered_output)
+        queue = ShardQueue(conn)
+        with pytest.raises(BusyResourceError):
+            await queue.__aenter__()
+        assert await read_all(peer, len(data)) == data
+
+
+async def test_what_the_writer_has_pending_goes_first() -> None:
+    async with opened() as (conn, peer):
+        conn.writer.write(b"pending ")
+        conn.writer.malloc(9)[:] = b"reserved "
+        async with ShardQueue(conn) as queue:
+            await queue.add(b"queued")
+        assert await read_all(peer, 23) == b"pending reserved queued"
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+async def test_leaving_the_block_drains() -> None:
+    """O23: without loss, and the connection stays open."""
+    async with narrow() as (conn, peer), anyio.create_task_group() as tg:
+        got: list[bytes] = []
+
+        async def read() -> None:
+            await holds(lambda: flood.told)  # the drain has begun
+            got.append(await read_to_end(peer))
+
+        async with ShardQueue(conn) as queue:
+            flood = Flood(queue)
+            tg.start_soon(flood.run)
+            await flood.is_stopped()
+            tg.start_soon(read)
+        assert queue.buffered == 0
+        assert isinstance(flood.told, ClosedResourceError)
+        await conn.send(b"after")
+        await conn.send_eof()
+    assert got == [bytes(flood.added) + b"after"]
+
+
+async def test_adding_after_the_end() -> None:
+    """L25, O23: it is refused, not dropped."""
+    async with opened() as (conn, peer):
+        async with ShardQueue(conn) as queue:
+            await queue.add(b"x")
+            await queue.aclose()
+            with pytest.raises(ClosedResourceError):
+                await queue.add(b"y")
+        with pytest.raises(ClosedResourceError):
+            await queue.add(b"z")
+        with pytest.raises(ClosedResourceError):
+            await queue.add(failing)
+        assert await read_all(peer, 1) == b"x"
+    assert conn.statistics().bytes_sent == 1
+
+
+async def test_adding_while_it_drains() -> None:
+    """L25: the end begins with the call; who waits is told, and what was queued is sent."""
+    async with full() as (queue, gate):
+        told: list[BaseException] = []
+
+        async def add() -> None:
+            with pytest.raises(ClosedResourceError) as caught:
+                await queue.add(b"late")
+            told.append(caught.value)
+
+        async with anyio.create_task_group() as tg:
+            for number in range(3):
+                tg.start_soon(add)
+                await waiting(queue, number + 1)
+            tg.start_soon(queue.aclose)
+            await holds(lambda: len(told) == 3)
+            assert queue.buffered == HIGH
+            await add()
+            gate.open.set()
+        assert len(set(map(id, told))) == 4
+        assert await gate.took(0) == b""
+
+
+async def test_closing_twice() -> None:
+    """L25: one after the other, and both at once; the second waits for the same end."""
+    async with full() as (queue, gate):
+        ended = []
+
+        async def close() -> None:
+            await queue.aclose()
+            ended.append(queue.buffered)
+
+        async with anyio.create_task_group() as tg:
+            for _ in range(3):
+                tg.start_soon(close)
+            await anyio.wait_all_tasks_blocked()
+            assert ended == []
+            gate.open.set()
+        assert ended == [0, 0, 0]
+        await queue.aclose()
+
+
+async def test_closing_waits_for_an_event() -> None:
+    """O23: while it drains no task runs, so that all are found blocked."""
+    async with narrow() as (conn, peer), anyio.create_task_group() as tg:
+        async with ShardQueue(conn) as queue:
+            flood = Flood(queue)
+            tg.start_soon(flood.run)
+            await flood.is_stopped()
+            tg.start_soon(queue.aclose)
+            await anyio.wait_all_tasks_blocked()
+            assert queue.buffered
+            assert flood.told
+            tg.start_soon(read_to_end, peer)
+        await conn.send_eof()
+
+
+async def test_a_drain_that_is_cancelled() -> None:
+    async with narrow() as (conn, peer), anyio.create_task_group() as tg:
+        async with ShardQueue(conn) as queue:
+            flood = Flood(queue)
+            tg.start_soon(flood.run)
+            await flood.is_stopped()
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await queue.aclose()
+            assert scope.cancelled_caught
+            with pytest.raises(ClosedResourceError):
+                await queue.add(b"late")
+        tg.start_soon(conn.send, b"after")  # what is pending goes first
+        assert await read_all(peer, flood.added + 5) == bytes(flood.added) + b"after"
+
+
+async def test_leaving_by_an_exception() -> None:
+    """It waits for nothing, and what was added is not lost."""
+    async with narrow() as (conn, peer):
+        flood: Any = None
+
+        async def leave() -> None:
+            nonlocal flood
+            async with ShardQueue(conn) as queue:
+                flood = Flood(queue)
+                tg.start_soon(flood.run)
+                await flood.is_stopped()
+                raise ZeroDivisionError
+
+        async with anyio.create_task_group() as tg:
+            with pytest.raises(ZeroDivisionError):
+                await leave()
+        assert isinstance(flood.told, ClosedResourceError)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(conn.aclose)
+            assert await read_to_end(peer) == bytes(flood.added)
+
+
+async def test_leaving_by_an_exception_before_the_sender_has_begun() -> None:
+    async with opened() as (conn, peer):
+
+        async def leave() -> None:
+            async with ShardQueue(conn) as queue:
+                at_once(queue.add(b"at once"))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await leave()
+        assert arrived(peer) == 7
+
+
+async def test_leaving_by_a_cancellation() -> None:
+    async with narrow() as (conn, peer):
+        async with anyio.create_task_group() as tg:
+            with anyio.CancelScope() as scope:
+                async with ShardQueue(conn) as queue:
+                    flood = Flood(queue)
+                    tg.start_soon(flood.run)
+                    await flood.is_stopped()
+                    scope.cancel()
+                    await anyio.sleep_forever()
+            assert scope.cancelled_caught
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(conn.aclose)
+            assert await read_to_end(peer) == bytes(flood.added)
+
+
+async def test_adding_shielded_in_a_cancelled_block() -> None:
+    """Cancelling the block does not end the sender before the block ends."""
+    async with narrow() as (conn, peer):
+        with anyio.CancelScope() as scope:
+            async with ShardQueue(conn) as queue:
+                scope.cancel()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await holds(lambda: queue.buffered == 0)
+                        await queue.add(b"goodbye" * HIGH)
+                        got = await read_all(peer, 7 * HIGH)
+        assert got == b"goodbye" * HIGH
+
+
+async def test_a_cancelled_task_takes_nothing_along() -> None:
+    """What its calls of add() have returned for is sent."""
+    async with opened() as (conn, peer), ShardQueue(conn) as queue:
+        async with anyio.create_task_group() as tg:
+
+            async def add() -> None:
+                await queue.add(b"sent")
+                tg.cancel_scope.cancel()
+                await anyio.sleep_forever()
+
+            tg.start_soon(add)
+        assert await read_all(peer, 4) == b"sent"
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_asyncios_own_cancellation() -> None:
+    async with narrow() as (conn, peer):
+        added = 0
+
+        async def block() -> None:
+            nonlocal added
+            async with ShardQueue(conn) as queue:
+                while True:
+                    await queue.add(bytes(50_000))
+                    added += 50_000
+
+        task = asyncio.create_task(block())
+        await holds(lambda: added >= HIGH)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(conn.aclose)
+            assert await read_to_end(peer) == bytes(added)
+
+
+def test_an_event_loop_that_ends_in_the_block(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    name, options = anyio_backend
+
+    async def main() -> None:
+        async with (
+            narrow() as (conn, _peer),
+            anyio.create_task_group() as tg,
+            ShardQueue(conn) as queue,
+        ):
+            flood = Flood(queue)
+            tg.start_soon(flood.run)
+            await flood.is_stopped()
+            conn.write_timeout = 0
+            raise SystemExit(5)
+
+    with pytest.raises(BaseException) as caught:
+        anyio.run(main, backend=name, backend_options=options)
+    assert "SystemExit(5)" in repr(caught.value)
+
+
+# --- failure -------------------------------------------------------------------------------------
+
+
+async def test_a_break_is_told_to_everybody(kind: str) -> None:
+    """O23: to those who wait, to all who come later, and to the block."""
+    told: list[BaseException] = []
+
+    async def add(queue: ShardQueue) -> None:
+        flood = Flood(queue)
+        await flood.run()
+        assert isinstance(flood.told, BrokenResourceError)
+        told.append(flood.told)
+
+    async def block(conn: anypoll.Connection, peer: socket.socket) -> None:
+        async with ShardQueue(conn) as queue:
+            async with anyio.create_task_group() as tg:
+                for _ in range(5):
+                    tg.start_soon(add, queue)
+                await waiting(queue, 5)
+                reset(peer)
+            await add(queue)
+            assert queue.buffered == 0
+
+    async with narrow(kind) as (conn, peer):
+        with pytest.raises(BrokenResourceError) as caught:
+            await block(conn, peer)
+        told.append(caught.value)
+    assert len(set(map(id, told))) == 7
+    assert all(isinstance(exc.__cause__, ConnectionError) for exc in told)
+
+
+async def test_a_break_while_nothing_is_queued() -> None:
+    """It is told at once, and the end of the block, with nothing lost, does not raise."""
+    async with opened("tcp") as (conn, peer), ShardQueue(conn) as queue:
+        await queue.add(b"x")
+        assert await read_all(peer, 1) == b"x"
+        await holds(lambda: queue.buffered == 0)
+        reset(peer)
+        await holds(lambda: not conn.is_active)
+        with pytest.raises(BrokenResourceError) as caught:
+            await queue.add(b"never")
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+async def test_a_peer_that_half_closes_still_gets_messages() -> None:
+    async with opened("tcp") as (conn, peer), ShardQueue(conn) as queue:
+        peer.shutdown(1)
+        with pytest.raises(anyio.EndOfStream):
+            await conn.receive()
+        await queue.add(b"still")
+        assert await read_all(peer, 5) == b"still"
+
+
+async def test_the_own_close_is_told() -> None:
+    async with narrow() as (conn, _peer):
+        flood: Any = None
+
+        async def block() -> None:
+            nonlocal flood
+            async with ShardQueue(conn) as queue:
+                flood = Flood(queue)
+                async with anyio.create_task_group() as tg:
+                    tg.start_soon(flood.run)
+                    await flood.is_stopped()
+                    await conn.aclose()
+                await flood.run()
+
+        with pytest.raises(ClosedResourceError):
+            await block()
+        assert isinstance(flood.told, ClosedResourceError)
+
+
+async def test_a_close_with_nothing_queued() -> None:
+    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
+        await conn.aclose()
+        with pytest.raises(ClosedResourceError):
+            await queue.add(b"never")
+
+
+async def test_a_write_timeout_ends_the_queue() -> None:
+    """What the kernel had not taken is still pending, as after any flush; the rest is dropped."""
+    async with narrow() as (conn, peer):
+        flood: Any = None
+
+        async def block() -> None:
+            nonlocal flood
+            async with ShardQueue(conn) as queue:
+                flood = Flood(queue)
+                conn.write_timeout = 0.05
+                await flood.run()
+
+        with pytest.raises(WriteTimeout):
+            await block()
+        assert isinstance(flood.told, WriteTimeout)
+        conn.write_timeout = None
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(conn.aclose)
+            got = await read_to_end(peer)
+        assert 0 < len(got) <= flood.added
+        assert len(got) % 50_000 == 0
+
+
+async def test_an_idle_end_is_told() -> None:
+    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
+        conn.idle_timeout = 0.01
+        await holds(lambda: not conn.is_active)
+        with pytest.raises(IdleTimeout):
+            await queue.add(b"never")
+
+
+@pytest.mark.parametrize("how", ["closed", "broken", "ended"])
+async def test_entering_over_what_takes_nothing(how: str) -> None:
+    async with opened("tcp") as (conn, peer):
+        if how == "closed":
+            await conn.aclose()
+        elif how == "ended":
+            await conn.send_eof()
+        else:
+            reset(peer)
+            await holds(lambda: not conn.is_active)
+        error = BrokenResourceError if how == "broken" else ClosedResourceError
+        queue = ShardQueue(conn)
+        with pytest.raises(error):
+            async with queue:
+                pytest.fail("entered")
+        with pytest.raises(RuntimeError):
+            await queue.add(b"x")
+        if how == "ended":
+            await conn.send_eof()  # nobody is in its way
+
+
+async def test_a_connection_with_messages_is_refused(tmp_path: Path) -> None:
+    """A merged message would be another message."""
+    kind = socket.SOCK_SEQPACKET
+    with socket.socket(socket.AF_UNIX, kind) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        async with await anypoll.connect_unix(tmp_path / "s", kind=kind) as conn:
+            peer, _ = listening.accept()
+            with peer:
+                queue = ShardQueue(conn)
+                with pytest.raises(ValueError, match="SEQPACKET"):
+                    await queue.__aenter__()
+                await conn.send(b"a message")
+                assert peer.recv(100) == b"a message"
+
+
+async def test_a_handler_that_is_told_of_its_peers_end_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It ends as one whose own send() has failed."""
+    caplog.set_level(logging.INFO, "anypoll")
+
+    async def handler(conn: anypoll.Connection) -> None:
+        async with ShardQueue(conn) as queue:
+            while True:
+                await queue.add(bytes(10_000))
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        client = await anyio.connect_tcp("127.0.0.1", server.port)
+        await client.receive()
+        await client.aclose()
+        await holds(lambda: server.statistics().closed)
+        assert dict(server.statistics().closed) == {"broken": 1}
+    assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+
+
+# --- misuse --------------------------------------------------------------------------------------
+
+
+async def test_outside_of_the_block() -> None:
+    async with opened() as (conn, _peer):
+        queue = ShardQueue(conn)
+        with pytest.raises(RuntimeError, match="async with"):
+            await queue.add(b"x")
+        async with queue:
+            with pytest.raises(RuntimeError, match="once"):
+                await queue.__aenter__()
+        with pytest.raises(RuntimeError, match="once"):
+            await queue.__aenter__()
+
+
+async def test_closed_before_it_was_entered() -> None:
+    async with opened() as (conn, _peer):
+        queue = ShardQueue(conn)
+        await queue.aclose()
+        await queue.aclose()
+        with pytest.raises(ClosedResourceError):
+            await queue.add(b"x")
+        with pytest.raises(RuntimeError, match="once"):
+            await queue.__aenter__()
+        await conn.send(b"x")
+
+
+async def test_other_event_loops_are_refused(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    name, options = anyio_backend
+    told: list[str] = []
+
+    async def elsewhere(call: Callable[..., Any], *args: Any) -> None:
+        with pytest.raises(RuntimeError, match="event loop"):
+            await call(*args)
+        told.append("told")
+
+    async with opened() as (conn, peer):
+        fresh = ShardQueue(conn)
+        async with ShardQueue(conn) as queue:
+
+            def there() -> None:
+                for call, args in ((queue.add, (b"x",)), (queue.aclose, ())):
+                    anyio.run(elsewhere, call, *args, backend=name, backend_options=options)
+
+            thread = threading.Thread(target=there)
+            thread.start()
+            thread.join()
+            assert told == ["told", "told"]
+            await queue.add(b"still open")
+
+        def enter() -> None:
+            anyio.run(elsewhere, fresh.__aenter__, backend=name, backend_options=options)
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        assert len(told) == 3
+        assert await read_all(peer, 10) == b"still open"
+
+
+@pytest.mark.parametrize("conn", [None, 5, b"x", object()])
+def test_what_has_no_writer(conn: Any) -> None:
+    with pytest.raises(TypeError, match="nocopy writer is required"):
+        ShardQueue(conn)
+
+
+async def test_shards_are_counted_and_change_nothing() -> None:
+    async with opened() as (conn, peer):
+        for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("4", TypeError)):
+            with pytest.raises(error, match="shards must be"):
+                ShardQueue(conn, shards=wrong)  # type: ignore[arg-type]
+        async with ShardQueue(conn, shards=32) as queue:
+            for number in range(10):
+                await queue.add(b"%d" % number)
+        assert await read_all(peer, 10) == b"0123456789"
+
+
+async def test_its_repr_says_how_it_is() -> None:
+    async with opened() as (conn, _peer):
+        async with ShardQueue(conn) as queue:
+            at_once(queue.add(b"12345"))
+            assert repr(queue) == "<anypoll.mux.ShardQueue 5 bytes>"
+        assert repr(queue) == "<anypoll.mux.ShardQueue closed>"
+
+
+# --- over other things ---------------------------------------------------------------------------
+
+
+async def test_over_a_unix_connection() -> None:
+    ours, peer = socket_pair("unix")
+    peer.setblocking(False)
+    with peer:
+        async with await anypoll.UNIXConnection.from_socket(ours) as conn:
+            async with ShardQueue(conn) as queue:
+                await queue.add(b"hello")
+                with pytest.raises(BusyResourceError):
+                    await conn.send_fds(b"x", [0])
+            await conn.send_fds(b"x", [peer.fileno()])
+            assert await read_all(peer, 6) == b"hellox"
+
+
+async def test_over_tls(tls_contexts: Any) -> None:
+    server_context, client_context = tls_contexts
+    first, second = anypoll.socketpair()
+    async with first, second, anyio.create_task_group() as tg:
+        got: list[bytes] = []
+
+        async def serve() -> None:
+            tls = await TLSStream.wrap(second, server_side=True, ssl_context=server_context)
+            while sum(map(len, got)) < 100_000:
+                got.append(await tls.receive())
+
+        tg.start_soon(serve)
+        tls = await TLSStream.wrap(first, hostname="anypoll.test", ssl_context=client_context)
+        async with ShardQueue(wrap_writer(tls)) as queue, anyio.create_task_group() as callers:
+
+            async def caller() -> None:
+                for _ in range(1000):
+                    await queue.add(b"12345", b"67890")
+
+            for _ in range(10):
+                callers.start_soon(caller)
+    assert b"".join(got) == b"1234567890" * 10_000
+
+
+async def test_over_any_stream() -> None:
+    gate = Gate()
+    writer = wrap_writer(gate)
+    async with ShardQueue(writer) as queue:
+        await queue.add(b"first ")
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(BusyResourceError):
+            await writer.flush()
+        for _ in range(3):
+            await queue.add(b"merged ")
+        assert queue.buffered == 6 + 3 * 7
+        gate.open.set()
+    assert gate.items == [b"first ", b"merged " * 3]
+    writer.write(b"after")
+    await writer.flush()
+    assert gate.items[-1] == b"after"
+
+
+async def test_a_stream_that_fails() -> None:
+    """Whatever it raises has broken it."""
+    gate = Gate()
+    gate.failure = OSError("no route")
+    gate.open.set()
+    told: list[BaseException] = []
+
+    async def block() -> None:
+        async with ShardQueue(wrap_writer(gate)) as queue:
+            await queue.add(b"x")
+            await holds(lambda: queue._closed)
+            with pytest.raises(BrokenResourceError) as caught:
+                await queue.add(b"y")
+            told.append(caught.value)
+
+    with pytest.raises(BrokenResourceError) as caught:
+        await block()
+    assert [told[0].__cause__, caught.value.__cause__] == [gate.failure] * 2
+    assert told[0] is not caught.value
+
+
+async def test_leaving_a_stream_by_an_exception() -> None:
+    """What it was not given is pending in the writer."""
+    gate = Gate()
+    writer = wrap_writer(gate)
+
+    async def leave() -> None:
+        async with ShardQueue(writer) as queue:
+            await queue.add(b"given")
+            await anyio.wait_all_tasks_blocked()
+            await queue.add(b"kept")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await leave()
+    assert len(writer) == 4
+    gate.open.set()
+    await writer.flush()
+    assert gate.items == [b"kept"]
+
+
+# --- against a model -----------------------------------------------------------------------------
+
+SIZES = st.one_of(st.integers(0, 300), st.sampled_from([4096, 4097, 30_000, 300_000]))
+KINDS = st.sampled_from(["bytes", "bytearray", "buffer", "callable", "failing"])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 3), st.lists(st.tuples(KINDS, SIZES), max_size=3)),
+        st.tuples(st.just("read"), st.integers(1, 400_000), st.just(0)),
+        st.tuples(st.just("cancel"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("rest"), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+class Model:
+    """Callers that add what they are told, one message after the other, and what must arrive."""
+
+    def __init__(self, queue: ShardQueue, peer: Any) -> None:
+        self.queue, self.peer = queue, peer
+        self.orders = [anyio.create_memory_object_stream[Any](100) for _ in range(4)]
+        self.scopes = [anyio.CancelScope() for _ in range(4)]
+        self.promised: list[list[bytes]] = [[] for _ in range(4)]  # what add() has returned for
+        self.ready = 0
+        self.got = bytearray()
+
+    @staticmethod
+    def part(kind: str, size: int) -> tuple[Any, bytes]:
+        data = pattern(size, seed=size)
+        if kind == "failing":
+            return failing, b""
+        if kind == "callable":
+            return lambda: data, data
+        if kind == "buffer":
+            buffer = LinkBuffer()
+            buffer.write(data)
+            return buffer, data
+        return (bytearray(data) if kind == "bytearray" else data), data
+
+    async def caller(self, name: int) -> None:
+        async with self.orders[name][1] as orders:
+            async for number, parts in orders:
+                made = [self.part(*part) for part in parts]
+                body = b"".join(data for _, data in made)
+                header = struct.pack(">BHI", name, number, len(body))
+                with anyio.CancelScope() as self.scopes[name], suppress(ZeroDivisionError):
+                    await self.queue.add(header, *[part for part, _ in made])
+                    self.promised[name].append(header + body)
+                    assert ("failing", 0) not in parts
+
+    async def step(self, what: str, which: int, parts: Any) -> None:
+        if what == "add":
+            parts = [("failing", 0) if kind == "failing" else (kind, n) for kind, n in parts]
+            self.orders[which][0].send_nowait((self.ready, parts))
+            self.ready += 1
+        elif what == "read":
+            with suppress(BlockingIOError):
+                self.got += self.peer.recv(which)
+        elif what == "cancel":
+            self.scopes[which].cancel()
+        else:
+            await anyio.wait_all_tasks_blocked()
+
+    def compare(self) -> None:
+        """Each promised message is there once, whole, in its caller's order; and nothing else."""
+        arrived_: list[list[bytes]] = [[] for _ in range(4)]
+        position = 0
+        while position < len(self.got):
+            name, _, size = struct.unpack_from(">BHI", self.got, position)
+            end = position + 7 + size
+            arrived_[name].append(bytes(self.got[position:end]))
+            position = end
+        assert arrived_ == self.promised
+
+
+async def run_the_model(steps: list[Any]) -> None:
+    async with opened() as (conn, peer):
+        async with anyio.create_task_group() as readers:
+            async with ShardQueue(conn) as queue:
+                model = Model(queue, peer)
+                async with anyio.create_task_group() as tg:
+                    for name in range(4):
+                        tg.start_soon(model.caller, name)
+                    for step in steps:
+                        await model.step(*step)
+                    for orders, _ in model.orders:
+                        orders.close()
+
+                    async def read() -> None:
+                        model.got += await read_to_end(peer)
+
+                    readers.start_soon(read)
+            assert queue.buffered == queue._size == 0
+            await conn.send_eof()
+        model.compare()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+def test_any_callers_against_a_model(
+    anyio_backend: tuple[str, dict[str, Any]], steps: list[Any]
+) -> None:
+    name, options = anyio_backend
+    anyio.run(run_the_model, steps, backend=name, backend_options=options)
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mux.__doc__ is not None
+    program = mux.__doc__.split("::\n", 1)[1].split("\nHow it works", 1)[0]
+    exec(textwrap.dedent(program), {})
+    assert sorted(capsys.readouterr().out.splitlines()) == [f"{n:03}: hello" for n in range(100)]
