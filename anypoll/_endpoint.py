@@ -12,7 +12,7 @@ import socket
 import time
 import weakref
 from errno import EAGAIN, EBADF, ECONNRESET, EPIPE
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
@@ -23,14 +23,13 @@ from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
 from ._errors import POLLER_ENDED, IdleTimeout, ReadTimeout, WriteTimeout, stream_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ._callbacks import Callbacks
     from ._config import Limits
     from ._epoll import Conn, ConnectionStatistics, Poller
     from ._hub import Hub
     from ._reader import Reader
-    from ._requests import Requests
     from ._writer import Writer
 
 AGAIN = -EAGAIN
@@ -49,6 +48,31 @@ def deadline_after(timeout: float | None) -> int:
     if timeout is None or timeout > LONG:
         return 0
     return time.monotonic_ns() + int(timeout * 1e9)
+
+
+class RequestMode(Protocol):
+    """What a connection in request mode has of that; ``_requests`` has the prose."""
+
+    taskless: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for input, and no call runs or is due."""
+
+    def start(self, before: Callable[[Any], Awaitable[Any]] | None = None) -> None:
+        """Begins."""
+
+    def replace(self, function: Callable[[Any], Awaitable[Any]]) -> None:
+        """Another function from now on."""
+
+    def on_close(self) -> None:
+        """The connection was closed."""
+
+    def on_draining(self) -> None:
+        """The server is ending."""
+
+    def stop(self) -> None:
+        """No call begins any more."""
 
 
 class Endpoint:
@@ -98,7 +122,7 @@ class Endpoint:
     read_timeout: float | None
     write_timeout: float | None
     idle_timeout: float | None
-    requests: Requests | None
+    requests: RequestMode | None
     """request mode, if it is in that"""
     watcher: Callable[[], None] | None
     """to be told, once, that the peer has gone"""
@@ -116,6 +140,7 @@ class Endpoint:
     failure: int
     """the first error of the socket that was seen"""
     name: str
+    _owner: Conn
     _reading: bool
     _writing: bool
     _flushing: bool

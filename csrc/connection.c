@@ -79,11 +79,12 @@ uint64_t ap_conn_id(ap_conn *conn)
 
 /* ---- the driver's part ------------------------------------------------ */
 
-/* By a FIN or a RST; what this side has done itself, or had no memory for, is neither. */
+/* By a FIN or a RST. What this side has done itself, had no memory for, or learns of a poller
+ * that has failed, is neither. */
 static bool peer_gone(const ap_conn *conn)
 {
     int end = conn->read_end;
-    if (end == AP_EIDLE || conn->write_error == AP_EIDLE)
+    if (end == AP_EIDLE || conn->write_error == AP_EIDLE || conn->slot.orphaned)
         return false;
     return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || (end && end != -ENOMEM) || conn->gone;
 }
