@@ -75,7 +75,7 @@ class Core(Input):
         self._mark_closed()
         self.reader._close()
         self.writer._close()
-        self.requests = self.watcher = None
+        self._no_more_news()
         self._release_handle()
         self._let_go()  # its task will never run again
         self.release_callbacks()

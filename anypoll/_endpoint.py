@@ -218,6 +218,9 @@ class Endpoint:
         self.watcher = watcher
         _epoll.conn_watch_peer(self.handle)
 
+    def _no_more_news(self) -> None:
+        self.requests = self.watcher = None
+
     # --- the socket object -----------------------------------------------------------------------
 
     def raw_socket(self) -> socket.socket:

@@ -59,6 +59,8 @@ class Options:
     on_disconnect: Function | None = None
     on_error: Callable[[Any, Exception], Any] | None = None
     cancel_on_disconnect: bool = False
+    max_connections: int | None = None
+    max_connections_per_peer: int | None = None
 
 
 class Lives:

@@ -13,7 +13,6 @@ import anyio
 from anyio.abc import TaskStatus
 
 from . import _sockets
-from ._admission import Admission
 from ._config import Keepalive, Limits, count, flag, seconds
 from ._lives import Options
 from ._requests import Function
@@ -31,10 +30,6 @@ def _leaves(exc: BaseException) -> set[int]:
     if isinstance(exc, BaseExceptionGroup):
         return set().union(*(_leaves(e) for e in exc.exceptions))
     return {id(exc)}
-
-
-def _limit(value: int | None, name: str) -> int | None:
-    return None if value is None else count(value, name, least=1)
 
 
 class serve:  # noqa: N801 -- it is used as a function
@@ -127,7 +122,6 @@ class serve:  # noqa: N801 -- it is used as a function
         read_limit: int | None = None,
     ) -> None:
         self._where = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
-        self._most = (max_connections, max_connections_per_peer)
         limits = {
             "read_timeout": read_timeout,
             "write_timeout": write_timeout,
@@ -150,17 +144,15 @@ class serve:  # noqa: N801 -- it is used as a function
             "on_disconnect": on_disconnect,
             "on_error": on_error,
             "cancel_on_disconnect": cancel_on_disconnect,
+            "max_connections": max_connections,
+            "max_connections_per_peer": max_connections_per_peer,
         }
 
     async def _server(self) -> Server:
         """The server, listening; nothing is left open if it fails."""
         options = self._checked_options()
-        admission = Admission(
-            _limit(self._most[0], "max_connections"),
-            _limit(self._most[1], "max_connections_per_peer"),
-        )
         where = Where(*self._where)
-        server = Server(options, admission)
+        server = Server(options)
         if where.listeners is None:
             server._open(await where.sockets())
         else:
@@ -168,7 +160,7 @@ class serve:  # noqa: N801 -- it is used as a function
         return server
 
     def _checked_options(self) -> Options:
-        given: dict[str, Any] = self._options
+        given: dict[str, Any] = dict(self._options)
         if (given["handler"] is None) == (given["on_request"] is None):
             raise ValueError("serve() needs exactly one of handler and on_request")
         for name in ("handler", "on_request", "on_connect", "on_disconnect", "on_error"):
@@ -180,6 +172,9 @@ class serve:  # noqa: N801 -- it is used as a function
         timeout = given["shutdown_timeout"]
         if seconds(timeout, "shutdown_timeout") is None:
             raise TypeError("shutdown_timeout must be a number of seconds")
+        for name in ("max_connections", "max_connections_per_peer"):
+            if given[name] is not None:
+                given[name] = count(given[name], name, least=1)
         for name in ("nodelay", "cancel_on_disconnect"):
             flag(given[name], name)
         _sockets.check_keepalive(given["keepalive"])

@@ -36,10 +36,11 @@ logger = logging.getLogger("anypoll.server")
 class Server:
     """What ``async with anypoll.serve(...)`` gives."""
 
-    def __init__(self, options: Options, admission: Admission) -> None:
+    def __init__(self, options: Options) -> None:
         if not isinstance(options, Options):
             raise TypeError(f"a server is made by serve(), not of {type(options).__name__}")
         self._options = options
+        admission = Admission(options.max_connections, options.max_connections_per_peer)
         self._admission = admission
         self._lives = Lives(self, options, admission, _runtime.current_hub())
         self._guests = Guests(self._lives)

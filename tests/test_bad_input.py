@@ -310,7 +310,7 @@ NO_HANDLER = Argument({ValueError: [None, 5, "x"]}, "needs a handler", AT_HOME)
 SERVER = {
     "SocketListener": {"sock": NO_MAKER},
     "SocketListener.from_socket": {"sock_or_fd": SOCKET},
-    "Server": {"options": NO_MAKER._replace(others={"handler": print})},
+    "Server": {"options": NO_MAKER},
     "Server.shutdown": {"timeout": seconds()},
     "create_tcp_listener": {
         "local_host": HOST,
