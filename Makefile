@@ -32,6 +32,8 @@ help:
 	@echo '  make test-asan     pytest against a core built with ASan+UBSan'
 	@echo '  make test-tsan     pytest against a core built with TSan'
 	@echo '  make test-dist     the sdist and the wheel: contents, build, import'
+	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
+	@echo 'make soak-asan     the same with ASan+UBSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.10 found here'
 	@echo 'make bench         the benchmarks'
 	@echo 'make format        rewrite the sources as `make lint` wants them'
@@ -111,6 +113,16 @@ test-asan: .venv-asan/.core
 test-tsan: .venv-tsan/.core
 	@echo 'pytest, with TSan'
 	@scripts/sanitized-python tsan $(PYTEST_SANITIZED) $(ARGS)
+
+# Not a part of `make test`. SEED=... takes the decisions of another run again.
+.PHONY: soak soak-asan
+SECONDS ?= 180
+SOAK = tests/soak.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+soak: .venv/.core .venv/.dev
+	@.venv/bin/python $(SOAK)
+
+soak-asan: .venv-asan/.core
+	@scripts/sanitized-python asan $(SOAK)
 
 test-dist: build/site/.done
 	@.venv/bin/python scripts/check-dist.py build/dist build/site
