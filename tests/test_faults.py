@@ -230,12 +230,13 @@ def run_program(program: str, backend: str) -> list[str]:
 
 
 POOL = """
-import sys
+import os, sys
 import anyio, anypoll
 from anypoll import _epoll
 
 async def main():
     anypoll.configure(pollers=3)
+    threads = len(os.listdir("/proc/self/task"))
     calls = {"ATFORK": (12, 1), "ALLOC": (12, 9), "EPOLL_CREATE": (24, 3), "EVENTFD": (24, 3),
              "THREAD": (11, 3), "EPOLL_CTL": (28, 3)}
     for call, (code, how_often) in calls.items():
@@ -246,6 +247,8 @@ async def main():
             except OSError as exc:
                 assert exc.errno == code, (call, skip, exc)
                 assert not anypoll.statistics().pollers, (call, skip)
+                # no poller still runs, on memory that is not its own
+                assert len(os.listdir("/proc/self/task")) == threads, (call, skip)
             else:
                 raise AssertionError((call, skip))
     _epoll.clear_faults()
