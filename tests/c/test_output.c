@@ -372,10 +372,15 @@ TEST(output_drain_of_several_tasks)
     struct link l = link_open(w, AP_TCP, HIGH);
     uint8_t *data = pattern_make(1, 0, MUCH);
     stall(&l, data, MUCH);
-    int64_t soon = ap_now() + 20 * MS, late = ap_now() + 3600 * 1000 * MS;
+    int64_t soon, late = ap_now() + 3600 * 1000 * MS;
     CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
     CHECK_EQ(ap_conn_drain(l.conn, 1, late), -EAGAIN);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, soon), -EAGAIN);
+    int rc;
+    do { /* until it is in time */
+        soon = ap_now() + 20 * MS;
+        rc = ap_conn_drain(l.conn, 0, soon);
+    } while (rc == AP_ELATE);
+    CHECK_EQ(rc, -EAGAIN);
     CHECK_EQ(ap_conn_drain(l.conn, 0, late), -EAGAIN); /* does not put it off */
     await(w, l.id, AP_MAIL_WRITE);
     CHECK(ap_now() >= soon);

@@ -50,7 +50,7 @@ TEST(poller_stops_at_once)
     UNTIL(w, stats(w).waits > 0);
     int64_t before = ap_now();
     world_stop(w);
-    CHECK(ap_now() - before < 5000 * MS); /* it would be for ever */
+    CHECK(ap_now() - before < PATIENCE); /* it would be for ever */
     link_close(&l);
     world_close(w);
 }
@@ -371,9 +371,11 @@ TEST(poller_idle_does_not_wake)
     wait_asleep(w);
     /* the sweep of the pool, once after work */
     UNTIL(w, sleeps_until(w) > ap_now() + 3000 * MS);
+    int64_t until = sleeps_until(w);
     uint64_t polls = stats(w).polls;
     usleep(100 * 1000);
-    CHECK_EQ(stats(w).polls, polls);
+    polls = stats(w).polls - polls;
+    CHECK(polls == 0 || ap_now() >= until);
     link_close(&l);
     world_close(w);
 }
