@@ -96,7 +96,8 @@ class ShardQueue:
     Leaving the block normally sends what is queued, then closes the queue; the connection stays
     open, and can be used as before. Leaving by an exception or a cancellation waits for nothing: a
     connection sends what it can at once, and keeps the rest as pending output, behind which later
-    output goes.
+    output goes. (Over another stream, all is kept but what its ``send()`` was just being given:
+    that is as the stream leaves it when it is cancelled.)
 
     It belongs to the event loop in which it was entered: other loops get ``RuntimeError``.
 
@@ -173,7 +174,7 @@ class ShardQueue:
             await self._hub.checkpoint()
             self._turns = self._budget
             self._check()
-        if self._size >= self._high_water or self._waiting:
+        if self._size >= self._high_water:  # so it is whenever anybody waits
             size = size_of(parts)
             if size:
                 self._put(parts, await self._turn(size))
@@ -363,7 +364,7 @@ class ShardQueue:
         sink.claim()
         failure = sink.why_broken()
         self._hub = _runtime.current_hub()
-        self._scope = anyio.CancelScope(shield=True)
+        self._scope = anyio.CancelScope()
         if failure is not None or not self._hub.spawn(self._run):
             sink.release()
             raise failure or ClosedResourceError()  # the event loop is ending

@@ -476,6 +476,56 @@ async def test_an_add_that_is_cancelled_when_its_turn_has_come() -> None:
         assert queue._size == 0
 
 
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_asyncios_own_cancellation_when_the_turn_has_come() -> None:
+    """It reaches an add() that has been granted room, which nobody else could use then."""
+    async with full() as (queue, gate):
+        tasks: list[asyncio.Task[None]] = []
+
+        async def add() -> None:
+            await queue.add(b"x")
+            for task in tasks[1:]:
+                task.cancel()
+
+        for number in range(5):
+            tasks.append(asyncio.create_task(add()))
+            await waiting(queue, number + 1)
+        gate.open.set()
+        await asyncio.wait(tasks)
+        assert [task.cancelled() for task in tasks] == [False, True, True, True, True]
+        await holds(lambda: queue.buffered == 0)
+        assert queue._size == 0
+    assert sum(map(len, gate.items)) == HIGH + 1
+
+
+async def test_those_who_have_waited_are_sent_together() -> None:
+    async with full() as (queue, gate), anyio.create_task_group() as tg:
+        for _ in range(50):
+            tg.start_soon(queue.add, b"x")
+        await waiting(queue, 50)
+        gate.open.set()
+    assert gate.items == [bytes(HIGH), b"x" * 50]
+
+
+async def test_callables_go_on_one_at_a_time() -> None:
+    """Nobody knows before how much room they need."""
+    room: list[int] = []
+
+    async with full() as (queue, gate):
+
+        def large() -> bytes:
+            room.append(HIGH - queue.buffered)
+            return bytes(HIGH)
+
+        async with anyio.create_task_group() as tg:
+            for _ in range(5):
+                tg.start_soon(queue.add, large)
+            await waiting(queue, 5)
+            gate.open.set()
+    assert len(room) == 5
+    assert min(room) > 0
+
+
 async def test_a_task_that_reads_does_not_wait_for_the_queue() -> None:
     """Else two ends that both wait for room would wait for each other."""
     async with narrow() as (conn, peer), anyio.create_task_group() as tg:
@@ -1118,6 +1168,20 @@ async def test_leaving_a_stream_by_an_exception() -> None:
     gate.open.set()
     await writer.flush()
     assert gate.items == [b"kept"]
+
+
+async def test_leaving_a_stream_before_the_sender_has_begun() -> None:
+    gate = Gate()
+    writer = wrap_writer(gate)
+
+    async def leave() -> None:
+        async with ShardQueue(writer) as queue:
+            at_once(queue.add(b"kept"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await leave()
+    assert len(writer) == 4
 
 
 # --- against a model -----------------------------------------------------------------------------
