@@ -78,6 +78,7 @@ class Core(Input):
         self._no_more_news()
         self._release_handle()
         self._let_go()  # its task will never run again
+        self._reading = self._writing = self._flushing = False  # nor any other
         self.release_callbacks()
 
     # --- the end ---------------------------------------------------------------------------------
