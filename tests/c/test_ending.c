@@ -89,7 +89,7 @@ TEST(ending_interruptions_are_none)
 /* ---- what a failure leaves -------------------------------------------- */
 
 /* Waiting for input, with a deadline, with output that stalls, with input that is unread, behind
- * a FIN, not watched yet: each is told as far as there is somebody, and none stays behind. */
+ * a FIN, not watched yet: each is told as far as there is somebody, and none stays behind (O18). */
 TEST(ending_a_failure_ends_every_connection)
 {
     struct world *w = world_open();
@@ -424,7 +424,7 @@ static void drain(struct world *w)
     CHECK_OK(ap_poller_drain(w->poller, 1));
 }
 
-/* No connection is opened on a poller that has ended, and none is orphaned. */
+/* O18: no connection is opened on a poller that has ended, and none is orphaned. */
 TEST(ending_races_opening_against_draining)
 {
     struct opener o;
