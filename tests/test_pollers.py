@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import BrokenResourceError, EndOfStream
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute
 from peers import KIB, MIB, arrive, holds, opened, pattern, reset, within
 
@@ -510,7 +510,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def _collect(failures: list[BaseException], call: Any, *args: Any) -> None:
     try:
         await call(*args)
-    except (BrokenResourceError, OSError) as exc:
+    except (BrokenResourceError, ClosedResourceError) as exc:
         failures.append(exc)
 
 
