@@ -39,6 +39,7 @@ from ._listener import (
 )
 from ._serve import serve as serve, serve_forever as serve_forever
 from ._server import Server as Server, ServerStatistics as ServerStatistics
+from ._tls import TLSConnection as TLSConnection
 from .streams import (
     Connection as Connection,
     UNIXConnection as UNIXConnection,
@@ -116,6 +117,7 @@ __all__ = (
     "SocketListener",
     "Statistics",
     "TCPConnectable",
+    "TLSConnection",
     "UNIXConnectable",
     "UNIXConnection",
     "WriteTimeout",
@@ -130,8 +132,9 @@ __all__ = (
     "statistics",
 )
 
-# It is public in `streams` too, which lies below it and cannot import it.
+# They are public in `streams` too, which lies below them and cannot import them.
 _streams.__dict__["SocketListener"] = SocketListener
+_streams.__dict__["TLSConnection"] = TLSConnection
 
 # Tracebacks and reprs name the public home of a thing, not the file it lies in.
 for _name in __all__:

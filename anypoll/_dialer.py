@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio.streams.tls import TLSStream
 
 from . import _sockets
 from ._config import Limits, seconds
 from ._errors import ConnectTimeout
+from ._tls import TLSConnection, check_tls
 from .streams import Connection, UNIXConnection, open_fd
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ async def connect_tcp(
     :param read_timeout: the new connection's
     :param write_timeout: likewise
     :param keepalive: TCP keepalive of the new connection
-    :return: a :class:`Connection`; with ``tls``, ``ssl_context`` or ``tls_hostname`` an AnyIO
-        ``TLSStream`` over one
+    :return: a :class:`Connection`; with ``tls``, ``ssl_context`` or ``tls_hostname`` a
+        :class:`TLSConnection` over one
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: if no address could be connected, with the reasons as its cause
     :raises ValueError, TypeError: for nonsense; nothing is sent then
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     _sockets.check_keepalive(keepalive)
-    _check_tls(ssl_context, tls_hostname)
+    check_tls(ssl_context, tls_hostname, "tls_hostname")
     route = _Route(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
     with _connect_timeout(timeout):
         sock = await _race(route)
@@ -86,7 +86,7 @@ async def connect_tcp(
         if not (tls or tls_hostname or ssl_context):
             return connection
         try:
-            return await TLSStream.wrap(
+            return await TLSConnection.wrap(
                 connection,
                 server_side=False,
                 hostname=tls_hostname or route.host,
@@ -96,15 +96,6 @@ async def connect_tcp(
         except BaseException:
             connection.abort()
             raise
-
-
-def _check_tls(ssl_context: object, hostname: object) -> None:
-    """:raises TypeError: for what the handshake could not use"""
-    if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
-        kind = type(ssl_context).__name__
-        raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
-    if hostname is not None and not isinstance(hostname, (str, bytes)):
-        raise TypeError(f"tls_hostname must be a str or None, not {type(hostname).__name__}")
 
 
 @dataclass(frozen=True, slots=True)

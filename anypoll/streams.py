@@ -27,9 +27,11 @@ from .nocopy import Reader, Writer
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
-    from ._listener import SocketListener  # noqa: TC004 -- at run time ``__init__`` puts it here
+    # at run time ``__init__`` puts these here
+    from ._listener import SocketListener  # noqa: TC004
+    from ._tls import TLSConnection  # noqa: TC004
 
-__all__ = ("Connection", "SocketListener", "UNIXConnection", "socketpair")
+__all__ = ("Connection", "SocketListener", "TLSConnection", "UNIXConnection", "socketpair")
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()

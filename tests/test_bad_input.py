@@ -145,6 +145,7 @@ SOCKET = Argument(
 KEEPALIVE = typed(None, 5, 0, 1.5, "yes", [True], text="keepalive must be a bool or a Keepalive")
 CONTEXT = typed("x", 5, True, object(), text="ssl_context must be an ssl.SSLContext")
 NO_MAKER = typed(None, 5, "x", object(), text=r"a \w+ is (made by|a connection's)")
+TRANSPORT = typed(None, 5, "x", object(), text="transport_stream must be an anypoll Connection")
 CALLBACK = typed(None, 5, "x", lambda _a, _b: None, text="a close callback must")
 
 READ_COUNTED = ["peek", "next", "skip", "next_parts", "slice", "read_bytes", "read_str"]
@@ -222,6 +223,22 @@ CONNECTION = {
             {"msglen": 1},
         ),
     },
+}
+
+MEMBERS = "peek next skip until receive send read_timeout write_timeout idle_timeout"
+TLS_CONNECTION = {
+    "TLSConnection": {
+        "transport_stream": TRANSPORT._replace(
+            others=dict.fromkeys(["standard_compatible", "_ssl_object", "_read_bio", "_write_bio"])
+        )
+    },
+    "TLSConnection.wrap": {
+        "transport_stream": TRANSPORT,
+        "hostname": typed(5, 1.5, ["h"], object(), others={"transport_stream": OPEN}),
+        "ssl_context": CONTEXT._replace(others={"transport_stream": OPEN, "hostname": "h"}),
+    },
+    "TLSConnection.add_close_callback": {"callback": CALLBACK},
+    **{f"TLSConnection.{name}": CONNECTION[f"Connection.{name}"] for name in MEMBERS.split()},
 }
 
 AT_NO_PORT = {"remote_host": "127.0.0.1", "remote_port": 1}
@@ -466,6 +483,7 @@ TABLE: dict[str, dict[str, Argument]] = {
     **WRITER,
     **BUFFER,
     **CONNECTION,
+    **TLS_CONNECTION,
     **DIALER,
     **SERVER,
     **PROCESS,
@@ -618,6 +636,13 @@ def own(live: Live) -> dict[str, Any]:
     }
 
 
+def tls_over(conn: anypoll.Connection) -> anypoll.TLSConnection:
+    """Before its handshake."""
+    bios = ssl.MemoryBIO(), ssl.MemoryBIO()
+    session = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(*bios, server_hostname="h")
+    return anypoll.TLSConnection(conn, True, session, *bios)
+
+
 def instances(live: Live) -> dict[str, list[Any]]:
     """The objects whose methods are tried."""
     http = anypoll.integrations.httpcore
@@ -627,6 +652,7 @@ def instances(live: Live) -> dict[str, list[Any]]:
         "LinkBuffer": [live.buffer],
         "Connection": [live.conn],
         "UNIXConnection": [live.conn],
+        "TLSConnection": [tls_over(live.conn)],
         "httpcore.AnypollBackend": [http.AnypollBackend()],
         "httpcore.AnypollStream": [http.AnypollStream(live.conn)],
         "trio.TrioStream": [anypoll.integrations.trio.TrioStream(live.conn)],
@@ -976,6 +1002,13 @@ EXCEPTIONS = {
     "SocketListener.account": "what anypoll gives it",
     "SocketListener.on_token.bits": "called by the hub, and not by users",
     "SocketListener.on_token.error": "likewise",
+    **{
+        f"TLSConnection.{name}": "what wrap() gives it"
+        for name in ("standard_compatible", "_ssl_object", "_read_bio", "_write_bio")
+    },
+    "TLSConnection.wrap.server_side": "true or false, whatever it is, as in AnyIO",
+    "TLSConnection.wrap.standard_compatible": "likewise",
+    "TLSConnection.state.value": "any object of the user's",
     "Server.handler": "serve() looks at it",
     "serve_forever.options": "those of serve(), which it is given",
     "connect_tcp.tls": "true or false, whatever it is, as in AnyIO",

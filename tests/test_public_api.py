@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import anyio.abc
 import pytest
+from anyio.streams.tls import TLSStream
 
 import anypoll
 import anypoll.integrations.trio
@@ -88,6 +89,7 @@ def test_the_streams_are_importable_from_both_modules() -> None:
     assert anypoll.streams.Connection is anypoll.Connection
     assert anypoll.streams.UNIXConnection is anypoll.UNIXConnection
     assert anypoll.streams.SocketListener is anypoll.SocketListener
+    assert anypoll.streams.TLSConnection is anypoll.TLSConnection
 
 
 def test_star_import() -> None:
@@ -169,6 +171,20 @@ def test_members_of_a_connection() -> None:
     assert not inspect.iscoroutinefunction(anypoll.socketpair)
     for name in ("send_fds", "receive_fds"):
         assert inspect.iscoroutinefunction(getattr(anypoll.UNIXConnection, name))
+
+
+def test_members_of_a_tls_connection() -> None:
+    added = words("connection reader writer peek next skip until read_timeout write_timeout")
+    assert issubclass(anypoll.TLSConnection, TLSStream)
+    for name in [*added, "idle_timeout", "state", "server", "is_active", "at_eof", "statistics"]:
+        assert hasattr(anypoll.TLSConnection, name)
+    for name in ("abort", "add_close_callback"):
+        assert not inspect.iscoroutinefunction(getattr(anypoll.TLSConnection, name))
+    theirs = inspect.signature(TLSStream.wrap).parameters
+    ours = inspect.signature(anypoll.TLSConnection.wrap).parameters
+    assert list(ours) == list(theirs)
+    for n, parameter in theirs.items():
+        assert (ours[n].kind, ours[n].default) == (parameter.kind, parameter.default)
 
 
 def test_members_of_reader_and_writer() -> None:

@@ -1,0 +1,1372 @@
+"""TLS connections: AnyIO's contract, and beyond it the reader, the writer and the timeouts.
+
+The peers are another TLS connection, AnyIO's own, a blocking ``SSLSocket`` in a thread, and one
+whose ciphertext is in the hands of the test, segment by segment.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    DelimiterNotFound,
+    EndOfStream,
+    IncompleteRead,
+    WouldBlock,
+)
+from anyio.abc import SocketAttribute
+from anyio.streams.tls import TLSAttribute, TLSStream
+from certificates import client_context, server_context
+from peers import (
+    KIB,
+    MIB,
+    arrived,
+    holds,
+    opened,
+    pattern,
+    read_to_end,
+    reset,
+    send_all,
+    socket_pair,
+    suspends,
+    within,
+)
+
+import anypoll
+from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
+from anypoll._handshake import handshake
+from anypoll._server import _normal_end
+from anypoll.nocopy import as_receive_stream, as_send_stream
+from anypoll.streams import open_socket
+
+pytestmark = pytest.mark.anyio
+
+NAME = "anypoll.test"
+
+
+async def both(*functions: Callable[[], Awaitable[Any]]) -> None:
+    """All of them at once."""
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            for function in functions:
+                tasks.start_soon(function)
+
+
+def contexts(version: str = "TLSv1.3") -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A client's and a server's."""
+    client, server = client_context(), server_context()
+    if version == "TLSv1.2":
+        client.maximum_version = ssl.TLSVersion.TLSv1_2
+    return client, server
+
+
+async def open_pair(kind: str = "unix") -> tuple[Connection, Connection]:
+    first, second = socket_pair(kind)
+    return await Connection.from_socket(first), await Connection.from_socket(second)
+
+
+@asynccontextmanager
+async def tls_pair(
+    kind: str = "unix", *, version: str = "TLSv1.3", compatible: bool = True
+) -> AsyncIterator[tuple[TLSConnection, TLSConnection]]:
+    """A client and a server, both ours, that have exchanged a first word: so the tickets of TLS
+    1.3 are read.
+    """
+    ends = await open_pair(kind)
+    made: dict[int, TLSConnection] = {}
+    client, server = contexts(version)
+
+    async def wrap(index: int, **options: Any) -> None:
+        made[index] = await TLSConnection.wrap(
+            ends[index], standard_compatible=compatible, **options
+        )
+
+    try:
+        await both(
+            partial(wrap, 0, hostname=NAME, ssl_context=client),
+            partial(wrap, 1, server_side=True, ssl_context=server),
+        )
+        await made[1].send(b"ready")
+        assert await within(made[0].receive()) == b"ready"
+        yield made[0], made[1]
+    finally:
+        for end in ends:
+            end.abort()
+
+
+class Peer:
+    """A TLS client over a non-blocking socket: it sends what, when, and in which pieces the test
+    wants.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = context or client_context()
+        self.ssl = context.wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+
+    async def more(self) -> None:
+        while True:
+            try:
+                data = self.sock.recv(64 * KIB)
+            except BlockingIOError:
+                await anyio.wait_readable(self.sock)
+                continue
+            if data:
+                self.incoming.write(data)
+            else:
+                self.incoming.write_eof()
+            return
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        while True:
+            try:
+                return function(*args)
+            except ssl.SSLWantReadError:
+                await send_all(self.sock, self.outgoing.read())
+                await self.more()
+            finally:
+                with suppress(BrokenPipeError):
+                    await send_all(self.sock, self.outgoing.read())
+
+    async def shake_hands(self) -> None:
+        await self.call(self.ssl.do_handshake)
+
+    def encrypted(self, data: bytes) -> bytes:
+        """A record that was not sent."""
+        self.ssl.write(data)
+        return self.outgoing.read()
+
+    def close_notify(self) -> bytes:
+        with suppress(ssl.SSLWantReadError):
+            self.ssl.unwrap()
+        return self.outgoing.read()
+
+    async def send(self, data: bytes) -> None:
+        await send_all(self.sock, self.encrypted(data))
+
+    async def receive(self, size: int) -> bytes:
+        """Exactly so many bytes, or fewer up to the ``close_notify``."""
+        got = b""
+        with anyio.fail_after(30):
+            while len(got) < size:
+                try:
+                    data = await self.call(self.ssl.read, size - len(got))
+                except ssl.SSLZeroReturnError:
+                    break
+                if not data:
+                    break
+                got += data
+        return got
+
+
+@asynccontextmanager
+async def tls_and_peer(
+    kind: str = "unix", *, compatible: bool = True, **timeouts: float
+) -> AsyncIterator[tuple[TLSConnection, Peer]]:
+    """A server of ours, and its client. The tickets are read."""
+    async with opened(kind) as (conn, sock):
+        peer = Peer(sock)
+        made: list[TLSConnection] = []
+
+        async def wrap() -> None:
+            options: Any = {"server_side": True, "standard_compatible": compatible}
+            made.append(await TLSConnection.wrap(conn, ssl_context=server_context(), **options))
+
+        await both(wrap, peer.shake_hands)
+        [tls] = made
+        for name, value in timeouts.items():
+            setattr(tls, name, value)
+        await tls.send(b"ready")
+        assert await peer.receive(5) == b"ready"
+        try:
+            yield tls, peer
+        finally:
+            tls.abort()
+
+
+async def receive_exactly(stream: Any, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        received += await stream.receive(size - len(received))
+    return received
+
+
+def is_normal(exc: BaseException, stream: TLSConnection) -> str | None:
+    """The reason for which a server would count it."""
+    return _normal_end(exc, stream.connection._core.number)
+
+
+# --- wrapping ------------------------------------------------------------------------------------
+
+
+async def test_is_anyios_stream_and_has_its_attributes() -> None:
+    async with tls_pair("tcp") as (client, server):
+        for stream in (client, server):
+            assert isinstance(stream, TLSStream)
+            assert stream.transport_stream is stream.connection
+            assert set(stream.connection.extra_attributes) < set(stream.extra_attributes)
+            assert stream.extra(TLSAttribute.tls_version) == "TLSv1.3"
+            assert stream.extra(TLSAttribute.standard_compatible) is True
+            for name in ("local_address", "remote_address"):
+                attribute = getattr(SocketAttribute, name)
+                assert getattr(stream, name) == stream.extra(attribute)
+        assert client.extra(TLSAttribute.server_side) is False
+        assert server.extra(TLSAttribute.server_side) is True
+        assert client.remote_address == server.local_address
+        subject: Any = client.extra(TLSAttribute.peer_certificate)
+        assert ("DNS", NAME) in subject["subjectAltName"]
+        assert "TLSConnection" in repr(client)
+
+
+async def test_wrap_takes_nothing_but_a_connection_of_bytes() -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    first.setblocking(False)
+    with second:
+        async with open_socket(first) as messages:
+            with pytest.raises(ValueError, match="no messages"):
+                await TLSConnection.wrap(messages, hostname=NAME)
+    stream: Any = object()
+    with pytest.raises(TypeError, match="transport_stream must be an anypoll Connection"):
+        await TLSConnection.wrap(stream)
+
+
+@pytest.mark.parametrize("context", [None, client_context()], ids=["default", "given"])
+async def test_a_name_that_would_be_checked_must_be_given(context: Any) -> None:
+    async with opened() as (conn, peer):
+        with pytest.raises(ValueError, match="hostname must be given"):
+            await TLSConnection.wrap(conn, server_side=False, ssl_context=context)
+        assert arrived(peer) == 0
+
+
+async def test_timeouts_move_from_the_connection_to_the_session() -> None:
+    first, second = await open_pair()
+    first.read_timeout, first.write_timeout = 30, 31
+    client, server = contexts()
+    made: list[TLSConnection] = []
+
+    async def wrap() -> None:
+        made.append(await TLSConnection.wrap(first, hostname=NAME, ssl_context=client))
+
+    async with second:
+        await both(wrap, partial(TLSConnection.wrap, second, server_side=True, ssl_context=server))
+        [tls] = made
+        assert (tls.read_timeout, tls.write_timeout) == (30, 31)
+        assert (first.read_timeout, first.write_timeout) == (None, None)
+        tls.read_timeout, tls.write_timeout, tls.idle_timeout = 1, 2, 3
+        assert (tls.read_timeout, tls.write_timeout, first.idle_timeout) == (1, 2, 3)
+        assert (first.read_timeout, first.write_timeout) == (None, None)
+        for wrong in (-1, float("nan")):
+            with pytest.raises(ValueError, match="must not be negative"):
+                tls.read_timeout = wrong
+            with pytest.raises(ValueError, match="must not be negative"):
+                tls.write_timeout = wrong
+        tls.abort()
+
+
+async def test_a_handshake_that_fails_leaves_the_connection_as_it_was() -> None:
+    async with opened() as (conn, peer):
+        conn.read_timeout, conn.write_timeout = 30, 31
+        await send_all(peer, b"this is no TLS at all")
+        with pytest.raises(ssl.SSLError) as caught:
+            await TLSConnection.wrap(conn, hostname=NAME, ssl_context=client_context())
+        assert getattr(caught.value, "_anypoll_connection", None) == conn._core.number
+        assert (conn.read_timeout, conn.write_timeout) == (30, 31)
+        assert conn.is_active
+
+
+async def test_a_handshake_is_one_read() -> None:
+    async with opened() as (conn, peer):
+        conn.read_timeout = 0.05
+        with pytest.raises(ReadTimeout, match="no TLS handshake within"):
+            await TLSConnection.wrap(conn, hostname=NAME, ssl_context=client_context())
+        assert conn.read_timeout == 0.05
+        assert arrived(peer) > 0
+
+
+async def test_the_peer_is_told_why_a_handshake_has_failed() -> None:
+    first, second = await open_pair()
+    client, server = contexts()
+    async with first, second:
+
+        async def wrap() -> None:
+            with pytest.raises(ssl.SSLError, match="ALERT"):
+                await TLSConnection.wrap(second, server_side=True, ssl_context=server)
+
+        async def refuse() -> None:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await TLSConnection.wrap(first, hostname="other.test", ssl_context=client)
+
+        await both(wrap, refuse)
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+async def test_a_peer_that_ends_in_the_handshake(compatible: bool) -> None:
+    async with opened() as (conn, peer):
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(BrokenResourceError if compatible else EndOfStream):
+            await TLSConnection.wrap(
+                conn,
+                hostname=NAME,
+                ssl_context=client_context(),
+                standard_compatible=compatible,
+            )
+
+
+# --- in the middle of a stream -------------------------------------------------------------------
+
+
+async def test_starttls_with_the_hello_read_ahead_and_the_answer_pending() -> None:
+    async with opened() as (conn, sock):
+        peer = Peer(sock)
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.ssl.do_handshake()
+        await send_all(sock, b"STARTTLS\r\n" + peer.outgoing.read())
+        assert await conn.until(b"\r\n") == b"STARTTLS\r\n"
+        await holds(lambda: len(conn.reader) > 0)
+        conn.writer.write(b"220 go on\r\n")
+        made: list[TLSConnection] = []
+
+        async def serve() -> None:
+            made.append(
+                await TLSConnection.wrap(conn, server_side=True, ssl_context=server_context())
+            )
+
+        async def dial() -> None:
+            answer = b""
+            while len(answer) < 11:
+                await anyio.wait_readable(sock)
+                answer += sock.recv(11 - len(answer))
+            assert answer == b"220 go on\r\n"
+            await peer.shake_hands()
+
+        await both(serve, dial)
+        await peer.send(b"secret")
+        assert await within(made[0].receive()) == b"secret"
+        made[0].abort()
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+async def test_unwrap_loses_nothing(version: str) -> None:
+    async with tls_pair(version=version) as (client, server):
+        client.read_timeout = 30
+        client.writer.write(b"last words")
+        assert await within(server.peek(0)) == b""
+
+        async def unwrap_client() -> None:
+            connection, rest = await client.unwrap()
+            assert connection is client.connection
+            while len(rest) < 5:
+                rest += await connection.receive()
+            assert rest == b"plain"
+
+        async def unwrap_server() -> None:
+            assert await server.unwrap() == (server.connection, b"")
+            await server.connection.send(b"plain")
+
+        await both(unwrap_client, unwrap_server)
+        assert client.connection.read_timeout == 30
+        assert bytes(await server.next(10)) == b"last words"
+        with pytest.raises(EndOfStream):
+            await server.receive()
+        with pytest.raises(ClosedResourceError):
+            await server.send(b"x")
+        await server.connection.send(b"and again")
+        assert await within(client.connection.receive()) == b"and again"
+        await client.aclose()
+        assert client.connection.fileno() == -1
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_both_ways_at_once(kind: str, version: str) -> None:
+    there, back = pattern(3 * MIB + 17), pattern(3 * MIB + 5, seed=1)
+    async with tls_pair(kind, version=version) as (client, server):
+        received: dict[str, bytes] = {}
+
+        async def receive(name: str, stream: TLSConnection, size: int) -> None:
+            received[name] = await receive_exactly(stream, size)
+
+        await both(
+            partial(client.send, there),
+            partial(server.send, back),
+            partial(receive, "back", client, len(back)),
+            partial(receive, "there", server, len(there)),
+        )
+        assert received == {"there": there, "back": back}
+        assert server.statistics().bytes_received > len(there)
+
+
+async def test_with_anyios_own_stream() -> None:
+    async with anypoll.serve(echo, host="127.0.0.1", port=0) as server:
+        stream = await anyio.connect_tcp(
+            "127.0.0.1", server.port, tls=True, ssl_context=client_context()
+        )
+        data = pattern(2 * MIB)
+
+        async def receive() -> None:
+            assert await receive_exactly(stream, len(data)) == data
+
+        async with stream:
+            await both(partial(stream.send, data), receive)
+    assert server.statistics().handler_errors == 0
+
+
+async def echo(conn: Connection) -> None:
+    stream = await handshake(conn, server_context(), 30)
+    async with stream:
+        async for chunk in stream:
+            await stream.send(chunk)
+
+
+@pytest.mark.parametrize("how", ["unwrap", "just close"])
+async def test_with_a_blocking_socket(how: str) -> None:
+    data = pattern(MIB)
+
+    def client(port: int) -> bytes:
+        received = b""
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
+            client_context().wrap_socket(sock, server_hostname=NAME) as tls,
+        ):
+            for start in range(0, len(data), 100_000):
+                part = data[start : start + 100_000]
+                tls.sendall(part)
+                while len(received) < start + len(part):
+                    received += tls.recv(64 * KIB)
+            if how == "unwrap":
+                tls.unwrap().close()
+        return received
+
+    async with anypoll.serve(echo, host="127.0.0.1", port=0) as server:
+        assert await within(anyio.to_thread.run_sync(client, server.port)) == data
+        await holds(lambda: server.statistics().active == 0)
+    assert server.statistics().handler_errors == 0
+    assert server.statistics().closed == {"done" if how == "unwrap" else "broken": 1}
+
+
+async def test_connect_tcp_gives_one() -> None:
+    async with anypoll.serve(echo, host="127.0.0.1", port=0) as server:
+        stream = await anypoll.connect_tcp(
+            "127.0.0.1",
+            server.port,
+            tls_hostname=NAME,
+            ssl_context=client_context(),
+            read_timeout=30,
+            write_timeout=31,
+        )
+        async with stream:
+            assert type(stream) is TLSConnection
+            assert (stream.read_timeout, stream.write_timeout) == (30, 31)
+            stream.writer.write(b"line\nrest")
+            assert await stream.until(b"\n") == b"line\n"
+            assert await stream.next(4) == b"rest"
+
+
+# --- the reader ----------------------------------------------------------------------------------
+
+
+async def test_reader_across_records() -> None:
+    async with tls_and_peer() as (tls, peer):
+        for part in (b"head", b"er\r", b"\nbody of ", b"it", b"tail"):
+            await peer.send(part)
+        reader = tls.reader
+        assert reader is tls.reader
+        assert bytes(await within(tls.peek(6))) == b"header"
+        view = await within(tls.until(b"\r\n"))
+        await within(tls.skip(5))
+        assert await within(reader.read_str(5)) == "of it"
+        assert await within(reader.read_byte()) == ord("t")
+        room = bytearray(10)
+        assert await within(reader.readinto(room)) == 3
+        assert room[:3] == b"ail"
+        assert bytes(view) == b"header\r\n"  # a view stays as it was
+        await peer.send(pattern(50_000))
+        parts = await within(reader.next_parts(40_000))
+        assert len(parts) > 1
+        rest = await within(reader.slice(10_000))
+        assert b"".join(parts) + rest.to_bytes() == pattern(50_000)
+
+
+async def test_receive_takes_from_the_readers_buffer() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"abcdefgh")
+        assert bytes(await within(tls.next(2))) == b"ab"
+        assert await within(tls.receive(3)) == b"cde"
+        assert bytes(await within(tls.peek(1))) == b"f"
+        assert await within(tls.receive()) == b"fgh"
+        stream = as_receive_stream(tls.reader)
+        await peer.send(b"ijk")
+        assert await within(stream.receive()) == b"ijk"
+
+
+async def test_reader_without_waiting() -> None:
+    async with tls_and_peer() as (tls, peer):
+        for function in (
+            partial(tls.reader.peek_nowait, 1),
+            partial(tls.reader.until_nowait, b"\n"),
+        ):
+            with pytest.raises(WouldBlock):
+                function()
+        record = peer.encrypted(b"a line\nmore")
+        await send_all(peer.sock, record[:10])
+        await holds(lambda: len(tls.connection.reader) in (0, 10))
+        assert len(tls.reader) == 0
+        await send_all(peer.sock, record[10:])
+        await holds(lambda: len(tls.reader) == 11)  # it decrypts what has arrived
+        assert bytes(tls.reader.until_nowait(b"\n")) == b"a line\n"
+        tls.reader.skip_nowait(1)
+        assert bytes(tls.reader.next_nowait(3)) == b"ore"
+        with pytest.raises(WouldBlock):
+            tls.reader.next_nowait(1)
+
+
+async def test_what_arrived_is_decrypted_within_bounds() -> None:
+    async with tls_and_peer() as (tls, peer):
+        sent = 0
+        data = pattern(64 * KIB)
+        with anyio.move_on_after(0.5):
+            while sent < 8 * MIB:
+                await peer.send(data)
+                sent += len(data)
+                for _ in range(10):
+                    len(tls.reader)
+        high = tls.connection._core.limits.read_high_water
+        assert len(tls.reader) <= high + 16 * KIB
+        assert sent < 8 * MIB  # the kernel's buffers, and ours, are full
+        parts = await within(tls.reader.next_parts(64 * KIB))
+        assert b"".join(parts) == data
+
+
+async def test_reader_limits_a_single_request() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"x" * 100)
+        with pytest.raises(MessageTooLarge) as caught:
+            await tls.next(2**30)
+        assert is_normal(caught.value, tls) == "message_too_large"
+        with pytest.raises(DelimiterNotFound) as missing:
+            await within(tls.until(b"\n", max_bytes=50))
+        assert is_normal(missing.value, tls) == "delimiter_not_found"
+        assert len(await tls.next(100)) == 100
+
+
+async def test_only_one_may_read_and_one_may_write() -> None:
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        tasks.start_soon(tls.receive)
+        await holds(lambda: tls._engine.is_pulling)
+        for function in (tls.receive, partial(tls.next, 1), partial(tls.until, b"\n")):
+            with pytest.raises(BusyResourceError):
+                await function()
+        with pytest.raises(BusyResourceError):
+            tls.reader.next_nowait(1)
+        tasks.start_soon(tls.send, bytes(4 * MIB))
+        await holds(lambda: tls._sink._writing)
+        for send in (partial(tls.send, b"x"), tls.writer.flush, tls.send_eof):
+            with pytest.raises(BusyResourceError):
+                await send()
+        await peer.send(b"enough")
+        assert await peer.receive(4 * MIB) == bytes(4 * MIB)
+
+
+async def test_calls_in_a_row_let_others_run() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(bytes(1000))
+        await within(tls.peek(1000))
+        calls = 0
+        while not suspends(tls.next(1)):
+            calls += 1
+        assert calls == tls.connection._core.budget - 1
+        assert len(tls.reader) == 1000 - calls
+        assert suspends(tls.receive(1))
+        assert suspends(tls.send(b"x"))
+
+
+# --- the writer ----------------------------------------------------------------------------------
+
+
+async def test_pending_output_is_sent_when_the_reader_waits() -> None:
+    async with tls_and_peer() as (tls, peer):
+        writer = tls.writer
+        assert writer is tls.writer
+        before = tls.statistics().bytes_sent
+        for n in range(100):
+            writer.write(b"%03d" % n)
+        assert len(writer) == 300
+        assert arrived(peer.sock) == 0
+
+        async def answer() -> None:
+            assert await peer.receive(300) == b"".join(b"%03d" % n for n in range(100))
+            await peer.send(b"thanks")
+
+        async def wait() -> None:
+            assert await tls.receive() == b"thanks"
+
+        await both(answer, wait)
+        assert tls.statistics().bytes_sent - before < 300 + 64  # in one record
+        assert len(writer) == 0
+
+
+async def test_send_goes_behind_what_is_pending_and_a_reservation_ends() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.writer.write(b"first ")
+        tls.writer.malloc(7)[:] = b"second "
+        await tls.send(bytearray(b"third "))
+        await as_send_stream(tls.writer).send(b"fourth ")
+        tls.writer.write_str("fifth")
+        await tls.writer.flush()
+        assert await peer.receive(31) == b"first second third fourth fifth"
+        await tls.send(b"")
+        await tls.writer.flush()
+
+
+async def test_a_reader_that_waits_leaves_an_open_reservation_alone() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.writer.write(b"sent")
+        memory = tls.writer.malloc(4)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tls.receive)
+            assert await peer.receive(4) == b"sent"
+            memory[:] = b"full"
+            await tls.writer.flush()
+            assert await peer.receive(4) == b"full"
+            await peer.send(b"x")
+
+
+async def test_what_is_written_while_another_task_sends_keeps_its_place() -> None:
+    """Also if the reader waits already: nobody else would send it then."""
+    data = pattern(4 * MIB)
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        tasks.start_soon(tls.receive)
+        tasks.start_soon(tls.send, data)
+        await holds(lambda: tls._sink._writing and tls.connection._core.queued() > 0)
+        tls.writer.write(b"and this")
+        assert await peer.receive(len(data) + 8) == data + b"and this"
+        await peer.send(b"x")
+
+
+async def test_output_above_high_water_drains_before_a_read() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"ab")
+        assert bytes(await within(tls.next(1))) == b"a"
+        data = pattern(2 * MIB)
+        tls.writer.write(data)
+        with anyio.move_on_after(0.05) as scope:
+            await tls.next(1)  # it is there, but the peer does not read
+        assert scope.cancelled_caught
+        received: list[bytes] = []
+
+        async def drain() -> None:
+            received.append(await peer.receive(len(data)))
+
+        async def read() -> None:
+            assert bytes(await tls.next(1)) == b"b"
+
+        await both(drain, read)
+        assert received == [data]
+
+
+async def test_a_peer_that_does_not_read_cannot_make_the_output_grow() -> None:
+    async with tls_and_peer() as (tls, peer):
+        high = tls.connection._core.limits.write_high_water
+        most = 0
+
+        async def serve() -> None:
+            nonlocal most
+            while True:
+                await tls.next(1)
+                tls.writer.write(bytes(10_000))
+                most = max(most, len(tls.writer))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve)
+            with anyio.move_on_after(0.3):
+                for _ in range(2000):
+                    await peer.send(b"x")
+            tasks.cancel_scope.cancel()
+        assert high - 10_000 < most < 2 * high
+
+
+async def test_a_write_that_must_read_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a renegotiation, which OpenSSL does not do any more by itself."""
+    for reading in (False, True):
+        async with tls_and_peer() as (tls, peer):
+            wanted = Renegotiating(tls._engine.ssl)
+            monkeypatch.setattr(tls._engine, "ssl", wanted)
+            async with anyio.create_task_group() as tasks:
+                if reading:
+                    tasks.start_soon(tls.next, 4)
+                    await holds(lambda: tls._engine.is_pulling)
+                tasks.start_soon(tls.send, b"answer")
+                await holds(partial(getattr, wanted, "refused"))
+                await peer.send(b"more")
+                assert await peer.receive(6) == b"answer"
+            if not reading:
+                assert bytes(await within(tls.next(4))) == b"more"
+
+
+class Renegotiating:
+    """An ``SSLObject`` that does not write before it has read."""
+
+    def __init__(self, ssl_object: ssl.SSLObject) -> None:
+        self._ssl = ssl_object
+        self.refused = 0
+        self._fresh = False
+
+    def read(self, size: int) -> bytes:
+        data = self._ssl.read(size)
+        self._fresh = True
+        return data
+
+    def write(self, data: bytes) -> int:
+        if not self._fresh:
+            with suppress(ssl.SSLWantReadError):
+                self.kept = self._ssl.read(0)
+            self.refused += 1
+            if self.refused == 1:
+                raise ssl.SSLWantReadError
+        return self._ssl.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ssl, name)
+
+
+# --- timeouts ------------------------------------------------------------------------------------
+
+READS: dict[str, Callable[[TLSConnection], Awaitable[Any]]] = {
+    "receive": lambda tls: tls.receive(),
+    "next": lambda tls: tls.next(10),
+    "peek": lambda tls: tls.peek(10),
+    "skip": lambda tls: tls.skip(10),
+    "until": lambda tls: tls.until(b"\n"),
+    "parts": lambda tls: tls.reader.next_parts(10),
+    "readinto": lambda tls: tls.reader.readinto(bytearray(10)),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+async def test_read_timeout_and_then_on(name: str) -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.read_timeout = 0.02
+        few = name not in ("receive", "readinto")
+        if few:
+            await peer.send(b"begun")
+            await holds(lambda: len(tls.reader) == 5)
+        for _ in range(3):
+            with pytest.raises(ReadTimeout, match="not received within") as caught:
+                await READS[name](tls)
+            assert is_normal(caught.value, tls) == "read_timeout"
+        tls.read_timeout = None
+        await peer.send(b"more\n")
+        assert bytes(await within(tls.next(10 if few else 5))) == (
+            b"begunmore\n" if few else b"more\n"
+        )
+        await tls.send(b"still good")
+        assert await peer.receive(10) == b"still good"
+
+
+async def test_a_timeout_is_for_the_whole_call() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.read_timeout = 0.3
+        over = anyio.Event()
+
+        async def trickle() -> None:
+            while not over.is_set():
+                await peer.send(b"x")
+                await anyio.sleep(0.02)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(trickle)
+            with pytest.raises(ReadTimeout):
+                await within(tls.until(b"\n"))
+            over.set()
+
+
+async def test_outer_scopes_win_over_a_timeout() -> None:
+    async with tls_and_peer() as (tls, _peer):
+        tls.read_timeout = tls.write_timeout = 30
+        for call in (partial(tls.next, 1), tls.receive, partial(tls.send, bytes(8 * MIB))):
+            with anyio.move_on_after(0.02) as scope:
+                await call()
+            assert scope.cancelled_caught
+
+
+async def test_no_time_at_all_is_enough_for_what_is_there() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"there")
+        await holds(lambda: len(tls.reader) == 5)
+        tls.read_timeout = 0
+        assert bytes(await tls.next(5)) == b"there"
+        with pytest.raises(ReadTimeout):
+            await tls.next(1)
+        tls.read_timeout = 1e300
+        await peer.send(b"x")
+        assert await within(tls.receive()) == b"x"
+
+
+async def test_write_timeout_and_then_on() -> None:
+    data = pattern(4 * MIB)
+    async with tls_and_peer() as (tls, peer):
+        tls.write_timeout = 0.05
+        buffer = bytearray(data)
+        with pytest.raises(WriteTimeout, match="not sent within") as caught:
+            await tls.send(buffer)
+        assert is_normal(caught.value, tls) == "write_timeout"
+        buffer[:] = bytes(len(buffer))  # the caller may: its rest was copied
+        tls.writer.write(b"written")
+        with pytest.raises(WriteTimeout):
+            await tls.writer.flush()
+        with pytest.raises(WriteTimeout):
+            await tls.send(b"nothing of this was encrypted")
+        tls.write_timeout = None
+        received: list[bytes] = []
+
+        async def read() -> None:
+            received.append(await peer.receive(len(data) + 7 + 3))
+
+        await both(read, partial(tls.send, b"end"))
+        assert received == [data + b"written" + b"end"]
+
+
+async def test_the_rest_of_a_send_that_was_given_up_goes_out_by_itself() -> None:
+    data = pattern(4 * MIB)
+    async with tls_and_peer() as (tls, peer):
+        with anyio.move_on_after(0.05):
+            await tls.send(data)
+        assert await peer.receive(len(data)) == data
+        await tls.send(b"next")
+        assert await peer.receive(4) == b"next"
+
+
+async def test_two_ends_that_have_given_up_do_not_wait_for_each_other() -> None:
+    there, back = pattern(3 * MIB), pattern(3 * MIB, seed=1)
+    async with tls_pair() as (client, server):
+        for stream, data in ((client, there), (server, back)):
+            with anyio.move_on_after(0.05) as scope:
+                await stream.send(data)
+            assert scope.cancelled_caught
+        received: dict[str, bytes] = {}
+
+        async def receive(name: str, stream: TLSConnection) -> None:
+            received[name] = await receive_exactly(stream, 3 * MIB)
+
+        await both(partial(receive, "there", server), partial(receive, "back", client))
+        assert received == {"there": there, "back": back}
+
+
+async def test_a_send_that_is_cancelled_at_once_sends_nothing() -> None:
+    async with tls_and_peer() as (tls, peer):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await tls.send(b"nothing of this")
+        await tls.send(b"but this")
+        assert await peer.receive(8) == b"but this"
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_cancellations_at_random_lose_nothing(seed: int) -> None:
+    """What was given up is there all or not at all, and in order; nothing else is missing."""
+    rng = random.Random(seed)
+    items = [bytes([n % 251]) * rng.choice([1, 100, 5000, 300_000]) for n in range(120)]
+    async with tls_pair(rng.choice(["unix", "tcp"])) as (client, server):
+        given_up: set[int] = set()
+        framed = [
+            len(item).to_bytes(4, "big") + n.to_bytes(4, "big") + item
+            for n, item in enumerate(items)
+        ]
+        done = anyio.Event()
+        seen: list[int] = []
+
+        async def send() -> None:
+            for n, frame in enumerate(framed):
+                with anyio.move_on_after(rng.choice([None, 0, 0.0002, 0.001, 0.01])) as scope:
+                    await client.send(frame)
+                if scope.cancelled_caught:
+                    given_up.add(n)
+            await client.send(bytes(8))
+
+        async def try_to_read(n: int) -> memoryview:
+            while True:
+                with anyio.move_on_after(rng.choice([None, 0.0002, 0.001, 0.01])):
+                    return await server.next(n)
+
+        async def receive() -> None:
+            while True:
+                size = int.from_bytes(await try_to_read(4), "big")
+                n = int.from_bytes(await try_to_read(4), "big")
+                if not size:
+                    break
+                assert bytes(await try_to_read(size)) == items[n]
+                seen.append(n)
+            done.set()
+
+        await both(send, receive)
+        assert seen == sorted(seen)
+        assert set(range(len(items))) - set(seen) <= given_up
+
+
+# --- the end of the stream -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+async def test_end_of_stream_after_close_notify(compatible: bool) -> None:
+    async with tls_and_peer(compatible=compatible) as (tls, peer):
+        await send_all(peer.sock, peer.encrypted(b"rest") + peer.close_notify())
+        with pytest.raises(IncompleteRead) as caught:
+            await within(tls.next(5))
+        assert is_normal(caught.value, tls) == "incomplete"
+        assert not tls.at_eof
+        assert bytes(await tls.next(4)) == b"rest"
+        assert tls.at_eof
+        for _ in range(2):
+            for call in (tls.receive, partial(tls.next, 1), partial(tls.until, b"\n")):
+                with pytest.raises(EndOfStream) as ended:
+                    await call()
+                assert is_normal(ended.value, tls) == "eof"
+        with pytest.raises(EndOfStream):
+            tls.reader.next_nowait(1)
+        assert tls.is_active
+        await tls.send(b"half-close is not close")
+        assert await peer.receive(23) == b"half-close is not close"
+
+
+async def test_an_end_without_close_notify_breaks() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"rest")
+        peer.sock.shutdown(socket.SHUT_WR)
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.next(5))
+        assert isinstance(caught.value.__cause__, ssl.SSLError)
+        assert is_normal(caught.value, tls) == "broken"
+        assert not tls.is_active
+        assert bytes(await tls.next(4)) == b"rest"  # what has arrived can be read
+        for call in (tls.receive, partial(tls.send, b"x"), tls.writer.flush):
+            with pytest.raises(BrokenResourceError):
+                await call()
+        with pytest.raises(BrokenResourceError):
+            tls.writer.write(b"x")
+
+
+async def test_an_end_without_close_notify_is_one_if_that_is_allowed() -> None:
+    async with tls_and_peer(compatible=False) as (tls, peer):
+        await peer.send(b"rest")
+        peer.sock.shutdown(socket.SHUT_WR)
+        assert await within(tls.receive()) == b"rest"
+        await holds(lambda: tls.at_eof)
+        with pytest.raises(EndOfStream) as caught:
+            await within(tls.receive())
+        assert is_normal(caught.value, tls) == "eof"
+        await tls.send(b"can still be sent")
+        assert await peer.receive(17) == b"can still be sent"
+
+
+async def test_a_reset_breaks() -> None:
+    async with tls_and_peer("tcp") as (tls, peer):
+        reset(peer.sock)
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.receive())
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        assert is_normal(caught.value, tls) == "broken"
+        assert not tls.is_active
+        with pytest.raises(BrokenResourceError):
+            await tls.send(b"x")
+
+
+@pytest.mark.parametrize("what", ["garbage", "bad mac"])
+async def test_what_is_no_tls_breaks(what: str) -> None:
+    async with tls_and_peer() as (tls, peer):
+        record = bytearray(peer.encrypted(b"x" * 100))
+        if what == "garbage":
+            record[:] = pattern(len(record))
+        else:
+            record[50] ^= 1
+        await send_all(peer.sock, bytes(record))
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.receive())
+        assert isinstance(caught.value.__cause__, ssl.SSLError)
+        assert is_normal(caught.value, tls) == "broken"
+        with pytest.raises(BrokenResourceError):
+            await tls.receive()
+        with pytest.raises(ssl.SSLError, match="ALERT"):
+            await within(peer.call(peer.ssl.read, 1))
+
+
+async def test_the_idle_timeout_of_the_connection() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"read ahead")
+        await holds(lambda: len(tls.reader) == 10)
+        tls.idle_timeout = 0.05
+        await holds(lambda: not tls.is_active)
+        assert bytes(await tls.next(10)) == b"read ahead"
+        for call in (tls.receive, partial(tls.send, b"x")):
+            with pytest.raises(anypoll.IdleTimeout) as caught:
+                await call()
+            assert is_normal(caught.value, tls) == "idle_timeout"
+
+
+async def test_half_close() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.writer.write(b"request")
+        await tls.send_eof()
+        await tls.send_eof()
+        assert await peer.receive(100) == b"request"
+        for call in (partial(tls.send, b"x"), tls.writer.flush):
+            with pytest.raises(ClosedResourceError) as caught:
+                await call()
+            assert is_normal(caught.value, tls) == "closed"
+        await peer.send(b"answer")
+        assert bytes(await within(tls.next(6))) == b"answer"
+        await send_all(peer.sock, peer.close_notify())
+        with pytest.raises(EndOfStream):
+            await within(tls.receive())
+        await within(tls.aclose())
+
+
+async def test_half_close_with_unread_input() -> None:
+    async with tls_and_peer() as (tls, peer):
+        for n in range(10):
+            await peer.send(b"%d" % n)
+        await holds(lambda: len(tls.connection.reader) > 0)
+        await tls.send_eof()
+        assert bytes(await within(tls.next(10))) == b"0123456789"
+        await peer.send(b"more")
+        assert bytes(await within(tls.next(4))) == b"more"
+
+
+async def test_there_is_no_half_close_below_tls_1_3() -> None:
+    async with tls_pair(version="TLSv1.2") as (client, server):
+        with pytest.raises(NotImplementedError, match=r"TLSv1\.3"):
+            await client.send_eof()
+        await client.send(b"still good")
+        assert await within(server.receive()) == b"still good"
+
+
+# --- closing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+async def test_close_sends_what_is_pending_and_a_close_notify(version: str) -> None:
+    async with tls_pair("tcp", version=version) as (client, server):
+        client.writer.write(b"last words")
+
+        async def serve() -> None:
+            assert await server.receive() == b"last words"
+            with pytest.raises(EndOfStream):
+                await server.receive()
+            await server.aclose()
+
+        await both(client.aclose, serve)
+        for stream in (client, server):
+            assert stream.connection.fileno() == -1
+            assert not stream.is_active
+            await stream.aclose()
+            for call in (stream.receive, partial(stream.send, b"x"), partial(stream.next, 1)):
+                with pytest.raises(ClosedResourceError) as caught:
+                    await call()
+                assert is_normal(caught.value, stream) == "closed"
+            with pytest.raises(ClosedResourceError):
+                stream.writer.write(b"x")
+            assert stream.statistics().bytes_sent > 0
+
+
+@pytest.mark.parametrize("timeout", [None, 0.05, 0])
+async def test_close_does_not_hang_on_a_silent_peer(
+    timeout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anypoll._tls.CLOSE_TIMEOUT", 0.05)
+    async with tls_and_peer() as (tls, peer):
+        tls.write_timeout = timeout
+        tls.writer.write(b"last words")
+        await within(tls.aclose())
+        assert tls.connection.fileno() == -1
+        assert await peer.receive(100) == b"last words"
+        assert await read_to_end(peer.sock) == b""
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+@pytest.mark.parametrize("peer_ends", ["reset", "FIN", "data"])
+async def test_what_the_peer_does_in_a_closing_handshake_is_no_error(
+    compatible: bool, peer_ends: str
+) -> None:
+    async with tls_and_peer("tcp", compatible=compatible) as (tls, peer):
+
+        async def end() -> None:
+            await anyio.wait_readable(peer.sock)
+            if peer_ends == "reset":
+                reset(peer.sock)
+            elif peer_ends == "FIN":
+                peer.sock.close()
+            else:
+                with suppress(OSError):  # it may be gone already
+                    for _ in range(100):
+                        await peer.send(pattern(10_000))
+                    await send_all(peer.sock, peer.close_notify())
+
+        await both(end, tls.aclose)
+        assert tls.connection.fileno() == -1
+
+
+async def test_close_without_waiting_if_that_is_allowed() -> None:
+    async with tls_and_peer(compatible=False) as (tls, peer):
+        tls.writer.write(b"last words")
+        await within(tls.aclose())
+        assert await peer.receive(100) == b"last words"  # and a close_notify, without an answer
+
+
+@pytest.mark.parametrize("how", ["forcefully", "cancelled", "in time", "natively"])
+async def test_close_that_is_cancelled_closes(how: str) -> None:
+    async with tls_and_peer() as (tls, _peer):
+        ended: list[str] = []
+        tls.add_close_callback(lambda: ended.append("called"))
+        with anyio.CancelScope() as scope:
+            if how == "forcefully":
+                await anyio.aclose_forcefully(tls)
+            elif how == "cancelled":
+                scope.cancel()
+                await tls.aclose()
+            elif how == "in time":
+                scope.deadline = anyio.current_time() + 0.05
+                await tls.aclose()
+            else:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(tls.aclose)
+                    await holds(lambda: tls._engine.is_pulling)
+                    tasks.cancel_scope.cancel()
+        assert tls.connection.fileno() == -1
+        assert ended == ["called"]
+
+
+@pytest.mark.parametrize("how", ["aclose", "abort", "second aclose"])
+async def test_close_ends_the_waits_of_others(how: str) -> None:
+    async with tls_and_peer() as (tls, _peer):
+        raised: list[Exception] = []
+
+        async def wait(function: Callable[[], Awaitable[Any]]) -> None:
+            try:
+                await function()
+            except ClosedResourceError as exc:
+                raised.append(exc)
+
+        tls.write_timeout = 30
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait, tls.receive)
+                await holds(lambda: tls._engine.is_pulling)
+                if how == "second aclose":
+                    tasks.start_soon(tls.aclose)  # waits for an answer
+                    await holds(lambda: tls._sink.eof_sent)
+                    await holds(lambda: raised)
+                else:
+                    tasks.start_soon(wait, partial(tls.send, bytes(8 * MIB)))
+                    await holds(lambda: tls._sink._writing)
+                if how == "abort":
+                    tls.abort()
+                    tls.abort()
+                else:
+                    await tls.aclose()
+        assert len(raised) == (1 if how == "second aclose" else 2)
+        assert all(is_normal(exc, tls) == "closed" for exc in raised)
+        assert tls.connection.fileno() == -1
+
+
+async def test_close_does_not_wait_for_what_was_given_up() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.write_timeout = 60
+        with anyio.move_on_after(0.05):
+            await tls.send(bytes(8 * MIB))
+        with anyio.fail_after(20):
+            await tls.aclose()
+        with pytest.raises(ssl.SSLError):  # the peer can tell that it is torn
+            await peer.receive(8 * MIB)
+
+
+async def test_close_callbacks_are_given_the_stream() -> None:
+    async with tls_and_peer() as (tls, _peer):
+        called: list[Any] = []
+
+        async def asynchronous(stream: TLSConnection) -> None:
+            await anyio.lowlevel.checkpoint()
+            called.append(stream)
+
+        tls.write_timeout = 0
+        tls.add_close_callback(lambda: called.append("plain"))
+        tls.add_close_callback(called.append)
+        tls.add_close_callback(asynchronous)
+        for wrong in (None, lambda a, b: None):
+            with pytest.raises(TypeError, match="a close callback must"):
+                tls.add_close_callback(wrong)  # type: ignore[arg-type]
+        await tls.aclose()
+        assert called == [tls, tls, "plain"]
+        called.clear()
+
+
+async def test_the_state_is_the_connections() -> None:
+    async with tls_and_peer() as (tls, _peer):
+        assert tls.state is None
+        tls.state = "mine"
+        assert tls.connection.state == "mine"
+        assert tls.server is None
+
+
+# --- in a server ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving(
+    handler: Callable[[TLSConnection], Awaitable[None]], **options: Any
+) -> AsyncIterator[anypoll.Server]:
+    """As ``serve()`` with an ``ssl_context`` does it."""
+    context = server_context()
+    timeout = options.pop("tls_handshake_timeout", 30)
+
+    async def handle(conn: Connection) -> None:
+        stream = await handshake(conn, context, timeout)
+        await handler(stream)
+        await stream._finish(conn._core.limits.close_callback_timeout)
+
+    async with anypoll.serve(handle, host="127.0.0.1", port=0, **options) as server:
+        yield server
+
+
+async def dial(server: anypoll.Server) -> TLSConnection:
+    stream: TLSConnection = await anypoll.connect_tcp(
+        "127.0.0.1", server.port, tls_hostname=NAME, ssl_context=client_context()
+    )
+    return stream
+
+
+async def test_the_last_words_of_a_handler_arrive() -> None:
+    async def handler(stream: TLSConnection) -> None:
+        assert stream.server is not None
+        await stream.next(1)
+        stream.writer.write(pattern(2 * MIB))
+
+    async with serving(handler) as server, await dial(server) as client:
+        await client.send(b"x" + bytes(100_000))  # most of it is never read
+        assert await within(receive_exactly(client, 2 * MIB)) == pattern(2 * MIB)
+        with pytest.raises(EndOfStream):
+            await within(client.receive())
+        await client.aclose()
+        await holds(lambda: server.statistics().closed == {"done": 1})
+
+
+async def no_handler(stream: TLSConnection) -> None:
+    pytest.fail("there was no handshake")
+
+
+@pytest.mark.parametrize("what", ["garbage", "HTTP", "FIN", "reset", "silence", "a part"])
+async def test_peers_that_do_not_shake_hands(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    options: Any = {"tls_handshake_timeout": 0.1 if what in ("silence", "a part") else 30}
+    async with serving(no_handler, read_timeout=30, **options) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as peer:
+            peer.setblocking(False)
+            if what in ("garbage", "HTTP"):
+                await send_all(
+                    peer, pattern(500) if what == "garbage" else b"GET / HTTP/1.1\r\n\r\n"
+                )
+            elif what == "FIN":
+                peer.shutdown(socket.SHUT_WR)
+            elif what == "reset":
+                reset(peer)
+            elif what == "a part":
+                await send_all(peer, b"\x16\x03\x01\x01")
+            await holds(lambda: server.statistics().active == 0 and server.statistics().closed)
+            reason = "read_timeout" if what in ("silence", "a part") else "broken"
+            assert server.statistics().closed == {reason: 1}
+            assert server.statistics().handler_errors == 0
+    assert caplog.records == []
+
+
+async def test_a_handshake_has_a_time_of_its_own() -> None:
+    seen: list[float | None] = []
+
+    async def handler(stream: TLSConnection) -> None:
+        seen.append(stream.read_timeout)
+        await stream.aclose()
+
+    async with serving(handler, read_timeout=17) as server:
+        client = await dial(server)
+        with pytest.raises(EndOfStream):
+            await within(client.receive())
+        await client.aclose()
+    assert seen == [17]
+
+
+async def test_a_handshake_that_is_cancelled_leaves_nothing() -> None:
+    async with opened() as (conn, peer):
+        called: list[str] = []
+        conn.add_close_callback(lambda: called.append("closed"))
+        with anyio.move_on_after(0.02) as scope:
+            await handshake(conn, server_context(), 30)
+        assert scope.cancelled_caught
+        assert conn.fileno() == -1
+        assert called == ["closed"]
+        assert await read_to_end(peer) == b""
+
+
+async def test_the_end_of_a_server_finds_idle_and_busy_ones() -> None:
+    """A message of which a part has come is finished, be it a part of a record only."""
+    ended: list[str] = []
+
+    async def handler(stream: TLSConnection) -> None:
+        with suppress(EndOfStream):
+            while True:
+                line = bytes(await stream.until(b"\n"))
+                await stream.send(line.upper())
+        ended.append("eof")
+
+    async with anyio.create_task_group() as tasks:  # noqa: SIM117 -- it is long enough
+        async with serving(handler, shutdown_timeout=30) as server:
+            idle = await dial(server)
+            await idle.send(b"hello\n")
+            assert await within(idle.receive()) == b"HELLO\n"
+            busy = await dial(server)
+            await busy.send(b"half a")
+            with socket.create_connection(("127.0.0.1", server.port)) as sock:
+                torn = Peer(sock)
+                await torn.shake_hands()
+                record = torn.encrypted(b"in a record\n")
+                await send_all(sock, record[:10])
+                await holds(lambda: sorted(begun(server)) == [False, True, True])
+                tasks.start_soon(server.shutdown)
+                with pytest.raises(EndOfStream):
+                    await within(idle.receive())
+                await idle.aclose()
+                assert server.shutting_down
+                await busy.send(b" line\n")
+                assert await within(busy.receive()) == b"HALF A LINE\n"
+                with pytest.raises(EndOfStream):
+                    await within(busy.receive())
+                await busy.aclose()
+                await send_all(sock, record[10:])
+                assert await torn.receive(100) == b"IN A RECORD\n"
+    assert ended == ["eof"] * 3
+    assert server.statistics().closed == {"done": 3}
+
+
+def begun(server: anypoll.Server) -> list[bool]:
+    """Of each connection, whether its session has unread input."""
+    import gc
+
+    engines = {
+        stream.connection: stream._engine._has_begun
+        for stream in gc.get_objects()
+        if isinstance(stream, TLSConnection)
+    }
+    return [engines.get(conn, False) for conn in server.connections]
