@@ -94,7 +94,7 @@ async def connect_tcp(
                 standard_compatible=tls_standard_compatible,
             )
         except BaseException:
-            connection.abort()
+            await anyio.aclose_forcefully(connection)  # no RST: it would destroy the alert
             raise
 
 

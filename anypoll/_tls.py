@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.tls import TLSStream
 
 from ._bytes import flat_view
@@ -222,12 +222,16 @@ class TLSConnection(TLSStream):
 
         :return: the connection, and what the peer has sent on it behind the end of the session
         :raises ReadTimeout: after ``read_timeout`` seconds
+        :raises BusyResourceError: while another task is reading or sending
         :raises MessageTooLarge: if the peer sends more than ``read_limit`` bytes and does not end
         """
+        if self._source.is_busy:
+            raise BusyResourceError("reading from")
         await self._sink.send_eof()
         late = ReadTimeout(f"no closing handshake within {self.read_timeout} s")
         await within(self._connection._core, self.read_timeout, self._source.to_the_end, late)
         self._unwrapped = True
+        self._connection._core.draining = self._engine.ending
         self._connection.read_timeout = self.read_timeout
         self._connection.write_timeout = self.write_timeout
         return self._connection, self._engine.leftover()
@@ -246,19 +250,18 @@ class TLSConnection(TLSStream):
         self._connection._core._check_loop()
         try:
             if first and not self._unwrapped and not self._connection._core.closed:
-                await self._say_goodbye()
+                timeout = CLOSE_TIMEOUT if self.write_timeout is None else self.write_timeout
+                await self._say_goodbye(timeout, wait=self.standard_compatible)
         finally:
             self._shut()
             if not self._unwrapped:
                 self._connection._core.close()
             await self._connection.aclose()
 
-    async def _say_goodbye(self) -> None:
+    async def _say_goodbye(self, timeout: float, *, wait: bool) -> None:
         self._engine.closed = self._sink.writer._shut = True
-        timeout = self.write_timeout
-        with anyio.move_on_after(CLOSE_TIMEOUT if timeout is None else min(timeout, LONG)):
-            with suppress(*_GONE):
-                await self._sink.close(wait=self.standard_compatible)
+        with anyio.move_on_after(min(timeout, LONG)), suppress(*_GONE):
+            await self._sink.close(wait=wait)
 
     def _shut(self) -> None:
         self._engine.closed = True
@@ -271,8 +274,7 @@ class TLSConnection(TLSStream):
         """
         deadline = anyio.current_time() + timeout
         if not self._engine.closed:
-            with anyio.move_on_after(timeout), suppress(*_GONE):
-                await self._sink.close(wait=False)
+            await self._say_goodbye(timeout, wait=False)
         await self._connection._core.finish(max(deadline - anyio.current_time(), 0))
 
     # --- timeouts --------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Engine:
     """See the module."""
 
     __slots__ = (
+        "_answered",
         "_header",
         "_incoming",
         "_left",
@@ -88,6 +89,7 @@ class Engine:
         self.failure: ssl.SSLError | None = None
         self._pulling = False
         self._pulled: anyio.Event | None = None  # if somebody waits for that
+        self._answered = 0  # bytes that OpenSSL has sent by itself since they last drained
         self._header = b""  # what there is of the header of a record
         self._left = 0  # bytes of a record that have not come yet
 
@@ -186,6 +188,9 @@ class Engine:
             data = b""
         except ssl.SSLError as exc:
             raise self.failed(exc) from exc
+        finally:
+            self._answered += self._outgoing.pending
+            self.collect()
         if data:
             self.chain.append(memoryview(data))
         else:
@@ -238,6 +243,9 @@ class Engine:
     async def _pull(self) -> bool:
         core = self.core
         self.collect()
+        if self._answered >= core.limits.write_high_water:  # also while another task is sending
+            await core._flush()
+            self._answered = 0
         self.ending = self.ending or (core.draining and not self.closed)
         core.draining = self.ending and not self.closed and not self._has_begun
         try:

@@ -169,6 +169,11 @@ class Source(StreamSource):
                     pass
         return super().buffered()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task is reading."""
+        return self._reading
+
     async def to_the_end(self) -> None:
         """Reads ahead until the peer has ended its side.
 

@@ -203,12 +203,33 @@ class Sink:
         """See :meth:`Writer.flush`."""
         self._enter()
         try:
-            if self.writer._shut:
-                raise self.why_unwritable()
-            self.writer._seal()
-            await self._within_timeout(self._flush)
+            await self.flush_claimed()
         finally:
             self._leave()
+
+    def claim(self) -> None:
+        """Nobody else may send from now on."""
+        self._enter()
+
+    async def flush_claimed(self) -> None:
+        """``flush()``, for whoever is the one that sends."""
+        if self.writer._shut:
+            raise self.why_unwritable()
+        self.writer._seal()
+        await self._within_timeout(self._flush)
+
+    def release(self) -> None:
+        """Ends the claim; what the writer still has is sent, or queued, without any waiting."""
+        self._writing = False
+        if self.writer._size and not self._engine.closed and not self.writer._shut:
+            self.push()
+            self._engine.send_collected()
+
+    def why_broken(self) -> Exception | None:
+        """What a write would raise; asks nobody but C."""
+        if self.writer._shut or self._engine.closed:
+            return self.why_unwritable()
+        return self._engine.core.why_broken()
 
     async def send(self, item: Piece) -> None:
         """Sends what is in the queue, then ``item``. Always a checkpoint, taken first."""

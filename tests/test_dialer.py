@@ -20,7 +20,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from anyio.streams.tls import TLSAttribute, TLSListener, TLSStream
+from anyio.streams.tls import TLSAttribute, TLSListener
 from peers import holds, pattern, within
 
 import anypoll
@@ -547,7 +547,7 @@ async def test_tls(certificate: Path) -> None:
             "127.0.0.1", port, ssl_context=client_context(certificate), timeout=30
         ) as stream,
     ):
-        assert type(stream) is TLSStream
+        assert type(stream) is anypoll.TLSConnection
         assert type(stream.transport_stream) is Connection
         assert stream.extra(TLSAttribute.tls_version).startswith("TLS")
         assert stream.extra(SocketAttribute.remote_port) == port

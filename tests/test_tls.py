@@ -390,6 +390,17 @@ async def test_unwrap_loses_nothing(version: str) -> None:
         assert client.connection.fileno() == -1
 
 
+async def test_unwrap_while_another_task_reads() -> None:
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        tasks.start_soon(tls.next, 1)
+        await holds(lambda: tls._engine.is_pulling)
+        with pytest.raises(BusyResourceError):
+            await tls.unwrap()
+        await tls.send(b"nothing has ended")
+        assert await peer.receive(17) == b"nothing has ended"
+        await peer.send(b"x")
+
+
 # --- bytes ---------------------------------------------------------------------------------------
 
 
@@ -477,6 +488,22 @@ async def test_connect_tcp_gives_one() -> None:
             stream.writer.write(b"line\nrest")
             assert await stream.until(b"\n") == b"line\n"
             assert await stream.next(4) == b"rest"
+
+
+async def test_connect_tcp_tells_the_server_why_it_refuses() -> None:
+    raised: list[BaseException | None] = []
+
+    async def handler(conn: Connection) -> None:
+        try:
+            await handshake(conn, server_context(), 30)
+        except BrokenResourceError as exc:
+            raised.append(exc.__cause__)
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await anypoll.connect_tcp("127.0.0.1", server.port, tls=True)
+        await holds(lambda: raised)
+    assert "ALERT_UNKNOWN_CA" in str(raised[0])
 
 
 # --- the reader ----------------------------------------------------------------------------------
@@ -700,6 +727,40 @@ async def test_a_peer_that_does_not_read_cannot_make_the_output_grow() -> None:
                     await peer.send(b"x")
             tasks.cancel_scope.cancel()
         assert high - 10_000 < most < 2 * high
+
+
+async def test_answers_of_openssl_cannot_grow_while_another_task_sends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As to a flood of requests to renegotiate, from a peer that does not read."""
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        engine, core = tls._engine, tls.connection._core
+        high = core.limits.write_high_water
+        monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
+        tasks.start_soon(tls.send, bytes(8 * MIB))
+        await holds(lambda: tls._sink._writing and core.queued() > 0)
+        tasks.start_soon(tls.next, 2000)
+        with anyio.move_on_after(0.3):
+            for _ in range(1000):
+                await peer.send(b"x")
+        assert len(core.writer) < 4 * high
+        assert len(engine.chain) < 1000
+        tasks.cancel_scope.cancel()
+
+
+class Answering:
+    """An ``SSLObject`` that has much to say to each record."""
+
+    def __init__(self, ssl_object: ssl.SSLObject, outgoing: ssl.MemoryBIO) -> None:
+        self._ssl, self._outgoing = ssl_object, outgoing
+
+    def read(self, size: int) -> bytes:
+        data = self._ssl.read(size)
+        self._outgoing.write(bytes(10_000))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ssl, name)
 
 
 async def test_a_write_that_must_read_first(monkeypatch: pytest.MonkeyPatch) -> None:

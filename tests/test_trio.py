@@ -10,6 +10,7 @@ import anyio
 import pytest
 import trio
 import trio.testing
+from certificates import client_context, server_context
 
 import anypoll
 from anypoll import Connection
@@ -134,3 +135,35 @@ async def test_a_queue_in_a_nursery() -> None:
                 await trio.sleep_forever()
         assert scope.cancelled_caught
         assert await second.next(4) == b"sent"
+
+
+async def test_tls() -> None:
+    """A cancel scope of AnyIO's limits its calls, in a Trio run too."""
+    first, second = anypoll.socketpair()
+    made: dict[bool, anypoll.TLSConnection] = {}
+
+    async def wrap(conn: anypoll.Connection, server: bool) -> None:
+        made[server] = await anypoll.TLSConnection.wrap(
+            conn,
+            server_side=server,
+            hostname=None if server else "anypoll.test",
+            ssl_context=server_context() if server else client_context(),
+        )
+
+    async with first, second:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wrap, first, False)
+                nursery.start_soon(wrap, second, True)
+            client, server = made[False], made[True]
+            client.read_timeout = server.write_timeout = 0.05
+            with pytest.raises(anypoll.ReadTimeout):
+                await client.next(1)
+            with pytest.raises(anypoll.WriteTimeout):
+                await server.send(bytes(4 * 1024 * 1024))
+            client.read_timeout = None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.reader.next_parts, 4 * 1024 * 1024 + 1)
+                client.writer.write(b"word")
+                assert await server.next(4) == b"word"
+                await server.send(b"!")
