@@ -115,9 +115,10 @@ class TLSConnection(TLSStream):
             ssl_context=ssl_context,
             standard_compatible=standard_compatible,
         )
-        late = ReadTimeout(f"no TLS handshake within {timeouts[0]} s")
         try:
-            stream: Any = await within(connection._core, timeouts[0], shake_hands, late)
+            stream: Any = await within(
+                connection._core, timeouts[0], shake_hands, ReadTimeout, "no TLS handshake"
+            )
         except BaseException:
             connection.read_timeout, connection.write_timeout = timeouts
             raise
@@ -228,8 +229,8 @@ class TLSConnection(TLSStream):
         if self._source.is_busy:
             raise BusyResourceError("reading from")
         await self._sink.send_eof()
-        late = ReadTimeout(f"no closing handshake within {self.read_timeout} s")
-        await within(self._connection._core, self.read_timeout, self._source.to_the_end, late)
+        core, to_the_end = self._connection._core, self._source.to_the_end
+        await within(core, self.read_timeout, to_the_end, ReadTimeout, "no closing handshake")
         self._unwrapped = True
         self._connection._core.draining = self._engine.ending
         self._connection.read_timeout = self.read_timeout

@@ -47,6 +47,7 @@ class Engine:
 
     __slots__ = (
         "_answered",
+        "_dry",
         "_header",
         "_incoming",
         "_left",
@@ -89,6 +90,7 @@ class Engine:
         self.failure: ssl.SSLError | None = None
         self._pulling = False
         self._pulled: anyio.Event | None = None  # if somebody waits for that
+        self._dry = False  # OpenSSL has said that it needs more, and has got none since
         self._answered = 0  # bytes that OpenSSL has sent by itself since they last drained
         self._header = b""  # what there is of the header of a record
         self._left = 0  # bytes of a record that have not come yet
@@ -180,9 +182,12 @@ class Engine:
             return True
         if self.failure:
             raise self.broken()
+        if self._dry:
+            return False
         try:
             data = self.ssl.read(_AT_ONCE)
         except ssl.SSLWantReadError:
+            self._dry = True
             return False
         except ssl.SSLZeroReturnError:  # it is one when this side has said goodbye
             data = b""
@@ -277,6 +282,7 @@ class Engine:
 
     def _at_end_of_file(self) -> None:
         """The peer's FIN. Whether that may be the end of a session OpenSSL knows."""
+        self._dry = False
         if self._standard_compatible:
             self._incoming.write_eof()
         else:
@@ -288,6 +294,7 @@ class Engine:
         start, end = reader._start, reader._end
         view = reader._view[start:end] if end > start else EMPTY
         self._incoming.write(view)
+        self._dry = False
         reader._start = max(start, end)
         self._follow(view)
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio import BrokenResourceError, EndOfStream, WouldBlock
+from anyio import BrokenResourceError, BusyResourceError, EndOfStream, WouldBlock
 
 from ._config import shown
-from ._endpoint import LONG
+from ._endpoint import LONG, SHUT
 from ._epoll import SCATTER
 from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout
 from ._reader import Reader
@@ -55,17 +55,27 @@ class Source(StreamSource):
 
     async def _wait(self, ready: Callable[[], int]) -> tuple[int, bool]:
         """Until there is a result; that, and whether the task was suspended."""
-        with self._entered():
+        if self._reading:
+            raise BusyResourceError("reading from")
+        self._reading = True
+        reader, engine, writer = self.reader, self._engine, self._sink.writer
+        try:
+            self._settle()
+            reader._end = SHUT  # for whoever else comes while this one waits
             suspended = await self._before_reading()
             while not (result := ready()):
-                if self._engine.decrypt():
+                if engine.decrypt():
                     self._check_end(ready)
                     continue
-                self._sink.push()
-                suspended = await self._engine.pull() or suspended
-                self._engine.check()
-            self.reader._budget = self.budget if suspended else self.reader._budget - 1
+                if writer._size:
+                    self._sink.push()
+                suspended = await engine.pull() or suspended
+                engine.check()
+            reader._budget = self.budget if suspended else reader._budget - 1
             return result, suspended
+        finally:
+            self._reading = False
+            reader._end = max(reader._end, 0)
 
     def _check_end(self, ready: Callable[[], int]) -> None:
         if self._engine.ended and not ready():

@@ -29,22 +29,27 @@ if TYPE_CHECKING:
     from ._tls_engine import Engine
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 CHUNK = 128 * 1024  # plaintext that is encrypted before the kernel must have taken it
 
 
 async def within(
-    core: Core, timeout: float | None, function: Callable[[], Awaitable[T]], late: Exception
+    core: Core,
+    timeout: float | None,
+    function: Callable[[], Awaitable[T]],
+    late: type[E],
+    what: str,
 ) -> T:
     """Awaits ``function()`` for at most so many seconds.
 
-    :raises Exception: ``late``, when they are over
+    :raises Exception: a ``late``, when they are over
     """
     if timeout is None or timeout > LONG:
         return await function()
     with anyio.move_on_after(timeout):
         return await function()
-    raise core._own(late)
+    raise core._own(late(f"{what} within {timeout} s"))
 
 
 class Sink:
@@ -175,8 +180,7 @@ class Sink:
             raise self.why_unwritable()
 
     async def _within_timeout(self, function: Callable[[], Awaitable[None]]) -> None:
-        core, timeout = self._engine.core, self.timeout
-        await within(core, timeout, function, WriteTimeout(f"not sent within {timeout} s"))
+        await within(self._engine.core, self.timeout, function, WriteTimeout, "not sent")
 
     async def _pump(self, flush: Callable[[], Awaitable[None]]) -> None:
         """Until the kernel has what is in the queue now."""
