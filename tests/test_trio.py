@@ -156,7 +156,7 @@ async def test_tls() -> None:
                 nursery.start_soon(wrap, first, False)
                 nursery.start_soon(wrap, second, True)
             client, server = made[False], made[True]
-            client.read_timeout = server.write_timeout = 0.05
+            client.read_timeout = server.write_timeout = 0.5
             with pytest.raises(anypoll.ReadTimeout):
                 await client.next(1)
             with pytest.raises(anypoll.WriteTimeout):
