@@ -627,7 +627,8 @@ async def test_calls_in_a_row_let_others_run() -> None:
         calls = 0
         while not suspends(tls.next(1)):
             calls += 1
-        assert calls == tls.connection._core.budget - 1
+        budget = tls.connection._core.budget
+        assert calls in (budget - 1, budget)  # the peek has used one up, or has suspended
         assert len(tls.reader) == 1000 - calls
         assert suspends(tls.receive(1))
         assert suspends(tls.send(b"x"))
