@@ -66,30 +66,34 @@ class Departure:
             self._start()
 
     def _start(self) -> None:
-        if self._hook is not None and self._ended is None:
-            self._ended = anyio.Event()
+        if self._hook is not None:
             self._begin(self._run)
 
     async def _run(self) -> None:
-        assert self._hook is not None
-        assert self._ended is not None
+        """The hook, unless somebody else has begun it."""
+        hook, self._hook = self._hook, None
+        if hook is None:
+            return
+        self._ended = anyio.Event()
         try:
-            await self._hook()
+            await hook()
         finally:
             self._ended.set()
 
     async def settle(self) -> None:
         """The handler has ended: so has the hook when this returns, if it was to run at all."""
-        gone, self._open = self.gone, False
+        self._open = False
+        if self.gone:
+            await self._run()  # here, if its own task has not come to it yet
         if self._ended is not None:
             await self._ended.wait()
-        elif gone and self._hook is not None:
-            self._ended = anyio.Event()
-            await self._run()
 
     async def over(self) -> None:
-        """The hook does not begin any more; if it runs, waits for its end, shielded."""
+        """The hook does not begin any more; if it runs, waits for its end, shielded. One whose task
+        has not begun is not waited for: when an event loop is torn down it never does.
+        """
         self._open = False
+        self._hook = None
         if self._ended is not None and not self._ended.is_set():
             await wait_shielded(self._ended)
 
