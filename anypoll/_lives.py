@@ -15,7 +15,8 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextvars import copy_context
+from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -42,6 +43,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("anypoll.server")
 
 Hook = Callable[[Any], Any]
+
+
+def _own_context() -> Context:
+    """The caller's context variables. Tasks are started from callbacks of the event loop too, where
+    sniffio, which AnyIO asks if it is there, finds none: ``asyncio.run()`` does not tell it which
+    loop is running, and no task is.
+    """
+    context = copy_context()
+    with suppress(ImportError):
+        import sniffio  # noqa: PLC0415 -- AnyIO does not need it: Trio brings it
+
+        context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +85,7 @@ class Lives:
         self._options = options
         self._admission = admission
         self._group: anyio.abc.TaskGroup | None = None
-        self._context = copy_context()
+        self._context = _own_context()
         self.workers = Workers(hub, self._begin)
         self.connections: dict[Connection, Departure | None] = {}
         self.on_leave: Callable[[], None] = lambda: None
@@ -110,30 +124,34 @@ class Lives:
 
     def begin(self, listener: SocketListener, batch: list[tuple[int, bytes]]) -> None:
         """Makes connections of what was accepted, and has them handled."""
-        opened = []
-        for fd, peer in batch:
-            if not self._admission.enter(peer):
-                self._rejected += 1
-                _epoll.fd_close(fd)
-                continue
-            try:
-                opened.append(self._open(listener, fd, peer))
-            except OSError as exc:
-                self._failed(peer, exc)
-        if opened:
-            results = _epoll.register([connection._core.handle for connection in opened])
-            for connection, result in zip(opened, results, strict=True):
-                if result < 0:
-                    connection._core.close()
-                    self._failed(connection._core.peer, os_error(result))
-                else:
-                    self._introduce(connection)
+        admitted = [self._admit(listener, fd, peer) for fd, peer in batch]
+        ready = [connection for connection in admitted if connection is not None]
+        if not ready:
+            return
+        results = _epoll.register([connection._core.handle for connection in ready])
+        for connection, result in zip(ready, results, strict=True):
+            if result < 0:
+                logger.debug("A connection could not be watched: %s", os_error(result))
+                self._end_early(connection, self._end, "failed")
+            else:
+                self._introduce(connection)
 
-    def _failed(self, peer: bytes | None, exc: OSError) -> None:
-        """Its fd is closed, and nobody else is concerned."""
-        self._admission.leave(peer)
-        self._closed["failed"] += 1
-        logger.debug("An accepted connection could not be opened: %s", exc)
+    def _admit(self, listener: SocketListener, fd: int, peer: bytes) -> Connection | None:
+        """The connection, if it is to be watched; nothing has been read of it."""
+        if not self._admission.enter(peer):
+            self._rejected += 1
+            _epoll.fd_close(fd)
+            return None
+        self._accepted += 1
+        try:
+            connection = self._open(listener, fd, peer)
+        except OSError as exc:
+            self._admission.leave(peer)
+            self._closed["failed"] += 1
+            logger.debug("An accepted connection could not be opened: %s", exc)
+            return None
+        self.connections[connection] = None
+        return connection if self._prepare(connection) else None
 
     def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
         """:raises OSError: if there are no resources for it; the fd is closed then"""
@@ -156,20 +174,33 @@ class Lives:
             core.requests = Requests(connection, core, options.on_request, self)
         return connection
 
+    def _prepare(self, connection: Connection) -> bool:
+        """Whether it may go on after ``on_prepare``."""
+        if self._options.on_prepare is None:
+            return True
+        try:
+            result = self._options.on_prepare(connection)
+            if inspect.isawaitable(result):
+                if inspect.iscoroutine(result):
+                    result.close()
+                raise TypeError("on_prepare must be a plain function: it has returned an awaitable")
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            self._end_early(connection, self.conclude, exc)
+            return False
+        if connection._core.closed:
+            self._end_early(connection, self._end, "refused")
+            return False
+        return True
+
+    def _end_early(self, connection: Connection, end: Callable[..., Any], why: Any) -> None:
+        """Before it had a task; it gets one for its end."""
+        if connection._core.requests is not None:
+            connection._core.requests.stop()
+        self._begin(end, connection, why)
+
     def _introduce(self, connection: Connection) -> None:
         options = self._options
         core = connection._core
-        self._accepted += 1
-        self.connections[connection] = None
-        try:
-            if options.on_prepare is not None and options.on_prepare(connection) is not None:
-                raise TypeError("on_prepare must be a plain function that returns None")
-        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
-            self._begin(self.conclude, connection, exc)
-            return
-        if core.closed:
-            self._begin(self._end, connection, "refused")
-            return
         if options.on_disconnect is not None or options.cancel_on_disconnect:
             self._watch(connection)
         if core.requests is None or options.on_request is None:
@@ -204,7 +235,7 @@ class Lives:
         """The life of one connection in handler mode."""
         exc: BaseException | None = None
         try:
-            await self.call(connection, self._handle)
+            await self._handle(connection)
         except Exception as e:  # noqa: BLE001 -- that is the promise: it stops nothing else
             exc = e
         except BaseException as e:
@@ -216,7 +247,7 @@ class Lives:
         assert self._options.handler is not None
         await self._connect(connection)
         if not connection._core.closed:  # on_connect may have refused it
-            await self._options.handler(connection)
+            await self.call(connection, self._options.handler)
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls it, in a scope that ends with the peer if that was asked for."""
@@ -315,6 +346,8 @@ class Lives:
 
     async def cut(self) -> None:
         """Ends those that have no task in which a cancellation could do it."""
+        if self._options.on_request is None:
+            return  # each has its handler
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as group:
                 for connection in tuple(self.connections):
