@@ -3,6 +3,10 @@
 `anypoll serve TARGET` says on which addresses it listens, and calls TARGET for each connection.
 SIGINT or SIGTERM stops it gracefully, a second one at once. The exit status is 0 after a stop, 1 if
 it cannot listen, and 2 if it was called wrongly; an error is one line on stderr.
+
+Started by systemd for its sockets, or by anything else that speaks the protocol of
+sd_listen_fds(3), it serves those. An address beside them is an error: one of the two would be
+forgotten without a word, and clients of a socket that nobody serves wait for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import logging
 import operator
 import os
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -27,6 +32,8 @@ import anyio
 import anypoll
 
 _GRACE = 0.8  # seconds; with what closing takes, a stop is over within about one
+
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 _BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {}),
@@ -43,18 +50,19 @@ class _UsageError(Exception):
     """The command was called wrongly; the message says how."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        endpoint = _endpoint(options)
+        endpoint = _endpoint(options, _passed_sockets())  # before a child could inherit them
         backend, backend_options = _backend(options.backend)
         _set_pollers(options.pollers)
-        handler = _load_handler(options.target)
+        what = "on_request" if options.request_mode else "handler"
+        arguments = {what: _load_handler(options.target), **endpoint, **_limits(options)}
     except _UsageError as error:
         return _fail(2, error)
-    return anyio.run(_serve, handler, endpoint, backend=backend, backend_options=backend_options)
+    return anyio.run(_serve, arguments, backend=backend, backend_options=backend_options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         help="call a coroutine function for each connection",
         description="Call a coroutine function, with an anypoll.Connection, for each connection.",
         epilog="SIGINT or SIGTERM closes idle connections at once and gives the others"
-        f" {_GRACE} seconds; a second one ends at once. The exit status is 0 then.",
+        f" {_GRACE} seconds; a second one ends at once. The exit status is 0 then."
+        " Sockets that were passed by systemd (LISTEN_FDS, see sd_listen_fds(3)) are served instead"
+        " of an address.",
     )
     serve.add_argument("target", metavar="TARGET", help=_TARGET)
     serve.add_argument("--host", help="default 127.0.0.1; empty for all interfaces")
@@ -75,20 +85,66 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=_BACKENDS, default="asyncio", help="default %(default)s"
     )
     serve.add_argument("--pollers", type=int, metavar="N", help="threads that watch sockets")
+    serve.add_argument(
+        "--request-mode",
+        action="store_true",
+        help="call TARGET whenever input has come, instead of once for each connection",
+    )
+    serve.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="accept no more than so many at a time; the others wait",
+    )
     return parser
 
 
-def _endpoint(options: argparse.Namespace) -> dict[str, Any]:
+def _passed_sockets() -> list[int]:
+    """The descriptors that were passed to this process, as sd_listen_fds(3) finds them. Children
+    get neither these nor the variables that speak of them.
+    """
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    pid, count, _ = (os.environ.pop(name, None) for name in names)
+    if pid is None or count is None or pid != str(os.getpid()):
+        return []
+    if not (count.isascii() and count.isdigit()):
+        raise _UsageError(f"LISTEN_FDS must be a number of sockets, not {count!r}")
+    passed = range(_FIRST_PASSED, _FIRST_PASSED + int(count))
+    for fd in passed:
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        except (OSError, OverflowError):
+            raise _UsageError(f"LISTEN_FDS is {count}, but descriptor {fd} is not open") from None
+        if not is_socket:
+            raise _UsageError(f"LISTEN_FDS is {count}, but descriptor {fd} is not a socket")
+        os.set_inheritable(fd, False)
+    return [*passed]
+
+
+def _endpoint(options: argparse.Namespace, passed: list[int]) -> dict[str, Any]:
     """What to listen on, as arguments of `anypoll.serve`."""
+    tcp = options.host is not None or options.port is not None
+    if passed:
+        if tcp or options.path is not None:
+            raise _UsageError("--host, --port and --path exclude the sockets of LISTEN_FDS")
+        return {"sock": passed}
     if options.path is None:
         host = "127.0.0.1" if options.host is None else options.host
         port = options.port or 0
         if not 0 <= port < 1 << 16:
             raise _UsageError(f"--port must be between 0 and 65535, not {port}")
         return {"host": host or None, "port": port}
-    if options.host is not None or options.port is not None:
+    if tcp:
         raise _UsageError("--path excludes --host and --port")
     return {"path": options.path}
+
+
+def _limits(options: argparse.Namespace) -> dict[str, Any]:
+    """The limits, as arguments of `anypoll.serve`."""
+    most = options.max_connections
+    if most is not None and most < 1:
+        raise _UsageError(f"--max-connections must be at least 1, not {most}")
+    return {"max_connections": most}
 
 
 def _backend(name: str) -> tuple[str, dict[str, Any]]:
@@ -161,17 +217,16 @@ def _describe(error: Exception) -> str:
     return f"{text} ({frame.filename}:{frame.lineno})"
 
 
-async def _serve(handler: _Handler, endpoint: dict[str, Any]) -> int:
+async def _serve(arguments: dict[str, Any]) -> int:
     """Serves until a signal comes; returns the exit status."""
     async with anyio.create_task_group() as tasks, AsyncExitStack() as stack:
         stack.callback(tasks.cancel_scope.cancel)
         signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
-        serving = anypoll.serve(handler, **endpoint, shutdown_timeout=_GRACE)
+        serving = anypoll.serve(**arguments, shutdown_timeout=_GRACE)
         try:
             server = await stack.enter_async_context(serving)
         except (OSError, ValueError) as error:
-            where = endpoint.get("path") or _show((endpoint["host"] or "*", endpoint["port"]))
-            return _fail(1, f"cannot listen on {where}: {error}")
+            return _fail(1, f"cannot listen on {_show_endpoint(arguments)}: {error}")
         for address in server.addresses:
             print(f"listening on {_show(address)}", flush=True)
         await anext(signals)
@@ -182,6 +237,13 @@ async def _serve(handler: _Handler, endpoint: dict[str, Any]) -> int:
 async def _cancel_at_next(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
     await anext(signals)
     scope.cancel()
+
+
+def _show_endpoint(arguments: dict[str, Any]) -> str:
+    """What was to be listened on, as people write it."""
+    if "sock" in arguments:
+        return "the sockets of LISTEN_FDS"
+    return arguments.get("path") or _show((arguments["host"] or "*", arguments["port"]))
 
 
 def _show(address: Any) -> str:

@@ -30,6 +30,19 @@ async def echo(conn):
         await conn.send(chunk)
 
 
+async def request(conn):
+    previous, conn.state = conn.state or b"first", bytes(await conn.receive())
+    await conn.send(previous)
+
+
+async def environment(conn):
+    import os
+
+    listening = [name for name in os.environ if name.startswith("LISTEN_")]
+    inherited = [fd for fd in (3, 4) if os.get_inheritable(fd)]
+    await conn.send(repr((listening, inherited)).encode())
+
+
 async def busy(conn):
     await conn.send(b"busy")
     await anyio.sleep_forever()
@@ -70,10 +83,12 @@ Anypoll = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], cwd: Path | None = None) -> Iterator[tuple[Process, str]]:
+def running(
+    command: Sequence[str], cwd: Path | None = None, fds: Sequence[int] = ()
+) -> Iterator[tuple[Process, str]]:
     """The command and where it listens; it is killed at the end if it still runs."""
     with subprocess.Popen(
-        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds
     ) as process:
         try:
             assert process.stdout is not None
@@ -191,6 +206,8 @@ def test_a_target_that_fails_gives_one_line_that_says_where(
         (["--path", "s", "--host", "localhost"], "--path excludes --host and --port"),
         (["--port", "65536"], "--port must be between 0 and 65535, not 65536"),
         (["--port", "-1"], "--port must be between 0 and 65535, not -1"),
+        (["--max-connections", "0"], "--max-connections must be at least 1, not 0"),
+        (["--max-connections", "-3"], "--max-connections must be at least 1, not -3"),
     ],
 )
 def test_options_that_make_no_sense(anypoll: Anypoll, options: list[str], message: str) -> None:
@@ -213,6 +230,8 @@ def test_options_that_anypoll_refuses(anypoll: Anypoll) -> None:
         ["serve"],
         ["serve", "targets:echo", "--port", "x"],
         ["serve", "targets:echo", "--backend", "curio"],
+        ["serve", "targets:echo", "--max-connections", "many"],
+        ["serve", "targets:echo", "--request-mode", "yes"],
     ],
 )
 def test_what_cannot_be_parsed(anypoll: Anypoll, arguments: list[str]) -> None:
@@ -326,6 +345,185 @@ def test_addresses_are_shown_as_people_write_them() -> None:
     assert _cli._show("/run/s") == "/run/s"
     assert _cli._show(b"/run/\xff") == "/run/\udcff"
     assert _cli._show("\0name") == "@name"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_request_mode(anypoll_command: list[str], directory: Path, backend: str) -> None:
+    """The function is called for each request, not for each connection."""
+    needs(backend)
+    command = [*anypoll_command, "serve", "targets:request", "--request-mode"]
+    with running([*command, "--backend", backend], directory) as (process, address):
+        with connect(address) as client:
+            for sent, got in ((b"one", b"first"), (b"two", b"one"), (b"three", b"two")):
+                client.sendall(sent)
+                assert client.recv(100) == got
+        stop(process)
+
+
+def test_a_limit_of_connections(anypoll_command: list[str], directory: Path) -> None:
+    """The others wait until one has ended."""
+    options = ["--max-connections", "1"]
+    with running([*anypoll_command, "serve", "targets:echo", *options], directory) as (
+        process,
+        address,
+    ):
+        with connect(address) as first:
+            first.sendall(b"one")
+            assert first.recv(100) == b"one"
+            second = connect(address)
+            second.sendall(b"two")
+            first.sendall(b"one again")  # answered behind what the second has sent
+            assert first.recv(100) == b"one again"
+            second.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                second.recv(100)
+            second.settimeout(30)
+        assert second.recv(100) == b"two"
+        second.close()
+        stop(process)
+
+
+# --- sockets that were passed --------------------------------------------------------------------
+
+
+# Stands where systemd does: puts the sockets at 3 and what follows, and becomes the command.
+PASS = """
+import os, sys
+pid, count, fds = sys.argv[1], sys.argv[2], [int(fd) for fd in sys.argv[3].split(",") if fd]
+high = [os.dup2(fd, 200 + n, inheritable=False) for n, fd in enumerate(fds)]
+os.closerange(3, 200)
+for n, fd in enumerate(high):
+    os.dup2(fd, 3 + n, inheritable=True)
+os.environ["LISTEN_PID"] = pid.replace("own", str(os.getpid()))
+os.environ["LISTEN_FDS"] = count
+os.environ["LISTEN_FDNAMES"] = "unknown"
+os.execv(sys.executable, [sys.executable, *sys.argv[4:]])
+"""
+
+
+@pytest.fixture
+def passing(
+    anypoll_command: list[str],
+) -> Callable[..., list[str]]:
+    """The command, with sockets passed to it."""
+
+    def command(
+        *options: str, fds: Sequence[int], count: str | None = None, pid: str = "own"
+    ) -> list[str]:
+        passed = ",".join(map(str, fds))
+        executable, *rest = anypoll_command
+        count = str(len(fds)) if count is None else count
+        return [executable, "-c", PASS, pid, count, passed, *rest, "serve", *options]
+
+    return command
+
+
+Passing = Callable[..., "list[str]"]
+
+
+@contextlib.contextmanager
+def sockets(directory: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP and a UNIX socket, listening, that a child inherits."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind(str(directory / "passed"))
+        unix.listen()
+        yield tcp, unix
+
+
+def test_sockets_that_were_passed(passing: Passing, directory: Path) -> None:
+    """Several at once. What had been connected before the command was started is served too."""
+    with sockets(directory) as (tcp, unix), socket.socket(socket.AF_UNIX) as other:
+        fds = [tcp.fileno(), unix.fileno()]
+        with socket.create_connection(tcp.getsockname(), timeout=30) as early:
+            early.sendall(b"early")
+            with running(passing("targets:echo", fds=fds), directory, fds) as (process, address):
+                assert address == _cli._show(tcp.getsockname())
+                assert process.stdout is not None
+                assert process.stdout.readline() == f"listening on {directory / 'passed'}\n"
+                assert early.recv(100) == b"early"
+                other.settimeout(30)
+                other.connect(unix.getsockname())
+                other.sendall(b"hello")
+                assert other.recv(100) == b"hello"
+                early.close()
+                stop(process)
+                assert (directory / "passed").exists()  # it is systemd's
+
+
+def test_children_of_the_command_are_not_passed_them(passing: Passing, directory: Path) -> None:
+    with sockets(directory) as (tcp, unix):
+        fds = [tcp.fileno(), unix.fileno()]
+        command = passing("targets:environment", fds=fds)
+        with running(command, directory, fds) as (process, address), connect(address) as client:
+            assert client.recv(100) == b"([], [])"
+            assert process.stdout is not None
+            process.stdout.readline()
+            stop(process)
+
+
+@pytest.mark.parametrize(("pid", "count"), [("1", "1"), ("own", "0"), ("", "1")])
+def test_sockets_that_are_for_somebody_else(
+    passing: Passing, directory: Path, pid: str, count: str
+) -> None:
+    """Such variables mean nothing; the address is the usual one."""
+    with sockets(directory) as (tcp, _):
+        command = passing("targets:echo", fds=[tcp.fileno()], count=count, pid=pid)
+        with running(command, directory, [tcp.fileno()]) as (process, address):
+            assert address != _cli._show(tcp.getsockname())
+            connect(address).close()
+            stop(process)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "status", "message"),
+    [
+        ("x", [], 2, "LISTEN_FDS must be a number of sockets, not 'x'"),
+        ("-1", [], 2, "LISTEN_FDS must be a number of sockets, not '-1'"),
+        ("", [], 2, "LISTEN_FDS must be a number of sockets, not ''"),
+        ("3", [], 2, "LISTEN_FDS is 3, but descriptor 5 is not open"),
+        ("9" * 30, [], 2, f"LISTEN_FDS is {'9' * 30}, but descriptor 5 is not open"),
+        ("1", ["--port", "0"], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
+        ("1", ["--host", ""], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
+        ("2", ["--path", "x"], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
+    ],
+)
+def test_sockets_that_cannot_be_served(
+    passing: Passing, directory: Path, count: str, options: list[str], status: int, message: str
+) -> None:
+    with sockets(directory) as (tcp, unix):
+        fds = [tcp.fileno(), unix.fileno()]
+        done = refused(passing("targets:echo", *options, fds=fds, count=count), directory, fds)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"anypoll: {message}\n")
+
+
+def test_descriptors_that_are_no_listening_sockets(passing: Passing, directory: Path) -> None:
+    with open(directory / "targets.py") as file:
+        done = refused(passing("targets:echo", fds=[file.fileno()]), directory, [file.fileno()])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "anypoll: LISTEN_FDS is 1, but descriptor 3 is not a socket\n"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.bind(("127.0.0.1", 0))
+        done = refused(passing("targets:echo", fds=[udp.fileno()]), directory, [udp.fileno()])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("anypoll: cannot listen on the sockets of LISTEN_FDS: ")
+    assert done.stderr.count("\n") == 1
+
+
+def refused(
+    command: Sequence[str], directory: Path, fds: Sequence[int]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=directory,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        pass_fds=fds,
+    )
 
 
 # --- stopping ------------------------------------------------------------------------------------
