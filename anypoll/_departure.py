@@ -80,10 +80,13 @@ class Departure:
         finally:
             self._ended.set()
 
-    async def settle(self) -> None:
-        """The handler has ended: so has the hook when this returns, if it was to run at all."""
+    async def settle(self, *, gone: bool) -> None:
+        """The handler has ended: so has the hook when this returns, if it was to run at all.
+
+        :param gone: the peer has ended its side in a way that the socket does not show
+        """
         self._open = False
-        if self.gone:
+        if gone or self.gone:
             await self._run()  # here, if its own task has not come to it yet
         if self._ended is not None:
             await self._ended.wait()

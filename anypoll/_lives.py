@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -29,9 +30,11 @@ from . import _epoll
 from ._departure import Departure, PeerGoneError
 from ._ends import GRACEFUL, normal_end
 from ._errors import os_error
+from ._handshake import handshake
 from ._listener import SocketListener, nodelay_fd
 from ._requests import Function, Requests
 from ._statistics import ServerStatistics
+from ._tls_requests import Calls
 from ._workers import Workers
 from .streams import Connection, new_connection
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from ._admission import Admission
     from ._config import Keepalive, Limits
     from ._hub import Hub
+    from ._tls import TLSConnection
 
 logger = logging.getLogger("anypoll.server")
 
@@ -73,8 +77,14 @@ class Options:
     on_disconnect: Function | None = None
     on_error: Callable[[Any, Exception], Any] | None = None
     cancel_on_disconnect: bool = False
+    ssl_context: ssl.SSLContext | None = None
+    tls_handshake_timeout: float = 30.0
     max_connections: int | None = None
     max_connections_per_peer: int | None = None
+
+
+class HandshakeError(Exception):
+    """A peer has not come to TLS; the cause says why."""
 
 
 class Lives:
@@ -88,6 +98,8 @@ class Lives:
         self._context = _own_context()
         self.workers = Workers(hub, self._begin)
         self.connections: dict[Connection, Departure | None] = {}
+        self._streams: dict[Connection, TLSConnection] = {}
+        self._calls: dict[Connection, Calls] = {}
         self.on_leave: Callable[[], None] = lambda: None
         """called whenever a connection has ended"""
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
@@ -105,6 +117,13 @@ class Lives:
             bytes_received=self._received + sum(s.bytes_received for s in live),
             bytes_sent=self._sent + sum(s.bytes_sent for s in live),
         )
+
+    def faces(self) -> tuple[Any, ...]:
+        """The connections as their handlers get them."""
+        return tuple(map(self._face, self.connections))
+
+    def _face(self, connection: Connection) -> Any:
+        return self._streams.get(connection, connection)
 
     # --- the tasks -------------------------------------------------------------------------------
 
@@ -205,7 +224,7 @@ class Lives:
             self._watch(connection)
         if core.requests is None or options.on_request is None:
             self._begin(self._run, connection)
-        elif options.on_connect is not None:
+        elif options.on_connect is not None or options.ssl_context is not None:
             core.requests.start(self._connect)
         else:
             self._connected(connection)
@@ -225,9 +244,28 @@ class Lives:
             departure.open()
 
     async def _connect(self, connection: Connection) -> None:
+        if self._options.ssl_context is not None:
+            await self._secure(connection, self._options.ssl_context)
         if self._options.on_connect is not None:
-            await self._options.on_connect(connection)
+            await self._options.on_connect(self._face(connection))
         self._connected(connection)
+        if connection in self._calls and self._options.on_request is not None:
+            # requests that came together with the handshake: no ciphertext will tell of them
+            await self.call(connection, self._options.on_request)
+
+    async def _secure(self, connection: Connection, context: ssl.SSLContext) -> None:
+        """:raises HandshakeError: if nothing has come of it, for which the peer is to blame"""
+        try:
+            stream = await handshake(connection, context, self._options.tls_handshake_timeout)
+        except EndOfStream:
+            raise
+        except Exception as exc:
+            if normal_end(exc, connection._core.number) is None:
+                raise
+            raise HandshakeError from exc
+        self._streams[connection] = stream
+        if self._options.on_request is not None:
+            self._calls[connection] = Calls(stream, self._options.on_request)
 
     # --- the user's code -------------------------------------------------------------------------
 
@@ -252,14 +290,16 @@ class Lives:
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls it, in a scope that ends with the peer if that was asked for."""
         departure = self.connections[conn]
+        calls = self._calls.get(conn)
+        awaitable = function(self._face(conn)) if calls is None else calls.make()
         if departure is not None and self._options.cancel_on_disconnect:
-            return departure.scoped(function(conn))
-        return function(conn)
+            return departure.scoped(awaitable)
+        return awaitable
 
     async def _disconnect(self, connection: Connection) -> None:
         assert self._options.on_disconnect is not None
         try:
-            await self._options.on_disconnect(connection)
+            await self._options.on_disconnect(self._face(connection))
         except Exception as exc:  # noqa: BLE001 -- as in the handler
             if await self._judge(connection, exc) == "error":
                 connection._core.close()
@@ -273,17 +313,31 @@ class Lives:
             reason = await self._reason(conn, exc)
             departure = self.connections[conn]
             if departure is not None and reason != "cancelled":
-                await departure.settle()
+                stream = self._streams.get(conn)
+                await departure.settle(gone=stream is not None and stream._engine.ended)
             if reason in GRACEFUL:
-                await conn._core.finish(self._drain_timeout(conn))
+                await self._finish(conn)
         finally:
             await self._end(conn, reason)
+
+    async def _finish(self, connection: Connection) -> None:
+        """What is pending goes out, and the peer gets the end of this side."""
+        face = self._face(connection)
+        own = face.write_timeout
+        timeout = self._options.shutdown_timeout if own is None else own
+        if face is connection:
+            await connection._core.finish(timeout)
+        else:
+            await face._finish(timeout)
 
     async def _reason(self, conn: Any, exc: BaseException | None) -> str:
         if exc is None:
             return "done"
         if isinstance(exc, PeerGoneError):
             return "disconnected"
+        if isinstance(exc, HandshakeError):
+            logger.debug("%s ended: TLS handshake: %r", self._name(conn), exc.__cause__)
+            return "tls_handshake"
         if isinstance(exc, Exception):
             return await self._judge(conn, exc)
         return "cancelled"
@@ -291,6 +345,8 @@ class Lives:
     async def _end(self, connection: Connection, reason: str) -> None:
         """Closes; when this returns, nothing of the connection is left."""
         connection._core.close()
+        if (stream := self._streams.get(connection)) is not None:
+            stream._shut()
         departure = self.connections[connection]
         try:
             if departure is not None:
@@ -300,10 +356,6 @@ class Lives:
                 await connection._core.end()
             finally:
                 self._leave(connection, reason)
-
-    def _drain_timeout(self, connection: Connection) -> float:
-        timeout = connection.write_timeout
-        return self._options.shutdown_timeout if timeout is None else timeout
 
     async def _judge(self, connection: Connection, exc: Exception) -> str:
         """The reason that is counted; an error is logged, and told to ``on_error``."""
@@ -316,7 +368,7 @@ class Lives:
         logger.error("The handler of %s has failed", name, exc_info=exc)
         if self._options.on_error is not None:
             try:
-                result = self._options.on_error(connection, exc)
+                result = self._options.on_error(self._face(connection), exc)
                 if inspect.isawaitable(result):
                     await result
             except Exception:
@@ -334,6 +386,8 @@ class Lives:
         self._sent += statistics.bytes_sent
         self._closed[reason] += 1
         del self.connections[connection]
+        self._streams.pop(connection, None)
+        self._calls.pop(connection, None)
         self._admission.leave(connection._core.peer)
         if not self._server.shutting_down:
             self._admission.grant(len(self.connections))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import ssl
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -80,6 +81,10 @@ class serve:  # noqa: N801 -- it is used as a function
     :param read_timeout: ``read_timeout`` of each connection, in seconds
     :param write_timeout: ``write_timeout`` of each connection, in seconds
     :param idle_timeout: ``idle_timeout`` of each connection, in seconds
+    :param ssl_context: of :mod:`ssl`, with a certificate: the connections speak TLS, and handler,
+        hooks (but ``on_prepare``, which comes before the handshake) and requests get a
+        :class:`TLSConnection`. A handshake that fails is only counted.
+    :param tls_handshake_timeout: seconds that it may take
     :param keepalive: TCP keepalive: ``True``, or a :class:`Keepalive`
     :param nodelay: ``TCP_NODELAY``
     :param shutdown_timeout: seconds that busy connections get when the server ends, and that each
@@ -114,6 +119,8 @@ class serve:  # noqa: N801 -- it is used as a function
         read_timeout: float | None = None,
         write_timeout: float | None = None,
         idle_timeout: float | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        tls_handshake_timeout: float = 30.0,
         keepalive: bool | Keepalive = False,
         nodelay: bool = True,
         shutdown_timeout: float = 10.0,
@@ -144,6 +151,8 @@ class serve:  # noqa: N801 -- it is used as a function
             "on_disconnect": on_disconnect,
             "on_error": on_error,
             "cancel_on_disconnect": cancel_on_disconnect,
+            "ssl_context": ssl_context,
+            "tls_handshake_timeout": tls_handshake_timeout,
             "max_connections": max_connections,
             "max_connections_per_peer": max_connections_per_peer,
         }
@@ -172,6 +181,12 @@ class serve:  # noqa: N801 -- it is used as a function
         timeout = given["shutdown_timeout"]
         if seconds(timeout, "shutdown_timeout") is None:
             raise TypeError("shutdown_timeout must be a number of seconds")
+        context = given["ssl_context"]
+        if context is not None and not isinstance(context, ssl.SSLContext):
+            kind = type(context).__name__
+            raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
+        if seconds(given["tls_handshake_timeout"], "tls_handshake_timeout") is None:
+            raise TypeError("tls_handshake_timeout must be a number of seconds")
         for name in ("max_connections", "max_connections_per_peer"):
             if given[name] is not None:
                 given[name] = count(given[name], name, least=1)

@@ -82,7 +82,7 @@ class Server:
         """Those whose hooks and close callbacks have not ended yet, as their handlers get them: a
         snapshot.
         """
-        return tuple(self._lives.connections)
+        return self._lives.faces()
 
     @property
     def shutting_down(self) -> bool:

@@ -58,6 +58,7 @@ class Engine:
         "chain",
         "closed",
         "core",
+        "decrypted",
         "ended",
         "ending",
         "established",
@@ -83,6 +84,7 @@ class Engine:
         self._outgoing = outgoing
         self._standard_compatible = standard_compatible
         self.chain = Chain()  # what is decrypted and not consumed
+        self.decrypted = 0  # bytes of plaintext, ever
         self.established = False  # the handshake is done
         self.closed = False  # to its user: a closing handshake may still be under way
         self.ended = False  # the peer has ended its side
@@ -198,6 +200,7 @@ class Engine:
             self.collect()
         if data:
             self.chain.append(memoryview(data))
+            self.decrypted += len(data)
         else:
             self.ended = True
         return True

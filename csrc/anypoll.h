@@ -265,7 +265,8 @@ AP_API int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, 
 /* Request mode: the next call, or a wait for it. It is due when anything is
  * unread; but if the last call has consumed nothing (and not with fresh), only
  * when more has come than was there when it began. The output goes as in
- * ap_conn_read. A connection that waits with nothing unread keeps no block.
+ * ap_conn_read. A connection that waits with nothing unread keeps no block, and the window
+ * is closed: what was shown will be shown anew.
  * Thread: loop. Returns as ap_conn_read: the window on what is unread; 0 if the
  * last call had consumed nothing; -EAGAIN or AP_EQUEUED (armed); AP_EEOF when no
  * call will ever be due; the others. */
