@@ -40,6 +40,8 @@ import anypoll
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HOST = "127.0.0.1"
+#: Of a receive buffer; with less TCP begins to wait for its timers.
+SMALL = 256 * KIB
 
 
 @pytest.fixture
@@ -256,7 +258,7 @@ async def test_who_does_not_read_replies_is_not_read_either(
 ) -> None:
     """So neither tasks nor memory grow."""
     server_module = example("rpc_server")
-    text, count, called = "x" * 100_000, 1000, 0
+    text, count, called = "x" * 50_000, 400, 0
 
     async def large(number: int) -> str:
         nonlocal called
@@ -267,7 +269,7 @@ async def test_who_does_not_read_replies_is_not_read_either(
     async with rpc(example) as (server, client), anyio.create_task_group() as tg:
         size = 4 + len(client.calls.encode(server_module.Reply(200, text)))
         with connect(server.port) as peer:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
             await holds(lambda: server.connections)
             [conn] = server.connections
             calls = [
@@ -277,7 +279,7 @@ async def test_who_does_not_read_replies_is_not_read_either(
             tg.start_soon(send_all, peer, data)
             await holds(lambda: called - conn.statistics().bytes_sent // size >= 100)
             await anyio.wait_all_tasks_blocked()
-            assert called - conn.statistics().bytes_sent // size <= 100 + 5
+            assert called - conn.statistics().bytes_sent // size <= 100 + 10
             assert called < count
             await read_all(peer, count * size)
             assert called == count
@@ -310,7 +312,7 @@ def test_the_rpc_programs(anypoll_command: list[str], backend: str) -> None:
 async def gateway(example: Any, **options: Any) -> AsyncIterator[tuple[anypoll.Server, Any]]:
     """One, and the listening socket of its target."""
     with socket.create_server((HOST, 0)) as target:
-        target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+        target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
         handler = example("gateway").Gateway(HOST, target.getsockname()[1]).handler
         async with anypoll.serve(handler, host=HOST, port=0, **options) as server:
             yield server, target
@@ -357,7 +359,7 @@ async def test_the_target_may_end_first(example: Any) -> None:
 
 @pytest.mark.anyio
 async def test_a_gateway_slows_down_who_sends_too_fast(example: Any) -> None:
-    data = pattern(16 * MIB)
+    data = pattern(8 * MIB)
     async with gateway(example) as (server, target):
         with connect(server.port) as client, await accepted(target) as origin:
             async with anyio.create_task_group() as tg:
