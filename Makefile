@@ -32,6 +32,7 @@ help:
 	@echo '  make test-asan     pytest against a core built with ASan+UBSan'
 	@echo '  make test-tsan     pytest against a core built with TSan'
 	@echo '  make test-dist     the sdist and the wheel: contents, build, import'
+	@echo '  make docs          the documentation, into build/docs; a warning is an error'
 	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
 	@echo 'make soak-asan     the same with ASan+UBSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.10 found here'
@@ -63,6 +64,11 @@ check-c:
 .venv/.dev: .venv/.base
 	@echo 'Installing the development tools'
 	@$(PIP) install --group test --group lint
+	@touch $@
+
+.venv/.docs: .venv/.base
+	@echo 'Installing what the documentation is built with'
+	@$(PIP) install --group docs
 	@touch $@
 
 # A sanitizer's build needs an environment of its own, for the editable finder beats PYTHONPATH;
@@ -99,8 +105,8 @@ PYTEST_SANITIZED := -m pytest -q --capture=sys -m 'not slow and not redis and no
 
 .PHONY: test test-py test-asan test-tsan test-dist test-pythons redis-tools
 # test-py comes last, so that its summary does.
-test: lint test-c test-dist test-asan test-tsan test-py
-	@echo 'make test: all parts passed (lint, C tests, wheel, pytest with ASan+UBSan, TSan, plain)'
+test: lint docs test-c test-dist test-asan test-tsan test-py
+	@echo 'make test: all parts passed (lint, docs, C tests, wheel, pytest with ASan+UBSan, TSan, plain)'
 
 test-py: .venv/.core .venv/.dev | redis-tools
 	@echo 'pytest'
@@ -141,6 +147,14 @@ build/site/.done: .venv/.core .venv/.dev README.md LICENSE CHANGELOG.md $(PY_FIL
 	    { cat build/dist.log; exit 1; }
 	@$(PIP) install --no-deps --target build/site build/dist/*.whl
 	@touch $@
+
+# --- documentation --------------------------------------------------------------------------------
+
+.PHONY: docs
+docs: .venv/.core .venv/.docs
+	@echo 'Sphinx'
+	@.venv/bin/sphinx-build -q -n -W --keep-going -d build/cache/sphinx docs build/docs
+	@echo 'build/docs/index.html'
 
 # --- lint ----------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ from ._errors import os_error, stream_error
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from typing_extensions import Buffer
+
     from ._chain import Piece
 
 
@@ -262,7 +264,7 @@ class DescriptorStream(UNIXSocketStream):
 
     _core: Any  # a UNIXCore
 
-    async def send_fds(self, message: Piece, fds: Collection[int | HasFileno]) -> None:
+    async def send_fds(self, message: Buffer, fds: Collection[int | HasFileno]) -> None:
         """Sends what the writer has pending, then ``message`` with copies of file descriptors. A
         checkpoint.
 
