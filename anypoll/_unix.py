@@ -276,10 +276,10 @@ class DescriptorStream(UNIXSocketStream):
             open until the call returns
         :raises ValueError: if ``message`` or ``fds`` is empty, or one of ``fds`` is not open
         :raises TypeError: if one of ``fds`` is something else
-        :raises BrokenResourceError: as :meth:`send`; also, and the connection stays usable, if the
-            kernel refuses the descriptors (``EBADF``, ``ETOOMANYREFS``) or the size of a message
-            (``EMSGSIZE``): its cause
-        :raises WriteTimeout, ClosedResourceError, BusyResourceError: as :meth:`send`
+        :raises BrokenResourceError: as :meth:`Connection.send`; also, and the connection stays
+            usable, if the kernel refuses the descriptors (``EBADF``, ``ETOOMANYREFS``) or the size
+            of a message (``EMSGSIZE``): its cause
+        :raises WriteTimeout, ClosedResourceError, BusyResourceError: as :meth:`Connection.send`
         """
         if type(message) is not bytes:
             message = flat_view(message, "message")
@@ -300,7 +300,7 @@ class DescriptorStream(UNIXSocketStream):
         :param maxfds: how many descriptors at most; others are closed
         :raises ValueError: if ``msglen`` is negative, or ``maxfds`` not positive
         :raises EndOfStream: when the peer has ended its side
-        :raises ReadTimeout, BrokenResourceError, ClosedResourceError: as :meth:`receive`
+        :raises ReadTimeout, BrokenResourceError, ClosedResourceError: as :meth:`Connection.receive`
         :raises BusyResourceError: while another task is reading
         """
         if not _is_at_least(0, msglen):

@@ -93,21 +93,21 @@ class Connection(SocketSurface):
     # Plain functions that return the reader's coroutine: an `async def` would add one.
 
     def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.peek`."""
+        """``n`` contiguous bytes, which stay unread: :meth:`anypoll.nocopy.Reader.peek`."""
         return self._reader.peek(n)
 
     def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.next`."""
+        """``n`` contiguous bytes, consumed: :meth:`anypoll.nocopy.Reader.next`."""
         return self._reader.next(n)
 
     def skip(self, n: SupportsIndex, /) -> Coroutine[Any, Any, None]:
-        """:meth:`anypoll.nocopy.Reader.skip`."""
+        """Consumes ``n`` bytes: :meth:`anypoll.nocopy.Reader.skip`."""
         return self._reader.skip(n)
 
     def until(
         self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
     ) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.until`."""
+        """The bytes through the delimiter, consumed: :meth:`anypoll.nocopy.Reader.until`."""
         return self._reader.until(delimiter, max_bytes=max_bytes)
 
     # --- AnyIO's stream --------------------------------------------------------------------------

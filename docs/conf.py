@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,6 +16,9 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
+
+import anypoll
 
 project = "anypoll"
 author = "anypoll contributors"
@@ -30,7 +34,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 
@@ -89,7 +93,22 @@ def hide_constructors(
     return ("", None) if what == "class" and name in NOT_CALLED else None
 
 
+def read_private_modules() -> None:
+    """Classes say that they are of their public module, so there Sphinx looks for the order of
+    their members, and for what is written below their fields.
+    """
+    for home in ("anypoll", "anypoll.nocopy"):
+        public = ModuleAnalyzer.for_module(home)
+        public.analyze()
+        for path in Path(anypoll.__file__).parent.glob("_*.py"):
+            private = ModuleAnalyzer.for_file(str(path), path.stem)
+            private.analyze()
+            public.attr_docs.update(private.attr_docs)
+            public.tagorder.update(private.tagorder)
+
+
 def setup(app: Sphinx) -> None:
     app.connect("missing-reference", anyio_reference)
     app.connect("autodoc-process-bases", show_public_bases)
     app.connect("autodoc-process-signature", hide_constructors)
+    read_private_modules()
