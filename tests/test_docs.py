@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import certificates
 import pytest
 from doc_blocks import (
     ROOT,
@@ -52,6 +53,20 @@ def _kind(program: Program) -> str:
         return "forks"
     names_its_loop = "backend=" in program.source or "trio.run(" in program.source
     return "with its loop" if names_its_loop else "on any loop"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files are that programs about TLS read."""
+    path = tmp_path_factory.mktemp("docs")
+    certificates.certificate().private_key_and_cert_chain_pem.write_to_path(path / "server.pem")
+    certificates.authority().cert_pem.write_to_path(path / "ca.pem")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
 
 
 # --- programs ------------------------------------------------------------------------------------
@@ -209,7 +224,10 @@ def test_commands_exist(line: str) -> None:
 
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _NAME = re.compile(r"(?<![\w./])(anypoll|conn|reader|writer|server)((?:\.\w+)+)")
-_LOGGERS = {"anypoll.server", "anypoll.connection", "anypoll.pollers"}
+_OTHERS = {  # loggers, a file, a host
+    *("anypoll.server", "anypoll.connection", "anypoll.pollers"),
+    *("server.pem", "anypoll.test"),
+}
 _KINDS: dict[str, type] = {
     "conn": anypoll.Connection,
     "reader": Reader,
@@ -236,6 +254,6 @@ def test_names_exist(page: Path) -> None:
     missing = [
         root + attributes
         for root, attributes in _NAME.findall(code)
-        if root + attributes not in _LOGGERS and not _is_there(root, attributes)
+        if root + attributes not in _OTHERS and not _is_there(root, attributes)
     ]
     assert missing == []
