@@ -84,7 +84,12 @@ NOT_CALLED = {
     *("anypoll.Server", "anypoll.ServerStatistics", "anypoll.SocketListener"),
     *("anypoll.Connection", "anypoll.UNIXConnection", "anypoll.ConnectionStatistics"),
     *("anypoll.Statistics", "anypoll.PollerStatistics", "anypoll.AnypollAttribute"),
-    *("anypoll.MemoryStatistics", "anypoll.nocopy.Reader", "anypoll.nocopy.Writer"),
+    *(
+        "anypoll.MemoryStatistics",
+        "anypoll.TLSConnection",
+        "anypoll.nocopy.Reader",
+        "anypoll.nocopy.Writer",
+    ),
 }
 
 
