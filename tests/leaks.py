@@ -119,7 +119,7 @@ def start() -> None:
         _runtime.pick_poller()
         _warm_up_uvloop()
         gc.collect()
-        gc.freeze()  # or each collection would look at pytest and all libraries again
+    gc.freeze()  # or each collection would look again at pytest, all libraries and all reports
 
 
 def leaks_since(before: Snapshot, *, within: float = 20) -> list[str]:
