@@ -417,6 +417,7 @@ async def test_writer_output_goes_first(wire: Wire) -> None:
     conn.writer.write(b"first ")
     await conn.send(b"second ")
     conn.writer.write(b"third")
+    await holds(lambda: arrived(peer) >= 13)
     assert arrived(peer) == 13
     await conn.writer.flush()
     assert await read_all(peer, 18) == b"first second third"
