@@ -1,0 +1,389 @@
+"""How many connections a server lets in: its limits, and what happens without descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import EndOfStream
+from peers import holds, read_all, read_to_end, send_all, within
+from serving import HOST, all_is_accounted_for, client, connected, errors, local  # noqa: F401
+
+import anypoll
+from anypoll import Connection, _epoll, _lives
+
+pytestmark = pytest.mark.anyio
+
+
+async def greet(conn: Connection) -> None:
+    """Says that it is there, and waits for the peer to go."""
+    await conn.send(b"!")
+    with contextlib.suppress(EndOfStream):
+        await conn.next(1)
+
+
+async def echo(conn: Connection) -> None:
+    with contextlib.suppress(EndOfStream):
+        while True:
+            await conn.send(await conn.receive())
+
+
+async def greeted(sock: socket.socket) -> bool:
+    return await read_all(sock, 1) == b"!"
+
+
+async def turned_away(sock: socket.socket) -> bool:
+    """Closed without a word."""
+    try:
+        return await read_to_end(sock) == b""
+    except ConnectionResetError:
+        return True
+
+
+def silent(sock: socket.socket) -> bool:
+    """Nothing has come, not even the end."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    return False
+
+
+class Peak:
+    """The most connections that a server has ever had, as its hooks see it."""
+
+    most = 0
+
+    def __call__(self, conn: Connection) -> None:
+        assert conn.server is not None
+        assert conn.server.statistics().active == len(conn.server.connections)
+        self.most = max(self.most, len(conn.server.connections))
+
+
+@pytest.fixture
+def fault() -> Iterator[Callable[..., None]]:
+    """`set_fault`, undone after the test."""
+    yield _epoll.set_fault
+    _epoll.clear_faults()
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="anypoll") as directory:
+        yield Path(directory, "socket")
+
+
+# --- max_connections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["handler", "on_request"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_never_more_than_there_may_be(kind: str, mode: str, short_path: Path) -> None:
+    """The others wait in the kernel, none is turned away, and all have their turn."""
+    peak = Peak()
+    where: dict[str, Any] = {"path": short_path} if kind == "unix" else {"host": HOST, "port": 0}
+    handler = {"handler": greet, "on_request": echo}[mode]
+    options: dict[str, Any] = {mode: handler, "max_connections": 3, "on_prepare": peak}
+    async with anypoll.serve(**options, **where) as server:
+        waiting = [connected(server) for _ in range(10)]
+        if mode == "on_request":
+            for sock in waiting:
+                await send_all(sock, b"!")
+        while waiting:
+            first, *waiting = waiting
+            assert await within(greeted(first))
+            await holds(lambda: len(server.connections) == min(3, len(waiting) + 1))  # noqa: B023
+            assert all(silent(sock) for sock in waiting[2:])
+            first.close()
+        await holds(lambda: not server.connections)
+        statistics = server.statistics()
+        assert (statistics.accepted, statistics.rejected, statistics.handler_errors) == (10, 0, 0)
+    assert peak.most == 3
+
+
+async def test_one_limit_for_all_listeners() -> None:
+    peak = Peak()
+    listeners = [await anypoll.create_tcp_listener(local_host=HOST) for _ in range(3)]
+    async with anypoll.serve(
+        greet, listeners=listeners, max_connections=2, on_prepare=peak
+    ) as server:
+        socks = []
+        for _ in range(4):
+            for address in server.addresses:
+                sock = socket.create_connection(address)
+                sock.setblocking(False)
+                socks.append(sock)
+        greetings = 0
+        with anyio.fail_after(30):
+            while greetings < 12:
+                for sock in [s for s in socks if not silent(s)]:
+                    assert await greeted(sock)
+                    greetings += 1
+                    sock.close()
+                    socks.remove(sock)
+                await anyio.sleep(0.001)
+        await holds(lambda: not server.connections)
+    assert peak.most <= 2
+    assert server.statistics().accepted == 12
+
+
+@pytest.mark.parametrize("why", ["not watched", "not opened"])
+async def test_those_that_cannot_be_opened_take_no_place(
+    why: str, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else is concerned, and what ``on_prepare`` has asked for is done."""
+    failing = 5
+    closed = 0
+
+    def prepare(conn: Connection) -> None:
+        def count() -> None:
+            nonlocal closed
+            closed += 1
+
+        conn.add_close_callback(count)
+
+    new_connection = _lives.new_connection
+
+    def no_memory(fd: int, *args: Any) -> Connection:
+        nonlocal failing
+        if failing and why == "not opened":
+            failing -= 1
+            os.close(fd)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return new_connection(fd, *args)
+
+    monkeypatch.setattr(_lives, "new_connection", no_memory)
+    async with local(greet, max_connections=2, on_prepare=prepare) as server:
+        if why == "not watched":
+            fault("EPOLL_CTL", errno.ENOSPC, times=-1)
+        for _ in range(5):
+            async with client(server) as sock:
+                assert await within(turned_away(sock))
+        await holds(lambda: server.statistics().closed == {"failed": 5})
+        _epoll.clear_faults()
+        for _ in range(3):
+            async with client(server) as one, client(server) as two:
+                assert await within(greeted(one))
+                assert await within(greeted(two))
+        await holds(lambda: not server.connections)
+        statistics = server.statistics()
+        assert statistics.closed == {"failed": 5, "done": 6}
+        assert statistics.accepted == 11
+        assert statistics.handler_errors == statistics.rejected == 0
+    assert closed == (11 if why == "not watched" else 6)
+
+
+async def test_those_that_are_refused_take_no_place() -> None:
+    refusing = True
+
+    def prepare(conn: Connection) -> None:
+        if refusing:
+            conn.abort()
+
+    async with local(greet, max_connections=1, on_prepare=prepare) as server:
+        for _ in range(5):
+            async with client(server) as sock:
+                assert await within(turned_away(sock))
+        refusing = False
+        async with client(server) as sock:
+            assert await within(greeted(sock))
+    assert server.statistics().closed["refused"] == 5
+
+
+async def test_a_place_is_taken_until_the_last_callback_has_ended() -> None:
+    go_on = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        conn.add_close_callback(go_on.wait)
+        await conn.send(b"!")
+
+    async with (
+        local(handler, max_connections=1) as server,
+        client(server) as first,
+        client(server) as second,
+    ):
+        assert await read_to_end(first) == b"!"
+        await anyio.wait_all_tasks_blocked()
+        assert server.statistics().accepted == len(server.connections) == 1
+        assert silent(second)
+        go_on.set()
+        assert await within(greeted(second))
+
+
+async def test_a_server_that_is_full_ends_at_once() -> None:
+    """Those that wait are reset."""
+    async with local(greet, max_connections=1) as server:
+        first, *others = [connected(server) for _ in range(5)]
+        assert await within(greeted(first))
+    for sock in others:
+        assert await within(turned_away(sock))
+        sock.close()
+    first.close()
+    assert server.statistics().accepted == 1
+
+
+async def test_what_is_accepted_ahead_is_little() -> None:
+    """While Python does something else, the rest stays in the backlog."""
+    async with local(greet) as server:
+        before = len(os.listdir("/proc/self/fd"))
+        socks = [connected(server) for _ in range(200)]
+        deadline = time.monotonic() + 30
+        while (ahead := len(os.listdir("/proc/self/fd")) - before - 200) < 64:
+            assert time.monotonic() < deadline
+        assert ahead == 64
+        for sock in socks:
+            assert await within(greeted(sock))
+            sock.close()
+
+
+# --- max_connections_per_peer --------------------------------------------------------------------
+
+
+def connect_from(host: str, address: Any) -> socket.socket:
+    sock = socket.create_connection(address, source_address=(host, 0))
+    sock.setblocking(False)
+    return sock
+
+
+async def test_one_more_from_the_same_peer_is_closed_at_once() -> None:
+    async with local(greet, max_connections_per_peer=2) as server:
+        [address] = server.addresses
+        for _ in range(3):
+            with (
+                connect_from("127.0.0.1", address) as one,
+                connect_from("127.0.0.1", address) as two,
+                connect_from("127.0.0.2", address) as other,
+            ):
+                for sock in (one, two, other):
+                    assert await within(greeted(sock))
+                for _ in range(2):
+                    with connect_from("127.0.0.1", address) as third:
+                        assert await within(turned_away(third))
+                assert len(server.connections) == server.statistics().active == 3
+            await holds(lambda: not server.connections)
+        statistics = server.statistics()
+        assert (statistics.accepted, statistics.rejected) == (9, 6)
+        assert sum(statistics.closed.values()) == 9
+    assert not server._admission._peers  # nothing is remembered of those that have gone
+
+
+async def test_one_that_is_turned_away_takes_no_place() -> None:
+    async with local(greet, max_connections=2, max_connections_per_peer=1) as server:
+        [address] = server.addresses
+        with connect_from("127.0.0.1", address) as one:
+            assert await within(greeted(one))
+            for _ in range(20):
+                with connect_from("127.0.0.1", address) as again:
+                    assert await within(turned_away(again))
+            with connect_from("127.0.0.2", address) as other:
+                assert await within(greeted(other))
+    assert server.statistics().rejected == 20
+
+
+async def test_a_peer_is_the_same_in_both_families() -> None:
+    """A socket of IPv6 sees an IPv4 address mapped."""
+    try:
+        both = await anypoll.create_tcp_listener(local_host="::")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    ipv4 = await anypoll.create_tcp_listener(local_host=HOST)
+    async with anypoll.serve(greet, listeners=[both, ipv4], max_connections_per_peer=1) as server:
+        mapped, plain = ((HOST, address[1]) for address in server.addresses)
+        try:
+            first = socket.create_connection(mapped)
+        except ConnectionRefusedError:
+            pytest.skip("sockets of IPv6 are for IPv6 only here")
+        with first:
+            first.setblocking(False)
+            assert await within(greeted(first))
+            with connect_from(HOST, plain) as second:
+                assert await within(turned_away(second))
+            with socket.create_connection(("::1", mapped[1])) as other:
+                other.setblocking(False)
+                assert await within(greeted(other))
+    assert server.statistics().rejected == 1
+
+
+async def test_unix_sockets_have_no_peers_address(short_path: Path) -> None:
+    async with anypoll.serve(greet, path=short_path, max_connections_per_peer=1) as server:
+        socks = [connected(server) for _ in range(5)]
+        for sock in socks:
+            assert await within(greeted(sock))
+            sock.close()
+    assert server.statistics().rejected == 0
+
+
+# --- without descriptors -------------------------------------------------------------------------
+
+
+def polls() -> int:
+    return sum(poller.polls for poller in anypoll.statistics().pollers)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+async def test_accepting_pauses_for_want_of_resources(
+    code: int, fault: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    """L35, O5: any number of times, one line in the log for each, and without a busy loop. Who is
+    there already notices nothing.
+    """
+    async with local(echo) as server, client(server) as old:
+        await send_all(old, b"x")
+        assert await read_all(old, 1) == b"x"
+        for _ in range(3):
+            before = polls()
+            fault("ACCEPT", code, times=2)  # tried again after 100 ms
+            async with client(server) as new:
+                await send_all(new, b"new")
+                await holds(lambda: log.records)
+                await send_all(old, b"old")
+                assert await read_all(old, 3) == b"old"
+                assert await read_all(new, 3) == b"new"
+            await holds(lambda: len(server.connections) == 1)
+            assert polls() - before < 50
+            [record] = errors(log)
+            assert (record.name, record.levelname) == ("anypoll.server", "WARNING")
+            assert os.strerror(code) in record.getMessage()
+            assert str(server.addresses[0]) in record.getMessage()
+    assert server.statistics().accepted == 4
+
+
+async def test_an_end_while_accepting_is_paused(
+    fault: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for the pause."""
+    fault("ACCEPT", errno.EMFILE, times=1_000_000)
+    async with local(echo) as server:
+        sock = connected(server)
+        await holds(lambda: log.records)
+    assert await within(turned_away(sock))
+    sock.close()
+    assert len(errors(log)) == 1
+    assert server.statistics().accepted == 0
+
+
+async def test_limits_and_pauses_together(
+    fault: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    """No place is lost by a pause: afterwards there are as many as before."""
+    peak = Peak()
+    async with local(greet, max_connections=2, on_prepare=peak) as server:
+        for _ in range(3):
+            fault("ACCEPT", errno.EMFILE, times=1)
+            socks = [connected(server) for _ in range(6)]
+            for sock in socks:
+                assert await within(greeted(sock))
+                sock.close()
+            await holds(lambda: not server.connections)
+    assert peak.most == 2
+    assert server.statistics().accepted == 18
+    assert 1 <= len(errors(log)) <= 3
