@@ -16,7 +16,7 @@ class ServerStatistics:
     active: int
     """connections that have not ended yet: ``len(server.connections)``"""
     rejected: int
-    """closed at once for ``max_connections_per_peer``, or because the server was ending"""
+    """closed at once for ``max_connections_per_peer``; not among the accepted"""
     handler_errors: int
     """exceptions of handlers, request calls and hooks that no peer can cause"""
     closed: Mapping[str, int]

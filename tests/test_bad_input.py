@@ -13,7 +13,6 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +145,7 @@ KEEPALIVE = typed(None, 5, 0, 1.5, "yes", [True], text="keepalive must be a bool
 CONTEXT = typed("x", 5, True, object(), text="ssl_context must be an ssl.SSLContext")
 NO_MAKER = typed(None, 5, "x", object(), text=r"a \w+ is (made by|a connection's)")
 TRANSPORT = typed(None, 5, "x", object(), text="transport_stream must be an anypoll Connection")
+FLAG = typed(None, 0, 1, "x", NAN)
 CALLBACK = typed(None, 5, "x", lambda _a, _b: None, text="a close callback must")
 
 READ_COUNTED = ["peek", "next", "skip", "next_parts", "slice", "read_bytes", "read_str"]
@@ -193,7 +193,8 @@ CONNECTION = {
     "Connection.read_timeout": {"value": seconds()._replace(text="^read_timeout must ")},
     "Connection.write_timeout": {"value": seconds()._replace(text="^write_timeout must ")},
     "Connection.idle_timeout": {"value": seconds()._replace(text="^idle_timeout must ")},
-    "Connection.set_nodelay": {"on": typed(None, 0, 1, "x", NAN)},
+    "Connection.set_nodelay": {"on": FLAG},
+    "Connection.set_on_request": {"function": typed(None, 5, "x", [])},
     "Connection.set_keepalive": {"keepalive": KEEPALIVE},
     "Connection.add_close_callback": {"callback": CALLBACK},
     "UNIXConnection.send_fds": {
@@ -285,6 +286,9 @@ DIALER = {
     "UNIXConnectable": {"path": PATH},
 }
 AT_HOME = {"host": "127.0.0.1", "port": 0}
+HOOK = Argument({ValueError: [5, "x", [], object()]}, "{name} must be a", AT_HOME)
+MOST = count(least=1, others=AT_HOME)
+MOST.wrong[TypeError] = [thing for thing in NO_INTEGERS if thing is not None]
 SERVE = {
     "host": HOST._replace(others={"port": 0}),
     "port": Argument(
@@ -304,6 +308,12 @@ SERVE = {
         {ValueError: [5, "x", ["x"], [], ()]}, "cannot use the listener|listeners must be "
     ),
     "backlog": count(least=1, others=AT_HOME)._replace(text="backlog must be "),
+    **dict.fromkeys(("on_prepare", "on_connect", "on_disconnect", "on_error"), HOOK),
+    "cancel_on_disconnect": FLAG._replace(others=AT_HOME),
+    "reuse_port": FLAG._replace(others=AT_HOME),
+    "nodelay": FLAG._replace(others=AT_HOME),
+    "max_connections": MOST,
+    "max_connections_per_peer": MOST,
     "read_timeout": seconds(others=AT_HOME),
     "write_timeout": seconds(others=AT_HOME),
     "idle_timeout": seconds(others=AT_HOME),
@@ -323,7 +333,10 @@ SERVE = {
         AT_HOME,
     ),
 }
-NO_HANDLER = Argument({ValueError: [None, 5, "x"]}, "needs a handler", AT_HOME)
+NO_HANDLER = Argument(
+    {ValueError: [None, 5, "x"]}, "needs exactly one of handler|handler must be a function", AT_HOME
+)
+HANDLED = {"handler": NO_HANDLER, "on_request": NO_HANDLER._replace(text="on_request")}
 SERVER = {
     "SocketListener": {"sock": NO_MAKER},
     "SocketListener.from_socket": {"sock_or_fd": SOCKET},
@@ -343,7 +356,7 @@ SERVER = {
         "backlog": BACKLOG._replace(others={"path": "listener"}),
         "kind": KIND._replace(others={"path": "listener"}),
     },
-    "serve": {"handler": NO_HANDLER, **SERVE},
+    "serve": {**HANDLED, **SERVE},
     "serve_forever": {
         "handler": NO_HANDLER,
         "task_status": typed(5, None, "x", others={"handler": print, **AT_HOME}),
@@ -505,7 +518,6 @@ class Live:
 
     def __init__(self, conn: anypoll.UNIXConnection, peer: socket.socket) -> None:
         self.conn, self.peer = conn, peer
-        self.tcp: Any = None
         self.closed: list[str] = []
 
     @classmethod
@@ -595,8 +607,10 @@ def integration(name: str) -> Any:
     return getattr(anypoll.integrations, name)
 
 
-async def entered(*args: Any, **kwargs: Any) -> None:
-    async with anypoll.serve(*args, **kwargs):
+async def entered(**kwargs: Any) -> None:
+    if not {"handler", "on_request"} & set(kwargs):
+        kwargs["handler"] = print
+    async with anypoll.serve(**kwargs):
         pytest.fail("serve() has taken it")
 
 
@@ -625,7 +639,7 @@ def own(live: Live) -> dict[str, Any]:
     sending = nocopy.as_send_stream(live.conn.writer)
     raw = nocopy.as_raw_io(live.buffer)
     return {
-        "serve": partial(entered, print) if live.tcp is None else entered,
+        "serve": entered,
         "Server.shutdown": shut_down,
         "as_receive_stream().receive": receiving.receive,
         "as_send_stream().send": sending.send,
@@ -713,7 +727,6 @@ async def test_nonsense_is_refused_and_changes_nothing(
     monkeypatch.chdir(tmp_path)
     row = TABLE[name][argument]
     async with alive() as live:
-        live.tcp = argument == "handler" or None
         before = live.state()
         for target in targets(name, live):
             for error, values in row.wrong.items():
@@ -1009,13 +1022,10 @@ EXCEPTIONS = {
     "TLSConnection.wrap.server_side": "true or false, whatever it is, as in AnyIO",
     "TLSConnection.wrap.standard_compatible": "likewise",
     "TLSConnection.state.value": "any object of the user's",
-    "Server.handler": "serve() looks at it",
     "serve_forever.options": "those of serve(), which it is given",
     "connect_tcp.tls": "true or false, whatever it is, as in AnyIO",
     "connect_tcp.tls_standard_compatible": "likewise",
     "create_tcp_listener.reuse_port": "likewise",
-    "serve.reuse_port": "likewise",
-    "serve.nodelay": "likewise",
     "trio.serve_tcp.handler": "trio.serve_listeners() calls it, and does not look at it before",
     "trio.serve_tcp.handler_nursery": "trio.serve_listeners() is given it",
     "trio.serve_tcp.task_status": "trio.serve_listeners() is given it",

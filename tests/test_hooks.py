@@ -255,6 +255,36 @@ async def test_the_handler_waits_for_on_connect(mode: str) -> None:
     story.forget()
 
 
+@pytest.mark.parametrize("where", ["on_prepare", "on_connect"])
+async def test_a_hook_may_set_what_requests_are_for(where: str) -> None:
+    """O6: what was set first is not called at all, also for what has come before."""
+    called: list[tuple[str, bytes]] = []
+
+    async def first(conn: Connection) -> None:
+        called.append(("first", bytes(await conn.receive())))
+
+    async def second(conn: Connection) -> None:
+        called.append(("second", bytes(await conn.receive())))
+        await conn.send(b".")
+
+    def prepare(conn: Connection) -> None:
+        if where == "on_prepare":
+            conn.set_on_request(second)
+
+    async def connect(conn: Connection) -> None:
+        await holds(lambda: len(conn.reader) or conn.statistics().bytes_received)
+        if where == "on_connect":
+            conn.set_on_request(second)
+
+    async with local(on_request=first, on_prepare=prepare, on_connect=connect) as server:
+        async with client(server) as peer:
+            for text in (b"one", b"two"):
+                await send_all(peer, text)
+                assert await read_all(peer, 1) == b"."
+        await holds(lambda: not server.connections)
+    assert called == [("second", b"one"), ("second", b"two")]
+
+
 # --- exceptions ----------------------------------------------------------------------------------
 
 

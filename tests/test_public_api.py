@@ -131,7 +131,8 @@ def test_serve_and_serve_forever_take_the_same_options() -> None:
     promised = words(
         "handler host port path path_mode sock listeners backlog reuse_port read_timeout "
         "write_timeout idle_timeout keepalive nodelay shutdown_timeout "
-        "read_high_water write_high_water read_limit"
+        "read_high_water write_high_water read_limit on_request on_prepare on_connect "
+        "on_disconnect on_error cancel_on_disconnect max_connections max_connections_per_peer"
     )
     assert set(promised) <= set(parameters(anypoll.serve))
     assert "task_status" in parameters(anypoll.serve_forever)
