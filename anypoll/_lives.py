@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import ssl
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -143,10 +143,23 @@ class Lives:
 
     def begin(self, listener: SocketListener, batch: list[tuple[int, bytes]]) -> None:
         """Makes connections of what was accepted, and has them handled."""
-        admitted = [self._admit(listener, fd, peer) for fd, peer in batch]
-        ready = [connection for connection in admitted if connection is not None]
-        if not ready:
-            return
+        ready: list[Connection] = []
+        waiting = deque(batch)
+        try:
+            while waiting:
+                connection = self._admit(listener, *waiting.popleft())
+                if connection is not None:
+                    ready.append(connection)
+        except BaseException:  # on_prepare has raised something that ends the server
+            for fd, _ in waiting:
+                _epoll.fd_close(fd)
+            for connection in ready:
+                self._end_early(connection, self._end, "cancelled")
+            raise
+        if ready:
+            self._watch_all(ready)
+
+    def _watch_all(self, ready: list[Connection]) -> None:
         results = _epoll.register([connection._core.handle for connection in ready])
         for connection, result in zip(ready, results, strict=True):
             if result < 0:
@@ -206,6 +219,9 @@ class Lives:
         except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
             self._end_early(connection, self.conclude, exc)
             return False
+        except BaseException:
+            self._end_early(connection, self._end, "cancelled")
+            raise
         if connection._core.closed:
             self._end_early(connection, self._end, "refused")
             return False

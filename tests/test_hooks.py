@@ -4,6 +4,7 @@ cancellation can do to them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -701,6 +702,36 @@ async def test_on_connect_may_refuse(
     assert story.told == ["on_prepare", "on_connect", "on_close"]
     assert server.statistics().handler_errors == 0
     story.forget()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_on_prepare_may_end_everything(mode: str) -> None:
+    """By what is no `Exception`. What was accepted with that connection ends with it."""
+
+    class Stop(BaseException):
+        pass
+
+    calls = 0
+
+    def prepare(conn: Connection) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Stop
+
+    with anyio.fail_after(30), pytest.raises(BaseException) as caught:  # noqa: PT012
+        async with local(**{mode: consume}, on_prepare=prepare) as server:  # type: ignore[arg-type]
+            socks = [connected(server) for _ in range(10)]
+            await anyio.sleep_forever()
+    assert "Stop()" in repr(caught.value)
+    for sock in socks:
+        with contextlib.suppress(ConnectionResetError):
+            assert await within(read_to_end(sock)) == b""
+        sock.close()
+    statistics = server.statistics()
+    assert server.connections == ()
+    assert (statistics.accepted, statistics.active) == (3, 0)
+    assert sum(statistics.closed.values()) == 3
 
 
 # --- cancel_on_disconnect ------------------------------------------------------------------------
