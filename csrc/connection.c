@@ -111,10 +111,8 @@ int ap_conn_watch_peer(ap_conn *conn)
 bool ap_conn_serve(ap_context *context, ap_conn *conn)
 {
     bool more = false;
-    if (conn->type == AP_SEQPACKET) { /* whatever has come, looking is harmless */
-        conn->arrivals++;
+    if (conn->type == AP_SEQPACKET) /* whatever has come, looking is harmless */
         conn->slot.ready |= AP_READABLE;
-    }
     if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
         more = ap_input_read(context, conn);
     else

@@ -486,8 +486,7 @@ struct ap_conn {
 
     /* request mode, all (m): how things were when the last call began */
     uint64_t request_at;   /* what was consumed; of messages: how many were received */
-    uint64_t request_seen; /* what had arrived, in the same measure */
-    uint32_t arrivals;     /* of messages: how often some have come */
+    uint64_t request_seen; /* what had arrived; of messages: the bytes of those that waited */
     bool watching_peer;    /* AP_MAIL_GONE is wanted */
 
     /* output, all (m) */

@@ -320,21 +320,22 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
     return result;
 }
 
-/* Messages stay in the kernel, so what has come is known by the events only: one that was not
- * received is new until a call has begun after it. */
+/* Messages stay in the kernel, and what is unread is what that says. The events would not do: one
+ * may be for the output, and one that a call has not answered by receiving was the last. */
 static int64_t request_message(ap_conn *conn, bool fresh, const char *output, size_t output_size)
 {
     uint64_t received = ap_counted(&conn->reads);
     bool untouched = !fresh && received == conn->request_at;
+    uint64_t seen = untouched ? conn->request_seen : 0;
     int waiting = 0;
     ioctl(conn->slot.fd, FIONREAD, &waiting);
-    if (waiting == 0 || (untouched && conn->arrivals == conn->request_seen))
-        conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
-    if (conn->slot.ready & AP_READABLE) {
+    if ((uint64_t)waiting > seen) {
+        conn->slot.ready |= AP_READABLE;
         conn->request_at = received;
-        conn->request_seen = conn->arrivals;
+        conn->request_seen = (uint64_t)waiting;
         return 0;
     }
+    conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
     if (conn->read_end || (conn->slot.ready & AP_RDHUP))
         return conn->read_end ? conn->read_end : AP_EEOF;
     return ap_read_wait(conn, AP_WANT_MESSAGE, 0, 0, 0, output, output_size);
@@ -350,6 +351,10 @@ int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *outp
     int64_t result = conn->type == AP_SEQPACKET
                          ? request_message(conn, fresh != 0, output, output_size)
                          : request_locked(conn, fresh != 0, output, output_size);
+    if (result != CLOSED_MEANWHILE && conn->want != AP_WANT_NOTHING) {
+        conn->shown = NULL; /* what is idle has no window either */
+        conn->lent = false;
+    }
     return leave(conn, result);
 }
 
