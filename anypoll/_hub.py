@@ -115,9 +115,15 @@ class Hub(ABC):
         """Resumes a waiter that :meth:`wait_read` or :meth:`wait_write` has filed."""
 
     @abstractmethod
-    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    def spawn(
+        self, function: Callable[[], Coroutine[Any, Any, None]], *, stoppable: bool = False
+    ) -> bool:
         """Runs the function in a task of its own, in the background, with the context variables of
-        the caller; it begins even if the loop is ending. What it raises is logged. Any thread.
+        the caller. It begins even if the loop is ending, and not before this has returned. What it
+        raises is logged. Any thread.
+
+        :param stoppable: on asyncio, a cancellation that comes before it has begun reaches it
+            where it first suspends, instead of never
 
         Returns False, and runs nothing, if the event loop has ended.
         """

@@ -23,12 +23,20 @@ Function = Callable[[], Coroutine[Any, Any, None]]
 class _Unstoppable(Coroutine[Any, Any, None]):
     """A coroutine that begins even if its task is cancelled before: ``asyncio.run()`` does that to
     all tasks there are at its end, and what was started as the last thing would never run.
+
+    And one that does not begin before its task has been made: a factory of eager tasks would run
+    it at once, in the middle of whatever has started it.
     """
 
-    __slots__ = ("_coroutine",)
+    __slots__ = ("_coroutine", "_may_begin", "_stoppable")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, None], *, stoppable: bool) -> None:
         self._coroutine = coroutine
+        self._stoppable = stoppable
+        self._may_begin = False
+
+    def let_begin(self) -> None:
+        self._may_begin = True
 
     def __await__(self) -> Generator[Any, Any, None]:
         return self._coroutine.__await__()
@@ -38,11 +46,13 @@ class _Unstoppable(Coroutine[Any, Any, None]):
         return getattr(self._coroutine, name)
 
     def send(self, value: Any) -> Any:
-        return self._coroutine.send(value)
+        return self._coroutine.send(value) if self._may_begin else None  # None: in the next round
 
     def throw(self, *exc: Any) -> Any:
         if getcoroutinestate(self._coroutine) == CORO_CREATED:
-            return self._coroutine.send(None)
+            trap = self._coroutine.send(None)
+            if not self._stoppable:
+                return trap
         return self._coroutine.throw(*exc)
 
     def close(self) -> None:
@@ -67,8 +77,10 @@ class _Drain:
         self._hub = hub
         self._tasks: set[Task[None]] = set()
 
-    def start(self, loop: AbstractEventLoop, function: Function) -> None:
-        task = loop.create_task(_Unstoppable(function()))
+    def start(self, loop: AbstractEventLoop, function: Function, stoppable: bool) -> None:
+        coroutine = _Unstoppable(function(), stoppable=stoppable)
+        task = loop.create_task(coroutine)
+        coroutine.let_begin()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)  # no cycle through this object: it must end
         task.add_done_callback(_log_failure)
@@ -116,7 +128,7 @@ class AsyncioHub(Hub):
     async def checkpoint(self) -> None:
         await sleep(0)
 
-    def spawn(self, function: Function) -> bool:
+    def spawn(self, function: Function, *, stoppable: bool = False) -> bool:
         loop, drain = self._loop(), self._drain()
         if loop is None or drain is None or loop.is_closed():
             return False
@@ -125,10 +137,11 @@ class AsyncioHub(Hub):
         except RuntimeError:
             here = False
         if here:
-            drain.start(loop, function)
+            drain.start(loop, function, stoppable)
             return True
         try:
-            loop.call_soon_threadsafe(drain.start, loop, function, context=copy_context())
+            start, context = drain.start, copy_context()
+            loop.call_soon_threadsafe(start, loop, function, stoppable, context=context)
         except RuntimeError:  # closed by another thread meanwhile
             return False
         return True

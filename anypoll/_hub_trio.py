@@ -148,7 +148,7 @@ class TrioHub(Hub):
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    def spawn(self, function: Function) -> bool:
+    def spawn(self, function: Function, *, stoppable: bool = False) -> bool:  # noqa: ARG002
         token, context = self._token, copy_context()
         if token is None:
             return False

@@ -95,7 +95,7 @@ class Lives:
         self._options = options
         self._admission = admission
         self._group: anyio.abc.TaskGroup | None = None
-        self._context = _own_context()
+        self.context = _own_context()
         self.workers = Workers(hub, self._begin)
         self.connections: dict[Connection, Departure | None] = {}
         self._streams: dict[Connection, TLSConnection] = {}
@@ -136,7 +136,7 @@ class Lives:
         if self._group is None:
             return False
         start: Any = self._group.start_soon
-        self._context.copy().run(start, function, *args)
+        self.context.copy().run(start, function, *args)
         return True
 
     # --- the beginning ---------------------------------------------------------------------------
@@ -429,6 +429,8 @@ class Lives:
 
 class Guests:
     """The owner of connections in request mode in a server with a handler, whose end is theirs."""
+
+    context = None
 
     def __init__(self, lives: Lives) -> None:
         self._lives = lives

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio import ClosedResourceError, EndOfStream
@@ -45,6 +47,10 @@ class Owner(Protocol):
 
     workers: Workers
 
+    @property
+    def context(self) -> Context | None:
+        """Calls run in copies of it; None: of that in which ``set_on_request()`` was called."""
+
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls ``function(conn)``."""
 
@@ -67,6 +73,7 @@ class Requests:
         "_function",
         "_over",
         "_owner",
+        "context",
         "taskless",
     )
 
@@ -75,18 +82,20 @@ class Requests:
         self._core = core
         self._function = function
         self._owner = owner
+        self.context = owner.context or copy_context()
         self._before: Function | None = None
         self._fresh = True  # what is unread is new to the function
         self._due = False  # a call has begun, as far as the C side knows
         self._carries = False  # what earlier calls have written is still pending
         self._over = False
-        self.taskless = True
-        """no step is being taken"""
+        self.taskless = False
+        """it has begun, and no step is being taken"""
 
     # --- plain functions of the event loop's thread ----------------------------------------------
 
     def start(self, before: Function | None = None) -> None:
         """Begins; with ``before``, a worker calls that first."""
+        self.taskless = True
         self._before = before
         if before is None:
             try:
@@ -100,8 +109,9 @@ class Requests:
 
     def replace(self, function: Function) -> None:
         """From now on this one is called, also for what an earlier one has left unread."""
+        if self.idle or function != self._function:  # else a call that names itself is a circle
+            self._fresh = True
         self._function = function
-        self._fresh = True
         if self._leave_idle():
             _epoll.conn_disarm_read(self._core.handle)
             self.start()
@@ -157,30 +167,40 @@ class Requests:
         """What is to be done now: a call, if one is due, or the end."""
         if self._over:
             return
-        exc: BaseException
         self.taskless = False
         try:
-            await self._call_if_due()
-            self.taskless = True
-            return
-        except Exception as e:  # noqa: BLE001 -- the owner decides
-            self.on_suspend()
-            exc = e
+            exc = await self._outcome()
         except BaseException as e:
             self.stop()
             await self._owner.conclude(self._conn, e)
             raise
-        self.stop()
-        await self._owner.conclude(self._conn, exc)
+        if exc is None:
+            self.taskless = True
+        else:
+            self.stop()
+            await self._owner.conclude(self._conn, exc)
+
+    async def _outcome(self) -> Exception | None:
+        """What :meth:`_call_if_due` raises. It is kept in no frame that its traceback leads to, or
+        each end would be a garbage cycle with the connection in it.
+        """
+        try:
+            await self._call_if_due()
+        except Exception as exc:  # noqa: BLE001 -- the owner decides
+            self.on_suspend()
+            return exc
+        return None
 
     async def _call_if_due(self) -> None:
         """:raises Exception: if no call will ever be due, or the call has raised it"""
         if self._before is not None:
             before, self._before = self._before, None
             await before(self._conn)
+        if self._core.closed:
+            self._due = False
         if not self._due and (self._over or not self._look()):
             return
-        self._due = False
+        self._due = self._fresh = False
         await self._owner.call(self._conn, self._function)
         self._carries = False
         if not self._over and self._look():
@@ -198,6 +218,9 @@ class Requests:
         """
         core = self._core
         if core.closed:
+            if core._flushing:  # by another task's aclose(), which tells when all has been sent
+                core.hub.requests[core.number] = self
+                return False
             raise core._own(ClosedResourceError())
         if core._reading:
             raise RuntimeError("A request call has ended while another task reads its connection")
@@ -207,7 +230,6 @@ class Requests:
             return False
         if result < 0:
             raise core._ended(result)
-        self._fresh = False
         self._open_window(result)
         self._carries = core.writer._size > 0
         return True
@@ -224,11 +246,11 @@ class Requests:
 
     def _become_idle(self) -> None:
         core, reader = self._core, self._core.reader
+        reader._view = EMPTY
+        reader._start, reader._end = 0, SHUT
         if core.draining and not core.buffered():
             _epoll.conn_disarm_read(core.handle)
             raise core._own(EndOfStream())
-        reader._view = EMPTY
-        reader._start, reader._end = 0, SHUT
         core._reading = True
         core.hub.requests[core.number] = self
 
@@ -253,8 +275,10 @@ class Unserved:
     in tasks of the event loop, in the background.
     """
 
+    context = None
+
     def __init__(self, hub: Hub) -> None:
-        self.workers = Workers(hub, hub.spawn)
+        self.workers = Workers(hub, partial(hub.spawn, stoppable=True))
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """See :class:`Owner`."""
@@ -266,7 +290,8 @@ class Unserved:
         try:
             reason = normal_end(exc, core.number) if isinstance(exc, Exception) else "cancelled"
             if reason is None:
-                logger.error("The request function of %r has failed", conn, exc_info=exc)
+                name = f"anypoll connection {core.number & 0xFFFFFFFF}"  # records may be kept
+                logger.error("The request function of %s has failed", name, exc_info=exc)
             elif reason in GRACEFUL:
                 timeout = core.write_timeout
                 await core.finish(

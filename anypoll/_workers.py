@@ -7,18 +7,23 @@ that another worker takes its place. So a burst of short calls costs one wake-up
 delays nobody. A worker that finds nothing more parks, and is woken for the next job, which is
 cheaper than starting a task; only a few may park.
 
-A call may set context variables. Those must not be seen by the call of another connection, so a
-worker whose context has changed ends instead of taking another job.
+A call may set context variables. Those must not be seen by the call of another connection, so each
+job runs in a copy of its own context, whatever that of the worker's task is.
+
+A worker may be cancelled by whoever finds its task. Its job sees that, if it is at one, and the
+worker ends; what else is ready is for the next one.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, copy_context
+from contextvars import Context
 from itertools import count
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
+
+from anyio import get_cancelled_exc_class
 
 if TYPE_CHECKING:
     from ._hub import Hub
@@ -33,6 +38,9 @@ _keys = count(1)  # of parked workers, among the hub's readers: negated, unlike 
 
 class Job(Protocol):
     """What workers do."""
+
+    context: Context
+    """in copies of it"""
 
     def step(self) -> Coroutine[Any, Any, None]:
         """Does it. What it raises ends the worker's task."""
@@ -77,26 +85,28 @@ class Workers:
                 self._ready.popleft().abandon()
 
     async def _work(self) -> None:
-        base = copy_context()
         key = -next(_keys)
         try:
-            while await self._do_all(base) and len(self._parked) < _PARKED:
+            await self._do_all()
+            while len(self._parked) < _PARKED:
                 await self._park(key)
+                await self._do_all()
+        except GeneratorExit:  # there may be no event loop any more
+            raise
+        except get_cancelled_exc_class():
+            pass  # it ends here; to a task group, a task that ends so would be a failure
         finally:
             self._hub.forget(key)
             self._step_aside()
 
-    async def _do_all(self, base: Context) -> bool:
-        """Does what is ready. Returns whether this task may do more."""
+    async def _do_all(self) -> None:
+        """Does what is ready."""
         done = 0
         while self._ready:
             await self._run(self._ready.popleft())
-            if not _same(copy_context(), base):
-                return False
             done += 1
             if done % _JOBS == 0:
                 await self._hub.checkpoint()
-        return True
 
     def _step_aside(self) -> None:
         self._looking -= 1
@@ -118,12 +128,12 @@ class Workers:
     @coroutine
     def _run(self, job: Job) -> Generator[Any, Any, None]:
         """``await job.step()``, and steps aside before that suspends for the first time."""
-        step = job.step()
+        step, run = job.step(), job.context.copy().run
         try:
-            trap = step.send(None)
+            trap = run(step.send, None)
         except StopIteration:
             return
-        job.on_suspend()
+        run(job.on_suspend)
         self._step_aside()
         try:
             while True:
@@ -131,19 +141,13 @@ class Workers:
                 try:
                     value = yield trap
                 except GeneratorExit:
-                    step.close()
+                    run(step.close)
                     raise
                 except BaseException as exc:  # noqa: BLE001 -- it goes to the job
                     raised = exc
-                trap = step.send(value) if raised is None else step.throw(raised)
+                trap = run(step.send, value) if raised is None else run(step.throw, raised)
         except StopIteration:
             return
         finally:
+            raised = None  # its traceback leads to this frame
             self._looking += 1
-
-
-def _same(a: Context, b: Context) -> bool:
-    try:
-        return a == b
-    except Exception:  # noqa: BLE001 -- of a value that does not like to be compared
-        return False
