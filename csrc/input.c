@@ -87,7 +87,7 @@ static size_t level_allowed(ap_conn *conn, bool waiting)
     if (conn->discarding)
         return SIZE_MAX;
     if (waiting && conn->want != AP_WANT_END && conn->want_bytes > conn->high)
-        return conn->want_bytes;
+        return conn->want_bytes + (conn->any_more ? conn->high : 0);
     return conn->high;
 }
 

@@ -485,6 +485,7 @@ struct ap_conn {
     bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
 
     /* request mode, all (m): how things were when the last call began */
+    bool any_more;         /* a wait for one byte more may read on beyond high water */
     uint64_t request_at;   /* what was consumed; of messages: how many were received */
     uint64_t request_seen; /* what had arrived; of messages: the bytes of those that waited */
     bool watching_peer;    /* AP_MAIL_GONE is wanted */

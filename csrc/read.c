@@ -307,10 +307,12 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
 {
     bool untouched = !fresh && conn->consumed == conn->request_at;
     size_t seen = untouched ? (size_t)(conn->request_seen - conn->consumed) : 0;
+    conn->any_more = untouched; /* else each byte above high water would be a call */
     give_block_back(conn);
     int64_t result =
         read_locked(conn, seen + 1, untouched ? AP_SCATTER : 0, 0, output, output_size);
     if (result >= 0) {
+        conn->any_more = false;
         conn->request_at = conn->consumed;
         conn->request_seen = conn->consumed + conn->input.size;
     } else if (result == -EAGAIN || result == AP_EQUEUED) {
