@@ -1,0 +1,317 @@
+"""Workers by themselves: every job is done once, whatever becomes of the tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import gc
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from peers import holds
+
+from anypoll import _runtime
+from anypoll._workers import _PARKED, Workers
+
+pytestmark = pytest.mark.anyio
+
+on_asyncio = pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+Function = Callable[[], Awaitable[Any]]
+
+
+async def until(condition: Callable[..., object], *args: Any) -> None:
+    """As ``holds``, for a condition about the values of now."""
+    await holds(functools.partial(condition, *args))
+
+
+class Step:
+    """A job."""
+
+    def __init__(self, function: Function, context: contextvars.Context | None = None) -> None:
+        self._function = function
+        self.context = context or contextvars.Context()
+        self.begun = self.ended = self.suspended = self.abandoned = 0
+        self.failure: BaseException | None = None
+
+    async def step(self) -> None:
+        self.begun += 1
+        try:
+            await self._function()
+        except BaseException as exc:
+            self.failure = exc
+            raise
+        self.ended += 1
+
+    def on_suspend(self) -> None:
+        self.suspended += 1
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+
+
+class Team:
+    """Workers whose tasks are those of a group, and are counted."""
+
+    def __init__(self, group: anyio.abc.TaskGroup) -> None:
+        self._group = group
+        self.started = 0
+        self.workers = Workers(_runtime.current_hub(), self._start)
+
+    def _start(self, function: Any) -> bool:
+        self.started += 1
+        self._group.start_soon(function)
+        return True
+
+    @property
+    def parked(self) -> int:
+        return len(self.workers._parked)
+
+    @property
+    def at_rest(self) -> bool:
+        return not self.workers._looking and not self.workers._ready
+
+
+async def nothing() -> None:
+    pass
+
+
+async def test_short_jobs_are_done_by_one_worker_in_order() -> None:
+    done: list[int] = []
+
+    async def job(i: int) -> None:
+        done.append(i)
+
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        for round_ in range(1, 4):
+            for i in range(500):
+                team.workers.submit(Step(functools.partial(job, i)))
+            assert len(done) == 500 * (round_ - 1)  # it is a plain function
+            await until(lambda r: len(done) == 500 * r, round_)
+        assert done == list(range(500)) * 3
+        await holds(lambda: team.parked == 1)
+        assert team.started == 1
+        assert team.at_rest
+        group.cancel_scope.cancel()
+
+
+async def test_a_job_that_waits_holds_up_nobody() -> None:
+    go_on = anyio.Event()
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        slow = [Step(go_on.wait) for _ in range(30)]
+        quick = [Step(nothing) for _ in range(30)]
+        for one, other in zip(slow, quick, strict=True):
+            team.workers.submit(one)
+            team.workers.submit(other)
+        await holds(lambda: all(step.begun for step in slow) and all(step.ended for step in quick))
+        assert all(step.suspended == 1 for step in slow)
+        assert not any(step.suspended for step in quick)
+        go_on.set()
+        await holds(lambda: all(step.ended == 1 for step in slow))
+        await holds(lambda: team.parked == _PARKED)  # the others have ended
+        assert team.at_rest
+        group.cancel_scope.cancel()
+
+
+async def test_other_tasks_get_their_turn() -> None:
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        turns = 0
+
+        async def again() -> None:
+            if turns < 20:
+                team.workers.submit(step)
+
+        step = Step(again)
+        team.workers.submit(step)
+        while turns < 20:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+        await holds(lambda: team.parked == 1)
+        group.cancel_scope.cancel()
+
+
+async def test_what_a_job_raises_ends_its_worker_only() -> None:
+    failures: list[BaseException] = []
+
+    async def fail() -> None:
+        raise LookupError
+
+    async def fail_later() -> None:
+        await anyio.lowlevel.checkpoint()
+        raise LookupError
+
+    async with anyio.create_task_group() as group:
+
+        def start(function: Callable[[], Awaitable[Any]]) -> bool:
+            async def run() -> None:
+                try:
+                    await function()
+                except LookupError as exc:
+                    failures.append(exc)
+
+            group.start_soon(run)
+            return True
+
+        workers = Workers(_runtime.current_hub(), start)
+        steps = [Step((fail, fail_later, nothing)[i % 3]) for i in range(30)]
+        for step in steps:
+            workers.submit(step)
+        await holds(lambda: all(step.begun == 1 for step in steps) and len(failures) == 20)
+        await holds(lambda: not workers._looking)
+        group.cancel_scope.cancel()
+    assert all(step.ended == (i % 3 == 2) for i, step in enumerate(steps))
+
+
+async def test_jobs_see_their_own_context() -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    seen: list[tuple[int, int]] = []
+
+    async def job(i: int) -> None:
+        before = variable.get()
+        variable.set(-1)
+        if i % 2:
+            await anyio.lowlevel.checkpoint()
+        assert variable.get() == -1
+        seen.append((i, before))
+
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        for i in range(100):
+            context = contextvars.copy_context()
+            context.run(variable.set, i)
+            team.workers.submit(Step(functools.partial(job, i), context))
+            team.workers.submit(
+                Step(functools.partial(job, i), context)
+            )  # what is set is forgotten
+        await holds(lambda: len(seen) == 200)
+        group.cancel_scope.cancel()
+    assert all(i == value for i, value in seen)
+
+
+async def test_nobody_can_do_it() -> None:
+    workers = Workers(_runtime.current_hub(), lambda _: False)
+    for _ in range(3):
+        step = Step(nothing)
+        workers.submit(step)
+        assert (step.begun, step.abandoned) == (0, 1)
+
+
+async def test_the_scope_of_all_is_cancelled() -> None:
+    """Those that wait see it, parked ones end, and what was not begun is begun and sees it."""
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        steps = [Step(anyio.sleep_forever) for _ in range(5)]
+        for step in steps:
+            team.workers.submit(step)
+        await holds(lambda: all(step.begun for step in steps))
+        idle = Step(nothing)
+        team.workers.submit(idle)
+        await holds(lambda: team.parked == 1)
+        late = Step(anyio.sleep_forever)
+        team.workers.submit(late)
+        group.cancel_scope.cancel()
+    assert all(step.failure is not None and step.begun == 1 for step in [*steps, late])
+    assert team.at_rest
+    assert team.parked == 0
+
+
+# --- cancelled natively --------------------------------------------------------------------------
+
+
+class Tasks(Team):
+    """Workers in plain tasks of asyncio, which anybody may cancel."""
+
+    def __init__(self) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+        self.workers = Workers(_runtime.current_hub(), self._begin)
+
+    def _begin(self, function: Any) -> bool:
+        self.tasks.append(asyncio.create_task(function()))
+        return True
+
+    async def gone(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@on_asyncio
+@pytest.mark.parametrize("moment", ["parked", "woken", "waiting", "between"])
+async def test_a_worker_is_cancelled(moment: str) -> None:
+    """No job is lost or done twice, at whatever moment: only the one that it was at sees it."""
+    team = Tasks()
+    first = Step(nothing if moment in ("parked", "woken") else anyio.sleep_forever)
+    team.workers.submit(first)
+    if moment in ("parked", "woken"):
+        await holds(lambda: team.parked == 1)
+    else:
+        await holds(lambda: first.begun)
+    steps = [Step(nothing) for _ in range(5)]
+    if moment == "woken":  # cancelled when its wake-up is under way
+        for step in steps:
+            team.workers.submit(step)
+        team.tasks[0].cancel()
+    elif moment == "between":  # submitted when it was cancelled, and has not seen it yet
+        team.tasks[0].cancel()
+        for step in steps:
+            team.workers.submit(step)
+    else:
+        team.tasks[0].cancel()
+        await asyncio.wait(team.tasks[:1])
+        for step in steps:
+            team.workers.submit(step)
+    await holds(lambda: all(step.ended for step in steps))
+    await holds(lambda: team.at_rest)
+    assert [step.begun for step in steps] == [1] * 5
+    assert isinstance(first.failure, asyncio.CancelledError) == (moment in ("waiting", "between"))
+    assert team.tasks[0].done()
+    assert team.tasks[0].exception() is None  # to a task group it would be a failure
+    await team.gone()
+
+
+@on_asyncio
+async def test_a_parked_worker_that_is_cancelled_and_wanted_at_once() -> None:
+    team = Tasks()
+    team.workers.submit(Step(nothing))
+    await holds(lambda: team.parked == 1)
+    team.tasks[0].cancel()
+    step = Step(nothing)
+    team.workers.submit(step)  # wakes the one that will never come
+    await holds(lambda: step.ended)
+    assert len(team.tasks) == 2
+    await team.gone()
+
+
+@on_asyncio
+async def test_a_cancelled_step_is_in_no_cycle() -> None:
+    """The exception that went through the worker does not keep what the step had."""
+
+    class Thing:
+        pass
+
+    async def hold(_thing: Thing) -> None:
+        await anyio.sleep_forever()
+
+    async def cancelled() -> weakref.ref[Thing]:
+        team, thing = Tasks(), Thing()
+        step = Step(functools.partial(hold, thing))
+        team.workers.submit(step)
+        await holds(lambda: step.begun)
+        await team.gone()
+        step.failure = None
+        return weakref.ref(thing)
+
+    gc.collect()
+    gc.disable()
+    try:
+        found = await cancelled()
+        await holds(lambda: found() is None)
+    finally:
+        gc.enable()
