@@ -558,6 +558,7 @@ async def test_the_end_is_told_with_every_combination_of_hooks(mode: str, hooks:
 
     async def function(conn: Connection) -> None:
         await conn.reader.skip(2)
+        await holds(conn._core.status)  # that it has gone
         told.append("function")
 
     def callback() -> None:
