@@ -312,6 +312,8 @@ SERVE = {
     "cancel_on_disconnect": FLAG._replace(others=AT_HOME),
     "reuse_port": FLAG._replace(others=AT_HOME),
     "nodelay": FLAG._replace(others=AT_HOME),
+    "ssl_context": CONTEXT._replace(others=AT_HOME),
+    "tls_handshake_timeout": seconds(none=False, others=AT_HOME),
     "max_connections": MOST,
     "max_connections_per_peer": MOST,
     "read_timeout": seconds(others=AT_HOME),
