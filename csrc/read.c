@@ -315,9 +315,6 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
         conn->any_more = false;
         conn->request_at = conn->consumed;
         conn->request_seen = conn->consumed + conn->input.size;
-    } else if (result == -EAGAIN || result == AP_EQUEUED) {
-        conn->shown = NULL; /* the loop drops its wrapper, and gets another one */
-        conn->lent = false;
     }
     return result;
 }
