@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import gc
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -1558,3 +1560,81 @@ async def test_a_partial_end_is_told_to_a_call_that_waits() -> None:
         assert await read_to_end(sock) == b"answer"
         await ends(server, "incomplete")
         assert seen == [IncompleteRead]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+MANY = """
+import gc, resource, sys
+import anyio, anypoll
+
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+def rss():
+    gc.collect()
+    with open("/proc/self/smaps_rollup") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+async def function(conn):
+    conn.writer.write(bytes(await conn.next(2)))
+
+async def main():
+    async with anypoll.serve(on_request=function, host="127.0.0.1", port=0) as server:
+        print(server.port, flush=True)
+        while await anyio.to_thread.run_sync(sys.stdin.readline):
+            print(rss(), len(server.connections), flush=True)
+
+backend, options = {
+    "asyncio": ("asyncio", {}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {})
+}[sys.argv[1]]
+anyio.run(main, backend=backend, backend_options=options)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="")])
+async def test_an_idle_connection_takes_two_kib(loop: str) -> None:
+    """5000 that have each made a request, as the kernel counts a real process."""
+    count = 5000
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < count + 500:
+        pytest.skip("no right to so many descriptors")
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+        server = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", MANY, loop],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        stack.callback(server.kill)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+
+        def connect(count: int) -> None:
+            for _ in range(count):
+                sock = stack.enter_context(socket.create_connection((HOST, port)))
+                sock.sendall(b"x\n")
+                assert sock.recv(2, socket.MSG_WAITALL) == b"x\n"
+
+        def rss(connections: int) -> int:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            server.stdin.write("\n")
+            server.stdin.flush()
+            kib, connected = map(int, server.stdout.readline().split())
+            assert connected == connections
+            return kib
+
+        connect(100)
+        base = rss(100)
+        connect(count)
+        taken = (rss(100 + count) - base) / count
+        assert taken <= 2.0, f"{taken:.2f} KiB"
