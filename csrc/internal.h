@@ -598,6 +598,7 @@ void ap_fds_shown(ap_conn *conn, uint32_t end);
 struct ap_account {
     _Atomic int32_t refs;    /* (a) acq_rel */
     _Atomic int32_t credits; /* (a) acq_rel: one is taken before each accept4 */
+    _Atomic bool starving;   /* (a) relaxed: an episode is on, and one listener has told it */
     uint32_t epoch;          /* (c) */
     pthread_mutex_t mutex;
     ap_listener *listeners; /* under mutex */
@@ -611,7 +612,6 @@ struct ap_listener {
     uint32_t first, count, capacity;
     int error;            /* (m) of accept4, to be reported once */
     int64_t paused_until; /* (m) 0: not paused */
-    bool starving;        /* (m) an episode is on, and was told */
     int starved_error;    /* (m) */
 };
 

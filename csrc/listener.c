@@ -256,9 +256,8 @@ static void pause_accepting(ap_listener *listener, int error)
         slot->timer_at = listener->paused_until;
         ap_poller_push(slot, AP_BOX_DEADLINE, slot->timer_at);
     }
-    if (listener->starving)
+    if (atomic_exchange_explicit(&listener->account->starving, true, memory_order_relaxed))
         return;
-    listener->starving = true;
     listener->starved_error = error;
     ap_hub_post(slot, AP_MAIL_STARVED);
 }
@@ -271,7 +270,7 @@ static bool accept_one(ap_listener *listener)
     int rc = reserve(listener) ? ap_sys_accept(slot->fd, &accepted) : -ENOMEM;
     if (rc == 0) {
         listener->queue[listener->first + listener->count++] = accepted;
-        listener->starving = false;
+        atomic_store_explicit(&listener->account->starving, false, memory_order_relaxed);
         ap_count(&slot->poller->accepts, 1);
         return true;
     }

@@ -46,8 +46,8 @@ from peers import (
 
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
+from anypoll._ends import normal_end
 from anypoll._handshake import handshake
-from anypoll._server import _normal_end
 from anypoll.nocopy import as_receive_stream, as_send_stream
 from anypoll.streams import open_socket
 
@@ -215,7 +215,7 @@ async def give_up(stream: TLSConnection, data: bytes) -> None:
 
 def is_normal(exc: BaseException, stream: TLSConnection) -> str | None:
     """The reason for which a server would count it."""
-    return _normal_end(exc, stream.connection._core.number)
+    return normal_end(exc, stream.connection._core.number)
 
 
 # --- wrapping ------------------------------------------------------------------------------------
