@@ -44,6 +44,10 @@ def gathered(pieces: Iterable[Piece], block_size: int = sys.maxsize) -> Iterator
         yield run[0] if len(run) == 1 else b"".join(run)
 
 
+#: The reservation of those that have none, which is nearly always: a list each would be memory.
+_NONE: list[memoryview] = []
+
+
 class BaseWriter:
     """What all writers have in common: gathering output. All counts are bytes."""
 
@@ -52,7 +56,7 @@ class BaseWriter:
     def __init__(self, high_water: int) -> None:
         self._pieces: list[Piece] = []  # what is written; in it views are never changed again
         self._size = 0  # bytes in _pieces
-        self._reserved: list[memoryview] = []  # what malloc() has handed out, and what was put in
+        self._reserved = _NONE  # what malloc() has handed out, and what was put in
         self._reserved_size = 0
         self._high_water = high_water
         self._shut = False  # no write is taken any more; _refuse() says why
@@ -69,7 +73,7 @@ class BaseWriter:
     def _close(self) -> None:
         self._pieces = []
         self._size = 0
-        self._reserved = []
+        self._reserved = _NONE
         self._reserved_size = 0
         self._shut = True
 
@@ -170,6 +174,8 @@ class BaseWriter:
         self._check()
         memory = memoryview(bytearray(n))
         if n:
+            if self._reserved is _NONE:
+                self._reserved = []
             self._reserved.append(memory)
             self._reserved_size += n
         return memory
@@ -189,6 +195,8 @@ class BaseWriter:
         remain = count(remain, "remain", most=self._reserved_size)
         self._check()
         if view:
+            if self._reserved is _NONE:
+                self._reserved = []
             self._reserved.insert(self._cut(remain), view)
             self._reserved_size += len(view)
         return len(view)
@@ -222,7 +230,7 @@ class BaseWriter:
             self._close_reservation(self._reserved_size)
 
     def _close_reservation(self, keep: int) -> None:
-        reserved, self._reserved, self._reserved_size = self._reserved, [], 0
+        reserved, self._reserved, self._reserved_size = self._reserved, _NONE, 0
         for memory in reserved:
             part: Piece = memory[:keep]
             keep -= len(part)
