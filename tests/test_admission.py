@@ -357,6 +357,23 @@ async def test_accepting_pauses_for_want_of_resources(
     assert server.statistics().accepted == 4
 
 
+async def test_listeners_without_descriptors_make_one_line(
+    fault: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    """An episode is one of the server, however many listeners it has."""
+    sockets = [socket.create_server((HOST, 0)) for _ in range(3)]
+    for sock in sockets:
+        sock.setblocking(False)
+    fault("ACCEPT", errno.EMFILE, times=6)
+    async with anypoll.serve(echo, sock=sockets) as server:
+        clients = [await anyio.connect_tcp(HOST, port) for _, port in server.addresses]
+        for stream in clients:
+            async with stream:
+                await stream.send(b"x")
+                assert await within(stream.receive()) == b"x"
+    assert len(errors(log)) == 1
+
+
 async def test_an_end_while_accepting_is_paused(
     fault: Callable[..., None], log: pytest.LogCaptureFixture
 ) -> None:
