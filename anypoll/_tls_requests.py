@@ -34,6 +34,8 @@ class Calls:
         """
         stream, engine = self._stream, self._stream._engine
         while self._is_due():
+            if stream._sink.stands_high:  # of a peer that does not read
+                await stream._sink.drain()
             await self._function(stream)
             if stream.writer._size and not engine.closed:
                 stream._sink.push()

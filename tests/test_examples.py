@@ -5,6 +5,7 @@ and its parts are tried on all loops.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -23,6 +24,7 @@ import pytest
 import trio
 import trio.testing
 from anyio import BrokenResourceError, ClosedResourceError
+from certificates import authority as own_authority, certificate
 from peers import (
     KIB,
     MIB,
@@ -430,6 +432,62 @@ async def test_the_gateway_program() -> None:
                 assert await read_all(client, 8) == b"and back"
                 client.close()
             stop(process)
+
+
+# --- request mode --------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_sums_in_request_mode(example: Any) -> None:
+    module = example("request_mode")
+    async with anypoll.serve(
+        on_request=module.on_request, on_prepare=module.on_prepare, host=HOST, port=0
+    ) as server:
+        with connect(server.port) as one, connect(server.port) as other:
+            await send_all(one, b"1\n2\n")
+            assert await read_all(one, 4) == b"1\n3\n"
+            await send_all(other, b"5\n1")
+            assert await read_all(other, 2) == b"5\n"
+            await send_all(one, b"x\n-3\n")
+            assert await read_all(one, 18) == b"a number, please\n0\n"[:18]
+            await send_all(other, b"0\n")
+            assert await read_all(other, 3) == b"15\n"
+            assert {conn.idle_timeout for conn in server.connections} == {3600}
+        await holds(lambda: not server.connections)
+        assert server.statistics().handler_errors == 0
+
+
+@pytest.mark.unsanitized
+@pytest.mark.anyio
+async def test_the_program_in_request_mode() -> None:
+    with program("request_mode.py", 0) as (process, port), connect(port) as client:
+        await send_all(client, b"7\n")
+        assert await read_all(client, 2) == b"7\n"
+        stop(process)
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.unsanitized
+def test_tls_server_and_client(tmp_path: Path) -> None:
+    authority, leaf = tmp_path / "authority.pem", certificate()
+    own_authority().cert_pem.write_to_path(str(authority))
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    for blob in leaf.cert_chain_pems:
+        blob.write_to_path(str(chain), append=True)
+    leaf.private_key_pem.write_to_path(str(key))
+    with program("tls.py", "serve", chain, key, 0) as (process, port):
+        ask = [sys.executable, str(EXAMPLES / "tls.py"), "ask", str(authority), str(port)]
+        run = functools.partial(
+            subprocess.run, check=False, capture_output=True, text=True, timeout=240
+        )
+        good = run([*ask, "anypoll.test"])
+        assert (good.returncode, good.stdout) == (0, "HELLO\nWORLD\n"), good.stderr
+        wrong = run([*ask, "other.test"])
+        assert wrong.returncode != 0
+        assert "certificate" in wrong.stderr
+        stop(process)
 
 
 # --- the texts -----------------------------------------------------------------------------------
