@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.metadata
+import logging
 import os
 import pkgutil
 import re
@@ -62,6 +63,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certificates.certificate().private_key_and_cert_chain_pem.write_to_path(path / "server.pem")
     certificates.authority().cert_pem.write_to_path(path / "ca.pem")
     return path
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """What a program says about logging holds for itself only."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    before = [(logger, logger.level, logger.disabled) for logger in loggers]
+    yield
+    for logger, level, disabled in before:
+        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 @pytest.fixture(autouse=True)
