@@ -104,6 +104,7 @@ class Lives:
         """called whenever a connection has ended"""
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
         self._closed: Counter[str] = Counter()
+        self.cut = False
 
     def statistics(self) -> ServerStatistics:
         """Of now; works after the end too."""
@@ -424,8 +425,11 @@ class Lives:
         for connection in tuple(self.connections):
             connection._core.end_if_idle()
 
-    async def cut(self) -> None:
-        """Ends those that have no task in which a cancellation could do it."""
+    async def end(self) -> None:
+        """Ends those that have no task in which a cancellation could do it. The others end with
+        what their tasks are doing, even if that is shielded and does not see the cancellation.
+        """
+        self.cut = True
         if self._options.on_request is None:
             return  # each has its handler
         with anyio.CancelScope(shield=True):
@@ -441,6 +445,7 @@ class Guests:
     """The owner of connections in request mode in a server with a handler, whose end is theirs."""
 
     context = None
+    cut = False  # the handler's end is theirs
 
     def __init__(self, lives: Lives) -> None:
         self._lives = lives

@@ -51,6 +51,10 @@ class Owner(Protocol):
     def context(self) -> Context | None:
         """Calls run in copies of it; None: of that in which ``set_on_request()`` was called."""
 
+    @property
+    def cut(self) -> bool:
+        """Whether no call begins any more, and those that run are the last of their connections."""
+
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls ``function(conn)``."""
 
@@ -174,9 +178,9 @@ class Requests:
             self.stop()
             await self._owner.conclude(self._conn, e)
             raise
-        if exc is None:
+        if exc is None and not self._owner.cut:
             self.taskless = True
-        else:
+        else:  # also behind a call that was to be cancelled, and has not let that happen
             self.stop()
             await self._owner.conclude(self._conn, exc)
 
@@ -196,6 +200,8 @@ class Requests:
         if self._before is not None:
             before, self._before = self._before, None
             await before(self._conn)
+        if self._owner.cut:
+            return
         if self._core.closed:
             self._due = False
         if not self._due and (self._over or not self._look()):
@@ -203,7 +209,7 @@ class Requests:
         self._due = self._fresh = False
         await self._owner.call(self._conn, self._function)
         self._carries = False
-        if not self._over and self._look():
+        if not self._over and not self._owner.cut and self._look():
             self._due = True
             self._owner.workers.submit(self)  # behind those that are ready already
 
@@ -276,6 +282,7 @@ class Unserved:
     """
 
     context = None
+    cut = False
 
     def __init__(self, hub: Hub) -> None:
         self.workers = Workers(hub, partial(hub.spawn, stoppable=True))

@@ -185,7 +185,7 @@ class Server:
                     self._shutting_down.set()
                     self._close_listeners()
                     group.cancel_scope.cancel()
-                    await self._lives.cut()
+                    await self._lives.end()
         finally:
             self._shutting_down.set()
             self._close_listeners()

@@ -1362,6 +1362,40 @@ async def test_an_end_by_force(how: str) -> None:
     assert dict(server.statistics().closed) == expected
 
 
+@pytest.mark.parametrize("takes", [True, False], ids=["takes", "leaves"])
+async def test_an_end_by_force_does_not_reach_a_shielded_call(*, takes: bool) -> None:
+    """It ends, and then its connection does: nobody would answer what comes later."""
+    begun, go = anyio.Event(), anyio.Event()
+
+    async def shielded(conn: Connection) -> None:
+        with anyio.CancelScope(shield=True):
+            if takes:
+                await conn.receive()
+            begun.set()
+            await go.wait()
+        conn.writer.write(b"done")
+
+    async def release(server: anypoll.Server) -> None:
+        await server.wait_shutting_down()
+        await rounds()
+        go.set()
+
+    async with anyio.create_task_group() as group:
+        with anyio.CancelScope() as scope:
+            async with local(on_request=shielded) as server:
+                sock = socket.create_connection((HOST, server.port))
+                sock.setblocking(False)
+                await send_all(sock, b"request")
+                await within(begun.wait())
+                group.start_soon(release, server)
+                scope.cancel()
+                await anyio.sleep_forever()
+    assert server.connections == ()
+    assert server.statistics().closed == {"done": 1}
+    with sock:
+        assert await within(read_to_end(sock)) == b"done"
+
+
 async def test_an_end_by_force_of_a_handler_with_request_mode() -> None:
     """The handler's task ends the connection, and nobody else."""
 
