@@ -5,7 +5,8 @@
  *   ACTIVE    it serves what it has, and gets more
  *   DRAINING  it ends with its last connection or listener (ap_poller_drain, any
  *             thread; back to ACTIVE likewise)
- *   ENDING    the driver has found that there is none, and looks once more
+ *   ENDING    the driver has found that there is none, and looks once more; back to
+ *             ACTIVE as from DRAINING
  *   < 0       it has ended, for ever: AP_EPOLLER - ECANCELED if drained, or the
  *             errno of epoll_wait (the driver)
  *
@@ -69,13 +70,14 @@ int ap_poller_drain(ap_poller *poller, int on)
     if (on) {
         change(poller, AP_ACTIVE, AP_DRAINING);
         ap_sys_signal(poller->efd);
-    } else {
-        change(poller, AP_DRAINING, AP_ACTIVE);
-    }
-    int state = ap_state(poller);
-    if (on)
+        int state = ap_state(poller);
         return state < 0 && state != DRAINED ? state : 0;
-    return state < 0 ? state : state == AP_ENDING ? DRAINED : 0;
+    }
+    /* Also out of ENDING: the driver may find a connection yet, and go on. */
+    int state;
+    while ((state = ap_state(poller)) > AP_ACTIVE)
+        change(poller, state, AP_ACTIVE);
+    return state;
 }
 
 int ap_poller_state(ap_poller *poller)
@@ -101,8 +103,8 @@ void ap_poller_end_drained(ap_poller *poller)
         change(poller, AP_ENDING, AP_DRAINING);
         return;
     }
-    change(poller, AP_ENDING, DRAINED);
-    ap_poller_clear(poller); /* what was closed is in the inbox, since that comes first */
+    if (change(poller, AP_ENDING, DRAINED)) /* else it is to stay after all */
+        ap_poller_clear(poller); /* what was closed is in the inbox, since that comes first */
 }
 
 /* ---- failing ---------------------------------------------------------- */
