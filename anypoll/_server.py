@@ -42,7 +42,8 @@ class Server:
         self._options = options
         admission = Admission(options.max_connections, options.max_connections_per_peer)
         self._admission = admission
-        self._lives = Lives(self, options, admission, _runtime.current_hub())
+        self._hub = _runtime.current_hub()
+        self._lives = Lives(self, options, admission, self._hub)
         self._guests = Guests(self._lives)
         self._lives.on_leave = self._check_idle
         self._listeners: list[SocketListener] = []
@@ -90,7 +91,11 @@ class Server:
         return self._shutting_down.is_set()
 
     async def wait_shutting_down(self) -> None:
-        """Until the server begins to end."""
+        """Until the server begins to end.
+
+        :raises RuntimeError: in another event loop
+        """
+        self._hub.check()
         await self._shutting_down.wait()
 
     def statistics(self) -> ServerStatistics:
@@ -102,8 +107,10 @@ class Server:
 
         :param timeout: seconds after which the handlers that still run are cancelled; ``None``:
             ``shutdown_timeout``. Of several calls the shortest decides.
+        :raises RuntimeError: in another event loop; the server goes on then
         """
         timeout = seconds(timeout, "timeout")
+        self._hub.check()
         self._begin_shutdown(self._options.shutdown_timeout if timeout is None else timeout)
         await self._ended.wait()
 

@@ -506,6 +506,52 @@ def test_objects_of_another_loop(run: Callable[[Main], Any]) -> None:
     assert not thread.is_alive()
 
 
+def test_a_server_of_another_loop(run: Callable[[Main], Any]) -> None:
+    """It is not ended from there, and nobody waits for ever for what cannot be seen there."""
+    started, done = threading.Event(), threading.Event()
+    servers: list[anypoll.Server] = []
+
+    async def hang_up(conn: Connection) -> None:
+        await conn.send(b"x")
+
+    async def owner() -> None:
+        async with anypoll.serve(hang_up, host="127.0.0.1", port=0) as server:
+            servers.append(server)
+            started.set()
+            while not done.is_set():
+                await anyio.sleep(0.001)
+            assert not server.shutting_down
+            async with await anypoll.connect_tcp("127.0.0.1", server.port) as conn:
+                assert await conn.receive() == b"x"
+
+    async def intruder() -> None:
+        [server] = servers
+        with anyio.fail_after(30):
+            for call in (server.shutdown, lambda: server.shutdown(0), server.wait_shutting_down):
+                with pytest.raises(RuntimeError, match="event loop"):
+                    await call()
+        assert server.statistics().active == 0  # to look is allowed
+
+    failed: list[BaseException] = []
+
+    def owning() -> None:
+        try:
+            RUNNERS["trio.run"](owner)
+        except BaseException as exc:  # noqa: BLE001 -- for the test's thread
+            failed.append(exc)
+
+    thread = threading.Thread(target=owning)
+    thread.start()
+    try:
+        assert started.wait(30)
+        run(intruder)
+    finally:
+        done.set()
+        thread.join(30)
+    assert not failed
+    assert not thread.is_alive()
+
+
 def test_outside_of_any_loop() -> None:
     with pytest.raises(RuntimeError):
         anypoll.socketpair()
