@@ -30,11 +30,10 @@ from . import _epoll
 from ._departure import Departure, PeerGoneError
 from ._ends import GRACEFUL, normal_end
 from ._errors import os_error
-from ._handshake import handshake
 from ._listener import SocketListener, nodelay_fd
 from ._requests import Function, Requests
+from ._secure import HandshakeError, Secure
 from ._statistics import ServerStatistics
-from ._tls_requests import Calls
 from ._workers import Workers
 from .streams import Connection, new_connection
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from ._admission import Admission
     from ._config import Keepalive, Limits
     from ._hub import Hub
-    from ._tls import TLSConnection
 
 logger = logging.getLogger("anypoll.server")
 
@@ -83,10 +81,6 @@ class Options:
     max_connections_per_peer: int | None = None
 
 
-class HandshakeError(Exception):
-    """A peer has not come to TLS; the cause says why."""
-
-
 class Lives:
     """See the module. One for each server; an ``Owner`` of connections in request mode."""
 
@@ -98,8 +92,9 @@ class Lives:
         self.context = _own_context()
         self.workers = Workers(hub, self._begin)
         self.connections: dict[Connection, Departure | None] = {}
-        self._streams: dict[Connection, TLSConnection] = {}
-        self._calls: dict[Connection, Calls] = {}
+        self._secure = Secure(
+            options.ssl_context, options.tls_handshake_timeout, options.on_request
+        )
         self.on_leave: Callable[[], None] = lambda: None
         """called whenever a connection has ended"""
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
@@ -121,10 +116,7 @@ class Lives:
 
     def faces(self) -> tuple[Any, ...]:
         """The connections as their handlers get them."""
-        return tuple(map(self._face, self.connections))
-
-    def _face(self, connection: Connection) -> Any:
-        return self._streams.get(connection, connection)
+        return tuple(map(self._secure.face, self.connections))
 
     # --- the tasks -------------------------------------------------------------------------------
 
@@ -261,28 +253,13 @@ class Lives:
             departure.open()
 
     async def _connect(self, connection: Connection) -> None:
-        if self._options.ssl_context is not None:
-            await self._secure(connection, self._options.ssl_context)
+        await self._secure.open(connection)
         if self._options.on_connect is not None:
-            await self._options.on_connect(self._face(connection))
+            await self._options.on_connect(self._secure.face(connection))
         self._connected(connection)
-        if connection in self._calls and self._options.on_request is not None:
+        if self._options.ssl_context is not None and self._options.on_request is not None:
             # requests that came together with the handshake: no ciphertext will tell of them
             await self.call(connection, self._options.on_request)
-
-    async def _secure(self, connection: Connection, context: ssl.SSLContext) -> None:
-        """:raises HandshakeError: if nothing has come of it, for which the peer is to blame"""
-        try:
-            stream = await handshake(connection, context, self._options.tls_handshake_timeout)
-        except EndOfStream:
-            raise
-        except Exception as exc:
-            if normal_end(exc, connection._core.number) is None:
-                raise
-            raise HandshakeError from exc
-        self._streams[connection] = stream
-        if self._options.on_request is not None:
-            self._calls[connection] = Calls(stream, self._options.on_request)
 
     # --- the user's code -------------------------------------------------------------------------
 
@@ -307,8 +284,7 @@ class Lives:
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls it, in a scope that ends with the peer if that was asked for."""
         departure = self.connections[conn]
-        calls = self._calls.get(conn)
-        awaitable = function(self._face(conn)) if calls is None else calls.make()
+        awaitable = self._secure.call(conn, function)
         if departure is not None and self._options.cancel_on_disconnect:
             return departure.scoped(awaitable)
         return awaitable
@@ -316,7 +292,7 @@ class Lives:
     async def _disconnect(self, connection: Connection) -> None:
         assert self._options.on_disconnect is not None
         try:
-            await self._options.on_disconnect(self._face(connection))
+            await self._options.on_disconnect(self._secure.face(connection))
         except Exception as exc:  # noqa: BLE001 -- as in the handler
             if await self._judge(connection, exc) == "error":
                 connection._core.close()
@@ -326,12 +302,12 @@ class Lives:
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """The handler, or the last call, has ended, with that exception."""
         reason = "cancelled"
+        secure = self._secure
         try:
-            reason = await self._reason(conn, exc)
+            reason = await self._reason(conn, secure.explained(conn, exc))
             departure = self.connections[conn]
-            if departure is not None and reason != "cancelled":
-                stream = self._streams.get(conn)
-                await departure.settle(gone=stream is not None and stream._engine.ended)
+            if departure is not None and reason != "cancelled" and secure.is_open(conn):
+                await departure.settle(gone=secure.has_ended(conn))
             if reason in GRACEFUL:
                 await self._finish(conn)
         finally:
@@ -339,13 +315,9 @@ class Lives:
 
     async def _finish(self, connection: Connection) -> None:
         """What is pending goes out, and the peer gets the end of this side."""
-        face = self._face(connection)
-        own = face.write_timeout
+        own = self._secure.face(connection).write_timeout
         timeout = self._options.shutdown_timeout if own is None else own
-        if face is connection:
-            await connection._core.finish(timeout)
-        else:
-            await face._finish(timeout)
+        await self._secure.finish(connection, timeout)
 
     async def _reason(self, conn: Any, exc: BaseException | None) -> str:
         if exc is None:
@@ -372,8 +344,7 @@ class Lives:
     async def _end(self, connection: Connection, reason: str) -> None:
         """Closes; when this returns, nothing of the connection is left."""
         connection._core.close()
-        if (stream := self._streams.get(connection)) is not None:
-            stream._shut()
+        self._secure.shut(connection)
         departure = self.connections[connection]
         try:
             if departure is not None:
@@ -395,7 +366,7 @@ class Lives:
         logger.error("The handler of %s has failed", name, exc_info=exc)
         if self._options.on_error is not None:
             try:
-                result = self._options.on_error(self._face(connection), exc)
+                result = self._options.on_error(self._secure.face(connection), exc)
                 if inspect.isawaitable(result):
                     await result
             except Exception:
@@ -413,8 +384,7 @@ class Lives:
         self._sent += statistics.bytes_sent
         self._closed[reason] += 1
         del self.connections[connection]
-        self._streams.pop(connection, None)
-        self._calls.pop(connection, None)
+        self._secure.forget(connection)
         self._admission.leave(connection._core.peer)
         if not self._server.shutting_down:
             self._admission.grant(len(self.connections))
@@ -423,7 +393,8 @@ class Lives:
     def drain(self) -> None:
         """Those that are idle end now, and the others as soon as they are."""
         for connection in tuple(self.connections):
-            connection._core.end_if_idle()
+            if not self._secure.postpone_end(connection):
+                connection._core.end_if_idle()
 
     async def end(self) -> None:
         """Ends those that have no task in which a cancellation could do it. The others end with

@@ -69,7 +69,6 @@ class Requests:
 
     __slots__ = (
         "_before",
-        "_carries",
         "_conn",
         "_core",
         "_due",
@@ -77,6 +76,7 @@ class Requests:
         "_function",
         "_over",
         "_owner",
+        "carries",
         "context",
         "taskless",
     )
@@ -90,8 +90,9 @@ class Requests:
         self._before: Function | None = None
         self._fresh = True  # what is unread is new to the function
         self._due = False  # a call has begun, as far as the C side knows
-        self._carries = False  # what earlier calls have written is still pending
         self._over = False
+        self.carries = False
+        """what earlier calls have written is still pending"""
         self.taskless = False
         """it has begun, and no step is being taken"""
 
@@ -162,7 +163,7 @@ class Requests:
     def on_suspend(self) -> None:
         """The call waits for something: what was answered before must not wait with it."""
         core = self._core
-        if self._carries and not core.closed and not core._writing and core.writer._size:
+        if self.carries and not core.closed and not core._writing and core.writer._size:
             core._send(core.writer._take())
 
     # --- one step --------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Requests:
             return
         self._due = self._fresh = False
         await self._owner.call(self._conn, self._function)
-        self._carries = False
+        self.carries = False
         if not self._over and not self._owner.cut and self._look():
             self._due = True
             self._owner.workers.submit(self)  # behind those that are ready already
@@ -237,7 +238,7 @@ class Requests:
         if result < 0:
             raise core._ended(result)
         self._open_window(result)
-        self._carries = core.writer._size > 0
+        self.carries = core.writer._size > 0
         return True
 
     def _ask(self) -> int:

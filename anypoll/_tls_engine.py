@@ -254,14 +254,19 @@ class Engine:
         if self._answered >= core.limits.write_high_water:  # also while another task is sending
             await core._flush()
             self._answered = 0
-        self.ending = self.ending or (core.draining and not self.closed)
-        core.draining = self.ending and not self.closed and not self._has_begun
+        self.follow_draining()
         try:
             suspended = await core.fill(1)
         except EndOfStream:
             return self._no_more()
         self._feed()
         return suspended
+
+    def follow_draining(self) -> None:
+        """The server is ending: a wait of the connection sees that unless something has begun."""
+        core = self.core
+        self.ending = self.ending or (core.draining and not self.closed)
+        core.draining = self.ending and not self.closed and not self.has_begun
 
     def _no_more(self) -> bool:
         core = self.core
@@ -271,7 +276,7 @@ class Engine:
             raise core._own(ClosedResourceError()) from None
         else:
             self.ending = True
-            if not self._has_begun:
+            if not self.has_begun:
                 raise core._own(EndOfStream()) from None
         return False
 
@@ -304,7 +309,7 @@ class Engine:
     # --- where records end -----------------------------------------------------------------------
 
     @property
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether there is something unread, be it a part of a record only."""
         return bool(len(self.chain) or self._left or self._header)
 

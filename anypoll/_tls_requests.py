@@ -2,7 +2,8 @@
 
 The connection below is in request mode, and its call comes here. What has come may be a part of a
 record, a message of TLS itself, or several requests; so everything is decrypted, and the user's
-function is called as often as the rules of request mode say for the plaintext.
+function is called as often as the rules of request mode say for the plaintext. The answers go out
+together, when there is no more to answer or a call has to wait.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from anyio import EndOfStream
+from anyio import BrokenResourceError, EndOfStream
+
+from ._ends import normal_end
+from ._epoll import IS_EOF
 
 if TYPE_CHECKING:
     from ._tls import TLSConnection
@@ -19,27 +23,31 @@ if TYPE_CHECKING:
 class Calls:
     """Of one TLS connection."""
 
-    __slots__ = ("_at", "_function", "_stream")
+    __slots__ = ("_consumed", "_decrypted", "_function", "_stream")
 
     def __init__(self, stream: TLSConnection, function: Callable[[Any], Awaitable[Any]]) -> None:
         self._stream = stream
         self._function = function
-        self._at = (-1, -1)  # what was consumed and decrypted when the last call began
+        self._consumed = self._decrypted = -1  # bytes of plaintext, when the last call began
 
     async def make(self) -> None:
         """Those that are due.
 
         :raises EndOfStream: if none will ever be due, because the peer has ended its side
         :raises BrokenResourceError: if it has sent what is no TLS, or has cut the session off
+        :raises MessageTooLarge: if the last call has left more than ``read_limit`` where it was
         """
         stream, engine = self._stream, self._stream._engine
+        budget = engine.core.budget
         while self._is_due():
             if stream._sink.stands_high:  # of a peer that does not read
                 await stream._sink.drain()
             await self._function(stream)
-            if stream.writer._size and not engine.closed:
-                stream._sink.push()
-                engine.send_collected()
+            budget -= 1
+            if not engine.closed:
+                await self._after_call(pause=not budget)
+            budget = budget or engine.core.budget
+        engine.follow_draining()
         if engine.closed:
             return
         if engine.failure:
@@ -47,8 +55,62 @@ class Calls:
         if engine.ended:
             raise engine.core._own(EndOfStream())
 
+    async def _after_call(self, *, pause: bool) -> None:
+        """What was written is encrypted, and goes together with the next answer.
+
+        :param pause: others get their turn
+        """
+        sink, core = self._stream._sink, self._stream._engine.core
+        sink.push()
+        if core.requests is not None:
+            core.requests.carries = core.writer._size > 0
+        if sink.stands_high:
+            await sink.drain()
+        elif pause:
+            await core.hub.checkpoint()
+
     def _is_due(self) -> bool:
+        """Whether there is anything unread; but if the last call has consumed nothing, only if
+        there is more than when it began.
+        """
+        engine = self._stream._engine
         unread = len(self._stream.reader)  # this decrypts what has arrived
-        decrypted = self._stream._engine.decrypted
-        last, self._at = self._at, (decrypted - unread, decrypted)
-        return unread > 0 and last != self._at
+        if not unread:
+            return False
+        consumed = engine.decrypted - unread
+        if consumed == self._consumed:
+            if engine.decrypted == self._decrypted and not self._is_there_more():
+                return False
+            self._stream._source.check_request(len(engine.chain))
+        self._consumed, self._decrypted = consumed, engine.decrypted
+        return True
+
+    def _is_there_more(self) -> bool:
+        """Decrypts a record beyond what is read ahead, if there is one."""
+        engine = self._stream._engine
+        while engine.arrived():
+            if engine.decrypted > self._decrypted:
+                return True
+        return False
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def explained(self, exc: BaseException | None) -> BaseException | None:
+        """An end of the connection is one of the session only if the peer has said so before."""
+        engine = self._stream._engine
+        core = engine.core
+        if exc is None or core.closed or engine.ended or not core.status() & IS_EOF:
+            return exc
+        if normal_end(exc, core.number) == "eof":
+            try:
+                while engine.arrived():
+                    pass
+            except BrokenResourceError as broken:
+                return broken
+        return exc
+
+    def postpone_end(self) -> bool:
+        """The server is ending. Whether something has begun: the end is due behind that."""
+        engine = self._stream._engine
+        engine.ending = engine.ending or engine.has_begun
+        return engine.has_begun

@@ -1437,7 +1437,7 @@ def begun(server: anypoll.Server) -> list[bool]:
     import gc
 
     engines = {
-        stream.connection: stream._engine._has_begun
+        stream.connection: stream._engine.has_begun
         for stream in gc.get_objects()
         if isinstance(stream, TLSConnection)
     }
