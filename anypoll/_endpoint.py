@@ -54,6 +54,7 @@ class RequestMode(Protocol):
     """What a connection in request mode has of that; ``_requests`` has the prose."""
 
     taskless: bool
+    carries: bool
 
     @property
     def idle(self) -> bool:

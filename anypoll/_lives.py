@@ -328,18 +328,8 @@ class Lives:
             logger.debug("%s ended: TLS handshake: %r", self._name(conn), exc.__cause__)
             return "tls_handshake"
         if isinstance(exc, Exception):
-            reason = await self._judge(conn, exc)
-            return "broken" if reason == "eof" and self._is_cut_off(conn) else reason
+            return await self._judge(conn, exc)
         return "cancelled"
-
-    def _is_cut_off(self, connection: Connection) -> bool:
-        """Whether the peer has ended its side, but not the session: anybody could do that."""
-        stream = self._streams.get(connection)
-        return (
-            stream is not None
-            and not stream._engine.ended
-            and bool(_epoll.conn_status(connection._core.handle) & _epoll.IS_EOF)
-        )
 
     async def _end(self, connection: Connection, reason: str) -> None:
         """Closes; when this returns, nothing of the connection is left."""

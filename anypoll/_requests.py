@@ -210,9 +210,12 @@ class Requests:
         self._due = self._fresh = False
         await self._owner.call(self._conn, self._function)
         self.carries = False
-        if not self._over and not self._owner.cut and self._look():
+        if not self._over and not self._is_cut() and self._look():
             self._due = True
             self._owner.workers.submit(self)  # behind those that are ready already
+
+    def _is_cut(self) -> bool:
+        return self._owner.cut
 
     def _look(self) -> bool:
         """Whether a call is due. If not, what is pending is sent, and the connection is idle now;

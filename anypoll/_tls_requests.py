@@ -40,16 +40,15 @@ class Calls:
         stream, engine = self._stream, self._stream._engine
         budget = engine.core.budget
         while self._is_due():
-            if stream._sink.stands_high:  # of a peer that does not read
-                await stream._sink.drain()
             await self._function(stream)
             budget -= 1
             if not engine.closed:
                 await self._after_call(pause=not budget)
             budget = budget or engine.core.budget
-        engine.follow_draining()
         if engine.closed:
             return
+        stream._source.consume(0)  # what was consumed is nothing that has begun
+        engine.follow_draining()
         if engine.failure:
             raise engine.broken()
         if engine.ended:
