@@ -77,7 +77,8 @@ class Snapshot:
     def grown(self) -> list[str]:
         """What there is now and was not then, in words."""
         now = self.take()
-        new_pollers = now.pollers - self.pollers
+        # one that had ended may have been counted then, without a thread, and be gone now
+        new_pollers = max(now.pollers - self.pollers, 0)
         words = [
             f"{name}: {self.gauges[name]} before, {now.gauges[name]} now"
             for name in _GAUGES
