@@ -265,21 +265,25 @@ class Lives:
 
     async def _run(self, connection: Connection) -> None:
         """The life of one connection in handler mode."""
-        exc: BaseException | None = None
         try:
-            await self._handle(connection)
-        except Exception as e:  # noqa: BLE001 -- that is the promise: it stops nothing else
-            exc = e
+            exc = await self._outcome(connection)
         except BaseException as e:
             await self.conclude(connection, e)
             raise
         await self.conclude(connection, exc)
 
-    async def _handle(self, connection: Connection) -> None:
+    async def _outcome(self, connection: Connection) -> Exception | None:
+        """What the handler raises. It is kept in no frame that its traceback leads to, or each end
+        would be a garbage cycle with the connection in it.
+        """
         assert self._options.handler is not None
-        await self._connect(connection)
-        if not connection._core.closed:  # on_connect may have refused it
-            await self.call(connection, self._options.handler)
+        try:
+            await self._connect(connection)
+            if not connection._core.closed:  # on_connect may have refused it
+                await self.call(connection, self._options.handler)
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            return exc
+        return None
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls it, in a scope that ends with the peer if that was asked for."""

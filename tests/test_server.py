@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -1172,3 +1174,22 @@ def test_a_listener_without_descriptors_recovers(
         check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("recovered 2\n", "", 0)
+
+
+async def test_nothing_of_an_ended_connection_waits_for_the_garbage_collector() -> None:
+    """No cycle leads to it from the exception of its end."""
+    found: list[weakref.ref[Connection]] = []
+
+    async def handler(conn: Connection) -> None:
+        found.append(weakref.ref(conn))
+        await conn.receive()  # EndOfStream
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            socket.create_connection(("127.0.0.1", server.port)).close()
+            await holds(lambda: found and not server.connections)
+            await holds(lambda: found[0]() is None)
+        finally:
+            gc.enable()
