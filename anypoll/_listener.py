@@ -151,9 +151,13 @@ class SocketListener(AnyIOSocketListener):
         finally:
             self._accepting = False
         connection = new_connection(fd, self._kind, Limits(), peer)
-        if self._kind == TCP:
-            nodelay_fd(fd)
-        connection._core.register()
+        try:
+            if self._kind == TCP:
+                nodelay_fd(fd)
+            connection._core.register()
+        except BaseException:
+            connection._core.close()
+            raise
         return connection
 
     def _enter(self) -> None:

@@ -319,6 +319,24 @@ async def test_connections_outlive_their_listener(listener: SocketListener) -> N
             await ping(client, conn)
 
 
+async def test_a_connection_that_cannot_be_set_up_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error goes to whoever accepts; the peer is told."""
+
+    def refuse(_fd: int) -> None:
+        raise OSError(errno.ENOBUFS, "no buffers")
+
+    async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
+        [listener] = multi.listeners
+        with socket.create_connection(multi.extra(SocketAttribute.local_address)) as client:
+            monkeypatch.setattr("anypoll._listener.nodelay_fd", refuse)
+            with pytest.raises(OSError, match="no buffers"):
+                await within(listener.accept())
+            client.settimeout(30)
+            assert client.recv(1) == b""
+
+
 async def test_a_forgotten_listener_is_closed() -> None:
     multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
     address = multi.extra(SocketAttribute.local_address)
