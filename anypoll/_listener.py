@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import BusyResourceError, ClosedResourceError
+from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 from anyio.abc import SocketListener as AnyIOSocketListener, SocketStream
 from anyio.streams.stapled import MultiListener
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ("SocketListener", "create_tcp_listener", "create_unix_listener")
 
 logger = logging.getLogger("anypoll.server")
+
+#: Pollers that may fail one after another before one has accepted anything.
+_MOVES = 8
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
@@ -55,6 +58,7 @@ class SocketListener(AnyIOSocketListener):
         "_hub",
         "_kind",
         "_number",
+        "_poller",
         "_raw",
         "_ready",
     )
@@ -69,19 +73,39 @@ class SocketListener(AnyIOSocketListener):
         self._hub = _runtime.current_hub()
         self._account = account if account is not None else _epoll.open_account()
         self._kind = kind_of(sock)
-        _, self._handle = _runtime.on_poller(
+        self._ready: deque[tuple[int, bytes]] = deque()
+        self._accepting = False
+        self._listen()
+        self._closed = False
+
+    def _listen(self) -> None:
+        """Has a poller accept.
+
+        :raises OSError: if there are no resources for that
+        """
+        self._poller, self._handle = _runtime.on_poller(
             lambda poller: _epoll.open_listener(
-                poller, self._hub.handle, sock.fileno(), self._account
+                poller, self._hub.handle, self._raw.fileno(), self._account
             )
         )
         _epoll.listener_fd(self._handle, 1)
-        _runtime.raw_sockets.add(sock)
+        _runtime.raw_sockets.add(self._raw)
         self._number = _epoll.listener_id(self._handle)
-        self._ready: deque[tuple[int, bytes]] = deque()
-        self._accepting = False
-        self._closed = False
         self._hub.addressees[self._number] = weakref.ref(self)
         _runtime.handles[self._number] = self._handle
+
+    def _move(self) -> None:
+        """To another poller, since its own has failed; what that had accepted is taken.
+
+        :raises BrokenResourceError: if there is no other one; the listener can only be closed then
+        """
+        self._hub.forget(self._number)
+        _epoll.listener_close(self._handle, 1)
+        self._let_go()
+        try:
+            self._listen()
+        except OSError as exc:
+            raise BrokenResourceError from exc
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
@@ -190,10 +214,25 @@ class SocketListener(AnyIOSocketListener):
         return bool(self._ready)
 
     async def accept_batch(self) -> list[tuple[int, bytes]]:
-        """For a server, whose account has the credits: all that was accepted, at least one."""
+        """For a server, whose account has the credits: all that was accepted, at least one. When
+        the poller fails, another one goes on accepting.
+
+        :raises ClosedResourceError: if the listener was or is closed
+        :raises BrokenResourceError: if the socket has failed, or poller after poller has
+        """
         self._enter()
+        moves = 0
         try:
-            while not self._take():
+            while True:
+                try:
+                    if self._take():
+                        break
+                except BrokenResourceError:
+                    if not _epoll.poller_ended(self._poller) or moves == _MOVES:
+                        raise
+                    moves += 1
+                    self._move()
+                    continue
                 await self._hub.wait_read(self._number)
                 if self._closed:
                     raise ClosedResourceError

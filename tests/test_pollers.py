@@ -630,10 +630,10 @@ async def test_a_replacement_that_cannot_be_started(caplog: pytest.LogCaptureFix
     assert len(errors(caplog)) == 1
 
 
-async def test_a_server_tells_that_its_listener_has_failed(
+async def test_a_server_goes_on_when_its_poller_has_failed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its handlers end as if their peers had gone, and it can be shut down."""
+    """Its handlers end as if their peers had gone, and another poller accepts; time and again."""
     ended: list[BaseException] = []
 
     async def handler(conn: anypoll.Connection) -> None:
@@ -643,16 +643,54 @@ async def test_a_server_tells_that_its_listener_has_failed(
             ended.append(exc)
             raise
 
-    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
-        client = socket.create_connection(("127.0.0.1", server.port))
-        await holds(lambda: server.statistics().active == 1)
-        break_down(errno.EBADF)
-        await holds(lambda: ended)
-        await holds(lambda: any("listener" in r.getMessage() for r in caplog.records))
-    assert is_broken(ended[0], errno.EBADF)
-    assert len(errors(caplog)) == 1
-    reset(client)
+    async with anypoll.serve(handler, host="127.0.0.1", port=0, max_connections=1) as server:
+        listeners = server.listeners
+        for number in range(1, 4):
+            client = socket.create_connection(("127.0.0.1", server.port))
+            await holds(lambda: server.statistics().active == 1)
+            second = socket.create_connection(("127.0.0.1", server.port))  # in the backlog
+            break_down(errno.EBADF)
+            await holds(lambda n=number: sum(is_broken(e, errno.EBADF) for e in ended) == n)
+            await holds(lambda n=number: server.statistics().accepted == 2 * n)
+            assert counts() == [2]
+            reset(client)
+            reset(second)
+            await holds(lambda: server.statistics().active == 0)
+        assert server.listeners == listeners
+    assert len(errors(caplog)) == 3
     ended.clear()
+    caplog.clear()
+
+
+async def test_a_server_whose_pollers_fail_and_fail(caplog: pytest.LogCaptureFixture) -> None:
+    """It gives up after some: nothing spins, nobody waits in the backlog, and it can end."""
+
+    async def handler(conn: anypoll.Connection) -> None:
+        pytest.fail(f"{conn} was accepted")
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        [listener] = server.listeners
+        break_down(errno.EBADF, -1)
+        await holds(lambda: "closed" in repr(listener))
+        _epoll.clear_faults()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port))
+    assert any("A listener has failed" in r.getMessage() for r in caplog.records)
+    assert len(caplog.records) < 100
+    caplog.clear()
+
+
+async def test_a_server_whose_poller_cannot_be_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(conn: anypoll.Connection) -> None:
+        pytest.fail(f"{conn} was accepted")
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        [listener] = server.listeners
+        _epoll.set_fault("THREAD", errno.EAGAIN, times=-1)
+        break_down(errno.EBADF)
+        await holds(lambda: "closed" in repr(listener))
+        _epoll.clear_faults()
+    assert any("A listener has failed" in r.getMessage() for r in caplog.records)
     caplog.clear()
 
 
