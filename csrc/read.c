@@ -12,7 +12,6 @@
 #include "internal.h"
 
 #include <stdlib.h>
-#include <sys/ioctl.h>
 
 #define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
 
@@ -326,8 +325,9 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     uint64_t received = ap_counted(&conn->reads);
     bool untouched = !fresh && received == conn->request_at;
     uint64_t seen = untouched ? conn->request_seen : 0;
-    int waiting = 0;
-    ioctl(conn->slot.fd, FIONREAD, &waiting);
+    int waiting = ap_sys_unread(conn->slot.fd);
+    if (waiting < 0)
+        return waiting;
     if ((uint64_t)waiting > seen) {
         conn->slot.ready |= AP_READABLE;
         conn->request_at = received;

@@ -286,6 +286,22 @@ TEST(request_messages_before_the_driver)
     world_close(w);
 }
 
+TEST(request_messages_that_cannot_be_counted)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_SEQPACKET, HIGH);
+    peer_send(&l, "first", 5);
+    CHECK_OK(ap_fault_set(AP_CALL_IOCTL, EINTR, 0, 3, 0));
+    CHECK_EQ(request(&l, 0), 0);
+    CHECK_EQ(ap_fault_hits(AP_CALL_IOCTL), 3);
+    CHECK_OK(ap_fault_set(AP_CALL_IOCTL, EINVAL, 0, 1, 0));
+    CHECK_EQ(request(&l, 1), -EINVAL); /* else it would wait for what is there */
+    ap_fault_clear();
+    CHECK_EQ(request(&l, 1), 0);
+    link_close(&l);
+    world_close(w);
+}
+
 /* ---- the peer has gone ------------------------------------------------ */
 
 static void gone_once(struct link *l)
