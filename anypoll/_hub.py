@@ -95,6 +95,10 @@ class Hub(ABC):
         """
 
     @abstractmethod
+    def is_here(self) -> bool:
+        """Whether the caller runs in this hub's event loop."""
+
+    @abstractmethod
     def wait_read(self, number: int) -> Awaitable[int | None]:
         """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection.
 

@@ -104,6 +104,12 @@ class AsyncioHub(Hub):
         if get_running_loop() is not self._loop():
             raise RuntimeError("This object belongs to another event loop")
 
+    def is_here(self) -> bool:
+        try:
+            return get_running_loop() is self._loop()
+        except RuntimeError:
+            return False
+
     def wait_read(self, number: int) -> Future[int | None]:
         loop = get_running_loop()
         if loop is not self._loop():
@@ -132,11 +138,7 @@ class AsyncioHub(Hub):
         loop, drain = self._loop(), self._drain()
         if loop is None or drain is None or loop.is_closed():
             return False
-        try:
-            here = get_running_loop() is loop
-        except RuntimeError:
-            here = False
-        if here:
+        if self.is_here():
             drain.start(loop, function, stoppable)
             return True
         try:

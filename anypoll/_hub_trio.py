@@ -88,10 +88,10 @@ class TrioHub(Hub):
             self._token = None  # the registry of hubs would keep both for ever
 
     def check(self) -> None:
-        if not self._is_here():
+        if not self.is_here():
             raise RuntimeError("This object belongs to another event loop")
 
-    def _is_here(self) -> bool:
+    def is_here(self) -> bool:
         try:
             return trio.lowlevel.current_trio_token() is self._token
         except RuntimeError:
@@ -153,7 +153,7 @@ class TrioHub(Hub):
         if token is None:
             return False
         try:
-            if self._is_here():
+            if self.is_here():
                 _spawn(function, context)
             else:
                 token.run_sync_soon(_spawn_at_last, function, context)

@@ -132,9 +132,19 @@ class Requests:
             self.on_close()
 
     def on_close(self) -> None:
-        """The owner learns that the connection was closed; behind the call that runs, if any."""
-        if self._leave_idle():
+        """The owner learns that the connection was closed; behind the call that runs, if any. Any
+        thread, as the close.
+        """
+        if not self._leave_idle():
+            return
+        hub = self._core.hub
+        if hub.is_here():
             self._owner.workers.submit(self)
+        elif not hub.spawn(self._submit):
+            self.abandon()
+
+    async def _submit(self) -> None:
+        self._owner.workers.submit(self)
 
     def stop(self) -> None:
         """No call begins any more, and nobody is told so."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import trio
 from anyio import (
@@ -943,6 +944,24 @@ async def test_nothing_of_an_ended_connection_waits_for_the_garbage_collector() 
         await holds(lambda: found() is None)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("owner", ["server", "nobody"])
+async def test_an_idle_one_that_another_thread_aborts(owner: str) -> None:
+    """Its end is the event loop's all the same."""
+    if owner == "nobody":
+        conn, peer = anypoll.socketpair()
+        conn.set_on_request(echo_line)
+        await anyio.to_thread.run_sync(conn.abort)
+        await holds(lambda: conn._core.requests is None)
+        await peer.aclose()
+        return
+    async with local(on_request=echo_line) as server, client(server) as sock:
+        await holds(lambda: server.connections and is_idle(server.connections[0]))
+        await anyio.to_thread.run_sync(server.connections[0].abort)
+        await holds(lambda: server.statistics().closed == {"closed": 1})
+        with pytest.raises(ConnectionResetError):
+            await read_to_end(sock)
 
 
 # --- set_on_request ------------------------------------------------------------------------------
