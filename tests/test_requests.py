@@ -1359,7 +1359,6 @@ async def test_an_end_by_force(how: str) -> None:
             async with local(
                 on_request=calls,
                 on_prepare=lambda conn: conn.add_close_callback(callback),
-                shutdown_timeout=0.01,
             ) as server:
                 for i in range(9):
                     socks.append(socket.create_connection((HOST, server.port)))
@@ -1367,6 +1366,8 @@ async def test_an_end_by_force(how: str) -> None:
                         socks[-1].send(b"h" if i % 3 == 1 else b"x")
                 await holds(lambda: calls.ended == 3 and calls.running == 3)
                 await holds(lambda: sum(is_idle(conn) for conn in server.connections) == 6)
+                if how == "timeout":
+                    await server.shutdown(0.01)  # shutdown_timeout is for the callbacks too
                 if how == "exception":
                     raise LookupError
                 if how == "cancellation":
