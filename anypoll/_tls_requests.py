@@ -80,7 +80,7 @@ class Calls:
         if consumed == self._consumed:
             if engine.decrypted == self._decrypted and not self._is_there_more():
                 return False
-            self._stream._source.check_request(len(engine.chain))
+            self._stream._source.check_request(engine.decrypted - consumed)
         self._consumed, self._decrypted = consumed, engine.decrypted
         return True
 
