@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import random
 import socket
+import ssl
 import struct
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import anyio
+import certificates
 from anyio import (
     BrokenResourceError,
     ClosedResourceError,
@@ -28,6 +31,7 @@ from anyio import (
 from peers import KIB, MIB, read_to_end, reset, send_all
 
 import anypoll
+from anypoll.mux import ShardQueue
 
 HOST = "127.0.0.1"
 LIMIT = MIB
@@ -35,6 +39,9 @@ LINE_MOST = 64 * KIB
 #: How a connection may end for who uses it while somebody else ends it.
 ENDS = (EndOfStream, IncompleteRead, BrokenResourceError, ClosedResourceError)
 
+Client: TypeAlias = "anypoll.Connection | anypoll.TLSConnection"
+
+_CONTEXTS: list[tuple[ssl.SSLContext, ssl.SSLContext]] = []
 _FRAME = struct.Struct("!cI")
 
 
@@ -244,6 +251,143 @@ async def shutdown(_soak: Soak, rng: random.Random) -> None:
         statistics = server.statistics()
         assert statistics.active == 0
         assert statistics.handler_errors == 0
+
+
+def _ssl_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A client's and a server's; made once, for it takes long."""
+    if not _CONTEXTS:
+        _CONTEXTS.append((certificates.client_context(), certificates.server_context()))
+    return _CONTEXTS[0]
+
+
+async def _dial(port: int, context: ssl.SSLContext | None) -> Client:
+    conn = await anypoll.connect_tcp(HOST, port)
+    if context is None:
+        return conn
+    try:
+        return await anypoll.TLSConnection.wrap(
+            conn, hostname=certificates.NAMES[1], ssl_context=context
+        )
+    except BaseException:
+        conn.abort()
+        raise
+
+
+async def on_request(conn: Client) -> None:
+    """One frame; see ``handler``."""
+    kind, size = _FRAME.unpack(await conn.next(_FRAME.size))
+    if kind == b"E":
+        conn.writer.write(bytes(await conn.next(size)))
+    else:
+        conn.writer.write(bytes(await conn.until(b"\n", max_bytes=LINE_MOST)))
+
+
+async def _talk(port: int, context: ssl.SSLContext | None, rng: random.Random) -> None:
+    """Pipelines, then leaves in one of several ways."""
+    made = requests(rng, rng.randint(1, 8), 20 * KIB)
+    conn = await _dial(port, context)
+    try:
+        for request, _ in made:
+            conn.writer.write(request)
+        await conn.writer.flush()
+        same(bytes(await conn.next(sum(len(a) for _, a in made))), b"".join(a for _, a in made))
+        if rng.random() < 0.3:
+            await conn.send(made[0][0][:-1])  # one that never becomes whole
+    finally:
+        if rng.random() < 0.5:
+            conn.abort()
+        await conn.aclose()
+
+
+async def _leave(port: int, context: ssl.SSLContext | None, rng: random.Random) -> None:
+    """Is cancelled at any moment, that of the handshake too."""
+    with anyio.move_on_after(rng.expovariate(200)):
+        await _talk(port, context, rng)
+
+
+async def _serves(rng: random.Random, *, per_request: bool, tls: bool) -> None:
+    """A server with all hooks, limits, and clients that stay or leave; each hook once."""
+    client, context = _ssl_contexts() if tls else (None, None)
+    told: Counter[str] = Counter()
+
+    async def on_connect(conn: Client) -> None:
+        told["connect"] += 1
+        conn.add_close_callback(lambda: told.update(["closed"]))
+
+    async def on_disconnect(_conn: Client) -> None:
+        told["disconnect"] += 1
+
+    what: dict[str, Any] = {"on_request": on_request} if per_request else {"handler": handler}
+    async with (
+        anypoll.serve(
+            **what,
+            host=HOST,
+            port=0,
+            ssl_context=context,
+            on_connect=on_connect,
+            on_disconnect=on_disconnect,
+            max_connections=rng.randint(1, 4),
+            read_limit=LIMIT,
+            idle_timeout=30,
+            shutdown_timeout=5,
+        ) as server,
+        anyio.create_task_group() as group,
+    ):
+        for _ in range(rng.randint(1, 6)):
+            kind = rng.choice([_talk, _leave])
+            group.start_soon(kind, server.port, client, random.Random(rng.random()))
+    statistics = server.statistics()
+    assert statistics.active == 0
+    assert statistics.handler_errors == 0
+    assert told["closed"] == told["connect"] <= statistics.accepted
+    assert told["disconnect"] <= told["connect"]
+
+
+@scenario(3)
+async def request_mode(_soak: Soak, rng: random.Random) -> None:
+    await _serves(rng, per_request=True, tls=False)
+
+
+@scenario(2)
+async def hooks(_soak: Soak, rng: random.Random) -> None:
+    await _serves(rng, per_request=False, tls=False)
+
+
+@scenario(2)
+async def tls_server(_soak: Soak, rng: random.Random) -> None:
+    await _serves(rng, per_request=rng.random() < 0.5, tls=True)
+
+
+@scenario(2)
+async def shutdown_in_request_mode(_soak: Soak, rng: random.Random) -> None:
+    """While its clients are at work, idle, or have sent a part of a request."""
+    async with (
+        anyio.create_task_group() as group,
+        anypoll.serve(on_request=on_request, host=HOST, port=0) as server,
+    ):
+        for _ in range(rng.randint(1, 5)):
+            group.start_soon(_until_the_end, server.port, random.Random(rng.random()))
+        await anyio.sleep(rng.expovariate(50))
+        await server.shutdown(rng.choice([0, 0.01, 10]))
+        statistics = server.statistics()
+        assert statistics.active == 0
+        assert statistics.handler_errors == 0
+
+
+@scenario(2)
+async def mux(soak: Soak, rng: random.Random) -> None:
+    """Several tasks write through one queue; whole requests come back, in some order."""
+    made = requests(rng, rng.randint(2, 30), 2 * KIB)
+    async with await anypoll.connect_tcp(HOST, soak.port) as conn:
+        async with ShardQueue(conn) as queue, anyio.create_task_group() as group:
+            for request, _ in made:
+                cut = rng.randrange(len(request))
+                group.start_soon(queue.add, request[:cut], request[cut:])
+        got = bytes(await conn.next(sum(len(answer) for _, answer in made)))
+        answers = sorted((answer for _, answer in made), key=len)
+        if rng.random() < 0.5:
+            await conn.send_eof()
+        assert sorted(got) == sorted(b"".join(answers))
 
 
 async def _in_child() -> None:
