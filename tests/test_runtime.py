@@ -432,10 +432,10 @@ logging.getLogger("anypoll").addHandler(logging.NullHandler())
 
 async def main():
     await opens()
-    poller = kept[0][0]._core.poller
-    _epoll.set_fault("EPOLL_WAIT", 9)
-    _epoll.nudge_poller(poller)
-    while _epoll.poller_ended(poller) is None:
+    pollers = [conn._core.poller for pair in kept[:3] for conn in pair]
+    _epoll.set_fault("EPOLL_WAIT", 9)  # for whichever comes first
+    _runtime.nudge()
+    while all(_epoll.poller_ended(poller) is None for poller in pollers):
         pass
     if {noticed}:
         anypoll.statistics()
