@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import ssl
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import Context, copy_context
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,7 @@ from ._departure import Departure, PeerGoneError
 from ._ends import GRACEFUL, normal_end
 from ._errors import os_error
 from ._listener import SocketListener, nodelay_fd
+from ._options import Options
 from ._requests import Function, Requests
 from ._secure import HandshakeError, Secure
 from ._statistics import ServerStatistics
@@ -39,12 +38,9 @@ from .streams import Connection, new_connection
 
 if TYPE_CHECKING:
     from ._admission import Admission
-    from ._config import Keepalive, Limits
     from ._hub import Hub
 
 logger = logging.getLogger("anypoll.server")
-
-Hook = Callable[[Any], Any]
 
 
 def _own_context() -> Context:
@@ -58,27 +54,6 @@ def _own_context() -> Context:
 
         context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
     return context
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the connections of a server have in common."""
-
-    limits: Limits
-    keepalive: bool | Keepalive
-    nodelay: bool
-    shutdown_timeout: float
-    handler: Function | None = None
-    on_request: Function | None = None
-    on_prepare: Hook | None = None
-    on_connect: Function | None = None
-    on_disconnect: Function | None = None
-    on_error: Callable[[Any, Exception], Any] | None = None
-    cancel_on_disconnect: bool = False
-    ssl_context: ssl.SSLContext | None = None
-    tls_handshake_timeout: float = 30.0
-    max_connections: int | None = None
-    max_connections_per_peer: int | None = None
 
 
 class Lives:

@@ -15,7 +15,7 @@ from anyio.abc import TaskStatus
 
 from . import _sockets
 from ._config import Keepalive, Limits, count, flag, seconds
-from ._lives import Options
+from ._options import Options
 from ._requests import Function
 from ._server import Server
 from ._where import Where, all_different, flat

@@ -25,7 +25,8 @@ from . import _runtime, _sockets
 from ._admission import Admission
 from ._config import seconds
 from ._listener import SocketListener, open_listeners
-from ._lives import Guests, Lives, Options
+from ._lives import Guests, Lives
+from ._options import Options
 from ._statistics import ServerStatistics
 
 __all__ = ("Server", "ServerStatistics")

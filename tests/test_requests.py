@@ -7,14 +7,13 @@ import contextlib
 import contextvars
 import functools
 import gc
-import logging
 import os
 import resource
 import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,6 +42,7 @@ from peers import (
     send_all,
     within,
 )
+from serving import all_is_accounted_for, errors  # noqa: F401
 
 import anypoll
 from anypoll import Connection, IdleTimeout
@@ -52,24 +52,6 @@ pytestmark = pytest.mark.anyio
 HOST = "127.0.0.1"
 local = functools.partial(anypoll.serve, host=HOST, port=0)
 Function = Callable[[Any], Awaitable[Any]]
-
-
-@pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Whatever is logged above debug level must have been expected: a test clears it."""
-    caplog.set_level(logging.DEBUG, "anypoll")
-    yield caplog
-    found = [r.getMessage() for r in caplog.get_records("call") if r.levelno > logging.DEBUG]
-    caplog.clear()  # records hold exceptions
-    caplog.get_records("call").clear()
-    assert found == []
-
-
-def errors(log: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged above debug level, and is accounted for now."""
-    found = [r for r in log.records if r.name.startswith("anypoll") and r.levelno > logging.DEBUG]
-    log.clear()
-    return found
 
 
 def tasks() -> int:

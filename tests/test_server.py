@@ -41,6 +41,7 @@ from peers import (
     settle,
     within,
 )
+from serving import all_is_accounted_for, errors  # noqa: F401
 
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, WriteTimeout
@@ -87,24 +88,6 @@ def short_path() -> Iterator[Path]:
     """A path for UNIX sockets, which may not be long."""
     with tempfile.TemporaryDirectory(prefix="anypoll") as directory:
         yield Path(directory, "socket")
-
-
-@pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Whatever a server logs above debug level must have been expected: a test clears it."""
-    caplog.set_level(logging.DEBUG, "anypoll")
-    yield caplog
-    found = [r.getMessage() for r in caplog.get_records("call") if r.levelno > logging.DEBUG]
-    caplog.clear()  # records hold connections
-    caplog.get_records("call").clear()
-    assert found == []
-
-
-def errors(log: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged above debug level, and is accounted for now."""
-    found = [r for r in log.records if r.name.startswith("anypoll") and r.levelno > logging.DEBUG]
-    log.clear()
-    return found
 
 
 # --- what to serve -------------------------------------------------------------------------------

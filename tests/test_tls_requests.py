@@ -4,62 +4,19 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from contextlib import suppress
 
 import anyio
 import pytest
-from certificates import server_context
 from peers import KIB, MIB, holds, pattern, reset, send_all, within
 from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
 from test_tls import Peer
+from tls_serving import MODES, echo, ends, rest, secure, talking
 
 import anypoll
 from anypoll import TLSConnection
 
 pytestmark = pytest.mark.anyio
-
-MODES = ["handler", "on_request"]
-Function = Callable[[Any], Awaitable[Any]]
-
-
-def secure(**options: Any) -> anypoll.serve:
-    return local(ssl_context=server_context(), **options)
-
-
-@asynccontextmanager
-async def talking(server: anypoll.Server) -> AsyncIterator[Peer]:
-    """A client behind its handshake."""
-    with connected(server) as sock:
-        peer = Peer(sock)
-        await within(peer.shake_hands())
-        yield peer
-
-
-async def ends(server: anypoll.Server, **reasons: int) -> None:
-    """Until so many connections have ended, for these reasons."""
-    await holds(lambda: sum(server.statistics().closed.values()) == sum(reasons.values()))
-    assert dict(server.statistics().closed) == reasons
-    assert server.connections == ()
-
-
-async def echo_line(stream: TLSConnection) -> None:
-    stream.writer.write(bytes(await stream.until(b"\n")))
-
-
-async def echo_lines(stream: TLSConnection) -> None:
-    while True:
-        await echo_line(stream)
-
-
-def echo(mode: str) -> dict[str, Any]:
-    return {mode: echo_lines if mode == "handler" else echo_line}
-
-
-async def rest(peer: Peer) -> bytes:
-    """All up to the ``close_notify``."""
-    return await peer.receive(8 * MIB)
 
 
 async def is_idle(server: anypoll.Server) -> None:
