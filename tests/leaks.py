@@ -17,6 +17,9 @@ _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinne
 #: What one poller has for as long as the process lives.
 _FDS_OF_A_POLLER = 2
 _ANONYMOUS = "anon_inode:"
+#: Seconds after which what was frozen is looked through as well. A poller gives blocks and slots
+#: back within a few milliseconds; a collection of all that pytest holds takes ten times as long.
+_THAW_AFTER = 0.25
 #: Worker threads that libraries keep for a while, or for ever.
 _OTHERS_THREADS = ("Trio thread", "libuv-worker")
 
@@ -127,12 +130,16 @@ def leaks_since(before: Snapshot, *, within: float = 20) -> list[str]:
     """What the test has left behind. Returns at once when that is nothing; what only takes its
     time to go, such as blocks that a poller will recycle, gets it.
     """
-    deadline = time.monotonic() + within
+    begin = time.monotonic()
+    thawed = False
     while True:
         gc.collect()
         _runtime.nudge()
         words = before.grown()
-        if not words or time.monotonic() > deadline:
+        patience = time.monotonic() - begin
+        if not words or patience > within:
             return words
-        gc.unfreeze()  # it may hang on a cycle that was frozen before it became garbage
-        time.sleep(0.002)
+        if patience > _THAW_AFTER and not thawed:
+            gc.unfreeze()  # it may hang on a cycle that was frozen before it became garbage
+            thawed = True
+        time.sleep(0.001)
