@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from .streams import Connection, UNIXConnection, open_fd
 
 if TYPE_CHECKING:
     from ._config import Keepalive
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
 
 __all__ = ("connect_tcp", "connect_unix")
 

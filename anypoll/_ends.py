@@ -7,8 +7,6 @@ with it. Such an end is counted under its reason. Everything else that leaves a 
 
 from __future__ import annotations
 
-import sys
-
 from anyio import (
     BrokenResourceError,
     ClosedResourceError,
@@ -19,9 +17,6 @@ from anyio import (
 
 from ._endpoint import ORIGIN
 from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout, WriteTimeout
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
 
 _REASONS: dict[type[BaseException], str] = {
     EndOfStream: "eof",

@@ -29,7 +29,7 @@ from ._errors import stream_error
 from .streams import Connection, kind_of, new_connection
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
     from ._epoll import Account
 

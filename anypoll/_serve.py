@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import ssl
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -19,9 +18,6 @@ from ._options import Options
 from ._requests import Function
 from ._server import Server
 from ._where import Where, all_different, flat
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
 
 __all__ = ("serve", "serve_forever")
 

@@ -25,8 +25,9 @@ from .streams import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Buffer
 
     from . import _sockets
     from .nocopy import Reader, Writer

@@ -52,8 +52,9 @@ from ._writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+    from typing import Self
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Buffer
 
     from ._buffer import LinkBuffer
     from ._chain import Piece

@@ -25,7 +25,9 @@ from ._unix import DescriptorStream, MessageCore, UNIXCore
 from .nocopy import Reader, Writer
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
+    from typing import Self
+
+    from typing_extensions import Buffer
 
     # at run time ``__init__`` puts these here
     from ._listener import SocketListener  # noqa: TC004

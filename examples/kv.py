@@ -168,8 +168,8 @@ def compile_glob(pattern: bytes) -> Callable[[bytes], object]:
     require(len(pattern) <= 4096, b"ERR pattern is too long")
     first, *rest = GLOB.sub(translate, pattern).split(b"*")
     last = b".*" + rest.pop() if rest else b""
-    # Atomic groups, as Python 3.10 can have them: what was found is never looked for again.
-    found = [b"(?=(?P<p%d>.*?%b))(?P=p%d)" % (n, part, n) for n, part in enumerate(rest)]
+    # Atomic groups: what was found is never looked for again.
+    found = [b"(?>.*?%b)" % part for part in rest]
     return re.compile(b"".join([b"(?s)", first, *found, last])).fullmatch
 
 

@@ -40,8 +40,8 @@ def package_files() -> set[str]:
 
 def check_wheel(wheel: Path) -> None:
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-    if not free_threaded and not re.search(r"-cp310-abi3-[^-]*linux[^-]*\.whl$", wheel.name):
-        sys.exit(f"{wheel.name}: not a cp310-abi3 wheel for Linux")
+    if not free_threaded and not re.search(r"-cp311-abi3-[^-]*linux[^-]*\.whl$", wheel.name):
+        sys.exit(f"{wheel.name}: not a cp311-abi3 wheel for Linux")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     core = {name for name in names if re.fullmatch(r"anypoll/_core\.[\w.-]+\.so", name)}

@@ -10,7 +10,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
@@ -25,9 +24,6 @@ from peers import holds, pattern, within
 
 import anypoll
 from anypoll import Connection, ConnectTimeout, UNIXConnection, _sockets
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.anyio
 

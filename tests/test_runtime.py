@@ -349,7 +349,7 @@ async def main():
 
 try:
     run(main)
-except BaseExceptionGroup if sys.version_info >= (3, 11) else () as group:
+except BaseExceptionGroup as group:
     while hasattr(group, "exceptions"):
         [group] = group.exceptions
     raise group from None
