@@ -5,8 +5,10 @@ HOST   ?= 127.0.0.1
 PORT   ?= 6380
 # More options for pytest: make test-py ARGS="-k reader -x"
 ARGS   ?=
+# How many processes build and test at a time.
+JOBS   ?= $(shell nproc)
 
-export PYTHON CC
+export PYTHON CC JOBS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_NO_INPUT := 1
@@ -25,17 +27,21 @@ PY_FILES = $(shell find anypoll -name '*.py' -o -name '*.pyi')
 .PHONY: help
 help:
 	@echo 'make serve         start the example key-value server on $(HOST):$(PORT)'
-	@echo 'make test          everything that CI runs; its parts:'
-	@echo '  make lint          ruff, mypy, pyright, import-linter, clang-format'
-	@echo '  make test-c        the C tests: plain, with ASan+UBSan, with TSan'
-	@echo '  make test-py       pytest on asyncio, uvloop and trio (ARGS="-k name")'
-	@echo '  make test-asan     pytest against a core built with ASan+UBSan'
-	@echo '  make test-tsan     pytest against a core built with TSan'
-	@echo '  make test-dist     the sdist and the wheel: contents, build, import'
-	@echo '  make docs          the documentation, into build/docs; a warning is an error'
+	@echo 'make test          what a commit needs, in minutes; its parts:'
+	@echo '  make lint            ruff, mypy, pyright, import-linter, clang-format'
+	@echo '  make docs            the documentation, into build/docs; a warning is an error'
+	@echo '  make test-dist       the sdist and the wheel: contents, build, import'
+	@echo '  make test-c-plain    the C tests'
+	@echo '  make test-py         pytest on asyncio, uvloop and trio (ARGS="-k name")'
+	@echo 'make test-sanitizers  the C tests and pytest with sanitizers; its parts:'
+	@echo '  make test-c-asan     the C tests with ASan+UBSan'
+	@echo '  make test-c-tsan     the C tests with TSan'
+	@echo '  make test-asan       pytest with ASan+UBSan, each test on one loop (LOOPS=all: on all)'
+	@echo '  make test-tsan       pytest with TSan, the same'
+	@echo 'make test-everything  both, the sanitizers on all loops too'
 	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
 	@echo 'make soak-asan     the same with ASan+UBSan'
-	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.10 found here'
+	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here'
 	@echo 'make bench         the benchmarks'
 	@echo 'make format        rewrite the sources as `make lint` wants them'
 	@echo 'make clean         remove all that was built'
@@ -101,24 +107,38 @@ bench: .venv/.core
 
 include tests/c/rules.mk
 
-PYTEST_SANITIZED := -m pytest -q --capture=sys -m 'not slow and not redis and not unsanitized'
+# What the C core does depends on no event loop, so under a sanitizer each test runs on one.
+LOOPS ?= one
+PYTEST_PARALLEL  := -q -n $(JOBS) --dist worksteal
+PYTEST_SANITIZED  = $(PYTEST_PARALLEL) --capture=sys $(if $(filter one,$(LOOPS)),--one-loop) \
+                    -m 'not slow and not redis and not unsanitized'
 
-.PHONY: test test-py test-asan test-tsan test-dist test-pythons redis-tools
+.PHONY: test test-sanitizers test-everything test-py test-asan test-tsan test-dist test-pythons \
+        redis-tools
 # test-py comes last, so that its summary does.
-test: lint docs test-c test-dist test-asan test-tsan test-py
-	@echo 'make test: all parts passed (lint, docs, C tests, wheel, pytest with ASan+UBSan, TSan, plain)'
+test: lint docs test-dist test-c-plain test-py
+	@echo 'make test: all parts passed (lint, docs, wheel, C tests, pytest)'
 
+test-sanitizers: test-c-asan test-c-tsan test-asan test-tsan
+	@echo 'make test-sanitizers: all parts passed (C tests and pytest with ASan+UBSan and with TSan)'
+
+test-everything: test
+	@$(MAKE) --no-print-directory test-sanitizers LOOPS=all
+
+# Tests that need the machine to themselves come when the others have ended.
 test-py: .venv/.core .venv/.dev | redis-tools
 	@echo 'pytest'
-	@timeout --kill-after=10 3600 .venv/bin/pytest -q $(ARGS)
+	@timeout --kill-after=10 3600 .venv/bin/pytest $(PYTEST_PARALLEL) -m 'not alone' $(ARGS)
+	@timeout --kill-after=10 3600 .venv/bin/pytest -q -m alone $(ARGS) || \
+	    [ $$? -eq 5 ] # none of these was asked for
 
 test-asan: .venv-asan/.core
 	@echo 'pytest, with ASan+UBSan'
-	@scripts/sanitized-python asan $(PYTEST_SANITIZED) $(ARGS)
+	@scripts/sanitized-python asan -m pytest $(PYTEST_SANITIZED) $(ARGS)
 
 test-tsan: .venv-tsan/.core
 	@echo 'pytest, with TSan'
-	@scripts/sanitized-python tsan $(PYTEST_SANITIZED) $(ARGS)
+	@scripts/sanitized-python tsan -m pytest $(PYTEST_SANITIZED) $(ARGS)
 
 # Not a part of `make test`. SEED=... takes the decisions of another run again.
 .PHONY: soak soak-asan

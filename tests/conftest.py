@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import ssl
 import sys
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import leaks
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LOOPS = ("asyncio", "uvloop", "trio")
 
 try:
     import uvloop
@@ -48,6 +51,49 @@ else:
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """One run of the test on each loop: `pytestmark = pytest.mark.anyio` in the module."""
     return request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-loop",
+        action="store_true",
+        help="run each test on one event loop, chosen by its name, instead of on all three",
+    )
+
+
+def _loop_of(item: pytest.Item) -> str | None:
+    """The loop in a test's name, `test_x[trio-tcp]`; None if it does not run once on each."""
+    return next((word for word in re.split(r"[\[\]-]", item.name) if word in LOOPS), None)
+
+
+def _unwanted_loops(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """All but one of those that differ by their loop alone. A checksum of the name chooses, so a
+    test always runs on the same loop, and all loops have their share of any file.
+    """
+    groups: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        if loop := _loop_of(item):
+            groups.setdefault(item.nodeid.replace(loop, "", 1), {})[loop] = item
+    for name, by_loop in groups.items():
+        loops = sorted(by_loop)
+        chosen = loops[zlib.crc32(name.encode()) % len(loops)]
+        yield from (item for loop, item in by_loop.items() if loop != chosen)
+
+
+def _excluded(item: pytest.Item) -> bool:
+    """By `@pytest.mark.loops("asyncio", "uvloop")`: what it tests is there on these alone."""
+    marker = item.get_closest_marker("loops")
+    return marker is not None and _loop_of(item) not in marker.args
+
+
+@pytest.hookimpl(trylast=True)  # behind -m and -k: a group is what would run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    out = {item for item in items if _excluded(item)}
+    if config.getoption("--one-loop"):
+        out.update(_unwanted_loops([item for item in items if item not in out]))
+    if out:
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
 
 
 _failed = pytest.StashKey[bool]()

@@ -953,13 +953,12 @@ async def test_a_handler_with_requests_ends_once_by_force() -> None:
     story.forget()
 
 
+@pytest.mark.loops("asyncio", "uvloop")
 @pytest.mark.parametrize("where", STUCK)
 async def test_a_native_cancel_during_each_of_them(
-    where: str, anyio_backend: tuple[str, Any], log: pytest.LogCaptureFixture
+    where: str, log: pytest.LogCaptureFixture
 ) -> None:
     """Of the task that serves, by asyncio's own `Task.cancel()`."""
-    if anyio_backend[0] != "asyncio":
-        pytest.skip("only asyncio has it")
     import asyncio
 
     stuck = anyio.Event()
@@ -1021,13 +1020,11 @@ print("over")
 
 
 def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
-    anyio_backend: tuple[str, Any], foreign_env: dict[str, str]
+    foreign_env: dict[str, str],
 ) -> None:
     """`asyncio.run()` cancels all tasks at its end, and one that has not begun never does: nobody
     may wait for it.
     """
-    if anyio_backend != ("asyncio", {}):
-        pytest.skip("asyncio.run() is the same for all")
     never_begun = "ignore:coroutine 'Departure._run':RuntimeWarning"  # of AnyIO's task group
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", never_begun, "-c", textwrap.dedent(TEARDOWN)],

@@ -31,9 +31,6 @@ try:
 except ImportError:  # there is none yet for this interpreter
     uvloop = None  # type: ignore[assignment]
 
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
-
 Main = Callable[[], Coroutine[Any, Any, Any]]
 
 
@@ -730,7 +727,9 @@ def test_a_dead_hub_is_replaced() -> None:
 
 def python(code: str, *, timeout: float = 240) -> str:
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code],
+        # as `-X dev`, but for asyncio's debug mode, which complains of steps that take long
+        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONMALLOC": "debug"},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -16,7 +16,6 @@ import resource
 import select
 import socket
 import stat
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -32,9 +31,6 @@ from peers import holds, pollers_have_looked, settle, within
 
 import anypoll
 from anypoll import Connection, SocketListener, UNIXConnection
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
 
 pytestmark = pytest.mark.anyio
 
@@ -226,13 +222,10 @@ async def test_cancellation_races_of_accept(listener: SocketListener, seed: int)
             await conn.aclose()
 
 
+@pytest.mark.loops("asyncio", "uvloop")
 async def test_a_native_cancel_after_the_wake_up_loses_no_connection(
     listener: SocketListener,
 ) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pytest.skip("asyncio's own cancel()")
     for _ in range(10):
         task = asyncio.ensure_future(listener.accept())
         while listener._number not in listener._hub.readers:

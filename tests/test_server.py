@@ -46,9 +46,6 @@ from serving import all_is_accounted_for, errors  # noqa: F401
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, WriteTimeout
 
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
-
 pytestmark = pytest.mark.anyio
 
 HOST = "127.0.0.1"
@@ -1056,9 +1053,8 @@ async def test_serving_in_a_task_group() -> None:
         socket.create_connection((HOST, server.port))
 
 
-async def test_serving_in_a_nursery(anyio_backend: tuple[str, Any]) -> None:
-    if anyio_backend[0] != "trio":
-        pytest.skip("only Trio has nurseries")
+@pytest.mark.loops("trio")
+async def test_serving_in_a_nursery() -> None:
     import trio
 
     async with trio.open_nursery() as nursery:

@@ -923,13 +923,10 @@ async def test_a_cancelled_receive_loses_nothing(wire: Wire) -> None:
         assert await within(conn.receive()) == bytes([n])
 
 
+@pytest.mark.loops("asyncio", "uvloop")
 async def test_a_native_cancel_after_the_wake_up_loses_nothing(wire: Wire) -> None:
     """Plain asyncio cancels a task whose future is done already; what woke it must stay."""
     conn, peer = wire
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pytest.skip("asyncio's own cancel()")
     for n in range(20):
         task = asyncio.ensure_future(conn.receive())
         while conn._core.number not in conn._core.hub.readers:
@@ -945,12 +942,9 @@ async def test_a_native_cancel_after_the_wake_up_loses_nothing(wire: Wire) -> No
         assert got == bytes([n])
 
 
+@pytest.mark.loops("asyncio", "uvloop")
 async def test_a_native_cancel_in_the_same_iteration_as_the_wake_up(wire: Wire) -> None:
     conn, peer = wire
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pytest.skip("asyncio's own cancel()")
     for n in range(20):
         task = asyncio.ensure_future(conn.receive())
         while conn._core.number not in conn._core.hub.readers:

@@ -479,12 +479,9 @@ async def test_two_that_receive_and_a_close(kind: int) -> None:
             await conn.send_fds(b"x", [0])
 
 
+@pytest.mark.loops("asyncio", "uvloop")
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
-async def test_a_native_cancel_after_the_wake_up_loses_nothing(
-    kind: int, anyio_backend_name: str
-) -> None:
-    if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own cancel()")
+async def test_a_native_cancel_after_the_wake_up_loses_nothing(kind: int) -> None:
     async with pair(kind) as (conn, peer):
         task = asyncio.ensure_future(conn.receive_fds(9, 9))
         await holds(lambda: conn._core.number in conn._core.hub.readers)

@@ -33,8 +33,13 @@ build/c/$(1)/%.o: tests/c/%.c tests/c/rules.mk | check-c
 build/c/$(1)/test_%: build/c/$(1)/test_%.o $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.o)
 	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) $$^ -o $$@
 
-test-c-$(1): $(C_TESTS:%=build/c/$(1)/%)
-	@scripts/run-c-tests $(1) $$(sort $$(filter build/%,$$^))
+.PHONY: build-c-$(1)
+build-c-$(1): $(C_TESTS:%=build/c/$(1)/%)
+
+# Built by a make of its own, for this one may have been started without -j.
+test-c-$(1): | check-c
+	@$(MAKE) --no-print-directory -j$(JOBS) build-c-$(1)
+	@scripts/run-c-tests $(1) $(sort $(C_TESTS:%=build/c/$(1)/%))
 
 .SECONDARY: $(C_TESTS:%=build/c/$(1)/%.o) $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.o)
 -include $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.d) $(C_TESTS:%=build/c/$(1)/%.d)
