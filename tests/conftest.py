@@ -19,6 +19,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LOOPS = ("asyncio", "uvloop", "trio")
 
+# Python programs that tests start show the stacks of their threads when they are killed by SIGABRT,
+# which is what programs.py does to one that does not end.
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+
 try:
     import uvloop
 except ImportError:  # there is none yet for this interpreter

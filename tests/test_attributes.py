@@ -17,6 +17,7 @@ import pytest
 from anyio import ClosedResourceError, TypedAttributeLookupError
 from anyio.abc import SocketAttribute
 from peers import holds, opened, send_all, within
+from programs import run_to_end
 
 import anypoll
 from anypoll import AnypollAttribute, Connection, PeerCredentials, _runtime
@@ -127,7 +128,8 @@ def test_the_poller_among_several() -> None:
         "anypoll.configure(pollers=3)\n"
         "anyio.run(main)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    done = run_to_end([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_poller_before_first_use_has_no_index(monkeypatch: pytest.MonkeyPatch) -> None:

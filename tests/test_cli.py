@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from programs import output_at_end, run_to_end
 
 from anypoll import _cli
 
@@ -116,7 +117,7 @@ def knock_until_refused(address: str) -> None:
 def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
     """A stop that nobody complains about."""
     process.send_signal(signum)
-    assert process.communicate(timeout=60) == ("", "")
+    assert output_at_end(process) == ("", "")
     assert process.returncode == 0
 
 
@@ -141,14 +142,7 @@ def anypoll(anypoll_command: list[str], directory: Path) -> Anypoll:
     """Runs the command in that directory to its end."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*anypoll_command, *arguments],
-            cwd=directory,
-            text=True,
-            capture_output=True,
-            timeout=240,
-            check=False,
-        )
+        return run_to_end([*anypoll_command, *arguments], cwd=directory)
 
     return run
 
@@ -334,7 +328,7 @@ def test_two_pollers_and_all_interfaces(anypoll_command: list[str], directory: P
                 client.sendall(b"hello")
                 assert client.recv(100) == b"hello"
         process.terminate()
-        more, errors = process.communicate(timeout=60)
+        more, errors = output_at_end(process)
         assert (process.returncode, errors) == (0, "")
         assert all(line.startswith("listening on ") for line in more.splitlines())
 
@@ -515,15 +509,7 @@ def test_descriptors_that_are_no_listening_sockets(passing: Passing, directory: 
 def refused(
     command: Sequence[str], directory: Path, fds: Sequence[int]
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=directory,
-        text=True,
-        capture_output=True,
-        timeout=60,
-        check=False,
-        pass_fds=fds,
-    )
+    return run_to_end(command, cwd=directory, pass_fds=fds)
 
 
 # --- stopping ------------------------------------------------------------------------------------
@@ -581,7 +567,7 @@ def test_a_failing_handler_is_logged_and_others_are_served(
             with connect(address) as client, contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
         process.terminate()
-        output, errors = process.communicate(timeout=60)
+        output, errors = output_at_end(process)
     assert (process.returncode, output) == (0, "")
     assert errors.count("RuntimeError: as told\n") == 2
     assert errors.count("ERROR anypoll.server: ") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from peers import arrive, at_once, holds, opened, suspends
+from programs import run_to_end
 
 import anypoll
 from anypoll import _runtime
@@ -27,13 +27,7 @@ def _restored() -> Iterator[None]:
 
 def run(code: str) -> str:
     """What the program prints in a process of its own, which says nothing else."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(code)])
     assert (done.stderr, done.returncode) == ("", 0)
     return done.stdout
 

@@ -11,7 +11,6 @@ import gc
 import logging
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import anyio
 import pytest
 from anyio import BrokenResourceError
 from peers import KIB, MIB, holds, opened, pattern, read_all, send_all, settle, within
+from programs import run_to_end
 
 import anypoll
 from anypoll import _epoll
@@ -505,9 +505,8 @@ def test_a_pool_that_cannot_be_started(backend: str) -> None:
     """L26."""
     calls = ["EPOLL_CREATE", "EVENTFD", "THREAD", "ALLOC"]
     code = SUBPROCESS.format(calls=calls, backend=backend)
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=240
-    )
+    done = run_to_end([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:-1] == [f"{call} OSError 0" for call in calls]
     assert lines[-1] == "b'at last'"

@@ -5,7 +5,6 @@ and its parts are tried on all loops.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -36,6 +35,7 @@ from peers import (
     send_all,
     within,
 )
+from programs import run_to_end
 from test_cli import running, stop
 
 import anypoll
@@ -295,14 +295,10 @@ def test_the_rpc_programs(anypoll_command: list[str], backend: str) -> None:
     target = f"{EXAMPLES / 'rpc_server.py'}:handler"
     command = [*anypoll_command, "serve", target, "--port", "0", "--backend", backend]
     with running(command) as (process, address):
-        client = subprocess.run(
-            [sys.executable, EXAMPLES / "rpc_client.py", address.rpartition(":")[2]],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
+        client = run_to_end(
+            [sys.executable, EXAMPLES / "rpc_client.py", address.rpartition(":")[2]]
         )
-        assert client.stderr == ""
+        assert (client.stderr, client.returncode) == ("", 0)
         assert sorted(client.stdout.splitlines()) == sorted(f"{n} + 1 = {n + 1}" for n in range(10))
         stop(process)
 
@@ -479,12 +475,9 @@ def test_tls_server_and_client(tmp_path: Path) -> None:
     leaf.private_key_pem.write_to_path(str(key))
     with program("tls.py", "serve", chain, key, 0) as (process, port):
         ask = [sys.executable, str(EXAMPLES / "tls.py"), "ask", str(authority), str(port)]
-        run = functools.partial(
-            subprocess.run, check=False, capture_output=True, text=True, timeout=240
-        )
-        good = run([*ask, "anypoll.test"])
+        good = run_to_end([*ask, "anypoll.test"])
         assert (good.returncode, good.stdout) == (0, "HELLO\nWORLD\n"), good.stderr
-        wrong = run([*ask, "other.test"])
+        wrong = run_to_end([*ask, "other.test"])
         assert wrong.returncode != 0
         assert "certificate" in wrong.stderr
         stop(process)

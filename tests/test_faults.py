@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +17,7 @@ import anyio
 import pytest
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, IncompleteRead
 from peers import KIB, pattern
+from programs import run_to_end
 
 import anypoll
 from anypoll import _epoll
@@ -217,13 +217,7 @@ async def test_a_listener_of_a_server_that_fails_for_good(caplog: pytest.LogCapt
 
 def run_program(program: str, backend: str) -> list[str]:
     """Its lines; it must end well and complain of nothing."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), backend],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(program), backend])
     assert done.stderr == ""
     assert done.returncode == 0
     return done.stdout.splitlines()

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import socket
-import subprocess
 import sys
 import termios
 import textwrap
@@ -24,6 +23,7 @@ import anyio
 import pytest
 from anyio import BrokenResourceError, EndOfStream
 from peers import KIB, holds, pattern, read_all, read_to_end, reset, send_all, within
+from programs import run_to_end
 from serving import all_is_accounted_for, client, connected, errors, gone, local  # noqa: F401
 
 import anypoll
@@ -1026,12 +1026,8 @@ def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
     may wait for it.
     """
     never_begun = "ignore:coroutine 'Departure._run':RuntimeWarning"  # of AnyIO's task group
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", never_begun, "-c", textwrap.dedent(TEARDOWN)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    done = run_to_end(
+        [sys.executable, "-W", "error", "-W", never_begun, "-c", textwrap.dedent(TEARDOWN)]
     )
     assert (done.stdout, done.stderr, done.returncode) == ("over\n", "", 0)
 

@@ -21,6 +21,7 @@ import trio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute
 from peers import arrive, given_up, holds, opened, read_all, settle, within
+from programs import output_at_end, run_to_end
 
 import anypoll
 from anypoll import Connection, _epoll, _runtime
@@ -725,15 +726,11 @@ def test_a_dead_hub_is_replaced() -> None:
 # --- the process ---------------------------------------------------------------------------------
 
 
-def python(code: str, *, timeout: float = 240) -> str:
-    done = subprocess.run(
+def python(code: str) -> str:
+    done = run_to_end(
         # as `-X dev`, but for asyncio's debug mode, which complains of steps that take long
         [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code],
         env={**os.environ, "PYTHONMALLOC": "debug"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -803,17 +800,7 @@ asyncio.run(main())
 
 @pytest.mark.unsanitized
 def test_interpreter_exit_inside_the_loop() -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            EXIT_INSIDE,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-c", EXIT_INSIDE])
     assert done.returncode == 7
     assert "Traceback" not in done.stderr
 
@@ -847,7 +834,7 @@ def test_signals_reach_the_main_thread() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60)[0] == "interrupted\n"
+        assert output_at_end(process)[0] == "interrupted\n"
     assert process.returncode == 0
 
 
@@ -967,13 +954,7 @@ anyio.run(main, backend=backend)
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_fork(backend: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, backend],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-c", FORK, backend])
     assert done.returncode == 0, done.stderr
     assert done.stdout == "undisturbed\n"
     assert done.stderr == ""

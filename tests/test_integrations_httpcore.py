@@ -11,7 +11,6 @@ import inspect
 import itertools
 import socket
 import ssl
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from peers import (
     send_all,
     within,
 )
+from programs import run_to_end
 
 import anypoll
 from anypoll.integrations.httpcore import AnypollBackend, AnypollStream
@@ -919,13 +919,9 @@ sys.meta_path.insert(0, Missing())
 
 
 def run_without(missing: list[str], program: str) -> str:
-    done = subprocess.run(
+    done = run_to_end(
         [sys.executable, "-c", _WITHOUT.format(missing=missing) + program],
         cwd="/",  # or the working tree would be found before what is installed
-        text=True,
-        capture_output=True,
-        timeout=240,
-        check=False,
     )
     return done.stdout + done.stderr
 

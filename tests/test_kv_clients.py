@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import anyio
 import pytest
 import redis
 import redis.asyncio
+from programs import run_to_end
 from test_cli import running, stop
 
 KV = Path(__file__).parent.parent / "examples" / "kv.py"
@@ -46,16 +46,8 @@ def cli(redis_cli: str, foreign_env: dict[str, str], port: int) -> Cli:
     """Runs redis-cli; returns what it prints."""
 
     def run(*arguments: str, stdin: str = "") -> str:
-        done = subprocess.run(
-            [redis_cli, "-p", str(port), *arguments],
-            env=foreign_env,
-            input=stdin,
-            text=True,
-            capture_output=True,
-            timeout=240,
-            check=True,
-        )
-        assert done.stderr == ""
+        done = run_to_end([redis_cli, "-p", str(port), *arguments], env=foreign_env, fed=stdin)
+        assert (done.stderr, done.returncode) == ("", 0)
         return done.stdout
 
     return run
@@ -99,13 +91,8 @@ def test_redis_benchmark(
     redis_benchmark: str, foreign_env: dict[str, str], port: int, pipeline: int
 ) -> None:
     sizes = ["-n", "2000", "-c", "20", "-P", str(pipeline)]
-    done = subprocess.run(
-        [redis_benchmark, "-p", str(port), "-t", BENCHMARKS, *sizes, "-q"],
-        env=foreign_env,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
+    done = run_to_end(
+        [redis_benchmark, "-p", str(port), "-t", BENCHMARKS, *sizes, "-q"], env=foreign_env
     )
     assert (done.returncode, done.stderr) == (0, "")
     results = done.stdout.replace("\r", "\n")

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -46,6 +45,7 @@ from peers import (
     socket_pair,
     within,
 )
+from programs import run_to_end
 
 import anypoll
 from anypoll import Connection, ConnectTimeout, ReadTimeout, _runtime
@@ -114,13 +114,7 @@ async def ask(conn: Connection, question: bytes) -> None:
 
 def python(code: str, *args: str) -> str:
     """What a program of its own prints; it must end well and say nothing else."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args])
     assert (done.stderr, done.returncode) == ("", 0)
     return done.stdout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import anyio
 import anyio.abc
 import pytest
 from anyio.streams.tls import TLSStream
+from programs import run_to_end
 
 import anypoll
 import anypoll.integrations.trio
@@ -330,9 +330,9 @@ def test_every_public_thing_has_a_docstring() -> None:
 
 
 def run(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=240
-    ).stdout
+    done = run_to_end([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_import_starts_nothing_and_statistics_are_empty_then() -> None:

@@ -42,6 +42,7 @@ from peers import (
     send_all,
     within,
 )
+from programs import run_to_end
 from serving import all_is_accounted_for, errors  # noqa: F401
 
 import anypoll
@@ -1509,13 +1510,7 @@ async def test_the_loop_ends(loop: str, states: str) -> None:
         states = states.replace("late", "busy")
     elif loop == "uvloop":
         pytest.importorskip("uvloop")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ENDINGS, loop, states],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-W", "error", "-c", ENDINGS, loop, states])
     assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 
 import pytest
+from programs import run_to_end
 
 BACKENDS = ["asyncio", "uvloop", "trio"]
-#: How long a process may take to end at most; it would be for ever.
-PATIENCE = 240  # seconds; for hangs, not for slow machines
 
 PRELUDE = """
 import os, signal, socket, sys, threading, warnings
@@ -80,13 +78,7 @@ def python(code: str, backend: str, *, status: int = 0) -> tuple[str, str]:
     code = PRELUDE + textwrap.dedent(code)
     if backend == "uvloop":
         pytest.importorskip("uvloop")
-    done = subprocess.run(
-        [sys.executable, "-c", code, backend],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = run_to_end([sys.executable, "-c", code, backend])
     assert done.returncode == status, done.stderr
     return done.stdout, done.stderr
 

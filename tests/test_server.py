@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -41,6 +40,7 @@ from peers import (
     settle,
     within,
 )
+from programs import run_to_end
 from serving import all_is_accounted_for, errors  # noqa: F401
 
 import anypoll
@@ -1145,12 +1145,8 @@ def test_a_listener_without_descriptors_recovers(
 ) -> None:
     """L35, O5: again and again, with one line in the log for each episode."""
     loop = "uvloop" if "uvloop" in request.node.name else "other"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(STARVED), anyio_backend[0], loop],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    done = run_to_end(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(STARVED), anyio_backend[0], loop]
     )
     assert (done.stdout, done.stderr, done.returncode) == ("recovered 2\n", "", 0)
 

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from programs import run_to_end
 
 pytestmark = pytest.mark.unsanitized
 
@@ -19,14 +20,11 @@ HERE = Path(__file__).parent
 def soak(*arguments: str, program: str = "") -> tuple[int, str]:
     """The exit status, and all it says."""
     start = ["-c", textwrap.dedent(program)] if program else [str(HERE / "soak.py")]
-    done = subprocess.run(
+    done = run_to_end(
         [sys.executable, *start, "--idle", "30", "--workers", "4", *arguments],
         cwd=HERE,
-        check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
     )
     return done.returncode, done.stdout
 
