@@ -1,7 +1,7 @@
 """Which pool and which hub a task uses: the only mutable state of the process.
 
 Nothing happens at import: the pool starts with the first connection or listener, and a hub with the
-first one in its event loop.
+first one in its event loop. At exit it ends for good, before the interpreter does.
 
 After a fork() the child starts afresh on first use. What it inherited it must not touch (its locks
 may be held for ever, and epoll descriptors are shared with the parent), only close.
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _lock = threading.RLock()
 _settings = Settings()
 _pool: Pool | None = None
+#: The thread that exits the interpreter, once it has stopped the pollers: none is started any more.
+_exiting_thread: int | None = None
 _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
 
 #: Sockets whose descriptor Python owns, as long as the C side uses it. Strongly: in a garbage cycle
@@ -67,7 +69,7 @@ def configure(**changes: Any) -> None:
     given = {name: value for name, value in changes.items() if value is not None}
     with _lock:
         new = replace(_settings, **given)
-        if _pool is not None:
+        if _pool is not None and _exiting_thread is None:
             _pool.configure(new)
         _settings = new
     bury_pollers()
@@ -76,11 +78,13 @@ def configure(**changes: Any) -> None:
 def _active_pollers() -> tuple[Pool, list[Poller]]:
     global _pool
     with _lock:
-        if _pool is None:
-            pool = Pool(_settings)
-            atexit.register(pool.stop)
-            _pool = pool
-        _pool.refill()
+        if _exiting_thread is None:
+            if _pool is None:
+                _pool = Pool(_settings)
+            _pool.refill()
+        elif _pool is None or not _pool.active() or _exiting_thread == threading.get_ident():
+            raise RuntimeError("The interpreter exits, and anypoll's pollers have been stopped")
+        # else a daemon thread: it may wait for what never moves, the interpreter ends it soon
         return _pool, _pool.active()
 
 
@@ -88,6 +92,7 @@ def pick_poller() -> Poller:
     """The poller for a new connection or listener; starts the pool if need be.
 
     :raises OSError: if the pool cannot be started
+    :raises RuntimeError: if the interpreter exits, and the pool has been stopped
     """
     if _pool is not None and _pool.draining:
         bury_pollers()
@@ -125,7 +130,7 @@ def on_poller(open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
 def bury_pollers() -> None:
     """Takes notice of pollers that have ended: replaces and logs those that have failed."""
     with _lock:
-        failed = [] if _pool is None else _pool.bury()
+        failed = [] if _pool is None or _exiting_thread is not None else _pool.bury()
     for error in failed:
         logger.error("A poller has failed, and all its connections with it: %s", os.strerror(error))
 
@@ -155,6 +160,22 @@ def nudge() -> None:
             _pool.nudge()
 
 
+def stop_pollers() -> None:
+    """At exit, and for good: ends all threads. The lock sees to it that a daemon thread starts none
+    meanwhile, which would run into the end of the interpreter.
+    """
+    global _exiting_thread
+    with _lock:
+        _exiting_thread = threading.get_ident()
+        if _pool is not None:
+            _pool.stop()
+
+
+# At import, since handlers run last in, first out: those that are registered from now on may still
+# use connections.
+atexit.register(stop_pollers)
+
+
 def current_hub() -> Hub:
     """The hub of the running event loop, made on first use.
 
@@ -179,8 +200,6 @@ def _new_hub(token: object) -> Hub:
 def _after_fork_in_child() -> None:
     global _lock, _pool, _hubs
     _lock = threading.RLock()
-    if _pool is not None:
-        atexit.unregister(_pool.stop)
     _pool = None
     for sock in list(raw_sockets):
         sock.close()

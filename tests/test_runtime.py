@@ -437,3 +437,41 @@ run(main)
         backend,
     )
     assert (out, err) == ("open\n", "")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_handlers_that_open_connections(backend: str) -> None:
+    """Those that are registered after the import work; those before it are refused, and do not hang
+    on a poller that has been stopped.
+    """
+    out, err = python(
+        """
+        import atexit
+        from anypoll import _runtime
+
+        async def main():
+            one, other = anypoll.socketpair()
+            async with one, other, anyio.create_task_group() as group:
+                group.start_soon(echo, other)
+                await one.send(b"moved")
+                print(str(await one.next(5), "ascii"), flush=True)
+                await one.send_eof()
+
+        def before_the_import():
+            anypoll.configure(pollers=3)
+            threads = len(os.listdir("/proc/self/task"))
+            try:
+                run(main)
+            except RuntimeError:
+                print("refused", flush=True)
+            assert len(os.listdir("/proc/self/task")) == threads
+
+        atexit.unregister(_runtime.stop_pollers)
+        atexit.register(before_the_import)
+        atexit.register(_runtime.stop_pollers)
+        atexit.register(lambda: run(main))
+        run(main)
+        """,
+        backend,
+    )
+    assert (out, err) == ("moved\nmoved\nrefused\n", "")
