@@ -229,6 +229,45 @@ TEST(ending_a_thread_ends_when_its_poller_fails)
     }
 }
 
+struct stopper {
+    struct world *w;
+    _Atomic bool let_go;
+};
+
+static void *stop_it(void *arg)
+{
+    struct stopper *s = arg;
+    CHECK_OK(ap_poller_stop(s->w->poller));
+    CHECK(atomic_load(&s->let_go));
+    return NULL;
+}
+
+/* Its state says already that it has ended, but its thread waits for a slot still. */
+TEST(ending_stopped_while_it_fails)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    struct stopper s = {.w = w};
+    pthread_t thread;
+    CHECK_EQ(want(&l, 1), -EAGAIN);
+    world_start(w);
+    ap_slot_lock(&l.conn->slot);
+    fail_wait(EBADF, -1);
+    CHECK_OK(ap_poller_nudge(w->poller));
+    UNTIL(w, ended(w));
+    CHECK(pthread_create(&thread, NULL, stop_it, &s) == 0);
+    UNTIL(w, !atomic_load(&w->poller->started));
+    for (int i = 0; i < 1000; i++)
+        sched_yield();
+    atomic_store(&s.let_go, true);
+    ap_slot_unlock(&l.conn->slot);
+    pthread_join(thread, NULL);
+    ap_fault_clear();
+    CHECK_EQ(mail_of(w, l.id), AP_MAIL_READ | AP_MAIL_FAILED);
+    link_close(&l);
+    world_close_ended(w);
+}
+
 /* ---- draining --------------------------------------------------------- */
 
 TEST(ending_drained_without_connections)
@@ -487,4 +526,41 @@ TEST(ending_races_everything_against_failing)
     struct opener o;
     for (int round = 0; round < ROUNDS(3000); round++)
         race(round, &o, break_down);
+}
+
+static void *break_down_some_time(void *arg)
+{
+    struct opener *o = arg;
+    for (uint64_t i = random_below(&o->seed, 30); i > 0; i--)
+        dawdle(&o->seed);
+    break_down(o->w);
+    return NULL;
+}
+
+/* As at exit: stopped before, while or after it fails, with connections that the hub closes at the
+ * same time. The thread is gone in any case, and nothing is left. */
+TEST(ending_races_stopping_against_failing)
+{
+    for (int round = 0; round < ROUNDS(1000); round++) {
+        struct world *w = world_open();
+        struct link a = link_open(w, AP_TCP, HIGH), b = link_open(w, AP_UNIX, HIGH);
+        struct opener o = {.w = w, .seed = (uint64_t)round + 1};
+        uint64_t seed = (uint64_t)round + 1000;
+        pthread_t thread;
+        CHECK_EQ(want(&a, 1), -EAGAIN);
+        world_start(w);
+        CHECK(pthread_create(&thread, NULL, break_down_some_time, &o) == 0);
+        for (uint64_t i = random_below(&seed, 30); i > 0; i--)
+            dawdle(&seed);
+        if (round % 2)
+            CHECK_OK(ap_hub_kill(w->hub));
+        CHECK_OK(ap_poller_stop(w->poller));
+        pthread_join(thread, NULL);
+        ap_fault_clear();
+        if (!ended(w)) /* the fault has come too late */
+            fail_poller(w, EBADF);
+        link_close(&a);
+        link_close(&b);
+        world_close_ended(w);
+    }
 }
