@@ -730,7 +730,7 @@ def python(code: str) -> str:
     done = run_to_end(
         # as `-X dev`, but for asyncio's debug mode, which complains of steps that take long
         [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code],
-        env={**os.environ, "PYTHONMALLOC": "debug"},
+        env={"PYTHONMALLOC": "debug", **os.environ},
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
