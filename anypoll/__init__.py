@@ -60,7 +60,7 @@ class Statistics:
 
 
 def statistics() -> Statistics:
-    """Counters of the process's pollers, and its blocks of received bytes."""
+    """Counters of the process's pollers, and its blocks of received bytes. Any thread."""
     return Statistics(pollers=_runtime.poller_statistics(), memory=_runtime.memory_statistics())
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import socket
 import struct
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 import anyio
@@ -84,7 +85,9 @@ class Core(Input):
     # --- the end ---------------------------------------------------------------------------------
 
     def close(self, *, reset: bool = False) -> None:
-        """Closes the descriptor, now, and wakes whoever waits. Idempotent, any thread."""
+        """Closes the descriptor, now, and wakes whoever waits. Idempotent. In the thread of the
+        event loop, or where nobody else has the connection, as in the garbage collector.
+        """
         self._mark_closed()
         if hasattr(self, "reader"):
             self.reader._close()
@@ -104,10 +107,22 @@ class Core(Input):
             self.requests.on_close()
 
     def abort(self) -> None:
-        """Closes with a RST, and releases the callbacks."""
-        if not self.closed or self._flushing:
+        """Closes with a RST, and releases the callbacks. Any thread."""
+        if (not self.closed or self._flushing) and not self.hands_over(self.abort):
             self.close(reset=True)
             self.release_callbacks()
+
+    def hands_over(self, function: Callable[[], None]) -> bool:
+        """Has the event loop call the function, if it is at work in another thread: a task there
+        may be in the middle of reading or writing. False: it is the caller's to call.
+        """
+        if self.hub.is_here() or not self.hub.is_running():
+            return False
+
+        async def call() -> None:
+            function()
+
+        return self.hub.spawn(call)
 
     def release_callbacks(self) -> None:
         """What has ended the connection cannot wait for them."""

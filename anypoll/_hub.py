@@ -96,7 +96,11 @@ class Hub(ABC):
 
     @abstractmethod
     def is_here(self) -> bool:
-        """Whether the caller runs in this hub's event loop."""
+        """Whether the caller runs in this hub's event loop. Any thread."""
+
+    @abstractmethod
+    def is_running(self) -> bool:
+        """Whether the event loop is at work, here or in another thread. Any thread."""
 
     @abstractmethod
     def wait_read(self, number: int) -> Awaitable[int | None]:

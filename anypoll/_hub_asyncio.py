@@ -110,6 +110,10 @@ class AsyncioHub(Hub):
         except RuntimeError:
             return False
 
+    def is_running(self) -> bool:
+        loop = self._loop()
+        return loop is not None and loop.is_running()
+
     def wait_read(self, number: int) -> Future[int | None]:
         loop = get_running_loop()
         if loop is not self._loop():

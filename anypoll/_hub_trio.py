@@ -97,6 +97,9 @@ class TrioHub(Hub):
         except RuntimeError:
             return False
 
+    def is_running(self) -> bool:
+        return self._token is not None
+
     @coroutine
     def wait_read(self, number: int) -> Generator[Any, Any, int | None]:
         if get_ident() != self._thread:  # a thread has one run at a time

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -72,26 +73,35 @@ class Lives:
         )
         self.on_leave: Callable[[], None] = lambda: None
         """called whenever a connection has ended"""
+        # Held while what other threads see together changes. Reentrant: signal handlers and the
+        # garbage collector run code of the user's anywhere, which may ask for statistics.
+        self._lock = threading.RLock()
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
         self._closed: Counter[str] = Counter()
         self.cut = False
 
     def statistics(self) -> ServerStatistics:
-        """Of now; works after the end too."""
-        live = [connection.statistics() for connection in self.connections]
+        """Of now; works after the end too. Any thread."""
+        with self._lock:
+            connections, accepted = list(self.connections), self._accepted
+            closed, received, sent = dict(self._closed), self._received, self._sent
+        # One that ends meanwhile still tells what it has counted: no byte is lost, or seen twice.
+        live = [connection.statistics() for connection in connections]
         return ServerStatistics(
-            accepted=self._accepted,
-            active=len(self.connections),
+            accepted=accepted,
+            active=len(connections),
             rejected=self._rejected,
             handler_errors=self._errors,
-            closed=MappingProxyType(dict(self._closed)),
-            bytes_received=self._received + sum(s.bytes_received for s in live),
-            bytes_sent=self._sent + sum(s.bytes_sent for s in live),
+            closed=MappingProxyType(closed),
+            bytes_received=received + sum(s.bytes_received for s in live),
+            bytes_sent=sent + sum(s.bytes_sent for s in live),
         )
 
     def faces(self) -> tuple[Any, ...]:
-        """The connections as their handlers get them."""
-        return tuple(map(self._secure.face, self.connections))
+        """The connections as their handlers get them. Any thread."""
+        with self._lock:
+            connections = list(self.connections)
+        return tuple(map(self._secure.face, connections))
 
     # --- the tasks -------------------------------------------------------------------------------
 
@@ -142,15 +152,18 @@ class Lives:
             self._rejected += 1
             _epoll.fd_close(fd)
             return None
-        self._accepted += 1
         try:
             connection = self._open(listener, fd, peer)
         except OSError as exc:
             self._admission.leave(peer)
-            self._closed["failed"] += 1
+            with self._lock:
+                self._accepted += 1
+                self._closed["failed"] += 1
             logger.debug("An accepted connection could not be opened: %s", exc)
             return None
-        self.connections[connection] = None
+        with self._lock:
+            self._accepted += 1
+            self.connections[connection] = None
         return connection if self._prepare(connection) else None
 
     def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
@@ -349,10 +362,11 @@ class Lives:
 
     def _leave(self, connection: Connection, reason: str) -> None:
         statistics = connection.statistics()
-        self._received += statistics.bytes_received
-        self._sent += statistics.bytes_sent
-        self._closed[reason] += 1
-        del self.connections[connection]
+        with self._lock:
+            self._received += statistics.bytes_received
+            self._sent += statistics.bytes_sent
+            self._closed[reason] += 1
+            del self.connections[connection]
         self._secure.forget(connection)
         self._admission.leave(connection._core.peer)
         if not self._server.shutting_down:

@@ -82,13 +82,13 @@ class Server:
     @property
     def connections(self) -> tuple[Any, ...]:
         """Those whose hooks and close callbacks have not ended yet, as their handlers get them: a
-        snapshot.
+        snapshot. Any thread.
         """
         return self._lives.faces()
 
     @property
     def shutting_down(self) -> bool:
-        """Whether the server is ending, or has ended."""
+        """Whether the server is ending, or has ended. Any thread."""
         return self._shutting_down.is_set()
 
     async def wait_shutting_down(self) -> None:
@@ -100,7 +100,9 @@ class Server:
         await self._shutting_down.wait()
 
     def statistics(self) -> ServerStatistics:
-        """Counters of now; works after the end too."""
+        """Counters of now; works after the end too. Any thread: the counters are of one moment, and
+        ``accepted`` is ``active`` and the sum of ``closed``.
+        """
         return self._lives.statistics()
 
     async def shutdown(self, timeout: float | None = None) -> None:

@@ -351,11 +351,13 @@ class TLSConnection(TLSStream):
         return self._connection.remote_address
 
     def statistics(self) -> ConnectionStatistics:
-        """Those of the connection: encrypted bytes are counted."""
+        """Those of the connection: encrypted bytes are counted. Any thread."""
         return self._connection.statistics()
 
     def abort(self) -> None:
-        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent."""
+        """See :meth:`Connection.abort`."""
+        if self._connection._core.hands_over(self.abort):
+            return
         self._closing = True
         self._shut()
         self._connection.abort()

@@ -210,7 +210,7 @@ class Connection(SocketSurface):
     @property
     def is_active(self) -> bool:
         """False as soon as the connection is known to be dead or closed; asks nobody for it. A peer
-        that has only ended its own side does not make it False.
+        that has only ended its own side does not make it False. Any thread.
         """
         return not self._core.closed and not self._core.status() & IS_BROKEN
 
@@ -226,13 +226,15 @@ class Connection(SocketSurface):
         return self._server
 
     def statistics(self) -> ConnectionStatistics:
-        """Counts of bytes and system calls; works after the close too."""
+        """Counts of bytes and system calls; works after the close too. Any thread."""
         return self._core.statistics()
 
     # --- doing -----------------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent."""
+        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent.
+        Any thread; from another one than that of the event loop: as soon as that comes to it.
+        """
         self._core.abort()
 
     def add_close_callback(self, callback: Callback) -> None:
