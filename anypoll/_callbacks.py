@@ -10,6 +10,9 @@ taken from there, last in first out, exactly once. What releases them:
 
 One that is added after the close is released at once.
 
+An ``Exception`` of a callback is logged. What is to end the program, such as ``SystemExit``, goes
+on when the others have had their turn: to whoever waits, or else to the hub, which ends the loop.
+
 Async callbacks always run in a task of the hub, one after another, also when somebody waits for
 them. So nothing that is done to the waiting task reaches them: a cancel scope could be shielded
 off, a native ``Task.cancel()`` could not. The task has the context variables of whoever started it.
@@ -29,7 +32,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +108,17 @@ def _needs_an_argument(function: Callable[..., Any]) -> bool:
 class Callbacks:
     """Of one connection; see the module."""
 
-    __slots__ = ("_conn", "_ended", "_hub", "_pid", "_running", "_stack", "_timeout", "_waiting")
+    __slots__ = (
+        "_conn",
+        "_ended",
+        "_fault",
+        "_hub",
+        "_pid",
+        "_running",
+        "_stack",
+        "_timeout",
+        "_waiting",
+    )
 
     def __init__(self, conn: Any, hub: Hub, timeout: float) -> None:
         self._conn = conn  # keeps it alive only in a cycle
@@ -115,6 +129,7 @@ class Callbacks:
         self._stack: list[_Callback] = []
         self._running = False  # a task of the hub is at work on the stack
         self._ended: anyio.Event | None = None  # if somebody waits for that
+        self._fault: BaseException | None = None  # is to end the program; for whoever waits
 
     def add(self, function: Callback, *, late: bool) -> None:
         """``late``: the connection has ended.
@@ -162,7 +177,18 @@ class Callbacks:
             self._start()
         if self._running and (mine or not _inside.get()):
             self._ended = self._ended or anyio.Event()
-            await wait_shielded(self._ended)
+            try:
+                await wait_shielded(self._ended)
+            finally:
+                self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        fault, self._fault = self._fault, None
+        try:
+            if fault is not None:
+                raise fault
+        finally:
+            del fault  # its traceback leads to this frame
 
     def _release(self) -> list[_Callback]:
         released, self._waiting = self._waiting, []
@@ -194,6 +220,12 @@ class Callbacks:
         try:
             while self._stack:
                 await self._run_one(self._stack.pop())
+        except GeneratorExit:
+            raise
+        except BaseException as exc:
+            if self._ended is None or self._fault is not None:
+                raise
+            self._fault = exc
         finally:
             self._running = False
             self._start()  # the others, if something like SystemExit has left one of them
@@ -229,6 +261,16 @@ class Callbacks:
             logger.error("The close callback %s came after the end of its event loop", one)
             if isinstance(one, _Begun) and inspect.iscoroutine(one.result):
                 one.result.close()
+
+
+@contextmanager
+def cancellation_suppressed() -> Iterator[None]:
+    """For the last that is done before another exception goes on."""
+    try:
+        yield
+    except BaseException as exc:
+        if not isinstance(exc, anyio.get_cancelled_exc_class()):
+            raise
 
 
 async def wait_shielded(event: anyio.Event) -> None:

@@ -155,9 +155,11 @@ class Hub(ABC):
         """Takes the mailbox and wakes whom it names. To be called in the loop's thread.
 
         What the user's code may do comes last: the other tokens tell how things were when they were
-        taken, and it may use their connections.
+        taken, and it may use their connections. What it raises to end the program leaves this when
+        everybody has been told.
         """
         tokens = self._tokens
+        left: list[BaseException] = []
         n = tokens.max
         trim = 0
         while n == tokens.max:
@@ -173,9 +175,13 @@ class Hub(ABC):
                         last.append(token)
             self._wake_readers(readable)
             for number, bits, value in last:
-                self._tell(number, bits & _MAIL_LAST, value)
+                try:
+                    self._tell(number, bits & _MAIL_LAST, value)
+                except BaseException as exc:  # noqa: BLE001
+                    left.append(exc)
         if trim:  # now that the wrappers of the blocks are gone
             _epoll.hub_trim(self.handle)
+        _raise_first(left)
 
     def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
         """Of tokens that say nothing but that a read wait is over."""
@@ -214,12 +220,25 @@ class Hub(ABC):
             return
         self.dead = True
         _epoll.hub_kill(self.handle)
+        left: list[BaseException] = []
         for found in list(self.addressees.values()):
             addressee = found()
             if addressee is not None:
-                addressee.on_hub_end()
+                try:
+                    addressee.on_hub_end()
+                except BaseException as exc:  # noqa: BLE001 -- of a close callback
+                    left.append(exc)
         self.addressees.clear()
         self.requests.clear()
         self.readers.clear()
         self.writers.clear()
         self.outputs.clear()  # last: the C side refers to nothing any more
+        _raise_first(left)
+
+
+def _raise_first(left: list[BaseException]) -> None:
+    """What is to end the program does so once; the others are logged."""
+    for exc in left[1:]:
+        logger.error("Another one has ended the program already", exc_info=exc)
+    if left:
+        raise left[0]

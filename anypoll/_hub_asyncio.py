@@ -60,7 +60,8 @@ class _Unstoppable(Coroutine[Any, Any, None]):
 
 
 def _log_failure(task: Task[None]) -> None:
-    if not task.cancelled() and (exc := task.exception()) is not None:
+    exc = None if task.cancelled() else task.exception()
+    if exc is not None and not isinstance(exc, (SystemExit, KeyboardInterrupt)):  # they end the run
         logger.error("A background task of a hub has failed", exc_info=exc)
 
 

@@ -1,9 +1,11 @@
 """The hub of a Trio run: a system task that waits for the hub's descriptor.
 
-An exception that left the system task would end the run as a TrioInternalError, so
-:meth:`Hub.dispatch` lets none out. The task is cancelled when the run ends, and takes the hub
-along; what uses a connection after that (another system task, an async generator's finaliser) finds
-it closed.
+An exception that left a system task would end the run as a ``TrioInternalError``. So errors are
+logged, and what is to end the program (``SystemExit``, ``KeyboardInterrupt``) is handed to the main
+task: that is cancelled, and ends with it.
+
+The system task is cancelled when the run ends, and takes the hub along; what uses a connection
+after that (another system task, an async generator's finaliser) finds it closed.
 """
 
 from __future__ import annotations
@@ -45,14 +47,81 @@ def _abort(readers: dict[int, Any], number: int, _raise_cancel: Any) -> Abort:
 Function = Callable[[], Coroutine[Any, Any, None]]
 
 
+class _Doomed(Coroutine[Any, Any, Any]):
+    """The main task's coroutine, with another end."""
+
+    __slots__ = ("_coroutine", "_end", "ended")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], end: BaseException) -> None:
+        self._coroutine = coroutine
+        self._end = end
+        self.ended = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        """``cr_frame`` and the like, by which Trio and debuggers look at a task."""
+        return getattr(self._coroutine, name)
+
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return step(*args)
+        except (StopIteration, trio.Cancelled):
+            self.ended = True
+        except BaseException as exc:
+            self.ended = True
+            raise self._end from exc
+        raise self._end
+
+    def send(self, value: Any) -> Any:
+        return self._step(self._coroutine.send, value)
+
+    def throw(self, *exc: Any) -> Any:
+        return self._step(self._coroutine.throw, *exc)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+def _end_run(end: BaseException) -> None:
+    """Cancels the main task, which then ends with this exception: so the run does."""
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    innermost = root.child_nurseries[-1]  # the main task's, as long as that runs
+    if innermost is not trio.lowlevel.current_task().parent_nursery:
+        main: Any
+        for main in innermost.child_tasks:
+            if not isinstance(main.coro, _Doomed):
+                main.coro = doomed = _Doomed(main.coro, end)
+                innermost.cancel_scope.cancel()
+                trio.lowlevel.spawn_system_task(_look_after, doomed, end)
+                return
+    _log_too_late(end)
+
+
+async def _look_after(doomed: _Doomed, end: BaseException) -> None:
+    """The main task may have been about to do its last step, with the coroutine it had."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        if not doomed.ended:
+            _log_too_late(end)
+
+
+def _log_too_late(end: BaseException) -> None:
+    logger.critical("This was to end a Trio run that was ending already", exc_info=end)
+
+
 async def _background(function: Function) -> None:
-    """An exception that left a system task would end the run."""
     try:
         await function()
     except trio.Cancelled:
         raise
-    except BaseException:  # noqa: BLE001
+    except Exception:  # noqa: BLE001
         logger.exception("A background task of a hub has failed")
+    except BaseException as exc:  # noqa: BLE001
+        _end_run(exc)
 
 
 def _spawn(function: Function, context: Context) -> None:
@@ -82,9 +151,15 @@ class TrioHub(Hub):
         try:
             while True:
                 await trio.lowlevel.wait_readable(fd)
-                self.dispatch()
+                try:
+                    self.dispatch()
+                except BaseException as exc:  # noqa: BLE001
+                    _end_run(exc)
         finally:
-            self.end()
+            try:
+                self.end()
+            except BaseException as exc:  # noqa: BLE001
+                _end_run(exc)
             self._token = None  # the registry of hubs would keep both for ever
 
     def check(self) -> None:

@@ -26,6 +26,7 @@ import anyio
 from anyio import EndOfStream
 
 from . import _epoll
+from ._callbacks import cancellation_suppressed
 from ._departure import Departure, PeerGoneError
 from ._ends import GRACEFUL, normal_end
 from ._errors import os_error
@@ -256,7 +257,8 @@ class Lives:
         try:
             exc = await self._outcome(connection)
         except BaseException as e:
-            await self.conclude(connection, e)
+            with cancellation_suppressed():  # it does not take the place of this end
+                await self.conclude(connection, e)
             raise
         await self.conclude(connection, exc)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anyio import ClosedResourceError, EndOfStream
 
 from . import _epoll
+from ._callbacks import cancellation_suppressed
 from ._chain import EMPTY
 from ._endpoint import AGAIN, SHUT
 from ._ends import GRACEFUL, normal_end
@@ -187,7 +188,8 @@ class Requests:
             exc = await self._outcome()
         except BaseException as e:
             self.stop()
-            await self._owner.conclude(self._conn, e)
+            with cancellation_suppressed():  # it does not take the place of this end
+                await self._owner.conclude(self._conn, e)
             raise
         if exc is None and not self._owner.cut:
             self.taskless = True

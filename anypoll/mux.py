@@ -133,7 +133,7 @@ class ShardQueue:
         self._stopped = False  # the sender is to end without waiting
         self._idle: anyio.Event | None = None  # what the sender waits for when nothing is queued
         self._ended: anyio.Event | None = None  # the sender has ended; None: never entered
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._lost = False  # messages that were queued have not been sent
         self._budget = self._turns = 0
 
@@ -273,6 +273,14 @@ class ShardQueue:
         except Exception as exc:  # noqa: BLE001 -- told to whoever adds
             self._lost = True
             self._fail(exc)
+        except GeneratorExit:  # there may be no event loop any more
+            raise
+        except anyio.get_cancelled_exc_class():  # it is ending
+            raise
+        except BaseException as exc:  # told likewise; and the hub ends the event loop with it
+            self._lost = True
+            self._fail(exc)
+            raise
         finally:
             self._end()
 
@@ -306,7 +314,7 @@ class ShardQueue:
         if self._idle is not None:
             self._idle.set()
 
-    def _fail(self, failure: Exception) -> None:
+    def _fail(self, failure: BaseException) -> None:
         self._failure = failure.with_traceback(None)  # its frames would hold the connection
         self._shut()
 
