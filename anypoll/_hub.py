@@ -103,6 +103,10 @@ class Hub(ABC):
         """Whether the event loop is at work, here or in another thread. Any thread."""
 
     @abstractmethod
+    def current_task(self) -> object:
+        """The task that runs, of any event loop of this kind; ``None`` if none does."""
+
+    @abstractmethod
     def wait_read(self, number: int) -> Awaitable[int | None]:
         """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection.
 

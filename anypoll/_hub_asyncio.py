@@ -8,7 +8,7 @@ the callback is the end of the hub. For that the hub must not hold the loop eith
 from __future__ import annotations
 
 import weakref
-from asyncio import AbstractEventLoop, Future, Task, get_running_loop, sleep
+from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextvars import copy_context
 from inspect import CORO_CREATED, getcoroutinestate
@@ -114,6 +114,12 @@ class AsyncioHub(Hub):
     def is_running(self) -> bool:
         loop = self._loop()
         return loop is not None and loop.is_running()
+
+    def current_task(self) -> object:
+        try:
+            return current_task()
+        except RuntimeError:  # no event loop runs here
+            return None
 
     def wait_read(self, number: int) -> Future[int | None]:
         loop = get_running_loop()

@@ -175,6 +175,12 @@ class TrioHub(Hub):
     def is_running(self) -> bool:
         return self._token is not None
 
+    def current_task(self) -> object:
+        try:
+            return trio.lowlevel.current_task()
+        except RuntimeError:
+            return None
+
     @coroutine
     def wait_read(self, number: int) -> Generator[Any, Any, int | None]:
         if get_ident() != self._thread:  # a thread has one run at a time

@@ -13,6 +13,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from . import _sockets
+from ._callbacks import wait_shielded
 from ._config import Keepalive, Limits, count, flag, seconds
 from ._options import Options
 from ._requests import Function
@@ -20,6 +21,12 @@ from ._server import Server
 from ._where import Where, all_different, flat
 
 __all__ = ("serve", "serve_forever")
+
+_ANOTHER_TASK = (
+    "serve() must be left in the task that has entered it, as every task group. Where the two are"
+    " different tasks (the fixtures of some plugins of pytest, components with start() and stop()),"
+    " run serve_forever() in a task of its own, and end it by server.shutdown()"
+)
 
 
 def _leaves(exc: BaseException) -> set[int]:
@@ -38,7 +45,9 @@ class serve:  # noqa: N801 -- it is used as a function
     the server down gracefully: it stops accepting, idle connections see ``EndOfStream``, busy ones
     may finish for ``shutdown_timeout`` seconds, and what then still runs is cancelled. Leaving it
     with an exception, or by cancellation, skips the grace; the exception leaves ``serve()``
-    unchanged. In any case nothing of the server is left when the block has ended.
+    unchanged. In any case nothing of the server is left when the block has ended. The task that
+    enters it must leave it; a fixture, or a component with ``start()`` and ``stop()``, runs
+    :func:`serve_forever` in a task of its own.
 
     Each connection gets a task that runs ``handler(connection)``. The connection is closed when
     that returns (what was written is sent before, for at most ``write_timeout``, or else
@@ -90,6 +99,8 @@ class serve:  # noqa: N801 -- it is used as a function
     :param read_limit: bytes that a single request may ask for
     :raises ValueError, TypeError: on entering, for nonsense
     :raises OSError: on entering, for a failed bind
+    :raises RuntimeError: on leaving, in another task than the one that has entered; the server has
+        ended then
     """
 
     def __init__(
@@ -194,6 +205,7 @@ class serve:  # noqa: N801 -- it is used as a function
     async def __aenter__(self) -> Server:
         server = await self._server()
         self._running = server
+        self._task = server._hub.current_task()
         self._group = anyio.create_task_group()
         try:
             await self._group.__aenter__()
@@ -213,6 +225,9 @@ class serve:  # noqa: N801 -- it is used as a function
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._running._hub.current_task() is not self._task:
+            await self._leave_elsewhere(exc)
+            return
         if exc is None:
             self._running._begin_shutdown(self._running._options.shutdown_timeout)
         # With an exception the task group cancels what runs in it: the server's one task.
@@ -222,6 +237,24 @@ class serve:  # noqa: N801 -- it is used as a function
             if exc is None or not _leaves(group) <= _leaves(exc):
                 raise
             # the block's own exception: it goes on by itself, without the group around it
+
+    async def _leave_elsewhere(self, exc: BaseException | None) -> None:
+        """In another task. The server can be ended from here; but its task group, and the cancel
+        scope of that, stay open in the task that has entered them.
+
+        :raises RuntimeError: always, unless what leaves the block is to cancel the task, or to end
+            the program
+        """
+        server = self._running
+        if server._hub.is_here():
+            server._begin_shutdown(server._options.shutdown_timeout if exc is None else 0)
+            try:
+                await server._ended.wait()
+            finally:
+                server._begin_shutdown(0)
+                await wait_shielded(server._ended)
+        if exc is None or isinstance(exc, Exception):
+            raise RuntimeError(_ANOTHER_TASK)
 
 
 async def serve_forever(

@@ -52,7 +52,7 @@ def _kind(program: Program) -> str:
         return "pieces"
     if "os.fork(" in program.source:
         return "forks"
-    names_its_loop = "backend=" in program.source or "trio.run(" in program.source
+    names_its_loop = any(s in program.source for s in ("backend=", "trio.run(", "asyncio.run("))
     return "with its loop" if names_its_loop else "on any loop"
 
 

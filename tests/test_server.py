@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import logging
@@ -27,6 +28,7 @@ from anyio import (
     EndOfStream,
     IncompleteRead,
 )
+from anyio._backends._asyncio import _task_states
 from peers import (
     KIB,
     MIB,
@@ -947,6 +949,57 @@ async def test_connections_that_were_accepted_last(log: pytest.LogCaptureFixture
     statistics = server.statistics()
     assert sum(statistics.closed.values()) == statistics.accepted
     assert statistics.active == 0
+
+
+@pytest.mark.parametrize(
+    ("exc", "reason"),
+    [(None, "eof"), (ValueError(), "cancelled"), (KeyboardInterrupt(), "cancelled")],
+)
+@pytest.mark.parametrize("how", ["waits", "has ended"])
+async def test_leaving_in_another_task(
+    exc: BaseException | None, reason: str, how: str, anyio_backend: tuple[str, Any]
+) -> None:
+    """The server ends as it would have, and what to do instead is said."""
+    if how == "has ended" and anyio_backend[0] == "trio":
+        pytest.skip("Trio lets no task end with a nursery open")
+
+    async def stubborn(conn: Connection) -> None:
+        await anyio.sleep_forever()
+
+    block = local(idle if exc is None else stubborn)
+    servers: list[anypoll.Server] = []
+    left = anyio.Event()
+
+    async def enter() -> None:
+        servers.append(await block.__aenter__())
+        if how == "waits":
+            await left.wait()
+            await block.__aexit__(None, None, None)  # or the task could not go on
+
+    async def leave() -> None:
+        await block.__aexit__(type(exc) if exc else None, exc, None)
+
+    async with anyio.create_task_group() as tg:
+        if how == "waits":
+            tg.start_soon(enter)
+            await holds(lambda: servers)
+        else:
+            task = asyncio.create_task(enter())
+            await task
+            del _task_states[task]  # which AnyIO would keep for ever, and the event loop with it
+        [server] = servers
+        async with client(server):
+            await holds(lambda: server.connections)
+            if isinstance(exc, KeyboardInterrupt):
+                await leave()  # that goes on by itself
+            else:
+                with pytest.raises(RuntimeError, match=r"serve_forever\(\) in a task of its own"):
+                    await leave()
+        assert server.statistics().closed == {reason: 1}
+        with pytest.raises(ConnectionRefusedError):
+            async with client(server):
+                pass
+        left.set()
 
 
 # --- shutdown() ----------------------------------------------------------------------------------
