@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 from anyio import ClosedResourceError, WouldBlock
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
+from ._attributes import ORIGIN_KEY
 from ._buffer import LinkBuffer
 from ._bytes import flat_view
 from ._config import positive
+from ._errors import about
 from ._reader import Reader
 from ._writer import Writer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from typing_extensions import Buffer
 
 
@@ -65,7 +69,7 @@ class _ReceiveStream(ByteReceiveStream):
         max_bytes = positive(max_bytes, "max_bytes")
         await anyio.lowlevel.checkpoint()
         if self._closed:
-            raise ClosedResourceError
+            raise about(ClosedResourceError(), self._reader._core.origin)
         reader = self._reader
         await reader.peek(1)
         return bytes(reader.next_nowait(min(max_bytes, reader._end - reader._start)))
@@ -73,6 +77,10 @@ class _ReceiveStream(ByteReceiveStream):
     async def aclose(self) -> None:
         self._closed = True
         await self._reader._core.aclose()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return {ORIGIN_KEY: lambda: self._reader._core.origin}
 
 
 class _SendStream(ByteSendStream):
@@ -84,12 +92,16 @@ class _SendStream(ByteSendStream):
 
     async def send(self, item: Buffer) -> None:
         if self._closed:
-            raise ClosedResourceError
+            raise about(ClosedResourceError(), self._writer._core.origin)
         await self._writer._core.send(item if type(item) is bytes else flat_view(item, "item"))
 
     async def aclose(self) -> None:
         self._closed = True
         await self._writer._core.aclose()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return {ORIGIN_KEY: lambda: self._writer._core.origin}
 
 
 class _RawIO(io.RawIOBase):

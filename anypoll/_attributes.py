@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 __all__ = ("AnypollAttribute", "PeerCredentials")
 
 
+#: The key, beside the attributes below, for a connection's number: found through what wraps it.
+ORIGIN_KEY = object()
+
+
 class PeerCredentials(NamedTuple):
     """Who was at the other end of a UNIX socket when it was connected (``SO_PEERCRED``,
     unix(7)); of a socket pair: who made it.

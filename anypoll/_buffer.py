@@ -15,6 +15,7 @@ from anyio import ClosedResourceError, DelimiterNotFound, WouldBlock
 from ._bytes import as_bytes, as_view, delimiter_bytes, room_in, text_encoding
 from ._chain import Chain, Piece
 from ._config import count
+from ._errors import about
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -262,17 +263,22 @@ class LinkBuffer(BaseWriter):
     :param block_size: bytes; small writes are gathered in blocks of up to this size
     """
 
-    __slots__ = ("_block_size", "_chain")
+    __slots__ = ("_block_size", "_chain", "_origin")
+
+    _origin: int | None
+    """the connection whose peer has sent all that is in it"""
 
     def __init__(self, block_size: SupportsIndex = 4096) -> None:
         self._block_size = count(block_size, "block_size", least=1, most=_MOST)
         super().__init__(sys.maxsize)
         self._chain = Chain()  # what can be read
+        self._origin = None
 
     @classmethod
-    def _of(cls, parts: Iterable[memoryview]) -> LinkBuffer:
+    def _of(cls, parts: Iterable[memoryview], origin: int | None) -> LinkBuffer:
         """A buffer in which ``parts`` can be read."""
         buffer = cls()
+        buffer._origin = origin
         for part in parts:
             buffer._chain.append(part)
         return buffer
@@ -305,6 +311,8 @@ class LinkBuffer(BaseWriter):
         self._check()
         self._seal()
         pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            self._origin = None
         for piece in gathered(pieces, self._block_size):
             self._chain.append(memoryview(piece))
 
@@ -351,7 +359,8 @@ class LinkBuffer(BaseWriter):
         length = self._chain.find(delimiter, most)
         if length:
             return self.next(length)
-        raise DelimiterNotFound(most) if len(self) >= most else WouldBlock
+        missing = DelimiterNotFound(most) if len(self) >= most else WouldBlock()
+        raise about(missing, self._origin)
 
     def next_parts(self, n: SupportsIndex, /) -> list[memoryview]:
         """``n`` bytes, consumed: a view for each block they lie in, never copied.
@@ -365,7 +374,7 @@ class LinkBuffer(BaseWriter):
 
         :raises WouldBlock: if they are not there
         """
-        return LinkBuffer._of(self.next_parts(n))
+        return LinkBuffer._of(self.next_parts(n), self._origin)
 
     def read_bytes(self, n: SupportsIndex, /) -> bytes:
         """``n`` bytes, consumed, as a copy.
@@ -383,7 +392,12 @@ class LinkBuffer(BaseWriter):
         """
         if encoding != "utf-8":
             text_encoding(encoding)
-        return self.read_bytes(n).decode(encoding)
+        data = self.read_bytes(n)
+        try:
+            return data.decode(encoding)
+        except UnicodeError as exc:
+            about(exc, self._origin)
+            raise
 
     def read_byte(self) -> int:
         """One byte, consumed, as a number.
@@ -401,7 +415,7 @@ class LinkBuffer(BaseWriter):
         self._check()
         with room_in(buffer) as into:
             if into and not len(self):
-                raise WouldBlock
+                raise about(WouldBlock(), self._origin)
             done = 0
             for part in self._chain.take(min(len(into), len(self))):
                 into[done : done + len(part)] = part
@@ -430,5 +444,5 @@ class LinkBuffer(BaseWriter):
         n = count(n, "n")
         self._check()
         if n > len(self):
-            raise WouldBlock
+            raise about(WouldBlock(), self._origin)
         return n

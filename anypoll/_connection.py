@@ -224,7 +224,7 @@ class Core(Input):
         raw = self.raw_socket()
         result = _epoll.conn_detach(self.handle, self.reader._start)
         if result < 0:
-            raise stream_error(result)
+            raise self._own(stream_error(result))
         self._mark_closed()
         self._forget_raw()
         self.hub.forget(self.number)

@@ -20,7 +20,7 @@ from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 from . import _epoll, _runtime
 from ._config import BLOCK_SIZE
 from ._epoll import EEOF, EIDLE, ELATE, conn_buffered
-from ._errors import POLLER_ENDED, IdleTimeout, ReadTimeout, WriteTimeout, stream_error
+from ._errors import POLLER_ENDED, IdleTimeout, ReadTimeout, WriteTimeout, about, stream_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -36,9 +36,6 @@ AGAIN = -EAGAIN
 _WINDOW = 64 * 1024  # what C shows beyond a request
 LONG = 1e9  # seconds, as good as for ever
 SHUT = -1  # an end of the window that no request can meet
-
-#: The attribute that says which connection an exception is about.
-ORIGIN = "_anypoll_connection"
 
 _E = TypeVar("_E", bound=Exception)
 
@@ -271,8 +268,12 @@ class Endpoint:
         """Marks an exception as this connection's, so that a server can tell a peer that has gone
         from a handler that has lost something else.
         """
-        exc.__dict__[ORIGIN] = self.number
-        return exc
+        return about(exc, self.number)
+
+    @property
+    def origin(self) -> int:
+        """See ``Source``."""
+        return self.number
 
     def _read_error(self, code: int) -> Exception:
         if self.closed or code == -EBADF:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from errno import EBADF, ECHILD, EMFILE, ENFILE, ENOBUFS, ENOMEM
+from typing import TypeVar
 
 from anyio import BrokenResourceError, ClosedResourceError
 
@@ -14,6 +15,25 @@ __all__ = (
     "ReadTimeout",
     "WriteTimeout",
 )
+
+#: The attribute that says which connection an exception is about.
+ORIGIN = "_anypoll_connection"
+
+#: The attribute for the reason of an end, where the exception's type does not tell it.
+REASON = "_anypoll_reason"
+
+E = TypeVar("E", bound=BaseException)
+
+
+def about(exc: E, connection: int | None) -> E:
+    """Marks ``exc`` as something that the peer of that connection can cause, so that a server can
+    tell it from what its handler has done wrong.
+
+    :param connection: its number; ``None``: of none that is known
+    """
+    if connection is not None:
+        exc.__dict__[ORIGIN] = connection
+    return exc
 
 
 class ReadTimeout(TimeoutError):

@@ -13,8 +13,13 @@ next call of C opens it again.
 
 from __future__ import annotations
 
-import anyio
-from anyio import BusyResourceError, ClosedResourceError, DelimiterNotFound, EndOfStream
+from anyio import (
+    BusyResourceError,
+    ClosedResourceError,
+    DelimiterNotFound,
+    EndOfStream,
+    WouldBlock,
+)
 
 from . import _epoll
 from ._chain import EMPTY
@@ -135,7 +140,7 @@ class Input(Output):
         if result < 0:
             self.reader._end = SHUT  # C may have moved what is there
         if result == AGAIN:
-            raise anyio.WouldBlock
+            raise self._own(WouldBlock())
         if result < 0:
             raise self._read_error(result)
         if not flags & SCATTER and n:
@@ -236,7 +241,7 @@ class Input(Output):
             self.handle, self.reader._start, delimiter, size, max_bytes, NOWAIT, 0, b"", 0
         )
         if result == AGAIN:
-            raise anyio.WouldBlock
+            raise self._own(WouldBlock())
         return self._found(result, max_bytes)
 
     def _found(self, result: int, max_bytes: int) -> int:

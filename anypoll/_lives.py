@@ -28,7 +28,7 @@ from anyio import EndOfStream
 from . import _epoll
 from ._callbacks import cancellation_suppressed
 from ._departure import Departure, PeerGoneError
-from ._ends import GRACEFUL, normal_end
+from ._ends import GRACEFUL, Reason, normal_end
 from ._errors import os_error
 from ._listener import SocketListener, nodelay_fd
 from ._options import Options
@@ -295,7 +295,7 @@ class Lives:
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """The handler, or the last call, has ended, with that exception."""
-        reason = "cancelled"
+        reason: Reason = "cancelled"
         secure = self._secure
         try:
             reason = await self._reason(conn, secure.explained(conn, exc))
@@ -313,7 +313,7 @@ class Lives:
         timeout = self._options.shutdown_timeout if own is None else own
         await self._secure.finish(connection, timeout)
 
-    async def _reason(self, conn: Any, exc: BaseException | None) -> str:
+    async def _reason(self, conn: Any, exc: BaseException | None) -> Reason:
         if exc is None:
             return "done"
         if isinstance(exc, PeerGoneError):
@@ -325,7 +325,7 @@ class Lives:
             return await self._judge(conn, exc)
         return "cancelled"
 
-    async def _end(self, connection: Connection, reason: str) -> None:
+    async def _end(self, connection: Connection, reason: Reason) -> None:
         """Closes; when this returns, nothing of the connection is left."""
         connection._core.close()
         self._secure.shut(connection)
@@ -339,7 +339,7 @@ class Lives:
             finally:
                 self._leave(connection, reason)
 
-    async def _judge(self, connection: Connection, exc: Exception) -> str:
+    async def _judge(self, connection: Connection, exc: Exception) -> Reason:
         """The reason that is counted; an error is logged, and told to ``on_error``."""
         name = self._name(connection)
         reason = normal_end(exc, connection._core.number)
@@ -362,7 +362,7 @@ class Lives:
         """For log records, which may be kept for long: not the connection itself."""
         return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
 
-    def _leave(self, connection: Connection, reason: str) -> None:
+    def _leave(self, connection: Connection, reason: Reason) -> None:
         statistics = connection.statistics()
         with self._lock:
             self._received += statistics.bytes_received

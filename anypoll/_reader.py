@@ -19,6 +19,7 @@ from ._chain import EMPTY
 from ._config import count
 from ._endpoint import SHUT
 from ._epoll import SCATTER
+from ._errors import about
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -36,6 +37,10 @@ class Source(Protocol):
     budget: int
     limits: Limits
     closed: bool
+
+    @property
+    def origin(self) -> int | None:
+        """The number of the connection whose peer has sent the bytes, if that is known."""
 
     async def fill(self, n: int, flags: int = 0) -> bool:
         """Opens the window on ``n`` bytes (not with ``SCATTER``); whether it was suspended."""
@@ -241,7 +246,7 @@ class Reader:
         """``n`` bytes, consumed, as a buffer of their own: never copied, and good for longer than
         the connection.
         """
-        return LinkBuffer._of(await self.next_parts(n))
+        return LinkBuffer._of(await self.next_parts(n), self._core.origin)
 
     async def read_bytes(self, n: SupportsIndex, /) -> bytes:
         """``n`` bytes, consumed, as a copy."""
@@ -263,7 +268,12 @@ class Reader:
         """
         if encoding != "utf-8":
             text_encoding(encoding)
-        return (await self.read_bytes(n)).decode(encoding)
+        data = await self.read_bytes(n)
+        try:
+            return data.decode(encoding)
+        except UnicodeError as exc:
+            about(exc, self._core.origin)
+            raise
 
     async def read_byte(self) -> int:
         """One byte, consumed, as a number."""

@@ -10,7 +10,7 @@ from anyio import ClosedResourceError
 from anyio.abc import SocketAttribute, SocketStream
 
 from . import _epoll, _runtime, _sockets
-from ._attributes import AnypollAttribute
+from ._attributes import ORIGIN_KEY, AnypollAttribute
 from ._epoll import TCP
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class SocketSurface(SocketStream):
 
     def _is_tcp(self) -> bool:
         if self._core.closed:
-            raise ClosedResourceError
+            raise self._core._own(ClosedResourceError())
         return self._core.kind == TCP
 
     # --- for AnyIO -------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class SocketSurface(SocketStream):
 
     def _socket(self) -> socket.socket:
         if self._core.closed:
-            raise ClosedResourceError
+            raise self._core._own(ClosedResourceError())
         return self._raw_socket
 
     @property
@@ -117,7 +117,10 @@ class SocketSurface(SocketStream):
 
     def _own_attributes(self) -> dict[Any, Callable[[], Any]]:
         core = self._core
-        attributes: dict[Any, Callable[[], Any]] = {AnypollAttribute.statistics: core.statistics}
+        attributes: dict[Any, Callable[[], Any]] = {
+            AnypollAttribute.statistics: core.statistics,
+            ORIGIN_KEY: lambda: core.number,
+        }
         if not core.closed:
             attributes[AnypollAttribute.poller] = lambda: _runtime.poller_index(core.poller)
             if core.kind != TCP:

@@ -17,7 +17,7 @@ from ._callbacks import Callback, _needs_an_argument
 from ._config import positive, seconds
 from ._endpoint import LONG
 from ._epoll import SEQPACKET, ConnectionStatistics
-from ._errors import IdleTimeout, ReadTimeout
+from ._errors import ORIGIN, REASON, IdleTimeout, ReadTimeout
 from ._tls_engine import Engine
 from ._tls_input import Source
 from ._tls_output import Sink, within
@@ -120,8 +120,11 @@ class TLSConnection(TLSStream):
             stream: Any = await within(
                 connection._core, timeouts[0], shake_hands, ReadTimeout, "no TLS handshake"
             )
-        except BaseException:
+        except BaseException as exc:
             connection.read_timeout, connection.write_timeout = timeouts
+            # an EndOfStream is the end of the peer, or of the server: nobody has failed
+            if hasattr(exc, ORIGIN) and not isinstance(exc, EndOfStream):
+                exc.__dict__[REASON] = "tls_handshake"
             raise
         stream._engine.established = True
         stream._source.timeout, stream._sink.timeout = timeouts
@@ -213,9 +216,8 @@ class TLSConnection(TLSStream):
         """
         version = self._engine.ssl.version()
         if version != "TLSv1.3":
-            raise NotImplementedError(
-                f"send_eof() requires at least TLSv1.3; current session uses {version}"
-            )
+            text = f"send_eof() requires at least TLSv1.3; current session uses {version}"
+            raise self._connection._core._own(NotImplementedError(text))  # the peer has chosen it
         await self._sink.send_eof()
 
     async def unwrap(self) -> tuple[Connection, bytes]:

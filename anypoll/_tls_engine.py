@@ -339,7 +339,10 @@ class Engine:
             except ssl.SSLWantReadError:
                 await self.pull()
             except ssl.SSLError as exc:
-                raise self.failed(exc) from exc
+                error = self.failed(exc)
+                if error is exc:  # it must not become its own cause
+                    raise
+                raise error from exc
             finally:
                 self.collect()
 

@@ -12,7 +12,7 @@ from anyio import BrokenResourceError, BusyResourceError, EndOfStream, WouldBloc
 from ._config import shown
 from ._endpoint import LONG, SHUT
 from ._epoll import SCATTER
-from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout
+from ._errors import IdleTimeout, MessageTooLarge, ReadTimeout, about
 from ._reader import Reader
 from ._wrapped import StreamSource
 
@@ -155,17 +155,13 @@ class Source(StreamSource):
         self._open(length)
         return length
 
-    def _found(self, delimiter: bytes, max_bytes: int) -> int:
-        try:
-            return super()._found(delimiter, max_bytes)
-        except anyio.DelimiterNotFound as exc:
-            raise self._engine.core._own(exc) from None
-
     def _missing(self) -> Exception:
-        return self._end_of_stream() if self._engine.ended else WouldBlock()
+        return self._end_of_stream() if self._engine.ended else about(WouldBlock(), self.origin)
 
-    def _end_of_stream(self) -> Exception:
-        return self._engine.core._own(super()._end_of_stream())
+    @property
+    def origin(self) -> int:
+        """See ``Source``."""
+        return self._engine.core.number
 
     def buffered(self) -> int:
         """Bytes not consumed; those included that have arrived and were not decrypted yet, as far

@@ -338,6 +338,11 @@ class Sink:
             return engine.core._own(ClosedResourceError())
         return engine.broken() if engine.failure else engine.core.why_unwritable()
 
+    @property
+    def origin(self) -> int:
+        """See ``Sink``."""
+        return self._engine.core.number
+
     async def aclose(self) -> None:
         """Closes the connection."""
         await self._stream.aclose()

@@ -10,7 +10,7 @@ a message is received whole, in one call, or waits in the kernel.
 
 from __future__ import annotations
 
-from errno import EBADF
+from errno import EBADF, EMSGSIZE
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ._chain import Piece
+
+
+#: Errors of a message, which no peer can cause: a descriptor that is to be sent is not open, or the
+#: message is larger than the socket's buffer.
+_CALLERS = frozenset({-EBADF, -EMSGSIZE})
 
 
 class HasFileno(Protocol):
@@ -164,9 +169,9 @@ class UNIXCore(Core):
         ended = _epoll.IS_CLOSED | _epoll.IS_BROKEN | _epoll.IS_SHUT
         if self.closed or _epoll.conn_status(self.handle) & ended:
             return self._write_error(code)
-        if code != -EBADF:
+        if code not in _CALLERS:
             return self._own(stream_error(code))
-        error = BrokenResourceError()  # a descriptor that is to be sent, not the connection's own
+        error = BrokenResourceError()
         error.__cause__ = os_error(code)
         return error
 

@@ -8,7 +8,7 @@ lies between that and ``reader._start`` it has consumed since.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import anyio.lowlevel
 from anyio import (
@@ -22,16 +22,28 @@ from anyio import (
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from . import _runtime
+from ._attributes import ORIGIN_KEY
 from ._bytes import as_bytes
 from ._chain import EMPTY, Chain, Piece
 from ._config import Limits, shown
-from ._endpoint import SHUT
+from ._endpoint import SHUT, Endpoint
 from ._epoll import SCATTER
-from ._errors import MessageTooLarge
+from ._errors import MessageTooLarge, about
 from ._reader import Reader
 from ._writer import Writer
 
 _JOINED = 16 * 1024  # output up to here goes to the stream in one piece
+_UNKNOWN = -1  # the stream has not been asked yet
+
+
+def origin_of(stream: object) -> int | None:
+    """The number of the connection that lies below ``stream``, if one does."""
+    core = getattr(stream, "_core", None)
+    if isinstance(core, Endpoint):
+        return core.number
+    with suppress(Exception):  # a stream that is closed may have no attributes any more
+        return stream.extra(ORIGIN_KEY, None)  # type: ignore[attr-defined, no-any-return]
+    return None
 
 
 def wrap_reader(stream: ByteReceiveStream) -> Reader:
@@ -67,6 +79,7 @@ class StreamSource:
     __slots__ = (
         "_chain",
         "_ended",
+        "_origin",
         "_reading",
         "_shown",
         "_stream",
@@ -81,6 +94,7 @@ class StreamSource:
         self._chain = Chain()
         self._shown = 0
         self._reading = self._ended = False
+        self._origin: int | None = _UNKNOWN
         self.closed = False  # only the stream knows
         self.limits = Limits()
         self.budget = _runtime.settings().checkpoint_budget
@@ -135,10 +149,17 @@ class StreamSource:
         self._chain.append(memoryview(as_bytes(chunk)))
 
     def _end_of_stream(self) -> Exception:
-        return IncompleteRead() if len(self._chain) else EndOfStream()
+        return about(IncompleteRead() if len(self._chain) else EndOfStream(), self.origin)
 
     def _missing(self) -> Exception:
-        return self._end_of_stream() if self._ended else WouldBlock()
+        return self._end_of_stream() if self._ended else about(WouldBlock(), self.origin)
+
+    @property
+    def origin(self) -> int | None:
+        """See ``Source``."""
+        if self._origin == _UNKNOWN:
+            self._origin = origin_of(self._stream)
+        return self._origin
 
     # --- what the reader asks for ----------------------------------------------------------------
 
@@ -146,7 +167,8 @@ class StreamSource:
         """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
         limit = self.limits.read_limit
         if n > limit:
-            raise MessageTooLarge(f"{shown(n)} bytes asked for; the limit is {limit}")
+            text = f"{shown(n)} bytes asked for; the limit is {limit}"
+            raise about(MessageTooLarge(text), self.origin)
 
     async def fill(self, n: int, flags: int = 0) -> bool:
         """See ``Source``."""
@@ -193,7 +215,7 @@ class StreamSource:
     def _found(self, delimiter: bytes, max_bytes: int) -> int:
         length = self._chain.find(delimiter, max_bytes)
         if not length and len(self._chain) >= max_bytes:
-            raise DelimiterNotFound(max_bytes)
+            raise about(DelimiterNotFound(max_bytes), self.origin)
         return length
 
     def buffered(self) -> int:
@@ -281,7 +303,12 @@ class StreamSink:
 
     def why_unwritable(self) -> Exception:
         """What a write raises after the end."""
-        return ClosedResourceError()
+        return about(ClosedResourceError(), self.origin)
+
+    @property
+    def origin(self) -> int | None:
+        """See ``Sink``."""
+        return origin_of(self._stream)
 
     async def aclose(self) -> None:
         """Closes the stream."""

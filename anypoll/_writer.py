@@ -16,6 +16,10 @@ class Sink(Protocol):
 
     limits: Limits
 
+    @property
+    def origin(self) -> int | None:
+        """The number of the connection that the bytes go to, if that is known."""
+
     async def flush(self) -> None:
         """See :meth:`Writer.flush`."""
 

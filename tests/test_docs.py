@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 import certificates
@@ -32,11 +32,13 @@ from doc_blocks import (
 )
 
 import anypoll
-from anypoll import _cli
+from anypoll import _cli, _ends
 from anypoll.nocopy import Reader, Writer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = [program for page in PAGES for program in programs(page)]
+
+_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 #: Commands of the systems that a page is about.
 FOREIGN = {"systemctl", "journalctl", "redis-cli", "nc", "ss", "ulimit", "sysctl"}
@@ -232,9 +234,41 @@ def test_commands_exist(line: str) -> None:
         assert command in FOREIGN | {"make"}  # the targets of make are looked up in test_readme.py
 
 
+# --- why connections have ended ------------------------------------------------------------------
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _reasons(page: Path) -> set[str]:
+    """What is named in the columns of that heading."""
+    found: set[str] = set()
+    column: int | None = None
+    for line in page.read_text("utf-8").splitlines():
+        if not line.startswith("|"):
+            column = None
+        elif column is None:
+            column = _cells(line).index("reason") if "reason" in _cells(line) else -1
+        elif column >= 0:
+            found |= set(_CODE.findall(_cells(line)[column]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "reasons"),
+    [
+        ("deployment.md", get_args(_ends.Reason)),
+        ("internals/lifecycle.md", get_args(_ends.Reason)),
+        ("errors.md", {*_ends._OWN.values(), "error"}),
+    ],
+)
+def test_reasons_are_those_of_the_code(page: str, reasons: set[str]) -> None:
+    assert _reasons(ROOT / "docs" / page) == set(reasons)
+
+
 # --- names ---------------------------------------------------------------------------------------
 
-_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _NAME = re.compile(r"(?<![\w./])(anypoll|conn|reader|writer|server)((?:\.\w+)+)")
 _OTHERS = {  # loggers, a file, a host
     *("anypoll.server", "anypoll.connection", "anypoll.pollers"),

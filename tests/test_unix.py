@@ -27,6 +27,7 @@ from peers import KIB, MIB, holds, pattern, read_all, suspends, within
 
 import anypoll
 from anypoll import ReadTimeout, UNIXConnection, WriteTimeout, _epoll
+from anypoll._ends import normal_end
 
 pytestmark = pytest.mark.anyio
 
@@ -861,6 +862,7 @@ async def test_a_message_that_is_too_large() -> None:
             await conn.send(bytes(16 * MIB))
         assert isinstance(caught.value.__cause__, OSError)
         assert caught.value.__cause__.errno == errno.EMSGSIZE
+        assert normal_end(caught.value, conn._core.number) is None  # no peer can cause it
         assert conn.is_active
         await conn.send(b"fits")
         assert peer.recv(99) == b"fits"

@@ -102,6 +102,15 @@ def _reason(exc: BaseException) -> str:
     return str(exc) or str(exc.__cause__ or "") or type(exc).__name__
 
 
+def _translated(kind: type[Exception], exc: Exception) -> Exception:
+    """What httpcore calls an exception of the connection, with its text and its attributes: by
+    these a server knows that it is about a connection of its own.
+    """
+    error = kind(_reason(exc))
+    error.__dict__.update(exc.__dict__)
+    return error
+
+
 class AnypollBackend(AsyncNetworkBackend):
     """Opens the connections of a pool: ``AsyncConnectionPool(network_backend=AnypollBackend())``.
 
@@ -215,9 +224,9 @@ class AnypollStream(AsyncNetworkStream):
         except EndOfStream:
             return b""
         except TimeoutError as exc:
-            raise ReadTimeout(_reason(exc)) from exc
+            raise _translated(ReadTimeout, exc) from exc
         except _FAILURES as exc:
-            raise ReadError(_reason(exc)) from exc
+            raise _translated(ReadError, exc) from exc
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Returns when the kernel has everything; nothing is done for an empty ``buffer``.
@@ -235,9 +244,9 @@ class AnypollStream(AsyncNetworkStream):
         try:
             await self._send(buffer, timeout)
         except TimeoutError as exc:
-            raise WriteTimeout(_reason(exc)) from exc
+            raise _translated(WriteTimeout, exc) from exc
         except _FAILURES as exc:
-            raise WriteError(_reason(exc)) from exc
+            raise _translated(WriteError, exc) from exc
 
     async def aclose(self) -> None:
         """Closes the connection. Over TLS no closing handshake is made, as is usual for HTTP."""
