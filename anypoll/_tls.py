@@ -245,10 +245,10 @@ class TLSConnection(TLSStream):
 
         Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
         the writer has pending is sent, then a ``close_notify``; if this is ``standard_compatible``,
-        that of the peer is waited for, and what still comes before it is thrown away. All that may
-        take ``write_timeout``, or else 10 seconds, and is left out if another task is sending, or
-        has given up a ``send()`` of which something is still unsent. What the peer does meanwhile
-        is no error. The descriptor is closed on every way out.
+        that of the peer is waited for, and what still comes before it is thrown away, but not much
+        more than 64 KiB of it. All that may take ``write_timeout``, or else 10 seconds, and is left
+        out if another task is sending, or has given up a ``send()`` of which something is still
+        unsent. What the peer does meanwhile is no error. The descriptor is closed on every way out.
         """
         first, self._closing = not self._closing, True
         self._connection._core._check_loop()

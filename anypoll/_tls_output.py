@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
+#: Bytes of ciphertext that a close takes in while it waits for the peer's end: one that goes on and
+#: on must not keep it until the time is over.
+CLOSE_MOST = 64 * 1024
+
 CHUNK = 128 * 1024  # plaintext that is encrypted before the kernel must have taken it
 
 
@@ -287,8 +291,9 @@ class Sink:
             self.eof_sent = self.writer._shut = True
 
     async def close(self, *, wait: bool) -> None:
-        """Sends what is pending, says goodbye, and throws away what comes until the peer has ended,
-        if that is to be waited for. Does nothing while output is under way that nobody waits for.
+        """Sends what is pending, and says goodbye. If the peer's end is to be waited for, throws
+        away what comes before it, but stops at ``CLOSE_MOST``. Does nothing while output is under
+        way that nobody waits for.
         """
         engine = self._engine
         if self._writing or (engine.core.queued() and not self.unsent):
@@ -297,9 +302,12 @@ class Sink:
         await self._pump(engine.core._flush)
         self._say_goodbye()
         await engine.core._flush()
+        before = engine.core.statistics().bytes_received
         while wait and not engine.ended:
             engine.chain.clear()
             if not engine.decrypt():
+                if engine.core.statistics().bytes_received - before > CLOSE_MOST:
+                    return
                 await engine.pull()
 
     # --- what readers have to do with it ---------------------------------------------------------

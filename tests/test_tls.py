@@ -48,6 +48,7 @@ import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
 from anypoll._ends import normal_end
 from anypoll._handshake import handshake
+from anypoll._tls_output import CLOSE_MOST
 from anypoll.nocopy import as_receive_stream, as_send_stream
 from anypoll.streams import open_socket
 
@@ -1192,6 +1193,27 @@ async def test_what_the_peer_does_in_a_closing_handshake_is_no_error(
 
         await both(end, tls.aclose)
         assert tls.connection.fileno() == -1
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_close_does_not_listen_for_ever(reads: bool) -> None:
+    """The peer streams on, and its end never comes. What was read ahead costs nothing more."""
+    async with tls_and_peer("tcp") as (tls, peer), anyio.create_task_group() as tasks:
+
+        async def stream() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    await peer.send(bytes(16 * KIB))
+
+        tasks.start_soon(stream)
+        if reads:
+            await tls.next(100 * KIB)
+        else:
+            await holds(lambda: len(tls.connection.reader) > 100 * KIB)
+        before = tls.statistics().bytes_received
+        await within(tls.aclose())
+        read_ahead = tls.connection._core.limits.read_high_water
+        assert tls.statistics().bytes_received - before <= read_ahead + 2 * CLOSE_MOST
 
 
 async def test_close_without_waiting_if_that_is_allowed() -> None:
