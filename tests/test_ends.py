@@ -325,8 +325,6 @@ async def test_so_it_is_through_an_integration(
 ) -> None:
     if "Trio" in request.node.name and anyio_backend[0] != "trio":
         pytest.skip("Trio's streams are for Trio")
-    if "httpcore" in request.node.name:
-        pytest.importorskip("httpcore")
     assert await outcome(mode, call, does) == {reason: 1}
 
 
