@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import configparser
+import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import pkgutil
@@ -32,13 +35,17 @@ from doc_blocks import (
 )
 
 import anypoll
-from anypoll import _cli, _ends
-from anypoll.nocopy import Reader, Writer
+import anypoll.integrations.httpcore
+import anypoll.integrations.trio
+from anypoll import _cli, _connection, _ends, _hub, integrations, mux
+from anypoll.nocopy import LinkBuffer, Reader, Writer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INTERNALS = sorted((ROOT / "docs" / "internals").glob("*.md"))
 PROGRAMS = [program for page in PAGES for program in programs(page)]
 
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_FENCED = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 #: Commands of the systems that a page is about.
 FOREIGN = {"systemctl", "journalctl", "redis-cli", "nc", "ss", "ulimit", "sysctl"}
@@ -269,23 +276,89 @@ def test_reasons_are_those_of_the_code(page: str, reasons: set[str]) -> None:
 
 # --- names ---------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"(?<![\w./])(anypoll|conn|reader|writer|server)((?:\.\w+)+)")
-_OTHERS = {  # loggers, a file, a host
+_MODULES = [anypoll, anypoll.streams, anypoll.nocopy, mux, integrations.trio, integrations.httpcore]
+_PUBLIC: dict[str, Any] = {name: getattr(m, name) for m in _MODULES for name in m.__all__}
+_CLASSES = {name: thing for name, thing in _PUBLIC.items() if inspect.isclass(thing)}
+
+_INSIDE: dict[str, tuple[type, ...]] = {"Core": (_connection.Core,), "Hub": (_hub.Hub,)}
+
+#: What the texts call our objects.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "conn": (anypoll.Connection, anypoll.UNIXConnection),
+    "reader": (Reader,),
+    "writer": (Writer,),
+    "server": (anypoll.Server,),
+    "tls": (anypoll.TLSConnection,),
+    "listener": (anypoll.SocketListener,),
+    "stream": (anypoll.Connection, integrations.trio.TrioStream),
+    "buffer": (LinkBuffer,),
+    "queue": (mux.ShardQueue,),
+    **_INSIDE,
+    **{name: (cls,) for name, cls in _CLASSES.items()},
+}
+_STATISTICS = {
+    "conn": anypoll.ConnectionStatistics,
+    "server": anypoll.ServerStatistics,
+    "anypoll": anypoll.Statistics,
+}
+
+_DOTTED = re.compile(rf"(?<![\w./])(anypoll|{'|'.join(_KINDS)})((?:\.\w+)+)")
+_COUNTED = re.compile(rf"({'|'.join(_STATISTICS)})\.statistics\(\)\.(\w+)")
+_CALLED = re.compile(r"(?<![\w.])([a-z_]\w*)\(")
+_KEYWORD = re.compile(r"(?<![\w.\-/])([a-z_]\w*)=(?!=)")
+_WORD = re.compile(r"[a-z]+(?:_[a-z]+)+")
+
+#: Loggers, files, hosts, and what is another library's.
+_OTHERS = {
     *("anypoll.server", "anypoll.connection", "anypoll.pollers"),
-    *("server.pem", "anypoll.test"),
+    *("server.pem", "anypoll.test", "ShardQueue.Add", "ShardQueue.Close"),
+    *("backend", "main", "fork", "fail_after", "move_on_after", "wait_all_tasks_blocked"),
+    *("autojump_threshold", "close_notify", "raw_socket", "receive_until", "serve_listeners"),
 }
-_KINDS: dict[str, type] = {
-    "conn": anypoll.Connection,
-    "reader": Reader,
-    "writer": Writer,
-    "server": anypoll.Server,
+
+
+def _own(cls: type) -> dict[str, Any]:
+    """What is public of a class, but for what it has from another library's, or from a public one;
+    with the docstring.
+    """
+    above = [c for c in _CLASSES.values() if c is not cls and issubclass(cls, c)]
+    members: dict[str, Any] = {}
+    for home in reversed(cls.__mro__):
+        if home.__module__.startswith("anypoll") and not any(issubclass(c, home) for c in above):
+            members |= dict.fromkeys(inspect.get_annotations(home), home)
+            members |= vars(home)
+    return {name: inspect.getdoc(thing) for name, thing in members.items() if name[0] != "_"}
+
+
+def _parameters(thing: Any) -> list[str]:
+    try:
+        return [name for name in inspect.signature(thing).parameters if name[0] != "_"]
+    except (TypeError, ValueError):
+        return []
+
+
+_PARAMETERS = {
+    name
+    for thing in _PUBLIC.values()
+    for function in [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
+    for name in _parameters(getattr(function, "__func__", function))
 }
+_MEMBERS = {name for cls in _CLASSES.values() for name in dir(cls)} | {
+    name for cls in _CLASSES.values() for name in _own(cls)
+}
+_KNOWN = _MEMBERS | _PARAMETERS | set(_PUBLIC) | set(get_args(_ends.Reason)) | _OTHERS
 
 
 def _is_there(root: str, attributes: str) -> bool:
     """Of objects only the first attribute is looked at: what it gives is known at run time."""
     if root in _KINDS:
-        return hasattr(_KINDS[root], attributes.split(".")[1])
+        name = attributes.split(".")[1]
+        return any(
+            hasattr(cls, name)
+            or name in _own(cls)
+            or (root in _INSIDE and f"self.{name}" in inspect.getsource(cls))
+            for cls in _KINDS[root]
+        )
     try:
         pkgutil.resolve_name(root + attributes)
     except (ImportError, AttributeError):
@@ -293,13 +366,117 @@ def _is_there(root: str, attributes: str) -> bool:
     return True
 
 
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def _options() -> set[str]:
+    """Of `anypoll serve`."""
+    [commands] = (a for a in _cli._parser()._actions if isinstance(a.choices, dict))
+    return {option for a in commands.choices["serve"]._actions for option in a.option_strings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_exist(page: Path) -> None:
-    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-    code = " ".join(_CODE.findall(prose))
-    missing = [
-        root + attributes
-        for root, attributes in _NAME.findall(code)
-        if root + attributes not in _OTHERS and not _is_there(root, attributes)
-    ]
+    missing: set[str] = set()
+    for code in _CODE.findall(_prose(page)):
+        missing |= {a + b for a, b in _DOTTED.findall(code) if not _is_there(a, b)}
+        for root, name in _COUNTED.findall(code):
+            if name not in _own(_STATISTICS[root]):
+                missing.add(code)
+        called = {name for name in _CALLED.findall(code) if not hasattr(builtins, name)}
+        words = {code} if _WORD.fullmatch(code) else set()
+        missing |= (called | words | set(_KEYWORD.findall(code))) - _KNOWN
+        missing |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - _options()
+    assert missing - _OTHERS == set()
+
+
+@pytest.mark.parametrize("page", INTERNALS, ids=lambda page: page.name)
+def test_names_of_the_inside_exist(page: Path) -> None:
+    named = [name for code in _CODE.findall(_prose(page)) for name in _DOTTED.findall(code)]
+    assert [a + b for a, b in named if b not in (".h", ".c") and not _is_there(a, b)] == []
+
+
+def test_the_tables_of_options_are_complete() -> None:
+    """What to listen on, and all else but the handler: of `serve()`."""
+    named: list[str] = []
+    for heading in ("## Where to listen", "## Options"):
+        section = _prose(ROOT / "docs" / "serving.md").split(heading)[1].split("\n## ")[0]
+        for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
+            for code in _CODE.findall(row):
+                named += [code] if code.isidentifier() else _KEYWORD.findall(code)
+    assert {*named, "path_mode"} == set(_parameters(anypoll.serve)) - {"handler"}
+
+
+def test_the_table_of_statistics_names_fields() -> None:
+    section = _prose(ROOT / "docs" / "deployment.md").split("## Monitoring")[1]
+    rows = dict(re.findall(r"^\| `(\w+)\.statistics\(\)` \| (.*) \|$", section, re.MULTILINE))
+    assert set(rows) == {"server", "conn"}
+    for root, row in rows.items():
+        assert set(_CODE.findall(row)) <= set(_own(_STATISTICS[root]))
+
+
+# --- everything is said --------------------------------------------------------------------------
+
+_DIRECTIVE = re.compile(r"^( *)\.\. (\w+):: (\S+)\n((?:\1   :.*\n)*)", re.MULTILINE)
+
+
+def _in_reference() -> tuple[set[Any], set[tuple[str, str]]]:
+    """The things that autodoc lists, and the members of classes among them."""
+    things: set[Any] = set()
+    members: set[tuple[str, str]] = set()
+    for page in (ROOT / "docs" / "reference").glob("*.rst"):
+        module = outer = ""
+        for _, kind, name, options in _DIRECTIVE.findall(page.read_text("utf-8") + "\n"):
+            listed = [name]
+            if kind in ("module", "currentmodule", "automodule"):
+                module = name
+                listed = list(importlib.import_module(name).__all__) if kind == "automodule" else []
+                if ":no-members:" in options:
+                    continue
+            elif kind == "automethod":
+                members.add((outer, name))
+                continue
+            elif not kind.startswith(("auto", "data")):
+                continue
+            outer = name
+            for each in listed:
+                thing = pkgutil.resolve_name(f"{module}.{each}")
+                things.add(each)
+                if inspect.isclass(thing) and ":no-members:" not in options:
+                    members |= {(each, n) for n in _shown(thing, options)}
+    return things, members
+
+
+def _shown(cls: type, options: str) -> set[str]:
+    """What autodoc shows of a class, or is told to leave out since it is for the package alone."""
+    excluded = re.findall(r":exclude-members: (.*)", options)
+    shown = {name.strip() for names in excluded for name in names.split(",")}
+    for name, text in _own(cls).items():
+        own = name in vars(cls) or name in inspect.get_annotations(cls)
+        if (own or ":inherited-members:" in options) and (text or ":undoc-members:" in options):
+            shown.add(name)
+    return shown
+
+
+def test_everything_public_is_documented() -> None:
+    """In prose, or in the reference; a parameter also where the docstring that is shown says what
+    it is.
+    """
+    texts = [page.read_text("utf-8") for page in PAGES]
+    code = [c for text in texts for c in [*_CODE.findall(text), *_FENCED.findall(text)]]
+    words = set(re.findall(r"\w+", " ".join(code)))
+    things, members = _in_reference()
+    missing = [name for name in _PUBLIC if name not in things and name not in words]
+    for name, thing in _PUBLIC.items():
+        if inspect.isclass(thing):
+            missing += [
+                f"{name}.{member}"
+                for member in _own(thing)
+                if member not in words and (name, member) not in members
+            ]
+        if inspect.isfunction(thing) or thing is anypoll.serve:
+            explained = re.findall(r":param (\w+):", inspect.getdoc(thing) or "")
+            told = words | (set(explained) if name in things else set())
+            missing += [f"{name}({n}=)" for n in _parameters(thing) if n not in told]
     assert missing == []

@@ -324,6 +324,7 @@ async def open_unix_socket(
 ) -> TrioStream:
     """:func:`trio.open_unix_socket` with anypoll's engine: :func:`anypoll.connect_unix`.
 
+    :param filename: the path of the socket
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
     """
     return TrioStream(await anypoll.connect_unix(filename))
