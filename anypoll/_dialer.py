@@ -55,6 +55,7 @@ async def connect_tcp(
 ) -> Any:
     """Connects to a TCP server, as :func:`anyio.connect_tcp` does, with these additions.
 
+    :param local_port: also without ``local_host``, from any address then
     :param happy_eyeballs_delay: seconds before the next address is tried too; ``None``: when the
         one before has failed
     :param timeout: seconds for all of it, name resolution and TLS included
@@ -65,6 +66,7 @@ async def connect_tcp(
         :class:`TLSConnection` over one
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: if no address could be connected, with the reasons as its cause
+    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
     :raises ValueError, TypeError: for nonsense; nothing is sent then
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
@@ -115,24 +117,21 @@ class _Route:
         seconds(self.delay, "happy_eyeballs_delay")
 
 
-async def _local_address(
-    host: str | None, local_port: int | None
-) -> tuple[int, tuple[Any, ...] | None]:
-    if host is None and local_port is None:
-        return socket.AF_UNSPEC, None
-    known = None if host is None else _sockets.literal(host, local_port or 0)
-    if known is not None:
-        return known[0], _sockets.with_scope(*known)
-    found = await anyio.getaddrinfo(host, local_port or 0, type=socket.SOCK_STREAM)
-    family, *_, address = found[0]
-    return family, tuple(address)
+async def _local_addresses(host: str | None, port: int | None) -> list[tuple[int, Any]]:
+    """What to connect from; nothing: the kernel's choice."""
+    if host is not None:
+        return await _sockets.resolved(host, port or 0)
+    if port is not None:
+        return [_sockets.any_address(family, port) for family in (socket.AF_INET, socket.AF_INET6)]
+    return []
 
 
-async def _remote_addresses(host: str, port: int, family: int) -> list[tuple[int, Any]]:
+async def _remote_addresses(host: str, port: int, families: set[int]) -> list[tuple[int, Any]]:
     """Of both families in turn, IPv6 first (RFC 8305, section 4)."""
-    found = await anyio.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-    six = [(int(f), address) for f, *_, address in found if f == socket.AF_INET6]
-    four = [(int(f), address) for f, *_, address in found if f == socket.AF_INET]
+    family = families.pop() if len(families) == 1 else socket.AF_UNSPEC
+    found = await _sockets.resolved(host, port, family=family)
+    six = [each for each in found if each[0] == socket.AF_INET6]
+    four = [each for each in found if each[0] == socket.AF_INET]
     mixed = [a for pair in zip(six, four, strict=False) for a in pair]
     return mixed + six[len(four) :] + four[len(six) :]
 
@@ -141,9 +140,9 @@ async def _race(route: _Route) -> socket.socket:
     """Happy eyeballs (RFC 8305): the addresses are tried in turn, ``delay`` seconds apart, or at
     once after a failure; the first that connects wins.
     """
-    family, local = await _local_address(route.local_host, route.local_port)
-    known = _sockets.literal(route.host, route.port)
-    targets = [known] if known else await _remote_addresses(route.host, route.port, family)
+    local = await _local_addresses(route.local_host, route.local_port)
+    families = {family for family, _ in local}
+    targets = await _remote_addresses(route.host, route.port, families)
     winner: socket.socket | None = None
     errors: list[OSError] = []
 
@@ -170,8 +169,7 @@ async def _race(route: _Route) -> socket.socket:
                 with anyio.move_on_after(route.delay):
                     await done.wait()
         if winner is None:
-            cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
-            raise OSError("All connection attempts failed") from cause
+            raise _failure(errors)
     except BaseException:  # cancelled from outside at the last moment: the winner goes too
         if winner is not None:
             winner.close()
@@ -181,18 +179,40 @@ async def _race(route: _Route) -> socket.socket:
     return winner
 
 
-async def _connected(family: int, address: Any, local: tuple[Any, ...] | None) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
+def _failure(errors: list[OSError]) -> OSError:
+    cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
+    failure = OSError("All connection attempts failed")
+    if all(isinstance(exc, socket.gaierror) for exc in errors):  # the network was not asked
+        failure = socket.gaierror(errors[0].errno, *failure.args)
+    failure.__cause__ = cause
+    return failure
+
+
+async def _connected(family: int, address: Any, local: list[tuple[int, Any]]) -> socket.socket:
+    with _sockets.closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as sock:
         sock.setblocking(False)
-        if local is not None:
+        if local:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(local)
+            _bind(sock, [each for of, each in local if of == family])
         await _sockets.connect(sock, _sockets.with_scope(family, address))
-    except BaseException:
-        sock.close()
-        raise
     return sock
+
+
+def _bind(sock: socket.socket, addresses: list[Any]) -> None:
+    """To the first that this machine has.
+
+    :raises OSError: if it has none
+    """
+    for number, address in enumerate(addresses, 1):
+        try:
+            with _sockets.naming(address):
+                sock.bind(_sockets.with_scope(sock.family, address))
+        except OSError as exc:
+            if exc.errno not in _sockets.LACKING or number == len(addresses):
+                raise
+        else:
+            return
+    raise socket.gaierror(socket.EAI_FAMILY, "no local address of the remote one's family")
 
 
 async def connect_unix(
@@ -219,14 +239,10 @@ async def connect_unix(
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     _sockets.check_keepalive(keepalive)
     name = _sockets.unix_path(path)
-    sock = socket.socket(socket.AF_UNIX, _sockets.unix_kind(kind))
-    try:
+    with _sockets.closed_on_error(socket.socket(socket.AF_UNIX, _sockets.unix_kind(kind))) as sock:
         sock.setblocking(False)
         with _connect_timeout(timeout):
             await _connect_unix(sock, name)
-    except BaseException:
-        sock.close()
-        raise
     connection: Connection = open_fd(sock, limits)
     assert isinstance(connection, UNIXConnection)
     return connection

@@ -344,12 +344,14 @@ async def create_tcp_listener(
 ) -> MultiListener[SocketStream]:
     """Listens for TCP connections, as :func:`anyio.create_tcp_listener` does.
 
-    :param local_host: address or name; ``None``: all interfaces, IPv4 and IPv6
+    :param local_host: address or name; ``None``: all interfaces, IPv4 and IPv6. Of a name's
+        addresses, those of a family that this machine lacks are passed over if there are others.
     :param local_port: 0 chooses a port, the same on all addresses
     :param family: restricts what ``local_host`` is resolved to
     :param backlog: connections that may wait to be accepted; 65536 at most
     :param reuse_port: ``SO_REUSEPORT``: several sockets share the port
-    :raises OSError: for a failed bind
+    :raises OSError: for a failed bind, with the address in its text
+    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
     :raises ValueError, TypeError: for nonsense
     """
     sockets = await _sockets.tcp_listening(

@@ -98,7 +98,7 @@ class serve:  # noqa: N801 -- it is used as a function
     :param write_high_water: bytes of pending output above which reads wait
     :param read_limit: bytes that a single request may ask for
     :raises ValueError, TypeError: on entering, for nonsense
-    :raises OSError: on entering, for a failed bind
+    :raises OSError: on entering, for a failed bind, with the address in its text
     :raises RuntimeError: on leaving, in another task than the one that has entered; the server has
         ended then
     """

@@ -9,7 +9,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -24,6 +25,9 @@ Address = IPAddress | str | bytes
 
 BACKLOG_MOST = 65536
 _BIND_TRIES = 10
+
+#: Errors of a socket or an address of a family that this machine lacks, or has turned off.
+LACKING = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 _INET = {socket.AF_INET, socket.AF_INET6}
 
@@ -179,16 +183,16 @@ def _backlog(backlog: int) -> int:
 async def tcp_listening(
     host: str | None, port: int, *, family: int, backlog: int, reuse_port: bool
 ) -> list[socket.socket]:
-    """Listening sockets for every address of ``host``; one dual-stack socket for ``None``. With
-    port 0 all get the same ephemeral port.
+    """Listening sockets for every address of ``host``; one dual-stack socket for ``None``, or one
+    of each family where there are no such sockets. With port 0 all get the same ephemeral port.
 
-    :raises OSError: for a failed bind; nothing is left open
+    :raises OSError: for a failed bind, with the address in its text; nothing is left open
     """
     backlog = _backlog(backlog)
     addresses = await _local_addresses(host, port, _ip_family(family))
     for attempt in range(_BIND_TRIES):
         try:
-            return _bind_all(addresses, backlog, reuse_port=reuse_port)
+            return _bind_all(addresses, backlog, family=family, reuse_port=reuse_port)
         except OSError as exc:
             # the ephemeral port of the first address was taken on another one: the next may be free
             taken = exc.errno == errno.EADDRINUSE and port == 0 and len(addresses) > 1
@@ -204,44 +208,119 @@ def _ip_family(family: object) -> int:
 
 
 async def _local_addresses(host: str | None, port: int, family: int) -> list[tuple[int, Any]]:
-    if host is None:
-        if family == socket.AF_INET or not socket.has_dualstack_ipv6():
-            return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 -- that is what was asked for
-        return [(socket.AF_INET6, ("::", port))]
-    known = literal(host, port)
-    if known is not None and family in {socket.AF_UNSPEC, known[0]}:
-        return [known]
-    found = await anyio.getaddrinfo(
-        host, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    return list(dict.fromkeys((int(f), address) for f, _, _, _, address in found if f in _INET))
+    if host is not None:
+        flags = socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+        return await resolved(host, port, family=family, flags=flags)
+    everywhere = [any_address(each, port) for each in (socket.AF_INET, socket.AF_INET6)]
+    if family == socket.AF_UNSPEC and socket.has_dualstack_ipv6():
+        family = socket.AF_INET6
+    return [each for each in everywhere if family in {socket.AF_UNSPEC, each[0]}]
+
+
+def any_address(family: int, port: int) -> tuple[int, tuple[str, int]]:
+    """All interfaces of a family."""
+    return family, ("::" if family == socket.AF_INET6 else "0.0.0.0", port)  # noqa: S104 -- asked for
 
 
 def _bind_all(
-    addresses: Sequence[tuple[int, Any]], backlog: int, *, reuse_port: bool
+    addresses: Sequence[tuple[int, Any]], backlog: int, *, family: int, reuse_port: bool
 ) -> list[socket.socket]:
+    # alone on "::" a socket takes both families, unless one was asked for; else each takes its own
+    both = len(addresses) == 1 and addresses[0][1][0] == "::" and family == socket.AF_UNSPEC
+    both = both and socket.has_dualstack_ipv6()
     sockets: list[socket.socket] = []
+    lacking: dict[int, OSError] = {}
     try:
-        for family, address in addresses:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sockets.append(sock)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse_port:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if family == socket.AF_INET6:
-                # alone on "::" it takes both families; beside others each takes its own
-                both = len(addresses) == 1 and address[0] == "::"
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            if not address[1] and sockets[0] is not sock:
+        for each, address in addresses:
+            if not address[1] and sockets:
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            sock.bind(with_scope(family, address))
-            sock.listen(backlog)
+            try:
+                sockets.append(_bound(each, address, backlog, both=both, reuse_port=reuse_port))
+            except OSError as exc:
+                if exc.errno not in LACKING:
+                    raise
+                lacking.setdefault(each, exc)
+        # a name may have addresses of a family that this machine lacks
+        bound = {sock.family for sock in sockets}
+        wrong = [each for each in lacking if not bound or each in bound]
+        if wrong:
+            raise lacking[wrong[0]]
     except BaseException:
         for sock in sockets:
             sock.close()
         raise
+    finally:
+        lacking.clear()  # breaks the cycle of exceptions, tracebacks and this frame
     return sockets
+
+
+def _bound(
+    family: int, address: Any, backlog: int, *, both: bool, reuse_port: bool
+) -> socket.socket:
+    with naming(address), closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as sock:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+        sock.bind(with_scope(family, address))
+        sock.listen(backlog)
+    return sock
+
+
+@contextmanager
+def closed_on_error(sock: socket.socket) -> Iterator[socket.socket]:
+    """Closes the socket if the block fails."""
+    try:
+        yield sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+@contextmanager
+def naming(address: Any) -> Iterator[None]:
+    """An ``OSError`` of the system that leaves the block tells which address it is about.
+
+    :param address: host and port
+    """
+    try:
+        yield
+    except socket.gaierror:
+        raise
+    except OSError as exc:
+        host, port = address[:2]
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        raise OSError(exc.errno, f"{where}: {exc.strerror}") from None
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+async def resolved(
+    host: str, port: int, *, family: int = socket.AF_UNSPEC, flags: int = 0
+) -> list[tuple[int, Any]]:
+    """Families and addresses of a host, each once, at least one.
+
+    :raises gaierror: if there are none, also for text that can be no host at all
+    """
+    known = literal(host, port)
+    # C ends a string at a NUL, and uvloop an address at a "%": both would pass as another host
+    if "\0" in host or ("%" in host and known is None):
+        raise socket.gaierror(socket.EAI_NONAME, f"no name of a host: {host!r}")
+    if known is not None and family in {socket.AF_UNSPEC, known[0]}:
+        return [known]
+    try:
+        found = await anyio.getaddrinfo(
+            host, port, family=family, type=socket.SOCK_STREAM, flags=flags
+        )
+    except UnicodeError as exc:  # IDNA's errors are such
+        raise socket.gaierror(socket.EAI_NONAME, f"no name of a host: {host!r}") from exc
+    addresses = dict.fromkeys((int(f), address) for f, *_, address in found if f in _INET)
+    if not addresses:
+        raise socket.gaierror(socket.EAI_NONAME, f"no address of {host!r}")
+    return list(addresses)
 
 
 def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
@@ -263,11 +342,17 @@ def with_scope(family: int, address: Any) -> Any:
     if family == socket.AF_INET6 and "%" in address[0]:
         host, _, scope = address[0].partition("%")
         try:
-            index = int(scope) if scope.isdigit() else socket.if_nametoindex(scope)
-        except OSError:
+            index = _index(scope)
+        except (OSError, ValueError):  # ValueError: for what cannot be a name
             raise socket.gaierror(socket.EAI_NONAME, f"no interface {scope!r}") from None
         return host, address[1], 0, index
     return address
+
+
+def _index(scope: str) -> int:
+    if scope.isascii() and scope.isdecimal() and int(scope) < 2**32:
+        return int(scope)
+    return socket.if_nametoindex(scope)
 
 
 def unix_path(path: str | bytes | os.PathLike[Any]) -> bytes:

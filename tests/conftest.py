@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import ssl
 import sys
 import zlib
 from collections.abc import Generator, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import anyio
 import certificates
 import leaks
 import pytest
@@ -98,6 +101,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
         items[:] = [item for item in items if item not in out]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, int]]]:
+    """Names that resolve to the addresses that a test gives them; a port 0 of those stands for the
+    port that is asked for.
+    """
+    known: dict[str, list[tuple[str, int]]] = {}
+    real = anyio.getaddrinfo
+
+    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+        if host not in known:
+            return await real(host, port, **options)
+        await anyio.lowlevel.checkpoint()
+        wanted = options.get("family", socket.AF_UNSPEC)
+        found = []
+        for address in known[host]:
+            six = ip_address(address[0]).version == 6
+            family = socket.AF_INET6 if six else socket.AF_INET
+            if wanted in {socket.AF_UNSPEC, family}:
+                found.append((family, socket.SOCK_STREAM, 6, "", (address[0], address[1] or port)))
+        return found
+
+    monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
+    return known
 
 
 _failed = pytest.StashKey[bool]()

@@ -67,29 +67,6 @@ def silent() -> Iterator[tuple[str, int]]:
                 filler.close()
 
 
-@pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, int]]]:
-    """Names that resolve to the addresses that a test gives them."""
-    known: dict[str, list[tuple[str, int]]] = {}
-    real = anyio.getaddrinfo
-
-    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
-        if host not in known:
-            return await real(host, port, **options)
-        await anyio.lowlevel.checkpoint()
-        wanted = options.get("family", socket.AF_UNSPEC)
-        found = []
-        for address in known[host]:
-            six = ip_address(address[0]).version == 6
-            family = socket.AF_INET6 if six else socket.AF_INET
-            if wanted in {socket.AF_UNSPEC, family}:
-                found.append((family, socket.SOCK_STREAM, 6, "", address))
-        return found
-
-    monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
-    return known
-
-
 # --- TCP -----------------------------------------------------------------------------------------
 
 
@@ -187,7 +164,7 @@ async def test_a_failure_leaves_no_cycle(free_port: int) -> None:
     assert others == []
 
 
-async def test_local_host_and_port() -> None:
+async def test_local_host_and_port(free_port: int) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -199,11 +176,14 @@ async def test_local_host_and_port() -> None:
             assert conn.local_address == ("127.0.0.1", local_port)
         async with await anypoll.connect_tcp("127.0.0.1", port, local_host="127.0.0.2") as conn:
             assert conn.local_address[0] == "127.0.0.2"
+        async with await anypoll.connect_tcp("127.0.0.1", port, local_port=free_port) as conn:
+            assert conn.local_address == ("127.0.0.1", free_port)
 
 
 async def test_a_local_host_that_is_not_ours() -> None:
-    with listening() as (_, port), pytest.raises(OSError, match=r"\w"):
+    with listening() as (_, port), pytest.raises(OSError, match=r"\w") as caught:
         await anypoll.connect_tcp("127.0.0.1", port, local_host="192.0.2.1")
+    assert " 192.0.2.1:0: " in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("keepalive", [True, anypoll.Keepalive(idle=9, interval=8, count=7)])

@@ -483,6 +483,9 @@ async def test_all_interfaces_of_a_family(family: int, host: str) -> None:
     async with await anypoll.create_tcp_listener(family=family) as multi:
         [listener] = multi.listeners
         assert listener.extra(SocketAttribute.local_address)[0] == host
+        if host == "::":
+            raw = listener.extra(SocketAttribute.raw_socket)
+            assert raw.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
 
 
 async def test_the_family_restricts_names() -> None:
@@ -508,7 +511,7 @@ async def test_the_port_is_free_again_at_once() -> None:
 async def test_a_port_that_is_taken() -> None:
     async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
         port = multi.extra(SocketAttribute.local_port)
-        with pytest.raises(OSError, match="in use") as caught:
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}: .* in use$") as caught:
             await anypoll.create_tcp_listener(local_host="127.0.0.1", local_port=port)
         assert caught.value.errno == errno.EADDRINUSE
 
