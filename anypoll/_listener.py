@@ -373,12 +373,13 @@ async def create_unix_listener(
 ) -> SocketListener:
     """Listens on a UNIX socket, as :func:`anyio.create_unix_listener` does.
 
-    :param path: a leading NUL makes it abstract; a stale socket file is removed, any other never
+    :param path: a leading NUL makes it abstract; the file of a dead socket is replaced, that of a
+        live one, and any other, never
     :param mode: permissions of the socket's file
     :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
-    :raises OSError: for a failed bind
+    :raises OSError: for a failed bind, with the path in its text
     :raises ValueError, TypeError: for another ``kind``, and other nonsense
     """
-    sock = _sockets.unix_listening(path, mode=mode, backlog=backlog, kind=kind)
+    sock = await _sockets.unix_listening(path, mode=mode, backlog=backlog, kind=kind)
     await anyio.lowlevel.checkpoint()
     return open_listeners([sock])[0]

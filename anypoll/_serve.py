@@ -77,7 +77,7 @@ class serve:  # noqa: N801 -- it is used as a function
     :param max_connections_per_peer: one more from the same IP address is closed at once
     :param host: address or name to listen on; ``None`` with a ``port``: all interfaces
     :param port: 0 chooses one, the same on all addresses; see ``server.port``
-    :param path: a UNIX socket, instead of host and port
+    :param path: a UNIX socket, instead of host and port; the file of a dead one is replaced
     :param path_mode: permissions of that socket's file
     :param sock: a bound socket or descriptor, or a list of them, instead
     :param listeners: of :func:`anypoll.create_tcp_listener` and its like, instead

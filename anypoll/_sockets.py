@@ -1,10 +1,12 @@
 """Sockets before they become connections or listeners: making, options, addresses. No awaits but
-for name resolution, which is AnyIO's.
+for name resolution, which is AnyIO's, and for another server that takes a path over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -25,6 +27,7 @@ Address = IPAddress | str | bytes
 
 BACKLOG_MOST = 65536
 _BIND_TRIES = 10
+_LOCK_TRIES = 1000
 
 #: Errors of a socket or an address of a family that this machine lacks, or has turned off.
 LACKING = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
@@ -283,16 +286,21 @@ def closed_on_error(sock: socket.socket) -> Iterator[socket.socket]:
 def naming(address: Any) -> Iterator[None]:
     """An ``OSError`` of the system that leaves the block tells which address it is about.
 
-    :param address: host and port
+    :param address: host and port, or the path of a UNIX socket
     """
     try:
         yield
     except socket.gaierror:
         raise
     except OSError as exc:
+        # Python itself refuses a path that is too long, without a number
+        code = errno.ENAMETOOLONG if exc.errno is None else exc.errno
+        text = os.strerror(code)
+        if isinstance(address, bytes):
+            raise OSError(code, text, os.fsdecode(address)) from None
         host, port = address[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        raise OSError(exc.errno, f"{where}: {exc.strerror}") from None
+        raise OSError(code, f"{where}: {text}") from None
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -389,40 +397,101 @@ def _named(kind: int) -> socket.SocketKind | None:
         return None
 
 
-def unix_listening(
+async def unix_listening(
     path: str | bytes | os.PathLike[Any],
     *,
     mode: int | None,
     backlog: int,
     kind: int = socket.SOCK_STREAM,
 ) -> socket.socket:
-    """A listening UNIX socket. A stale socket file is removed, any other file never.
+    """A listening UNIX socket. A dead socket's file is replaced; one that is in use, and any other
+    file, never.
 
-    :raises OSError: for a failed bind; nothing is left open
+    :raises OSError: for a failed bind, with the path in its text; nothing is left open
     """
     raw, backlog, kind = unix_path(path), _backlog(backlog), unix_kind(kind)
     mode = None if mode is None else count(mode, "mode", most=0o7777)
-    if not raw.startswith(b"\0"):
-        _remove_stale(raw)
-    sock = socket.socket(socket.AF_UNIX, kind)
-    try:
+    is_file = not raw.startswith(b"\0")
+    with naming(raw), closed_on_error(socket.socket(socket.AF_UNIX, kind)) as sock:
         sock.setblocking(False)
-        sock.bind(raw)
-        if mode is not None and not raw.startswith(b"\0"):
+        try:
+            sock.bind(raw)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or not is_file:
+                raise
+            await _take_over(sock, raw)
+        if mode is not None and is_file:
             os.chmod(raw, mode)
         sock.listen(backlog)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
-def _remove_stale(path: bytes) -> None:
+async def _take_over(sock: socket.socket, path: bytes) -> None:
+    """Binds the socket to a path that has a file, if that is a dead socket's.
+
+    :raises OSError: ``EADDRINUSE``, or what keeps us from knowing
+    """
+    lock = await _lock_directory(path)
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):  # a link is a file of its own
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            in_use = not stat.S_ISSOCK(os.lstat(path).st_mode)  # a link is a file of its own
+            if in_use or _is_alive(path, sock.type):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             os.unlink(path)
-    except FileNotFoundError:
+        sock.bind(path)
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was just forked has the descriptor too
+            os.close(lock)
+
+
+async def _lock_directory(path: bytes) -> int | None:
+    """Of several servers that find the same dead socket, one goes first: otherwise the second could
+    remove the file that the first has just made. ``None`` if the directory cannot be locked, or
+    somebody keeps it locked; to start is more important then.
+    """
+    try:
+        lock = os.open(os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await anyio.sleep(0.001)
+            else:
+                return lock
+    except OSError:  # file systems without locks
         pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def _is_alive(path: bytes, kind: int) -> bool:
+    """Whether a socket is bound to the path.
+
+    :raises OSError: if that cannot be known
+    """
+    # Linux tells with EPROTOTYPE that the socket is of another type, before it looks whether that
+    # listens: so a datagram socket finds all, also between bind() and listen(), and no server has
+    # to accept it. The second try is for kernels that refuse datagrams without that.
+    for each in (socket.SOCK_DGRAM, kind):
+        with socket.socket(socket.AF_UNIX, each) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                continue
+            except OSError as exc:
+                # a full backlog; another type; a datagram socket that talks to somebody else
+                if exc.errno not in {errno.EAGAIN, errno.EPROTOTYPE, errno.EPERM}:
+                    raise
+            return True
+    return False
 
 
 # --- connecting ----------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ class Where:
         :raises OSError: for a failed bind; nothing is left open
         """
         if self.path is not None:
-            return [_sockets.unix_listening(self.path, mode=self.path_mode, backlog=self.backlog)]
+            mode, backlog = self.path_mode, self.backlog
+            return [await _sockets.unix_listening(self.path, mode=mode, backlog=backlog)]
         if self.sock is not None:
             return self._listening(self.sock)
         return await _sockets.tcp_listening(

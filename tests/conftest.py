@@ -80,7 +80,8 @@ def _unwanted_loops(items: list[pytest.Item]) -> Iterator[pytest.Item]:
     groups: dict[str, dict[str, pytest.Item]] = {}
     for item in items:
         if loop := _loop_of(item):
-            groups.setdefault(item.nodeid.replace(loop, "", 1), {})[loop] = item
+            name = re.sub(rf"(?<=[\[-]){loop}(?=[\]-])", "*", item.nodeid, count=1)
+            groups.setdefault(name, {})[loop] = item
     for name, by_loop in groups.items():
         loops = sorted(by_loop)
         chosen = loops[zlib.crc32(name.encode()) % len(loops)]

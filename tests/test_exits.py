@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,9 +14,6 @@ from serving import client, local
 import anypoll
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import wrap_writer
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
 
 Place = Callable[[Callable[..., None]], Awaitable[None]]
 

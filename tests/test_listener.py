@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import logging
@@ -16,6 +17,7 @@ import resource
 import select
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ from anyio.streams.stapled import MultiListener
 from peers import holds, pollers_have_looked, settle, within
 
 import anypoll
-from anypoll import Connection, SocketListener, UNIXConnection
+from anypoll import Connection, SocketListener, UNIXConnection, _sockets
 
 pytestmark = pytest.mark.anyio
 
@@ -593,12 +595,184 @@ async def test_the_mode_of_the_file(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-async def test_a_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+Create = Callable[[Path], Awaitable[Any]]
+
+
+async def listen_and_close(path: Path, kind: int = socket.SOCK_STREAM) -> None:
+    async with await anypoll.create_unix_listener(path, kind=kind):  # type: ignore[arg-type]
+        pass
+
+
+async def serve_and_close(path: Path) -> None:
+    async def ignore(_conn: Connection) -> None: ...
+
+    async with anypoll.serve(ignore, path=path):
+        pass
+
+
+CREATE: list[Create] = [
+    listen_and_close,
+    functools.partial(listen_and_close, kind=socket.SOCK_SEQPACKET),
+    serve_and_close,
+]
+
+
+def unix_socket(kind: int, path: Any) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.settimeout(30)
+    sock.bind(str(path))
+    return sock
+
+
+@pytest.mark.parametrize("kind_", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("create", CREATE)
+async def test_a_dead_socket_is_replaced(create: Create, kind_: int, tmp_path: Path) -> None:
+    """Also while a connection of it, here its peer's end, is still open."""
     path = tmp_path / "socket"
-    for _ in range(2):
-        async with await anypoll.create_unix_listener(path) as listener:
-            client_of(listener).close()
-        assert path.exists()
+    with unix_socket(kind_, path) as dead, ExitStack() as accepted:
+        if kind_ != socket.SOCK_DGRAM:
+            dead.listen()
+            client = accepted.enter_context(socket.socket(socket.AF_UNIX, kind_))
+            client.connect(str(path))
+            accepted.enter_context(dead.accept()[0])
+        dead.close()
+        before = path.stat().st_mtime_ns
+        for _ in range(2):  # ours is such a one too when it is closed
+            await create(path)
+            assert path.is_socket()
+            assert path.stat().st_mtime_ns > before
+            before = path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("kind_", "backlog"),
+    [
+        *(
+            (kind, backlog)
+            for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+            for backlog in (5, 0)
+        ),
+        (socket.SOCK_STREAM, None),  # between bind() and listen()
+        (socket.SOCK_DGRAM, None),
+    ],
+)
+@pytest.mark.parametrize("create", CREATE)
+async def test_a_socket_in_use_is_left_alone(
+    create: Create, kind_: int, backlog: int | None, tmp_path: Path
+) -> None:
+    """With a backlog of 0, a full one. And it has nothing to accept of those that look."""
+    path = tmp_path / "socket"
+    with unix_socket(kind_, path) as alive, socket.socket(socket.AF_UNIX, kind_) as client:
+        if backlog is not None:
+            alive.listen(backlog)
+        if backlog == 0:
+            client.connect(str(path))
+        with pytest.raises(OSError, match="in use: ") as caught:
+            await create(path)
+        assert (caught.value.errno, caught.value.filename) == (errno.EADDRINUSE, str(path))
+        if backlog is not None:
+            assert bool(select.select([alive], [], [], 0)[0]) == (backlog == 0)
+        if backlog != 0 and alive.type != socket.SOCK_DGRAM:
+            alive.listen()
+        if backlog != 0:  # it is the one that the path still leads to
+            client.connect(str(path))
+
+
+async def test_an_abstract_name_in_use() -> None:
+    name = f"\0anypoll-{os.getpid()}"
+    with unix_socket(socket.SOCK_STREAM, name), pytest.raises(OSError, match="in use: ") as caught:
+        await anypoll.create_unix_listener(name)
+    assert (caught.value.errno, caught.value.filename) == (errno.EADDRINUSE, name)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOMEM])
+async def test_a_socket_that_nothing_is_known_about_is_left_alone(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(socket.socket):
+        def connect(self, _address: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+    path = tmp_path / "socket"
+    unix_socket(socket.SOCK_STREAM, path).close()
+    inode = path.stat().st_ino
+    monkeypatch.setattr(socket, "socket", Unable)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        await anypoll.create_unix_listener(path)
+    assert (caught.value.errno, caught.value.filename) == (code, str(path))
+    assert path.stat().st_ino == inode
+
+
+async def test_of_two_servers_at_once_one_gets_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second starts when the first has found a dead socket, and is about to remove it."""
+    path = tmp_path / "socket"
+    unix_socket(socket.SOCK_STREAM, path).close()
+    refused = threading.Event()  # the second has ended, or sees that it must wait
+    outcome: list[OSError | socket.socket] = []
+
+    def second() -> None:
+        try:
+            listening = _sockets.unix_listening(path, mode=None, backlog=5)
+            outcome.append(asyncio.run(listening))
+        except OSError as exc:
+            outcome.append(exc)
+        refused.set()
+
+    unlink, flock = os.unlink, fcntl.flock
+    thread = threading.Thread(target=second)
+
+    def start_second(name: Any) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        thread.start()
+        assert refused.wait(120)
+        unlink(name)
+
+    def watched(fd: int, operation: int) -> None:
+        try:
+            flock(fd, operation)
+        except BlockingIOError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(os, "unlink", start_second)
+    monkeypatch.setattr(fcntl, "flock", watched)
+    async with await anypoll.create_unix_listener(path) as listener:
+        await holds(lambda: outcome)
+        thread.join()
+        [error] = outcome
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EADDRINUSE
+        client_of(listener).close()
+
+
+async def test_a_directory_that_somebody_keeps_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for it can be cancelled, and has an end."""
+    path = tmp_path / "socket"
+    unix_socket(socket.SOCK_STREAM, path).close()
+    inode = path.stat().st_ino
+    lock = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(_sockets, "_LOCK_TRIES", 1 << 62)
+        with anyio.move_on_after(0.01) as scope:
+            await anypoll.create_unix_listener(path)
+        assert scope.cancelled_caught
+        assert path.stat().st_ino == inode
+        monkeypatch.setattr(_sockets, "_LOCK_TRIES", 3)
+        await listen_and_close(path)
+    finally:
+        os.close(lock)
+
+
+async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 200)
+    with pytest.raises(OSError, match="too long") as caught:
+        await anypoll.create_unix_listener(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENAMETOOLONG, str(path))
 
 
 @pytest.mark.parametrize("what", ["file", "directory"])
