@@ -984,6 +984,13 @@ async def test_nonsense_is_refused(
         await call()
 
 
+@pytest.mark.parametrize("host", ["é..b".encode(), b"::1%\xff", b"127.0.0.1\0", "\ud800"])
+async def test_text_that_is_no_host(host: str | bytes) -> None:
+    for call in (open_tcp_stream(host, 1), open_tcp_listeners(0, host=host)):
+        with pytest.raises(socket.gaierror):
+            await call
+
+
 async def test_serve_tcp() -> None:
     async with trio.open_nursery() as nursery:
         serve = functools.partial(serve_tcp, echo, 0, host="127.0.0.1", handler_nursery=nursery)

@@ -281,7 +281,8 @@ def _flat(listener: Any) -> Iterator[anypoll.SocketListener]:
 
 
 def _text(host: str | bytes) -> str:
-    return host.decode("ascii") if isinstance(host, bytes) else host
+    # what is not ASCII stays as surrogates, which no name has: a `gaierror`, as with Trio
+    return host.decode("ascii", "surrogateescape") if isinstance(host, bytes) else host
 
 
 def _check_port(port: object) -> None:
