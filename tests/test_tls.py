@@ -314,6 +314,8 @@ async def test_the_peer_is_told_why_a_handshake_has_failed() -> None:
         async def wrap() -> None:
             with pytest.raises(ssl.SSLError, match="ALERT"):
                 await TLSConnection.wrap(second, server_side=True, ssl_context=server)
+        assert caught.value.__cause__ is None  # or whoever follows the causes never ends
+        assert normal_end(caught.value, -1) is None
 
         async def refuse() -> None:
             with pytest.raises(ssl.SSLCertVerificationError):
