@@ -48,6 +48,7 @@ class Engine:
     __slots__ = (
         "_answered",
         "_dry",
+        "_fin",
         "_header",
         "_incoming",
         "_left",
@@ -93,6 +94,7 @@ class Engine:
         self._pulling = False
         self._pulled: anyio.Event | None = None  # if somebody waits for that
         self._dry = False  # OpenSSL has said that it needs more, and has got none since
+        self._fin = False  # the peer has ended the connection: there will be no more ciphertext
         self._answered = 0  # bytes that OpenSSL has sent by itself since they last drained
         self._header = b""  # what there is of the header of a record
         self._left = 0  # bytes of a record that have not come yet
@@ -189,8 +191,12 @@ class Engine:
         try:
             data = self.ssl.read(_AT_ONCE)
         except ssl.SSLWantReadError:
-            self._dry = True
-            return False
+            if not self._fin:
+                self._dry = True
+                return False
+            if self._standard_compatible:
+                raise self.failed(_cut_off()) from self.failure
+            data = b""
         except ssl.SSLZeroReturnError:  # it is one when this side has said goodbye
             data = b""
         except ssl.SSLError as exc:
@@ -264,6 +270,8 @@ class Engine:
 
     def follow_draining(self) -> None:
         """The server is ending: a wait of the connection sees that unless something has begun."""
+        if self._fin:  # and so no answer to what OpenSSL waits for
+            raise self.failed(_cut_off())
         core = self.core
         self.ending = self.ending or (core.draining and not self.closed)
         core.draining = self.ending and not self.closed and not self.has_begun
@@ -289,12 +297,11 @@ class Engine:
         self.core.draining = False
 
     def _at_end_of_file(self) -> None:
-        """The peer's FIN. Whether that may be the end of a session OpenSSL knows."""
+        """The peer's FIN. What came before is decrypted first. OpenSSL is not told: it might take
+        that for a ``close_notify``, since some Pythons set ``OP_IGNORE_UNEXPECTED_EOF``.
+        """
+        self._fin = True
         self._dry = False
-        if self._standard_compatible:
-            self._incoming.write_eof()
-        else:
-            self.ended = True
 
     def _feed(self) -> None:
         """Gives OpenSSL what lies in the window of the connection's reader."""
@@ -332,8 +339,6 @@ class Engine:
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Calls what may want to read first, until it does not."""
         while True:
-            if self.ended:
-                raise self.core._own(EndOfStream())
             try:
                 return function(*args)
             except ssl.SSLWantReadError:
@@ -349,6 +354,8 @@ class Engine:
     def leftover(self) -> bytes:
         """What came behind the end of the session."""
         return self._incoming.read()
+                if self._fin and not self._standard_compatible:
+                    raise self.core._own(EndOfStream()) from None
 
 
 def _is_truncation(exc: ssl.SSLError) -> bool:
@@ -356,3 +363,10 @@ def _is_truncation(exc: ssl.SSLError) -> bool:
     return isinstance(exc, (ssl.SSLEOFError, ssl.SSLSyscallError)) or "UNEXPECTED_EOF" in str(
         exc.reason
     )
+def _cut_off() -> ssl.SSLError:
+    """What OpenSSL says if it is told of a FIN, and not to ignore it."""
+    exc = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+    exc.library, exc.reason = "SSL", "UNEXPECTED_EOF_WHILE_READING"
+    return exc
+
+

@@ -21,11 +21,13 @@ def certificate() -> trustme.LeafCert:
     return authority().issue_cert(*NAMES)
 
 
-def server_context() -> ssl.SSLContext:
+def server_context(*, lenient: bool = True) -> ssl.SSLContext:
+    """:param lenient: OpenSSL takes an end without close_notify for one; so do some Pythons"""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     certificate().configure_cert(context)
-    if hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    if lenient:
+        context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
     return context
 
 

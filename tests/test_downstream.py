@@ -81,7 +81,7 @@ async def over_tls(
             stream,
             server_side=server,
             hostname=None if server else "anypoll.test",
-            ssl_context=server_context() if server else client_context(),
+            ssl_context=server_context(lenient=False) if server else client_context(),
             standard_compatible=standard_compatible,
         )
 
