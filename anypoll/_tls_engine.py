@@ -117,7 +117,7 @@ class Engine:
 
     def failed(self, exc: ssl.SSLError) -> Exception:
         """What is raised for an error of OpenSSL; the peer is told by an alert."""
-        self.failure = exc
+        self.failure = self.failure or exc  # what comes of using it further says nothing
         self._shut_output()
         self.collect()
         self.send_collected()

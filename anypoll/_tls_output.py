@@ -112,14 +112,15 @@ class Sink:
         """
         if not self.writer._size:
             return
-        below = self._engine.core.writer
-        if below._shut:
+        engine, writer = self._engine, self.writer
+        if engine.failure or engine.core.writer._shut:
             raise self.why_unwritable()
         data = self._take(limit)
+        before = writer._pieces[:], writer._size
         try:
-            self._engine.encrypt(data)
+            engine.encrypt(data)
         except ssl.SSLWantReadError:
-            self.writer._put_back([data])
+            writer._pieces, writer._size = before  # not joined: one of them may be given up
             raise
         self._taken += len(data)
 
@@ -127,7 +128,7 @@ class Sink:
         """Encrypts all, and leaves it to the connection, which sends it when its reader waits. Not
         while another task is sending: that one will do it.
         """
-        if self._writing or self._engine.core.writer._shut:
+        if self._writing or self._engine.failure or self._engine.core.writer._shut:
             return
         with suppress(ssl.SSLWantReadError):
             while self.writer._size:
@@ -144,12 +145,13 @@ class Sink:
             self._leave_to_the_poller(start + size)
             return
         pieces, position, index = self.writer._pieces, self._taken, 0
-        while position < start:
+        if not size:
+            return
+        while position < start or not pieces[index]:  # an empty piece may stand before it
             position += len(pieces[index])
             index += 1
-        if size:
-            del pieces[index]
-            self.writer._size -= size
+        del pieces[index]
+        self.writer._size -= size
 
     def _leave_to_the_poller(self, end: int) -> None:
         core, pieces = self._engine.core, self.writer._pieces

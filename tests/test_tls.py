@@ -1188,6 +1188,29 @@ async def test_what_the_peer_does_in_a_closing_handshake_is_no_error(
             elif peer_ends == "FIN":
                 peer.sock.close()
             else:
+async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        causes: list[BaseException | None] = []
+
+        async def send() -> None:
+            with pytest.raises(BrokenResourceError) as caught:
+                await tls.send(bytes(8 * MIB))
+            causes.append(caught.value.__cause__)
+
+        tasks.start_soon(send)
+        await holds(lambda: tls.connection._core.queued() > 0)
+        await send_all(peer.sock, pattern(100))
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.receive())
+        with suppress(ssl.SSLError):
+            await peer.receive(8 * MIB)
+        await holds(lambda: causes)
+        assert causes == [caught.value.__cause__]
+        with pytest.raises(BrokenResourceError) as again:
+            await tls.receive()
+        assert again.value.__cause__ is caught.value.__cause__
+
+
                 with suppress(OSError):  # it may be gone already
                     for _ in range(100):
                         await peer.send(pattern(10_000))
