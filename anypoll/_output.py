@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
 
 
-def _is_constant(piece: Piece) -> bool:
+def is_constant(piece: Piece) -> bool:
     """Whether nobody can change its bytes; those of a view of somebody else's memory may. A block
     is only ever shown read-only, unlike what others make of the same type.
     """
@@ -211,7 +211,7 @@ class Output(Endpoint):
 
     def _secure(self) -> None:
         """A flush is not waited for any more: copies what the caller may change from now on."""
-        if not all(map(_is_constant, self.hub.outputs.get(self.number, ()))):
+        if not all(map(is_constant, self.hub.outputs.get(self.number, ()))):
             self._requeue(None)
 
     def _requeue(self, item: Piece | None) -> int:
@@ -227,7 +227,7 @@ class Output(Endpoint):
             left -= size
             if size and (piece is not item or size < len(piece)):
                 part = memoryview(piece)[len(piece) - size :]
-                rest.append(part if _is_constant(piece) else bytes(part))
+                rest.append(part if is_constant(piece) else bytes(part))
             if left == 0:
                 break
         rest.reverse()

@@ -18,6 +18,7 @@ from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 
 from ._endpoint import LONG, SHUT
 from ._errors import IdleTimeout, WriteTimeout
+from ._output import is_constant
 from ._writer import Writer
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class Sink:
         engine, writer = self._engine, self.writer
         if engine.failure or engine.core.writer._shut:
             raise self.why_unwritable()
-        data = self._take(limit)
         before = writer._pieces[:], writer._size
+        data = self._take(limit)
         try:
             engine.encrypt(data)
         except ssl.SSLWantReadError:
@@ -144,9 +145,9 @@ class Sink:
         if self._taken > start:
             self._leave_to_the_poller(start + size)
             return
-        pieces, position, index = self.writer._pieces, self._taken, 0
         if not size:
             return
+        pieces, position, index = self.writer._pieces, self._taken, 0
         while position < start or not pieces[index]:  # an empty piece may stand before it
             position += len(pieces[index])
             index += 1
@@ -154,14 +155,14 @@ class Sink:
         self.writer._size -= size
 
     def _leave_to_the_poller(self, end: int) -> None:
-        core, pieces = self._engine.core, self.writer._pieces
+        core = self._engine.core
         try:
             while self._taken < end:
                 self._encrypt(end - self._taken)
             self._engine.send_collected()
             core._abandoned = core.queued()
-        except ssl.SSLWantReadError:  # it stays the first to go; its memory is the caller's
-            pieces[0] = bytes(pieces[0])
+        except ssl.SSLWantReadError:
+            pass  # it stays the first to go
         except (BrokenResourceError, ClosedResourceError, IdleTimeout):
             pass  # there is nobody to send it to
 
@@ -186,7 +187,18 @@ class Sink:
             raise self.why_unwritable()
 
     async def _within_timeout(self, function: Callable[[], Awaitable[None]]) -> None:
-        await within(self._engine.core, self.timeout, function, WriteTimeout, "not sent")
+        try:
+            await within(self._engine.core, self.timeout, function, WriteTimeout, "not sent")
+        except BaseException:
+            self._secure()
+            raise
+
+    def _secure(self) -> None:
+        """What is pending is not waited for any more: copies what the caller may change now."""
+        pieces = self.writer._pieces
+        for index, piece in enumerate(pieces):
+            if not is_constant(piece):
+                pieces[index] = bytes(piece)
 
     async def _pump(self, flush: Callable[[], Awaitable[None]]) -> None:
         """Until the kernel has what is in the queue now."""

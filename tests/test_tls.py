@@ -847,6 +847,80 @@ async def test_read_timeout_and_then_on(name: str) -> None:
             await peer.send(b"begun")
             await holds(lambda: len(tls.reader) == 5)
         for _ in range(3):
+class Refusing:
+    """An ``SSLObject`` that writes nothing before it has read, until it is told to."""
+
+    def __init__(self, ssl_object: ssl.SSLObject) -> None:
+        self._ssl = ssl_object
+        self.refuses = True
+
+    def write(self, data: bytes) -> int:
+        if self.refuses:
+            raise ssl.SSLWantReadError
+        return self._ssl.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ssl, name)
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+async def test_a_write_that_must_read_first_finds_the_end(
+    compatible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tls_and_peer(compatible=compatible) as (tls, peer):
+        monkeypatch.setattr(tls._engine, "ssl", Refusing(tls._engine.ssl))
+        peer.sock.shutdown(socket.SHUT_WR)
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.send(b"x"))
+        assert isinstance(caught.value.__cause__, ssl.SSLEOFError)
+
+
+@pytest.mark.parametrize(
+    "pending", [(), (b"",), (b"pending",), (pattern(MIB), b"")], ids=["none", "0", "7", "1 MiB"]
+)
+async def test_an_item_that_is_given_up_before_it_was_encrypted_is_not_sent(
+    pending: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tls_and_peer() as (tls, peer):
+        refusing = Refusing(tls._engine.ssl)
+        monkeypatch.setattr(tls._engine, "ssl", refusing)
+        for piece in pending:
+            tls.writer.write(piece)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tls.send, bytes(300_000))
+            await holds(lambda: tls._engine.is_pulling)
+            tasks.cancel_scope.cancel()
+        refusing.refuses = False
+        expected = b"".join(pending) + b"end"
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            received.append(await peer.receive(len(expected)))
+
+        await both(receive, partial(tls.send, b"end"))
+        assert received == [expected]
+
+
+async def test_a_flush_that_is_given_up_copies_what_the_caller_may_change() -> None:
+    data = bytearray(pattern(4 * MIB))
+    expected = b"head" + bytes(data) + b"end"
+    async with tls_and_peer() as (tls, peer):
+        tls.writer.malloc(4)[:] = b"head"
+        tls.writer.write_direct(data, 0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tls.writer.flush)
+            await holds(lambda: tls.connection._core.queued() > 0)
+            tasks.cancel_scope.cancel()
+        data[:] = bytes(len(data))
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            received.append(await peer.receive(len(expected)))
+
+        await both(receive, partial(tls.send, b"end"))
+        assert received == [expected]
+
+
             with pytest.raises(ReadTimeout, match="not received within") as caught:
                 await READS[name](tls)
             assert is_normal(caught.value, tls) == "read_timeout"
@@ -1114,6 +1188,29 @@ async def test_half_close() -> None:
 
 
 async def test_half_close_with_unread_input() -> None:
+async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        causes: list[BaseException | None] = []
+
+        async def send() -> None:
+            with pytest.raises(BrokenResourceError) as caught:
+                await tls.send(bytes(8 * MIB))
+            causes.append(caught.value.__cause__)
+
+        tasks.start_soon(send)
+        await holds(lambda: tls.connection._core.queued() > 0)
+        await send_all(peer.sock, pattern(100))
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(tls.receive())
+        with suppress(ssl.SSLError):
+            await peer.receive(8 * MIB)
+        await holds(lambda: causes)
+        assert causes == [caught.value.__cause__]
+        with pytest.raises(BrokenResourceError) as again:
+            await tls.receive()
+        assert again.value.__cause__ is caught.value.__cause__
+
+
     async with tls_and_peer() as (tls, peer):
         for n in range(10):
             await peer.send(b"%d" % n)
@@ -1188,29 +1285,6 @@ async def test_what_the_peer_does_in_a_closing_handshake_is_no_error(
             elif peer_ends == "FIN":
                 peer.sock.close()
             else:
-async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
-    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
-        causes: list[BaseException | None] = []
-
-        async def send() -> None:
-            with pytest.raises(BrokenResourceError) as caught:
-                await tls.send(bytes(8 * MIB))
-            causes.append(caught.value.__cause__)
-
-        tasks.start_soon(send)
-        await holds(lambda: tls.connection._core.queued() > 0)
-        await send_all(peer.sock, pattern(100))
-        with pytest.raises(BrokenResourceError) as caught:
-            await within(tls.receive())
-        with suppress(ssl.SSLError):
-            await peer.receive(8 * MIB)
-        await holds(lambda: causes)
-        assert causes == [caught.value.__cause__]
-        with pytest.raises(BrokenResourceError) as again:
-            await tls.receive()
-        assert again.value.__cause__ is caught.value.__cause__
-
-
                 with suppress(OSError):  # it may be gone already
                     for _ in range(100):
                         await peer.send(pattern(10_000))
