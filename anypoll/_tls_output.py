@@ -284,6 +284,8 @@ class Sink:
 
         async def send() -> None:
             await self._flush()
+            while self.writer._size:  # another task has written meanwhile
+                await self._flush()
             self._say_goodbye()
             await self._engine.core.flush()
 

@@ -1253,6 +1253,18 @@ async def test_close_sends_what_is_pending_and_a_close_notify(version: str) -> N
                     await call()
                 assert is_normal(caught.value, stream) == "closed"
             with pytest.raises(ClosedResourceError):
+async def test_half_close_sends_what_is_written_until_then() -> None:
+    data = pattern(4 * MIB)
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        tls.writer.write(data)
+        tasks.start_soon(tls.send_eof)
+        await holds(lambda: tls.connection._core.queued() > 0)
+        tls.writer.write(b"and this")
+        assert await peer.receive(len(data) + 100) == data + b"and this"
+        await peer.send(b"answer")
+        assert await within(tls.receive()) == b"answer"
+
+
                 stream.writer.write(b"x")
             assert stream.statistics().bytes_sent > 0
 
