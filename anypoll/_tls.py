@@ -100,12 +100,15 @@ class TLSConnection(TLSStream):
         :raises ReadTimeout: after the connection's ``read_timeout`` seconds
         :raises BrokenResourceError: if the peer has gone; ``EndOfStream``, if it has ended and this
             is not ``standard_compatible``
+        :raises ClosedResourceError: if the connection was closed, or has ended its side
+        :raises BusyResourceError: while another task is reading or sending
         :raises TypeError, ValueError: for anything but a :class:`Connection` over a byte stream,
             and other nonsense
         """
         connection = _connection(transport_stream)
         check_tls(ssl_context, hostname, "hostname")
         _check_hostname(server_side, hostname, ssl_context)
+        _check_idle(connection)
         timeouts = connection.read_timeout, connection.write_timeout
         connection.read_timeout = connection.write_timeout = None
         shake_hands = partial(
@@ -250,8 +253,8 @@ class TLSConnection(TLSStream):
         out if another task is sending, or has given up a ``send()`` of which something is still
         unsent. What the peer does meanwhile is no error. The descriptor is closed on every way out.
         """
-        first, self._closing = not self._closing, True
         self._connection._core._check_loop()
+        first, self._closing = not self._closing, True
         try:
             if first and not self._unwrapped and not self._connection._core.closed:
                 timeout = CLOSE_TIMEOUT if self.write_timeout is None else self.write_timeout
@@ -387,6 +390,18 @@ def check_tls(ssl_context: object, hostname: object, name: str) -> None:
         raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
     if hostname is not None and not isinstance(hostname, (str, bytes)):
         raise TypeError(f"{name} must be a str or None, not {type(hostname).__name__}")
+
+
+def _check_idle(connection: Connection) -> None:
+    """Before a byte is sent: one that comes to nothing must not leave half a handshake pending."""
+    core = connection._core
+    core._check_usable()
+    if core._reading:
+        raise BusyResourceError("reading from")
+    if core._writing:
+        raise BusyResourceError("writing to")
+    if core.writer._shut:
+        raise core.why_unwritable()
 
 
 def _check_hostname(

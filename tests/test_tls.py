@@ -253,6 +253,28 @@ async def test_wrap_takes_nothing_but_a_connection_of_bytes() -> None:
         await TLSConnection.wrap(stream)
 
 
+async def test_wrap_needs_a_connection_that_nobody_else_uses() -> None:
+    """Else half a handshake would be pending there."""
+    wrap = partial(TLSConnection.wrap, hostname=NAME, ssl_context=client_context())
+    async with opened() as (conn, _peer):
+        send = partial(conn.send, bytes(MIB))
+        for call, name in ((conn.receive, "_reading"), (send, "_writing")):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call)
+                await holds(partial(getattr, conn._core, name))
+                with pytest.raises(BusyResourceError):
+                    await wrap(conn)
+                tasks.cancel_scope.cancel()
+        assert len(conn.writer) == conn._core.queued()
+        conn.abort()
+        with pytest.raises(ClosedResourceError):
+            await wrap(conn)
+    async with opened() as (conn, _peer):
+        await conn.send_eof()
+        with pytest.raises(ClosedResourceError):
+            await within(wrap(conn))
+
+
 @pytest.mark.parametrize("context", [None, client_context()], ids=["default", "given"])
 async def test_a_name_that_would_be_checked_must_be_given(context: Any) -> None:
     async with opened() as (conn, peer):
@@ -292,6 +314,8 @@ async def test_a_handshake_that_fails_leaves_the_connection_as_it_was() -> None:
         await send_all(peer, b"this is no TLS at all")
         with pytest.raises(ssl.SSLError) as caught:
             await TLSConnection.wrap(conn, hostname=NAME, ssl_context=client_context())
+        assert caught.value.__cause__ is None  # or whoever follows the causes never ends
+        assert normal_end(caught.value, -1) is None
         assert getattr(caught.value, "_anypoll_connection", None) == conn._core.number
         assert (conn.read_timeout, conn.write_timeout) == (30, 31)
         assert conn.is_active
@@ -314,8 +338,6 @@ async def test_the_peer_is_told_why_a_handshake_has_failed() -> None:
         async def wrap() -> None:
             with pytest.raises(ssl.SSLError, match="ALERT"):
                 await TLSConnection.wrap(second, server_side=True, ssl_context=server)
-        assert caught.value.__cause__ is None  # or whoever follows the causes never ends
-        assert normal_end(caught.value, -1) is None
 
         async def refuse() -> None:
             with pytest.raises(ssl.SSLCertVerificationError):
@@ -825,28 +847,6 @@ class Renegotiating:
         return getattr(self._ssl, name)
 
 
-# --- timeouts ------------------------------------------------------------------------------------
-
-READS: dict[str, Callable[[TLSConnection], Awaitable[Any]]] = {
-    "receive": lambda tls: tls.receive(),
-    "next": lambda tls: tls.next(10),
-    "peek": lambda tls: tls.peek(10),
-    "skip": lambda tls: tls.skip(10),
-    "until": lambda tls: tls.until(b"\n"),
-    "parts": lambda tls: tls.reader.next_parts(10),
-    "readinto": lambda tls: tls.reader.readinto(bytearray(10)),
-}
-
-
-@pytest.mark.parametrize("name", READS)
-async def test_read_timeout_and_then_on(name: str) -> None:
-    async with tls_and_peer() as (tls, peer):
-        tls.read_timeout = 0.02
-        few = name not in ("receive", "readinto")
-        if few:
-            await peer.send(b"begun")
-            await holds(lambda: len(tls.reader) == 5)
-        for _ in range(3):
 class Refusing:
     """An ``SSLObject`` that writes nothing before it has read, until it is told to."""
 
@@ -921,6 +921,28 @@ async def test_a_flush_that_is_given_up_copies_what_the_caller_may_change() -> N
         assert received == [expected]
 
 
+# --- timeouts ------------------------------------------------------------------------------------
+
+READS: dict[str, Callable[[TLSConnection], Awaitable[Any]]] = {
+    "receive": lambda tls: tls.receive(),
+    "next": lambda tls: tls.next(10),
+    "peek": lambda tls: tls.peek(10),
+    "skip": lambda tls: tls.skip(10),
+    "until": lambda tls: tls.until(b"\n"),
+    "parts": lambda tls: tls.reader.next_parts(10),
+    "readinto": lambda tls: tls.reader.readinto(bytearray(10)),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+async def test_read_timeout_and_then_on(name: str) -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.read_timeout = 0.02
+        few = name not in ("receive", "readinto")
+        if few:
+            await peer.send(b"begun")
+            await holds(lambda: len(tls.reader) == 5)
+        for _ in range(3):
             with pytest.raises(ReadTimeout, match="not received within") as caught:
                 await READS[name](tls)
             assert is_normal(caught.value, tls) == "read_timeout"
@@ -1166,28 +1188,6 @@ async def test_the_idle_timeout_of_the_connection() -> None:
         for call in (tls.receive, partial(tls.send, b"x")):
             with pytest.raises(anypoll.IdleTimeout) as caught:
                 await call()
-            assert is_normal(caught.value, tls) == "idle_timeout"
-
-
-async def test_half_close() -> None:
-    async with tls_and_peer() as (tls, peer):
-        tls.writer.write(b"request")
-        await tls.send_eof()
-        await tls.send_eof()
-        assert await peer.receive(100) == b"request"
-        for call in (partial(tls.send, b"x"), tls.writer.flush):
-            with pytest.raises(ClosedResourceError) as caught:
-                await call()
-            assert is_normal(caught.value, tls) == "closed"
-        await peer.send(b"answer")
-        assert bytes(await within(tls.next(6))) == b"answer"
-        await send_all(peer.sock, peer.close_notify())
-        with pytest.raises(EndOfStream):
-            await within(tls.receive())
-        await within(tls.aclose())
-
-
-async def test_half_close_with_unread_input() -> None:
 async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
         causes: list[BaseException | None] = []
@@ -1211,6 +1211,28 @@ async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
         assert again.value.__cause__ is caught.value.__cause__
 
 
+            assert is_normal(caught.value, tls) == "idle_timeout"
+
+
+async def test_half_close() -> None:
+    async with tls_and_peer() as (tls, peer):
+        tls.writer.write(b"request")
+        await tls.send_eof()
+        await tls.send_eof()
+        assert await peer.receive(100) == b"request"
+        for call in (partial(tls.send, b"x"), tls.writer.flush):
+            with pytest.raises(ClosedResourceError) as caught:
+                await call()
+            assert is_normal(caught.value, tls) == "closed"
+        await peer.send(b"answer")
+        assert bytes(await within(tls.next(6))) == b"answer"
+        await send_all(peer.sock, peer.close_notify())
+        with pytest.raises(EndOfStream):
+            await within(tls.receive())
+        await within(tls.aclose())
+
+
+async def test_half_close_with_unread_input() -> None:
     async with tls_and_peer() as (tls, peer):
         for n in range(10):
             await peer.send(b"%d" % n)
@@ -1230,6 +1252,18 @@ async def test_there_is_no_half_close_below_tls_1_3() -> None:
 
 
 # --- closing -------------------------------------------------------------------------------------
+
+async def test_half_close_sends_what_is_written_until_then() -> None:
+    data = pattern(4 * MIB)
+    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
+        tls.writer.write(data)
+        tasks.start_soon(tls.send_eof)
+        await holds(lambda: tls.connection._core.queued() > 0)
+        tls.writer.write(b"and this")
+        assert await peer.receive(len(data) + 100) == data + b"and this"
+        await peer.send(b"answer")
+        assert await within(tls.receive()) == b"answer"
+
 
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
@@ -1253,18 +1287,6 @@ async def test_close_sends_what_is_pending_and_a_close_notify(version: str) -> N
                     await call()
                 assert is_normal(caught.value, stream) == "closed"
             with pytest.raises(ClosedResourceError):
-async def test_half_close_sends_what_is_written_until_then() -> None:
-    data = pattern(4 * MIB)
-    async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
-        tls.writer.write(data)
-        tasks.start_soon(tls.send_eof)
-        await holds(lambda: tls.connection._core.queued() > 0)
-        tls.writer.write(b"and this")
-        assert await peer.receive(len(data) + 100) == data + b"and this"
-        await peer.send(b"answer")
-        assert await within(tls.receive()) == b"answer"
-
-
                 stream.writer.write(b"x")
             assert stream.statistics().bytes_sent > 0
 
