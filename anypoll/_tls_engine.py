@@ -254,13 +254,24 @@ class Engine:
                 self._pulled.set()
                 self._pulled = None
 
+    @property
+    def has_answered_much(self) -> bool:
+        """Whether what OpenSSL says by itself must drain, also while another task is sending."""
+        return self._answered >= self.core.limits.write_high_water
+
+    def has_drained(self) -> None:
+        """The kernel has what OpenSSL has sent by itself."""
+        self._answered = 0
+
     async def _pull(self) -> bool:
         core = self.core
         self.collect()
-        if self._answered >= core.limits.write_high_water:  # also while another task is sending
+        if self.has_answered_much:
             await core._flush()
-            self._answered = 0
+            self.has_drained()
         self.follow_draining()
+        if self._fin:  # and so no answer to what OpenSSL waits for
+            raise self.failed(_cut_off())
         try:
             suspended = await core.fill(1)
         except EndOfStream:
@@ -270,8 +281,6 @@ class Engine:
 
     def follow_draining(self) -> None:
         """The server is ending: a wait of the connection sees that unless something has begun."""
-        if self._fin:  # and so no answer to what OpenSSL waits for
-            raise self.failed(_cut_off())
         core = self.core
         self.ending = self.ending or (core.draining and not self.closed)
         core.draining = self.ending and not self.closed and not self.has_begun
@@ -342,6 +351,8 @@ class Engine:
             try:
                 return function(*args)
             except ssl.SSLWantReadError:
+                if self._fin and not self._standard_compatible:
+                    raise self.core._own(EndOfStream()) from None
                 await self.pull()
             except ssl.SSLError as exc:
                 error = self.failed(exc)
@@ -354,15 +365,8 @@ class Engine:
     def leftover(self) -> bytes:
         """What came behind the end of the session."""
         return self._incoming.read()
-                if self._fin and not self._standard_compatible:
-                    raise self.core._own(EndOfStream()) from None
 
 
-def _is_truncation(exc: ssl.SSLError) -> bool:
-    """Whether the peer has ended without saying so."""
-    return isinstance(exc, (ssl.SSLEOFError, ssl.SSLSyscallError)) or "UNEXPECTED_EOF" in str(
-        exc.reason
-    )
 def _cut_off() -> ssl.SSLError:
     """What OpenSSL says if it is told of a FIN, and not to ignore it."""
     exc = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
@@ -370,3 +374,8 @@ def _cut_off() -> ssl.SSLError:
     return exc
 
 
+def _is_truncation(exc: ssl.SSLError) -> bool:
+    """Whether the peer has ended without saying so."""
+    return isinstance(exc, (ssl.SSLEOFError, ssl.SSLSyscallError)) or "UNEXPECTED_EOF" in str(
+        exc.reason
+    )

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ._tls_engine import Engine
     from ._tls_output import Sink
 
+#: Why no more input can be looked at; a connection in request mode waits for it, and is busy.
+_NOTHING_THERE = (BrokenResourceError, BusyResourceError, EndOfStream, IdleTimeout, WouldBlock)
+
 
 class Source(StreamSource):
     """Waits for plaintext; see the module, and ``Source`` of ``_reader``."""
@@ -89,6 +92,8 @@ class Source(StreamSource):
             return await self._wait(ready)
         with anyio.move_on_after(timeout):
             return await self._wait(ready)
+        if self._sink.stands_high:
+            raise self._engine.core._own(ReadTimeout(f"output not drained within {timeout} s"))
         with suppress(WouldBlock):  # what has come together with the end of the time is given
             return self._look(ready), True
         raise self._engine.core._own(ReadTimeout(f"not received within {timeout} s"))
@@ -170,10 +175,14 @@ class Source(StreamSource):
         if self.closed or self._engine.core.closed:
             return 0
         if not self._reading:
-            with suppress(BrokenResourceError, IdleTimeout, EndOfStream, WouldBlock):
-                while len(self._chain) < self.limits.read_high_water and self._engine.arrived():
+            with suppress(*_NOTHING_THERE):
+                while self._may_grow() and self._engine.arrived():
                     pass
         return super().buffered()
+
+    def _may_grow(self) -> bool:
+        high = len(self._chain) >= self.limits.read_high_water
+        return not high and not self._sink.stands_high  # of what OpenSSL answers by itself
 
     @property
     def is_busy(self) -> bool:

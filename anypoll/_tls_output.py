@@ -337,12 +337,20 @@ class Sink:
     @property
     def stands_high(self) -> bool:
         """Whether a reader call must let output drain first. Not what another task is sending."""
+        if self._engine.has_answered_much:
+            return True
         return not self._writing and self.unsent >= self.limits.write_high_water
 
-    async def drain(self) -> None:
-        """For a reader; nobody is busy meanwhile, and the writer is told of what goes wrong."""
-        with suppress(BrokenResourceError, IdleTimeout):
+    async def drain(self) -> bool:
+        """For a reader; nobody is busy meanwhile, and the writer is told of what goes wrong.
+        Returns whether nothing has.
+        """
+        try:
             await self._pump(self._engine.core._flush)
+        except (BrokenResourceError, IdleTimeout):
+            return False
+        self._engine.has_drained()
+        return True
 
     # --- what the writer asks for ----------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from anyio import BrokenResourceError, EndOfStream
 
 from ._ends import normal_end
 from ._epoll import IS_EOF
+from ._errors import ReadTimeout
+from ._tls_output import within
 
 if TYPE_CHECKING:
     from ._tls import TLSConnection
@@ -36,7 +38,14 @@ class Calls:
         :raises EndOfStream: if none will ever be due, because the peer has ended its side
         :raises BrokenResourceError: if it has sent what is no TLS, or has cut the session off
         :raises MessageTooLarge: if the last call has left more than ``read_limit`` where it was
+        :raises ReadTimeout: if output above high water did not drain within ``read_timeout``
         """
+        while await self._make_some() and self._stream._sink.stands_high:
+            if not await self._drain():  # OpenSSL answers too, without any call
+                return
+
+    async def _make_some(self) -> bool:
+        """Those that are due as long as output does not stand high. False: it is closed."""
         stream, engine = self._stream, self._stream._engine
         budget = engine.core.budget
         while self._is_due():
@@ -46,13 +55,19 @@ class Calls:
                 await self._after_call(pause=not budget)
             budget = budget or engine.core.budget
         if engine.closed:
-            return
+            return False
         stream._source.consume(0)  # what was consumed is nothing that has begun
         engine.follow_draining()
         if engine.failure:
             raise engine.broken()
         if engine.ended:
             raise engine.core._own(EndOfStream())
+        return True
+
+    async def _drain(self) -> bool:
+        stream = self._stream
+        core, drain = stream._engine.core, stream._sink.drain
+        return await within(core, stream.read_timeout, drain, ReadTimeout, "output not drained")
 
     async def _after_call(self, *, pause: bool) -> None:
         """What was written is encrypted, and goes together with the next answer.
@@ -64,7 +79,7 @@ class Calls:
         if core.requests is not None:
             core.requests.carries = core.writer._size > 0
         if sink.stands_high:
-            await sink.drain()
+            await self._drain()
         elif pause:
             await core.hub.checkpoint()
 
@@ -87,7 +102,7 @@ class Calls:
     def _is_there_more(self) -> bool:
         """Decrypts a record beyond what is read ahead, if there is one."""
         engine = self._stream._engine
-        while engine.arrived():
+        while not self._stream._sink.stands_high and engine.arrived():
             if engine.decrypted > self._decrypted:
                 return True
         return False

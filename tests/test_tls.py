@@ -994,6 +994,16 @@ async def test_no_time_at_all_is_enough_for_what_is_there() -> None:
         assert await within(tls.receive()) == b"x"
 
 
+async def test_output_that_does_not_drain_is_a_read_timeout() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"ab")
+        assert bytes(await within(tls.next(1))) == b"a"
+        tls.read_timeout = 0.02
+        tls.writer.write(bytes(2 * MIB))
+        with pytest.raises(ReadTimeout, match="not drained"):
+            await tls.next(1)  # it is there
+
+
 async def test_write_timeout_and_then_on() -> None:
     data = pattern(4 * MIB)
     async with tls_and_peer() as (tls, peer):
@@ -1178,16 +1188,6 @@ async def test_what_is_no_tls_breaks(what: str) -> None:
             await within(peer.call(peer.ssl.read, 1))
 
 
-async def test_the_idle_timeout_of_the_connection() -> None:
-    async with tls_and_peer() as (tls, peer):
-        await peer.send(b"read ahead")
-        await holds(lambda: len(tls.reader) == 10)
-        tls.idle_timeout = 0.05
-        await holds(lambda: not tls.is_active)
-        assert bytes(await tls.next(10)) == b"read ahead"
-        for call in (tls.receive, partial(tls.send, b"x")):
-            with pytest.raises(anypoll.IdleTimeout) as caught:
-                await call()
 async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
         causes: list[BaseException | None] = []
@@ -1211,6 +1211,16 @@ async def test_what_is_no_tls_is_also_why_another_task_cannot_send() -> None:
         assert again.value.__cause__ is caught.value.__cause__
 
 
+async def test_the_idle_timeout_of_the_connection() -> None:
+    async with tls_and_peer() as (tls, peer):
+        await peer.send(b"read ahead")
+        await holds(lambda: len(tls.reader) == 10)
+        tls.idle_timeout = 0.05
+        await holds(lambda: not tls.is_active)
+        assert bytes(await tls.next(10)) == b"read ahead"
+        for call in (tls.receive, partial(tls.send, b"x")):
+            with pytest.raises(anypoll.IdleTimeout) as caught:
+                await call()
             assert is_normal(caught.value, tls) == "idle_timeout"
 
 
@@ -1243,16 +1253,6 @@ async def test_half_close_with_unread_input() -> None:
         assert bytes(await within(tls.next(4))) == b"more"
 
 
-async def test_there_is_no_half_close_below_tls_1_3() -> None:
-    async with tls_pair(version="TLSv1.2") as (client, server):
-        with pytest.raises(NotImplementedError, match=r"TLSv1\.3"):
-            await client.send_eof()
-        await client.send(b"still good")
-        assert await within(server.receive()) == b"still good"
-
-
-# --- closing -------------------------------------------------------------------------------------
-
 async def test_half_close_sends_what_is_written_until_then() -> None:
     data = pattern(4 * MIB)
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
@@ -1264,6 +1264,16 @@ async def test_half_close_sends_what_is_written_until_then() -> None:
         await peer.send(b"answer")
         assert await within(tls.receive()) == b"answer"
 
+
+async def test_there_is_no_half_close_below_tls_1_3() -> None:
+    async with tls_pair(version="TLSv1.2") as (client, server):
+        with pytest.raises(NotImplementedError, match=r"TLSv1\.3"):
+            await client.send_eof()
+        await client.send(b"still good")
+        assert await within(server.receive()) == b"still good"
+
+
+# --- closing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import ssl
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import anyio
 import pytest
-from peers import KIB, MIB, holds, pattern, reset, send_all, within
+from anyio.abc import SocketAttribute
+from peers import KIB, MIB, holds, pattern, read_all, reset, send_all, stalled, within
 from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
 from test_tls import Peer
 from tls_serving import MODES, echo, ends, rest, secure, talking
@@ -196,6 +199,69 @@ async def test_answers_go_out_together_or_when_a_call_waits() -> None:
         assert await peer.receive(8) == b"one\ntwo\n"
         go_on.set()
         assert await peer.receive(5) == b"wait\n"
+
+
+@pytest.mark.parametrize("who", ["calls", "OpenSSL"])
+async def test_output_stays_bounded_while_the_peer_does_not_read(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is OpenSSL that answers: to a flood of key updates, say, which are no requests."""
+
+    async def function(stream: TLSConnection) -> None:
+        await stream.skip(1)
+        stream.writer.write(bytes(100))
+
+    async with (
+        secure(on_request=function, write_high_water=64 * KIB) as server,
+        talking(server) as peer,
+    ):
+        await is_idle(server)
+        [stream] = server.connections
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+        raw_socket = stream.extra(SocketAttribute.raw_socket)
+        raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
+        if who == "OpenSSL":
+            engine = stream._engine
+            monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
+        await send_all(peer.sock, b"".join([peer.encrypted(b"x") for _ in range(15_000)]))
+        await stalled(stream.connection)
+        assert len(stream.writer) < 512 * KIB
+        read = peer.receive if who == "calls" else partial(read_all, peer.sock)
+        answers = await within(read(1_500_000))  # raw ones come behind the tickets
+        assert answers.endswith(bytes(1_400_000))
+
+
+async def test_output_that_does_not_drain_is_a_read_timeout() -> None:
+    async def function(stream: TLSConnection) -> None:
+        await stream.skip(1)
+        stream.writer.write(bytes(4 * MIB))
+
+    async with secure(on_request=function, read_timeout=0.02) as server, talking(server) as peer:
+        await peer.send(b"x")
+        await ends(server, read_timeout=1)
+
+
+async def test_what_is_unread_may_be_asked_while_it_waits_for_requests() -> None:
+    async with secure(**echo("on_request")) as server, talking(server):
+        await is_idle(server)
+        [stream] = server.connections
+        assert len(stream.reader) == 0
+        assert not stream.at_eof
+
+
+class Answering:
+    """An ``SSLObject`` to which all input is some message of TLS, which it answers at length."""
+
+    def __init__(self, ssl_object: ssl.SSLObject, outgoing: ssl.MemoryBIO) -> None:
+        self._ssl, self._outgoing = ssl_object, outgoing
+
+    def read(self, size: int) -> bytes:
+        while True:
+            self._ssl.read(size)
+            self._outgoing.write(bytes(100))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ssl, name)
 
 
 async def test_others_get_their_turn_beside_calls_that_never_wait() -> None:
