@@ -9,39 +9,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass as _dataclass
 
-from . import _runtime, streams as _streams
-from ._attributes import (
-    AnypollAttribute as AnypollAttribute,
-    PeerCredentials as PeerCredentials,
-)
-from ._config import Keepalive as Keepalive, LoadBalance as LoadBalance
-from ._connectables import (
-    TCPConnectable as TCPConnectable,
-    UNIXConnectable as UNIXConnectable,
-)
-from ._dialer import connect_tcp as connect_tcp, connect_unix as connect_unix
-from ._epoll import (
-    ConnectionStatistics as ConnectionStatistics,
-    MemoryStatistics as MemoryStatistics,
-    PollerStatistics as PollerStatistics,
-)
-from ._errors import (
+from ._buffers.errors import (
     ConnectTimeout as ConnectTimeout,
     IdleTimeout as IdleTimeout,
     MessageTooLarge as MessageTooLarge,
     ReadTimeout as ReadTimeout,
     WriteTimeout as WriteTimeout,
 )
-from ._listener import (
-    SocketListener as SocketListener,
+from ._buffers.limits import Keepalive as Keepalive, LoadBalance as LoadBalance
+from ._connection.attributes import (
+    AnypollAttribute as AnypollAttribute,
+    PeerCredentials as PeerCredentials,
+)
+from ._epoll import (
+    ConnectionStatistics as ConnectionStatistics,
+    MemoryStatistics as MemoryStatistics,
+    PollerStatistics as PollerStatistics,
+)
+from ._loop import runtime
+from ._network.connectables import (
+    TCPConnectable as TCPConnectable,
+    UNIXConnectable as UNIXConnectable,
+)
+from ._network.dialer import connect_tcp as connect_tcp, connect_unix as connect_unix
+from ._network.listener import (
     create_tcp_listener as create_tcp_listener,
     create_unix_listener as create_unix_listener,
 )
-from ._serve import serve as serve, serve_forever as serve_forever
-from ._server import Server as Server, ServerStatistics as ServerStatistics
-from ._tls import TLSConnection as TLSConnection
+from ._server.serve import serve as serve, serve_forever as serve_forever
+from ._server.server import Server as Server, ServerStatistics as ServerStatistics
 from .streams import (
     Connection as Connection,
+    SocketListener as SocketListener,
+    TLSConnection as TLSConnection,
     UNIXConnection as UNIXConnection,
     socketpair as socketpair,
 )
@@ -61,7 +61,7 @@ class Statistics:
 
 def statistics() -> Statistics:
     """Counters of the process's pollers, and its blocks of received bytes. Any thread."""
-    return Statistics(pollers=_runtime.poller_statistics(), memory=_runtime.memory_statistics())
+    return Statistics(pollers=runtime.poller_statistics(), memory=runtime.memory_statistics())
 
 
 def configure(
@@ -91,7 +91,7 @@ def configure(
     :raises ValueError, TypeError: for nonsense; nothing is changed then
     :raises OSError: if there are no resources for more pollers; nothing is changed then
     """
-    _runtime.configure(
+    runtime.configure(
         pollers=pollers,
         load_balance=load_balance,
         block_size=block_size,
@@ -131,10 +131,6 @@ __all__ = (
     "socketpair",
     "statistics",
 )
-
-# They are public in `streams` too, which lies below them and cannot import them.
-_streams.__dict__["SocketListener"] = SocketListener
-_streams.__dict__["TLSConnection"] = TLSConnection
 
 # Tracebacks and reprs name the public home of a thing, not the file it lies in.
 for _name in __all__:

@@ -20,16 +20,16 @@ from errno import ECANCELED
 from struct import Struct
 from typing import TYPE_CHECKING, TypeVar
 
-from ._chain import Piece
-from ._errors import POLLER_ENDED, os_error, stream_error
+from ._buffers.chain import Piece
+from ._buffers.errors import POLLER_ENDED, os_error, stream_error
 
 if sys.implementation.name != "cpython":
     raise ImportError(f"anypoll needs CPython; this is {sys.implementation.name}")
 
-from ._core import ffi, lib
+from ._loop._core import ffi, lib
 
 if TYPE_CHECKING:
-    from ._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
+    from ._loop._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
 
     __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
 

@@ -43,11 +43,11 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError
 
-from . import _runtime
-from ._config import count
-from ._errors import IdleTimeout, WriteTimeout
-from ._message import UNKNOWN, accepted, gathered, size_of
-from ._writer import Writer
+from ._buffers.errors import IdleTimeout, WriteTimeout
+from ._buffers.limits import count
+from ._buffers.message import UNKNOWN, accepted, gathered, size_of
+from ._buffers.writer import Writer
+from ._loop import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from ._buffer import LinkBuffer
-    from ._chain import Piece
-    from ._hub import Hub
+    from ._buffers.chain import Piece
+    from ._buffers.linkbuffer import LinkBuffer
+    from ._loop.hub import Hub
 
 __all__ = ("ShardQueue",)
 
@@ -372,13 +372,13 @@ class ShardQueue:
         sink = self._sink
         sink.claim()
         failure = sink.why_broken()
-        self._hub = _runtime.current_hub()
+        self._hub = runtime.current_hub()
         self._scope = anyio.CancelScope()
         if failure is not None or not self._hub.spawn(self._run):
             sink.release()
             raise failure or ClosedResourceError()  # the event loop is ending
         self._ended = anyio.Event()
-        self._budget = self._turns = _runtime.settings().checkpoint_budget
+        self._budget = self._turns = runtime.settings().checkpoint_budget
         self._closed = False
         return self
 

@@ -15,15 +15,15 @@ put on any AnyIO byte stream (a ``TLSStream``, say) with :func:`wrap_reader` and
 
 from __future__ import annotations
 
-from ._adapters import (
+from ._buffers.adapters import (
     as_raw_io,
     as_receive_stream,
     as_send_stream,
 )
-from ._buffer import LinkBuffer
-from ._reader import Reader
-from ._wrapped import wrap_reader, wrap_writer
-from ._writer import Writer
+from ._buffers.linkbuffer import LinkBuffer
+from ._buffers.reader import Reader
+from ._buffers.writer import Writer
+from ._connection.wrapped import wrap_reader, wrap_writer
 
 __all__ = (
     "LinkBuffer",

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 import anypoll
-from anypoll import _runtime
+from anypoll._loop import runtime as _runtime
 
 #: Gauges of a poller that go back to what they were.
 _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")

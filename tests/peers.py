@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 import anypoll
-from anypoll import _runtime
+from anypoll._loop import runtime as _runtime
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from peers import holds, read_all, read_to_end, send_all, within
 from serving import HOST, all_is_accounted_for, client, connected, errors, local  # noqa: F401
 
 import anypoll
-from anypoll import Connection, _epoll, _lives
+from anypoll import Connection, _epoll
+from anypoll._server import lifecycle as _lives
 
 pytestmark = pytest.mark.anyio
 

@@ -20,7 +20,8 @@ from peers import holds, opened, send_all, within
 from programs import run_to_end
 
 import anypoll
-from anypoll import AnypollAttribute, Connection, PeerCredentials, _runtime
+from anypoll import AnypollAttribute, Connection, PeerCredentials
+from anypoll._loop import runtime as _runtime
 
 pytestmark = pytest.mark.anyio
 

@@ -29,7 +29,8 @@ import anypoll.integrations.trio
 import anypoll.mux
 import anypoll.nocopy
 import anypoll.streams
-from anypoll import MessageTooLarge, ReadTimeout, _runtime
+from anypoll import MessageTooLarge, ReadTimeout
+from anypoll._loop import runtime as _runtime
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer
 

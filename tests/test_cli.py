@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from programs import output_at_end, run_to_end
 
-from anypoll import _cli
+from anypoll import __main__ as _cli
 
 # Programs that are started, and must have stopped in time.
 pytestmark = pytest.mark.unsanitized
@@ -544,9 +544,7 @@ def test_a_busy_handler_is_cancelled(
 def test_a_second_signal_ends_the_grace(directory: Path, backend: str) -> None:
     needs(backend)
     arguments = ["serve", "targets:busy", "--backend", backend]
-    program = (
-        f"from anypoll import _cli; _cli._GRACE = 1000; raise SystemExit(_cli.main({arguments}))"
-    )
+    program = f"from anypoll import __main__ as cli; cli._GRACE = 1000; raise SystemExit(cli.main({arguments}))"
     with (
         running([sys.executable, "-c", program], directory) as (process, address),
         connect(address) as client,

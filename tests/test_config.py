@@ -13,7 +13,7 @@ from peers import arrive, at_once, holds, opened, suspends
 from programs import run_to_end
 
 import anypoll
-from anypoll import _runtime
+from anypoll._loop import runtime as _runtime
 
 pytestmark = pytest.mark.anyio
 

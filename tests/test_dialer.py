@@ -23,7 +23,8 @@ from anyio.streams.tls import TLSAttribute, TLSListener
 from peers import holds, pattern, within
 
 import anypoll
-from anypoll import Connection, ConnectTimeout, UNIXConnection, _sockets
+from anypoll import Connection, ConnectTimeout, UNIXConnection
+from anypoll._network import sockets as _sockets
 
 pytestmark = pytest.mark.anyio
 
@@ -267,7 +268,7 @@ async def test_a_time_out_of_the_kernel_is_no_connect_timeout(
     async def connect(_sock: Any, _address: Any) -> None:
         raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
-    monkeypatch.setattr(anypoll._sockets, "connect", connect)
+    monkeypatch.setattr(anypoll._network.sockets, "connect", connect)
     with pytest.raises(OSError, match="All connection attempts failed") as caught:
         await anypoll.connect_tcp("127.0.0.1", 1, timeout=30)
     assert not isinstance(caught.value, ConnectTimeout)

@@ -37,7 +37,9 @@ from doc_blocks import (
 import anypoll
 import anypoll.integrations.httpcore
 import anypoll.integrations.trio
-from anypoll import _cli, _connection, _ends, _hub, integrations, mux
+from anypoll import __main__ as _cli, integrations, mux
+from anypoll._connection import core as _connection, ends as _ends
+from anypoll._loop import hub as _hub
 from anypoll.nocopy import LinkBuffer, Reader, Writer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -313,7 +315,15 @@ _OTHERS = {
     *("anypoll.server", "anypoll.connection", "anypoll.pollers"),
     *("server.pem", "anypoll.test", "ShardQueue.Add", "ShardQueue.Close"),
     *("backend", "main", "fork", "fail_after", "move_on_after", "wait_all_tasks_blocked"),
-    *("autojump_threshold", "close_notify", "raw_socket", "receive_until", "serve_listeners"),
+    *(
+        "start",
+        "stop",
+        "autojump_threshold",
+        "close_notify",
+        "raw_socket",
+        "receive_until",
+        "serve_listeners",
+    ),
 }
 
 

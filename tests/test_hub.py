@@ -24,8 +24,9 @@ from peers import arrive, given_up, holds, opened, read_all, settle, within
 from programs import output_at_end, run_to_end
 
 import anypoll
-from anypoll import Connection, _epoll, _runtime
-from anypoll._hub import Hub
+from anypoll import Connection, _epoll
+from anypoll._loop import runtime as _runtime
+from anypoll._loop.hub import Hub
 
 try:
     import uvloop

@@ -32,7 +32,8 @@ from anyio.streams.stapled import MultiListener
 from peers import holds, pollers_have_looked, settle, within
 
 import anypoll
-from anypoll import Connection, SocketListener, UNIXConnection, _sockets
+from anypoll import Connection, SocketListener, UNIXConnection
+from anypoll._network import sockets as _sockets
 
 pytestmark = pytest.mark.anyio
 
@@ -325,7 +326,7 @@ async def test_a_connection_that_cannot_be_set_up_is_closed(
     async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
         [listener] = multi.listeners
         with socket.create_connection(multi.extra(SocketAttribute.local_address)) as client:
-            monkeypatch.setattr("anypoll._listener.nodelay_fd", refuse)
+            monkeypatch.setattr("anypoll._network.listener.nodelay_fd", refuse)
             with pytest.raises(OSError, match="no buffers"):
                 await within(listener.accept())
             client.settimeout(30)

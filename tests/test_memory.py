@@ -27,7 +27,8 @@ from peers import (
 )
 
 import anypoll
-from anypoll import _epoll, _runtime
+from anypoll import _epoll
+from anypoll._loop import runtime as _runtime
 
 pytestmark = pytest.mark.anyio
 

@@ -48,7 +48,8 @@ from peers import (
 from programs import run_to_end
 
 import anypoll
-from anypoll import Connection, ConnectTimeout, ReadTimeout, _runtime
+from anypoll import Connection, ConnectTimeout, ReadTimeout
+from anypoll._loop import runtime as _runtime
 
 pytestmark = pytest.mark.anyio
 
@@ -680,7 +681,7 @@ def test_the_first_three_descriptors(
 SCARCE = """
 import contextlib, errno, os, resource, sys
 import anyio, anypoll
-from anypoll import _runtime
+from anypoll._loop import runtime as _runtime
 
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 

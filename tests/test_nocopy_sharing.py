@@ -24,7 +24,8 @@ from peers import (
 )
 
 import anypoll
-from anypoll import MessageTooLarge, WriteTimeout, _runtime
+from anypoll import MessageTooLarge, WriteTimeout
+from anypoll._loop import runtime as _runtime
 from anypoll.nocopy import LinkBuffer
 
 pytestmark = pytest.mark.anyio

@@ -19,7 +19,8 @@ from anyio.abc import SocketAttribute
 from peers import KIB, MIB, arrive, holds, opened, pattern, reset, within
 
 import anypoll
-from anypoll import AnypollAttribute, _epoll, _pollers, _runtime
+from anypoll import AnypollAttribute, _epoll
+from anypoll._loop import pollers as _pollers, runtime as _runtime
 
 pytestmark = pytest.mark.anyio
 

@@ -309,9 +309,9 @@ def test_integrations_use_the_public_api(path: Path) -> None:
     "source",
     [
         "from anypoll import _epoll",
-        "from anypoll._errors import ReadTimeout",
+        "from anypoll._buffers.errors import ReadTimeout",
         "from .. import _epoll",
-        "import anypoll._errors",
+        "import anypoll._buffers.errors",
         "conn._core",
         "self.conn._core",
     ],

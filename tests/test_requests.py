@@ -47,6 +47,7 @@ from serving import all_is_accounted_for, errors  # noqa: F401
 
 import anypoll
 from anypoll import Connection, IdleTimeout
+from anypoll._connection.stream import open_socket
 
 pytestmark = pytest.mark.anyio
 
@@ -1187,7 +1188,7 @@ async def messages() -> AsyncIterator[tuple[Any, socket.socket]]:
     ours, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     peer.setblocking(False)
-    conn: Any = anypoll.streams.open_socket(ours)
+    conn: Any = open_socket(ours)
     with peer:
         async with conn:
             yield conn, peer

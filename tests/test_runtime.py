@@ -254,7 +254,8 @@ def test_fork_after_a_poller_has_failed(backend: str) -> None:
         """
         import logging
         logging.getLogger("anypoll").addHandler(logging.NullHandler())
-        from anypoll import _epoll, _runtime
+        from anypoll import _epoll
+        from anypoll._loop import runtime as _runtime
 
         async def main():
             pair = anypoll.socketpair()
@@ -419,7 +420,8 @@ def test_exit_with_a_poller_that_has_failed(backend: str, noticed: bool) -> None
         OPEN
         + f"""
 import logging
-from anypoll import _epoll, _runtime
+from anypoll import _epoll
+from anypoll._loop import runtime as _runtime
 logging.getLogger("anypoll").addHandler(logging.NullHandler())
 
 async def main():
@@ -447,7 +449,7 @@ def test_exit_handlers_that_open_connections(backend: str) -> None:
     out, err = python(
         """
         import atexit
-        from anypoll import _runtime
+        from anypoll._loop import runtime as _runtime
 
         async def main():
             one, other = anypoll.socketpair()

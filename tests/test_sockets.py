@@ -19,7 +19,8 @@ from anyio.abc import SocketAttribute
 from peers import within
 
 import anypoll
-from anypoll import Connection, SocketListener, UNIXConnection, _sockets
+from anypoll import Connection, SocketListener, UNIXConnection
+from anypoll._network import sockets as _sockets
 
 pytestmark = pytest.mark.anyio
 

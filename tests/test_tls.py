@@ -46,11 +46,11 @@ from peers import (
 
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
-from anypoll._ends import normal_end
-from anypoll._handshake import handshake
-from anypoll._tls_output import CLOSE_MOST
+from anypoll._connection.ends import normal_end
+from anypoll._connection.stream import open_socket
+from anypoll._tls.handshake import handshake
+from anypoll._tls.output import CLOSE_MOST
 from anypoll.nocopy import as_receive_stream, as_send_stream
-from anypoll.streams import open_socket
 
 pytestmark = pytest.mark.anyio
 
@@ -1305,7 +1305,7 @@ async def test_close_sends_what_is_pending_and_a_close_notify(version: str) -> N
 async def test_close_does_not_hang_on_a_silent_peer(
     timeout: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anypoll._tls.CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr("anypoll._tls.connection.CLOSE_TIMEOUT", 0.05)
     async with tls_and_peer() as (tls, peer):
         tls.write_timeout = timeout
         tls.writer.write(b"last words")

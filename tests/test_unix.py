@@ -27,7 +27,8 @@ from peers import KIB, MIB, holds, pattern, read_all, suspends, within
 
 import anypoll
 from anypoll import ReadTimeout, UNIXConnection, WriteTimeout, _epoll
-from anypoll._ends import normal_end
+from anypoll._connection.ends import normal_end
+from anypoll._connection.stream import open_socket
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +78,7 @@ async def unix(kind: int = STREAM) -> tuple[UNIXConnection, socket.socket]:
     if kind == STREAM:
         return await UNIXConnection.from_socket(ours), peer
     ours.setblocking(False)
-    connection: Any = anypoll.streams.open_socket(ours)
+    connection: Any = open_socket(ours)
     return connection, peer
 
 

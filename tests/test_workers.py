@@ -15,8 +15,8 @@ import anyio.lowlevel
 import pytest
 from peers import holds
 
-from anypoll import _runtime
-from anypoll._workers import _PARKED, Workers
+from anypoll._loop import runtime as _runtime
+from anypoll._loop.workers import _PARKED, Workers
 
 pytestmark = pytest.mark.anyio
 

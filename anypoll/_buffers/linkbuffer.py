@@ -1,0 +1,448 @@
+"""What a writer gathers, and the buffer that stands by itself.
+
+Nothing here waits or does I/O, and two things are copied. Small ``bytes`` that are written one
+after the other are joined, since a piece of its own costs more than its bytes. And a reservation
+(``malloc``) is copied when it ends, since the caller still has the writable memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+
+from anyio import ClosedResourceError, DelimiterNotFound, WouldBlock
+
+from .arguments import as_bytes, as_view, delimiter_bytes, room_in, text_encoding
+from .chain import Chain, Piece
+from .errors import about
+from .limits import count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from typing_extensions import Buffer
+
+REFERENCED = 4096  # bytes objects above this are never joined with their neighbours
+_MOST = 2**31
+
+
+def gathered(pieces: Iterable[Piece], block_size: int = sys.maxsize) -> Iterator[Piece]:
+    """The pieces, with small ``bytes`` joined into blocks of up to ``block_size`` bytes."""
+    run: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        n = len(piece)
+        alone = type(piece) is not bytes or n > REFERENCED
+        if run and (alone or size + n > block_size):
+            yield run[0] if len(run) == 1 else b"".join(run)
+            run, size = [], 0
+        if alone:
+            yield piece
+        else:
+            run.append(piece)
+            size += n
+    if run:
+        yield run[0] if len(run) == 1 else b"".join(run)
+
+
+#: The reservation of those that have none, which is nearly always: a list each would be memory.
+_NONE: list[memoryview] = []
+
+
+class BaseWriter:
+    """What all writers have in common: gathering output. All counts are bytes."""
+
+    __slots__ = ("_high_water", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
+
+    def __init__(self, high_water: int) -> None:
+        self._pieces: list[Piece] = []  # what is written; in it views are never changed again
+        self._size = 0  # bytes in _pieces
+        self._reserved = _NONE  # what malloc() has handed out, and what was put in
+        self._reserved_size = 0
+        self._high_water = high_water
+        self._shut = False  # no write is taken any more; _refuse() says why
+
+    def _refuse(self) -> NoReturn:
+        """Raises what a write gets after the end."""
+        raise ClosedResourceError
+
+    def _stands_high(self) -> None:
+        """``_size`` has reached ``_high_water``."""
+
+    # --- what the owner does ---------------------------------------------------------------------
+
+    def _close(self) -> None:
+        self._pieces = []
+        self._size = 0
+        self._reserved = _NONE
+        self._reserved_size = 0
+        self._shut = True
+
+    def _take(self) -> list[Piece]:
+        """What was written, and is not pending any more; small neighbours are joined."""
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        return pieces if len(pieces) == 1 else list(gathered(pieces))
+
+    def _put_back(self, pieces: list[Piece]) -> None:
+        self._pieces[:0] = pieces
+        self._size += sum(map(len, pieces))
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    @property
+    def malloc_len(self) -> int:
+        """The bytes of the open reservation, those of ``write_direct`` included."""
+        return self._reserved_size
+
+    def write(self, data: Buffer, /) -> int:
+        """Appends ``data``; returns its length in bytes.
+
+        ``bytes`` are kept by reference, anything else is copied.
+
+        :raises TypeError: if ``data`` is not bytes-like
+        """
+        if type(data) is not bytes:
+            data = as_bytes(data)
+        if self._shut:
+            self._refuse()
+        if self._reserved:
+            self._seal()
+        size = len(data)
+        self._pieces.append(data)
+        self._size += size
+        if self._size >= self._high_water:
+            self._stands_high()
+        return size
+
+    def write_str(self, data: str, /, encoding: str = "utf-8") -> int:
+        """Appends text; returns its length in bytes.
+
+        :raises TypeError: if ``data`` is not a ``str``
+        :raises UnicodeEncodeError: if it cannot be encoded
+        :raises ValueError: if there is no such encoding
+        """
+        if not isinstance(data, str):
+            raise TypeError(f"a str is required, not {type(data).__name__}")
+        if encoding != "utf-8":
+            text_encoding(encoding)
+        return self.write(data.encode(encoding))
+
+    def write_byte(self, value: SupportsIndex, /) -> int:
+        """Appends one byte, 0 to 255; returns 1.
+
+        :raises TypeError, ValueError: if it is not an integer in that range
+        """
+        return self.write(bytes((count(value, "value", most=255),)))
+
+    def append(self, buffer: LinkBuffer, /) -> int:
+        """Moves all that was written to ``buffer``, flushed or not, to the end; no byte is copied,
+        and ``buffer`` is empty afterwards. Returns how many bytes that were.
+
+        :raises TypeError: if it is not a :class:`LinkBuffer`
+        :raises ValueError: if it is this buffer itself
+        :raises ClosedResourceError: if it is closed
+        """
+        if not isinstance(buffer, LinkBuffer):
+            raise TypeError(f"a LinkBuffer is required, not {type(buffer).__name__}")
+        if buffer is self:
+            raise ValueError("a LinkBuffer cannot be appended to itself")
+        self._check()
+        return self._extend(buffer._give_all())
+
+    def _extend(self, pieces: Sequence[Piece]) -> int:
+        """Appends what nobody changes any more, as it is."""
+        self._check()
+        self._seal()
+        size = sum(map(len, pieces))
+        self._pieces.extend(pieces)
+        self._size += size
+        if self._size >= self._high_water:
+            self._stands_high()
+        return size
+
+    # --- reserving -------------------------------------------------------------------------------
+
+    def malloc(self, n: SupportsIndex, /) -> memoryview:
+        """Reserves ``n`` bytes, zeroed, at the end of the output, for the caller to fill.
+
+        The reservation is open until :meth:`malloc_ack`, ``flush()``, :meth:`append` or the next
+        write; a further ``malloc`` adds to it. What is written to the memory after that goes
+        nowhere.
+
+        :raises ValueError, TypeError: if ``n`` is negative, above 2 GiB, or no integer
+        """
+        n = count(n, "n", most=_MOST)
+        self._check()
+        memory = memoryview(bytearray(n))
+        if n:
+            if self._reserved is _NONE:
+                self._reserved = []
+            self._reserved.append(memory)
+            self._reserved_size += n
+        return memory
+
+    def write_direct(self, data: Buffer, remain: SupportsIndex, /) -> int:
+        """Inserts ``data`` by reference into the open reservation, ``remain`` bytes before its end;
+        returns its length in bytes.
+
+        So the fields of a message can be reserved at once, and its large parts put between them
+        without a copy. ``data`` must not be changed until it was sent.
+
+        :raises ValueError: if ``remain`` is negative or more than :attr:`malloc_len`, or if the
+            bytes of ``data`` do not lie side by side
+        :raises TypeError: if ``data`` is not bytes-like, or ``remain`` no integer
+        """
+        view = as_view(data)
+        remain = count(remain, "remain", most=self._reserved_size)
+        self._check()
+        if view:
+            if self._reserved is _NONE:
+                self._reserved = []
+            self._reserved.insert(self._cut(remain), view)
+            self._reserved_size += len(view)
+        return len(view)
+
+    def _cut(self, remain: int) -> int:
+        """The index in ``_reserved`` behind which ``remain`` bytes lie; cuts a part in two if the
+        place is within it.
+        """
+        index = len(self._reserved)
+        while remain > 0:
+            index -= 1
+            part = self._reserved[index]
+            if remain < len(part):
+                cut = len(part) - remain
+                self._reserved[index : index + 1] = [part[:cut], part[cut:]]
+                return index + 1
+            remain -= len(part)
+        return index
+
+    def malloc_ack(self, n: SupportsIndex, /) -> None:
+        """Ends the reservation, and keeps only its first ``n`` bytes.
+
+        :raises ValueError: if it is shorter; it stays open then
+        """
+        n = count(n, "n", most=self._reserved_size)
+        self._check()
+        self._close_reservation(n)
+
+    def _seal(self) -> None:
+        if self._reserved:
+            self._close_reservation(self._reserved_size)
+
+    def _close_reservation(self, keep: int) -> None:
+        reserved, self._reserved, self._reserved_size = self._reserved, _NONE, 0
+        for memory in reserved:
+            part: Piece = memory[:keep]
+            keep -= len(part)
+            if not memory.readonly:  # of malloc(): the caller can still write to it
+                part = bytes(part)
+            if part:
+                self._pieces.append(part)
+                self._size += len(part)
+        if self._size >= self._high_water:
+            self._stands_high()
+
+    def _check(self) -> None:
+        if self._shut:
+            self._refuse()
+
+
+class LinkBuffer(BaseWriter):
+    """A buffer by itself, without a connection: what :class:`Writer` writes, :class:`Reader` reads.
+
+    Every method is a plain function. What is written can be read after :meth:`flush`. A read that
+    asks for more than there is raises ``WouldBlock`` and consumes nothing. Views are read-only, and
+    stay valid and unchanged for as long as they are held. After :meth:`close` every call raises
+    ``ClosedResourceError``.
+
+    One thread may read while another one writes: writing and ``flush()`` are the writer's, all else
+    (``parts()`` and ``to_bytes()`` too) is the reader's, ``len()`` is anybody's, and ``close()`` is
+    for when both are done.
+
+    :param block_size: bytes; small writes are gathered in blocks of up to this size
+    """
+
+    __slots__ = ("_block_size", "_chain", "_origin")
+
+    _origin: int | None
+    """the connection whose peer has sent all that is in it"""
+
+    def __init__(self, block_size: SupportsIndex = 4096) -> None:
+        self._block_size = count(block_size, "block_size", least=1, most=_MOST)
+        super().__init__(sys.maxsize)
+        self._chain = Chain()  # what can be read
+        self._origin = None
+
+    @classmethod
+    def _of(cls, parts: Iterable[memoryview], origin: int | None) -> LinkBuffer:
+        """A buffer in which ``parts`` can be read."""
+        buffer = cls()
+        buffer._origin = origin
+        for part in parts:
+            buffer._chain.append(part)
+        return buffer
+
+    def __repr__(self) -> str:
+        state = "closed" if self._shut else f"{len(self)} bytes"
+        return f"<anypoll.nocopy.LinkBuffer {state}>"
+
+    def __len__(self) -> int:
+        """What can be read, in bytes."""
+        return len(self._chain)
+
+    def __bool__(self) -> bool:
+        return True  # an empty buffer is a buffer all the same
+
+    @property
+    def buffered(self) -> int:
+        """The same as ``len(buffer)``."""
+        return len(self)
+
+    def close(self) -> None:
+        """Drops all that is in it. Idempotent; views that were handed out stay valid."""
+        self._close()
+        self._chain.clear()
+
+    # --- the writer's end ------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Makes what was written readable."""
+        self._check()
+        self._seal()
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            self._origin = None
+        for piece in gathered(pieces, self._block_size):
+            self._chain.append(memoryview(piece))
+
+    def _give_all(self) -> list[memoryview]:
+        self.flush()
+        return self.next_parts(len(self))
+
+    # --- the reader's end ------------------------------------------------------------------------
+
+    def peek(self, n: SupportsIndex, /) -> memoryview:
+        """``n`` contiguous bytes, which stay unread.
+
+        :raises WouldBlock: if they are not there
+        """
+        n = self._have(n)
+        view, start = self._chain.contiguous(n)
+        return view[start : start + n]
+
+    def next(self, n: SupportsIndex, /) -> memoryview:
+        """``n`` contiguous bytes, consumed.
+
+        :raises WouldBlock: if they are not there
+        """
+        view = self.peek(n)
+        self._chain.drop(len(view))
+        return view
+
+    def skip(self, n: SupportsIndex, /) -> None:
+        """Consumes ``n`` bytes.
+
+        :raises WouldBlock: if they are not there
+        """
+        self._chain.drop(self._have(n))
+
+    def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
+        """The bytes through the delimiter, consumed.
+
+        :raises WouldBlock: if it is not there, but may still be written
+        :raises DelimiterNotFound: if it is not within the first ``max_bytes`` bytes
+        """
+        delimiter = delimiter_bytes(delimiter)
+        most = count(max_bytes, "max_bytes", most=_MOST)
+        self._check()
+        length = self._chain.find(delimiter, most)
+        if length:
+            return self.next(length)
+        missing = DelimiterNotFound(most) if len(self) >= most else WouldBlock()
+        raise about(missing, self._origin)
+
+    def next_parts(self, n: SupportsIndex, /) -> list[memoryview]:
+        """``n`` bytes, consumed: a view for each block they lie in, never copied.
+
+        :raises WouldBlock: if they are not there
+        """
+        return self._chain.take(self._have(n))
+
+    def slice(self, n: SupportsIndex, /) -> LinkBuffer:
+        """``n`` bytes, consumed, as a buffer of their own that shares the blocks.
+
+        :raises WouldBlock: if they are not there
+        """
+        return LinkBuffer._of(self.next_parts(n), self._origin)
+
+    def read_bytes(self, n: SupportsIndex, /) -> bytes:
+        """``n`` bytes, consumed, as a copy.
+
+        :raises WouldBlock: if they are not there
+        """
+        return b"".join(self.next_parts(n))
+
+    def read_str(self, n: SupportsIndex, /, encoding: str = "utf-8") -> str:
+        """``n`` bytes, consumed and decoded.
+
+        :raises WouldBlock: if they are not there
+        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises ValueError: if there is no such encoding
+        """
+        if encoding != "utf-8":
+            text_encoding(encoding)
+        data = self.read_bytes(n)
+        try:
+            return data.decode(encoding)
+        except UnicodeError as exc:
+            about(exc, self._origin)
+            raise
+
+    def read_byte(self) -> int:
+        """One byte, consumed, as a number.
+
+        :raises WouldBlock: if there is none
+        """
+        return self.next(1)[0]
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Fills ``buffer`` with what is there, consumed; returns the number of bytes.
+
+        :raises WouldBlock: if nothing is there and ``buffer`` has room
+        :raises TypeError: if ``buffer`` is not writable
+        """
+        self._check()
+        with room_in(buffer) as into:
+            if into and not len(self):
+                raise about(WouldBlock(), self._origin)
+            done = 0
+            for part in self._chain.take(min(len(into), len(self))):
+                into[done : done + len(part)] = part
+                done += len(part)
+            return done
+
+    peek_nowait = peek
+    next_nowait = next  # noqa: A003 -- the method
+    skip_nowait = skip
+    until_nowait = until
+
+    def release(self) -> None:
+        """Nothing to do: what was consumed is let go of at once. Here for the reader's sake."""
+        self._check()
+
+    def parts(self) -> list[memoryview]:
+        """What can be read, as a view for each block; nothing is consumed."""
+        self._check()
+        return self._chain.parts(len(self))
+
+    def to_bytes(self) -> bytes:
+        """A copy of what can be read; nothing is consumed."""
+        return b"".join(self.parts())
+
+    def _have(self, n: SupportsIndex) -> int:
+        n = count(n, "n")
+        self._check()
+        if n > len(self):
+            raise about(WouldBlock(), self._origin)
+        return n

@@ -1,0 +1,313 @@
+"""The nocopy reader, over whatever can get more bytes.
+
+Requests that lie in the window (``_view[_start:_end]``) never leave this module; for all others
+``Source.fill`` is asked: a connection's asks the C side, a wrapped stream's its stream. Anything
+that must stop the quick path (another task is waiting, the connection was closed, output stands
+above high water) sets ``_end`` to a value that no request can meet. ``_budget`` counts calls that
+did not suspend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
+
+from anyio import EndOfStream
+
+from .._connection.endpoint import SHUT
+from .._epoll import SCATTER
+from .arguments import delimiter_bytes, room_in, text_encoding
+from .chain import EMPTY
+from .errors import about
+from .limits import count
+from .linkbuffer import LinkBuffer
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .limits import Limits
+
+
+class Source(Protocol):
+    """Where a reader gets more bytes from: a connection's ``Core``, or a wrapped stream.
+
+    The window that it opens is ``reader._view[reader._start:reader._end]``. What the reader has
+    consumed since then it learns from ``reader._start``.
+    """
+
+    budget: int
+    limits: Limits
+    closed: bool
+
+    @property
+    def origin(self) -> int | None:
+        """The number of the connection whose peer has sent the bytes, if that is known."""
+
+    async def fill(self, n: int, flags: int = 0) -> bool:
+        """Opens the window on ``n`` bytes (not with ``SCATTER``); whether it was suspended."""
+
+    def fill_nowait(self, n: int, flags: int = 0) -> None:
+        """The same, or ``WouldBlock``."""
+
+    async def find(self, delimiter: bytes, max_bytes: int) -> int:
+        """The length through the delimiter, with the window open on that."""
+
+    def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
+        """The same, or ``WouldBlock``."""
+
+    def buffered(self) -> int:
+        """Unread bytes."""
+
+    def consume(self, n: int) -> None:
+        """Consumes bytes that are there, wherever they lie, and closes the window."""
+
+    def take_parts(self, n: int) -> list[memoryview]:
+        """The same, and gives the views."""
+
+    def check_request(self, n: int) -> None:
+        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+
+    async def aclose(self) -> None:
+        """Closes it."""
+
+
+class Reader:
+    """The nocopy input of a connection: ``conn.reader``.
+
+    All counts are bytes. ``n == 0`` gives an empty view at once. Every method that waits raises
+
+    * ``EndOfStream`` if the peer has ended and nothing is buffered, ``IncompleteRead`` if something
+      is, but too little: it stays, and a smaller request gets it;
+    * ``ReadTimeout`` if the whole call took longer than ``read_timeout``: nothing is consumed;
+    * ``MessageTooLarge`` at once for more than ``read_limit``;
+    * ``BrokenResourceError`` (with the ``OSError`` as its cause) after a reset, ``IdleTimeout``
+      after the idle timeout, ``ClosedResourceError`` after the connection was closed;
+    * ``BusyResourceError`` while another task is reading;
+    * ``TypeError`` or ``ValueError`` for a count that is not an integer, or negative.
+
+    A call that is cancelled has consumed nothing. A call that finds its bytes does not suspend,
+    except for one in ``checkpoint_budget`` calls in a row.
+    """
+
+    __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
+
+    def __init__(self, core: Source) -> None:
+        if not hasattr(core, "limits"):
+            kind = type(core).__name__
+            raise TypeError(f"a reader is a connection's, or made by wrap_reader(), not of {kind}")
+        self._core = core
+        self._view = EMPTY
+        self._start = self._end = 0
+        self._budget = core.budget
+        self._limit = core.limits.read_limit
+
+    # --- the window ------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        self._view = EMPTY
+        self._start = 0
+        self._end = SHUT
+
+    def _drop_view(self) -> None:
+        """The C side has taken the block back: it was read to its end."""
+        self._view = EMPTY
+        self._start = 0
+        self._end = min(self._end, 0)
+
+    def release(self) -> None:
+        """Lets go of what was consumed.
+
+        Never needed for safety, since views keep what they show; it only lets memory be recycled
+        earlier.
+        """
+        if not self._core.closed:
+            self._core.consume(0)
+
+    def __len__(self) -> int:
+        """Unread bytes, those included that were read ahead and no call has looked at."""
+        return self._core.buffered()
+
+    def __bool__(self) -> bool:
+        return True  # a reader without input is a reader all the same
+
+    @property
+    def buffered(self) -> int:
+        """The same as ``len(reader)``."""
+        return len(self)
+
+    # --- contiguous views ------------------------------------------------------------------------
+
+    async def peek(self, n: SupportsIndex, /) -> memoryview:
+        """``n`` contiguous bytes, which stay unread."""
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._budget -= 1
+                return self._view[start:stop]
+        if type(n) is not int or not 0 < n <= self._limit:
+            n = self._count(n)
+        await self._core.fill(n)
+        start = self._start
+        return self._view[start : start + n]
+
+    async def next(self, n: SupportsIndex, /) -> memoryview:
+        """``n`` contiguous bytes, consumed."""
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._start = stop
+                self._budget -= 1
+                return self._view[start:stop]
+        if type(n) is not int or not 0 < n <= self._limit:
+            n = self._count(n)
+        await self._core.fill(n)
+        start = self._start
+        self._start = start + n
+        return self._view[start : start + n]
+
+    async def skip(self, n: SupportsIndex, /) -> None:
+        """Consumes ``n`` bytes."""
+        n = self._count(n)
+        if n <= self._end - self._start and self._budget > 0:
+            self._start += n
+            self._budget -= 1
+            return
+        await self._core.fill(n, SCATTER)
+        self._core.consume(n)
+
+    async def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
+        """The bytes through the delimiter, consumed.
+
+        :param delimiter: one byte or several; they may lie in different blocks
+        :param max_bytes: how far to look, the delimiter included
+        :raises DelimiterNotFound: if it is not within the first ``max_bytes`` bytes, however they
+            arrived; nothing is consumed then
+        :raises TypeError, ValueError: for a delimiter that is empty or not bytes-like
+        """
+        delimiter = delimiter_bytes(delimiter)
+        most = count(max_bytes, "max_bytes", most=2**31)
+        n = await self._core.find(delimiter, most)
+        start = self._start
+        self._start = start + n
+        return self._view[start : start + n]
+
+    def peek_nowait(self, n: SupportsIndex, /) -> memoryview:
+        """As :meth:`peek`, without waiting.
+
+        :raises WouldBlock: if the bytes are not there
+        """
+        n = self._have_nowait(n)
+        return self._view[self._start : self._start + n]
+
+    def next_nowait(self, n: SupportsIndex, /) -> memoryview:
+        """As :meth:`next`, without waiting.
+
+        :raises WouldBlock: if the bytes are not there
+        """
+        n = self._have_nowait(n)
+        start = self._start
+        self._start = start + n
+        return self._view[start : start + n]
+
+    def skip_nowait(self, n: SupportsIndex, /) -> None:
+        """As :meth:`skip`, without waiting.
+
+        :raises WouldBlock: if the bytes are not there
+        """
+        n = self._count(n)
+        if n <= self._end - self._start:
+            self._start += n
+            return
+        self._core.fill_nowait(n, SCATTER)
+        self._core.consume(n)
+
+    def until_nowait(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
+        """As :meth:`until`, without waiting.
+
+        :raises WouldBlock: if the delimiter is not there, but may still come
+        """
+        delimiter = delimiter_bytes(delimiter)
+        most = count(max_bytes, "max_bytes", most=2**31)
+        n = self._core.find_nowait(delimiter, most)
+        start = self._start
+        self._start = start + n
+        return self._view[start : start + n]
+
+    # --- across blocks, and copies ---------------------------------------------------------------
+
+    async def next_parts(self, n: SupportsIndex, /) -> list[memoryview]:
+        """``n`` bytes, consumed: a view for each block they lie in, never copied."""
+        n = self._count(n)
+        await self._core.fill(n, SCATTER)
+        return self._core.take_parts(n)
+
+    async def slice(self, n: SupportsIndex, /) -> LinkBuffer:
+        """``n`` bytes, consumed, as a buffer of their own: never copied, and good for longer than
+        the connection.
+        """
+        return LinkBuffer._of(await self.next_parts(n), self._core.origin)
+
+    async def read_bytes(self, n: SupportsIndex, /) -> bytes:
+        """``n`` bytes, consumed, as a copy."""
+        if type(n) is int:
+            start = self._start
+            stop = start + n
+            if start < stop <= self._end and self._budget > 0:
+                self._start = stop
+                self._budget -= 1
+                return bytes(self._view[start:stop])
+        parts = await self.next_parts(n)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    async def read_str(self, n: SupportsIndex, /, encoding: str = "utf-8") -> str:
+        """``n`` bytes, consumed and decoded.
+
+        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises ValueError: if there is no such encoding
+        """
+        if encoding != "utf-8":
+            text_encoding(encoding)
+        data = await self.read_bytes(n)
+        try:
+            return data.decode(encoding)
+        except UnicodeError as exc:
+            about(exc, self._core.origin)
+            raise
+
+    async def read_byte(self) -> int:
+        """One byte, consumed, as a number."""
+        return (await self.next(1))[0]
+
+    async def readinto(self, buffer: Buffer, /) -> int:
+        """Fills ``buffer`` with what is there, consumed; waits only if nothing is.
+
+        Returns the number of bytes: at least 1, or 0 when the peer has ended (or ``buffer`` is
+        empty).
+
+        :raises TypeError: if ``buffer`` is not writable
+        """
+        with room_in(buffer) as into:
+            try:
+                await self._core.fill(1 if into else 0)
+            except EndOfStream:
+                return 0
+            if not into:
+                return 0
+            n = min(len(into), self._end - self._start)
+            into[:n] = self._view[self._start : self._start + n]
+            self._start += n
+            return n
+
+    # --- the slow path ---------------------------------------------------------------------------
+
+    def _count(self, n: SupportsIndex) -> int:
+        n = count(n, "n")
+        self._core.check_request(n)
+        return n
+
+    def _have_nowait(self, n: SupportsIndex) -> int:
+        n = self._count(n)
+        if n > self._end - self._start:
+            self._core.fill_nowait(n)
+        return n

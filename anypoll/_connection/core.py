@@ -1,0 +1,244 @@
+"""One registered descriptor: opening, and the order of closing.
+
+:class:`Core` is what a connection is made of without its public surface: the handle of the C side,
+the guards, the waits. The classes in ``streams`` and ``nocopy`` are faces of it.
+
+Closing is done by the caller, at once: C marks the connection closed, takes it out of epoll, bumps
+its generation, and only then is the descriptor closed. If Python has a socket object for it, that
+one closes it, so that it knows. Waiting tasks are woken and find ``closed``. Then the close
+callbacks are released (``_callbacks``), unless a handler has the connection: its server does that.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+
+import anyio
+import anyio.lowlevel
+from anyio import BusyResourceError
+
+from .. import _epoll
+from .._buffers.errors import os_error, stream_error
+from .._epoll import EIDLE, IS_IDLE_END, MAIL_FAILED, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
+from .._loop import runtime
+from .endpoint import AGAIN, SHUT, deadline_after
+from .input import Input
+
+
+class Core(Input):
+    """See the module."""
+
+    __slots__ = ()
+
+    def register(self) -> None:
+        """Has the descriptor watched.
+
+        :raises OSError: ``ENOSPC``, ``ENOMEM``; the connection is closed then
+        """
+        [result] = _epoll.register([self.handle])
+        if result < 0:
+            self.close()
+            raise os_error(result)
+
+    def __del__(self) -> None:
+        if not self.closed:
+            what = self.name or "connection"
+            warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=1, source=self)
+            self.close()
+            if self.callbacks is not None:
+                self.callbacks.run_soon()
+
+    # --- what the hub tells ----------------------------------------------------------------------
+
+    def on_token(self, bits: int, value: int) -> None:
+        """Called by the hub for what is not the end of a wait."""
+        if bits & MAIL_TRIM and not self.closed:
+            self.reader._drop_view()
+        if bits & MAIL_GONE and self.watcher is not None:
+            self.watcher()
+        if bits & MAIL_IDLE and not self.closed:
+            self.reader._end = SHUT
+            self._fail(EIDLE)
+            self.writer._take()
+            self.hub.wake_writers(self.number)
+            self.release_callbacks()
+        if bits & MAIL_FAILED:
+            if not self.closed:
+                self._fail(value)
+                self.hub.wake_writers(self.number)
+            runtime.bury_pollers()
+
+    def on_hub_end(self) -> None:
+        """The event loop has ended: C has closed the descriptor, unless Python owned it."""
+        self._mark_closed()
+        self.reader._close()
+        self.writer._close()
+        self._no_more_news()
+        self._release_handle()
+        self._let_go()  # its task will never run again
+        self._reading = self._writing = self._flushing = False  # nor any other
+        self.release_callbacks()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def close(self, *, reset: bool = False) -> None:
+        """Closes the descriptor, now, and wakes whoever waits. Idempotent. In the thread of the
+        event loop, or where nobody else has the connection, as in the garbage collector.
+        """
+        self._mark_closed()
+        if hasattr(self, "reader"):
+            self.reader._close()
+            self.writer._close()
+        hub = self.hub
+        hub.forget(self.number)
+        if self.raw is None:
+            _epoll.conn_close(self.handle, reset, 0)
+        elif _epoll.conn_close(self.handle, 0, 1) >= 0 and reset:
+            with suppress(OSError):  # closed already, by another thread
+                linger_now(self.raw)
+        self._release_handle()
+        hub.outputs.pop(self.number, None)
+        hub.wake_reader(self.number)
+        hub.wake_writers(self.number)
+        if self.requests is not None:
+            self.requests.on_close()
+
+    def abort(self) -> None:
+        """Closes with a RST, and releases the callbacks. Any thread."""
+        if (not self.closed or self._flushing) and not self.hands_over(self.abort):
+            self.close(reset=True)
+            self.release_callbacks()
+
+    def hands_over(self, function: Callable[[], None]) -> bool:
+        """Has the event loop call the function, if it is at work in another thread: a task there
+        may be in the middle of reading or writing. False: it is the caller's to call.
+        """
+        if self.hub.is_here() or not self.hub.is_running():
+            return False
+
+        async def call() -> None:
+            function()
+
+        return self.hub.spawn(call)
+
+    def release_callbacks(self) -> None:
+        """What has ended the connection cannot wait for them."""
+        if self.callbacks is not None and not self.held:
+            self.callbacks.run_now()
+
+    @property
+    def over(self) -> bool:
+        """Whether a close callback that is added now comes too late to wait for the end."""
+        return self.closed or (not self.held and bool(self.status() & IS_IDLE_END))
+
+    async def aclose(self) -> None:
+        """Drains what the writer has pending (not an open reservation), unless the scope is
+        cancelled, and closes. The descriptor is closed on every way out; then the callbacks run.
+        Always a checkpoint.
+        """
+        self._check_loop()
+        try:
+            await self._aclose()
+        finally:
+            if self.callbacks is not None and not self.held:
+                await self.callbacks.run()
+        if self.hub.dead:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await self.hub.checkpoint()
+
+    async def _aclose(self) -> None:
+        if not self.closed:
+            if not self._writing and (self.writer._size > 0 or self._own_queued() > 0):
+                try:
+                    await self._drain_and_close()
+                finally:
+                    self.close()
+            else:
+                self.close()
+        elif self._flushing:
+            self.close()  # the first aclose() is still draining: this one ends that
+
+    async def _drain_and_close(self) -> None:
+        deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+        self._flushing = True
+        self._mark_closed()
+        self.reader._end = SHUT
+        self.writer._shut = True
+        self.hub.wake_reader(self.number)
+        try:
+            left = self._send(self.writer._take()) if self.writer._size else 1
+            while left > 0 and _epoll.conn_drain(self.handle, 0, deadline) == AGAIN:
+                await self.hub.wait_write(self.number)
+        finally:
+            self._flushing = False
+
+    def _check_loop(self) -> None:
+        """:raises RuntimeError: in another event loop, as long as the connection's own lives"""
+        if not self.hub.dead and not self.closed:
+            self.hub.check()
+
+    async def finish(self, timeout: float) -> None:
+        """The end of a handler that has returned: drains, then ends this side and discards what
+        still arrives until the peer has ended too, all within ``timeout`` seconds; then closes.
+        """
+        deadline = deadline_after(timeout)
+        if self.requests is not None:
+            self.requests.stop()
+        if self.closed:
+            return
+        try:
+            left = self._send(self.writer._take()) if self.writer._size else 1
+            while left and (result := _epoll.conn_drain(self.handle, 0, deadline)):
+                if result != AGAIN:
+                    return
+                await self.hub.wait_write(self.number)
+            while _epoll.conn_linger(self.handle, self.reader._start, deadline) == AGAIN:
+                self.reader._end = SHUT
+                await self.hub.wait_read(self.number)
+        finally:
+            self.close()
+
+    async def end(self) -> None:
+        """The last that a handler's task does: closes, and runs the callbacks."""
+        if self.requests is not None:
+            self.requests.stop()
+        self.close()
+        self._let_go()
+        if self.callbacks is not None:
+            await self.callbacks.run()
+
+    def detach(self) -> tuple[socket.socket, bytes]:
+        """Gives the open socket away, together with what was read ahead.
+
+        :raises BusyResourceError: with pending output or a waiting task
+        """
+        self._check_usable()
+        if self._reading and not (self.requests is not None and self.requests.idle):
+            raise BusyResourceError("reading from")
+        if self._writing or self.writer._size or conn_queued(self.handle) > 0:
+            raise BusyResourceError("writing to")
+        raw = self.raw_socket()
+        result = _epoll.conn_detach(self.handle, self.reader._start)
+        if result < 0:
+            raise self._own(stream_error(result))
+        self._mark_closed()
+        self._forget_raw()
+        self.hub.forget(self.number)
+        self.hub.outputs.pop(self.number, None)  # all is sent, but no token will say so any more
+        rest = _epoll.conn_rest(self.handle)
+        self.reader._close()
+        self.writer._close()
+        if self.requests is not None:
+            self.requests.on_close()
+        self.release_callbacks()
+        return raw, rest
+
+
+def linger_now(sock: socket.socket) -> None:
+    """Makes the close of ``sock`` a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

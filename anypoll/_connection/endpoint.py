@@ -1,0 +1,336 @@
+"""What reading, writing and closing a connection have in common: its fields, and its errors.
+
+A connection is one object in four files, each of which adds to the one above it: this one,
+``_output`` (flushing and sending), ``_input`` (waiting for bytes), and ``_connection`` (opening and
+the end).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import weakref
+from errno import EAGAIN, EBADF, ECONNRESET, EPIPE
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import anyio
+from anyio import ClosedResourceError, EndOfStream, IncompleteRead
+
+from .. import _epoll
+from .._buffers.errors import (
+    POLLER_ENDED,
+    IdleTimeout,
+    ReadTimeout,
+    WriteTimeout,
+    about,
+    stream_error,
+)
+from .._buffers.limits import BLOCK_SIZE
+from .._epoll import EEOF, EIDLE, ELATE, conn_buffered
+from .._loop import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .._buffers.limits import Limits
+    from .._buffers.reader import Reader
+    from .._buffers.writer import Writer
+    from .._epoll import Conn, ConnectionStatistics, Poller
+    from .._loop.callbacks import Callbacks
+    from .._loop.hub import Hub
+
+AGAIN = -EAGAIN
+_WINDOW = 64 * 1024  # what C shows beyond a request
+LONG = 1e9  # seconds, as good as for ever
+SHUT = -1  # an end of the window that no request can meet
+
+_E = TypeVar("_E", bound=Exception)
+
+
+def deadline_after(timeout: float | None) -> int:
+    """The nanosecond of ``CLOCK_MONOTONIC`` at which ``timeout`` seconds are over; 0: never."""
+    if timeout is None or timeout > LONG:
+        return 0
+    return time.monotonic_ns() + int(timeout * 1e9)
+
+
+class RequestMode(Protocol):
+    """What a connection in request mode has of that; ``_requests`` has the prose."""
+
+    taskless: bool
+    carries: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for input, and no call runs or is due."""
+
+    def start(self, before: Callable[[Any], Awaitable[Any]] | None = None) -> None:
+        """Begins."""
+
+    def replace(self, function: Callable[[Any], Awaitable[Any]]) -> None:
+        """Another function from now on."""
+
+    def on_close(self) -> None:
+        """The connection was closed."""
+
+    def on_draining(self) -> None:
+        """The server is ending."""
+
+    def stop(self) -> None:
+        """No call begins any more."""
+
+
+class Endpoint:
+    """See the module. ``fd`` is owned from the call on, also if it fails."""
+
+    __slots__ = (
+        "__weakref__",
+        "_abandoned",
+        "_flushing",
+        "_owner",
+        "_reading",
+        "_writing",
+        "budget",
+        "callbacks",
+        "closed",
+        "draining",
+        "failure",
+        "handle",
+        "held",
+        "hub",
+        "idle_timeout",
+        "kind",
+        "limits",
+        "name",
+        "number",
+        "peer",
+        "poller",
+        "raw",
+        "read_timeout",
+        "reader",
+        "requests",
+        "watcher",
+        "write_timeout",
+        "writer",
+    )
+
+    reader: Reader
+    writer: Writer
+    hub: Hub
+    poller: Poller
+    handle: Conn
+    number: int
+    """by which tokens name the connection"""
+    kind: int
+    limits: Limits
+    budget: int
+    read_timeout: float | None
+    write_timeout: float | None
+    idle_timeout: float | None
+    requests: RequestMode | None
+    """request mode, if it is in that"""
+    watcher: Callable[[], None] | None
+    """to be told, once, that the peer has gone"""
+    callbacks: Callbacks | None
+    """to be run at the end, if there are any"""
+    held: bool
+    """a handler has the connection: its server runs them when that has ended"""
+    peer: bytes | None
+    """the peer's address, if accept4 has told it"""
+    raw: socket.socket | None
+    """the descriptor as a Python socket, which owns it then"""
+    closed: bool
+    draining: bool
+    """a wait with nothing buffered ends as if the peer had ended"""
+    failure: int
+    """the first error of the socket that was seen"""
+    name: str
+    _owner: Conn
+    _reading: bool
+    _writing: bool
+    _flushing: bool
+    _abandoned: int
+    """bytes that were queued when a send was given up: its rest, and what was before it"""
+
+    def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
+        self.closed = True  # until there is something to close
+        try:
+            hub = self.hub = runtime.current_hub()
+            self.poller, self._owner = runtime.on_poller(
+                lambda poller: _epoll.open_connection(
+                    poller, hub.handle, fd, kind, limits.read_high_water
+                )
+            )
+        except BaseException:
+            if _epoll.fd_close(fd) < 0:  # it was not the core's yet
+                os.close(fd)
+            raise
+        self.handle = _epoll.bare(self._owner)
+        self.kind = kind
+        self.limits = limits
+        if limits.read_limit < _WINDOW:  # the window must not let a larger request pass
+            _epoll.conn_set_window(self.handle, limits.read_limit)
+        self.number = _epoll.conn_id(self.handle)
+        settings = runtime.settings()
+        self.budget = settings.checkpoint_budget
+        if settings.block_size != BLOCK_SIZE:
+            _epoll.conn_set_block(self.handle, settings.block_size)
+        self.read_timeout = limits.read_timeout
+        self.write_timeout = limits.write_timeout
+        self.idle_timeout = None
+        if limits.idle_timeout is not None:
+            self.set_idle_timeout(limits.idle_timeout)
+        self.callbacks = None
+        self.requests = None
+        self.watcher = None
+        self.held = False
+        self.peer = peer
+        self.raw = None
+        self.closed = self.draining = False
+        self.failure = 0
+        self.name = ""
+        self._reading = self._writing = self._flushing = False
+        self._abandoned = 0
+        this: Any = weakref.ref(self)  # of a Core, which can take tokens
+        hub.addressees[self.number] = this
+        runtime.handles[self.number] = self._owner
+
+    def _mark_closed(self) -> None:
+        self.closed = True
+
+    def set_idle_timeout(self, timeout: float | None) -> None:
+        """The clock starts anew with it."""
+        self.idle_timeout = timeout
+        if timeout is None or timeout > LONG:
+            _epoll.conn_set_idle(self.handle, 0)
+        else:
+            _epoll.conn_set_idle(self.handle, max(int(timeout * 1e9), 1))
+
+    def statistics(self) -> ConnectionStatistics:
+        """What the connection has counted; works after the close too."""
+        return _epoll.connection_statistics(self.handle, self.reader._start, self.writer._size)
+
+    def _let_go(self) -> None:
+        self.held = False
+
+    def _begin_draining(self) -> None:
+        self.draining = True
+
+    def watch_peer(self, watcher: Callable[[], None]) -> None:
+        """Has ``watcher`` called, once, when the peer has ended its side, or reset the connection;
+        in the hub, so it must not run the user's code.
+        """
+        self.watcher = watcher
+        _epoll.conn_watch_peer(self.handle)
+
+    def _no_more_news(self) -> None:
+        self.requests = self.watcher = None
+
+    # --- the socket object -----------------------------------------------------------------------
+
+    def raw_socket(self) -> socket.socket:
+        """The descriptor as a Python socket, made on first use; always the same object."""
+        if self.raw is None:
+            fd = _epoll.conn_fd(self.handle, 1)
+            if fd < 0:
+                raise self._own(ClosedResourceError())
+            raw = socket.socket(fileno=fd)
+            raw.setblocking(False)  # it is; but the object does not know
+            self.adopt_raw(raw)
+        assert self.raw is not None
+        return self.raw
+
+    def adopt_raw(self, sock: socket.socket) -> None:
+        """Has the descriptor closed through ``sock``, which owns it."""
+        _epoll.conn_fd(self.handle, 1)
+        self.raw = sock
+        runtime.raw_sockets.add(sock)
+
+    def _release_handle(self) -> None:
+        """The C side has closed: what was kept for that goes."""
+        runtime.handles.pop(self.number, None)
+        raw = self.raw
+        if raw is None:
+            return
+        if raw.fileno() >= 0:
+            _notify_closing(raw)
+            raw.close()
+        runtime.raw_sockets.discard(raw)
+
+    def _forget_raw(self) -> None:
+        """The C side has given the descriptor away."""
+        runtime.handles.pop(self.number, None)
+        if self.raw is not None:
+            runtime.raw_sockets.discard(self.raw)
+        self.raw = None
+
+    # --- errors ----------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise self._own(ClosedResourceError())
+        self.hub.check()
+
+    def _own(self, exc: _E) -> _E:
+        """Marks an exception as this connection's, so that a server can tell a peer that has gone
+        from a handler that has lost something else.
+        """
+        return about(exc, self.number)
+
+    @property
+    def origin(self) -> int:
+        """See ``Source``."""
+        return self.number
+
+    def _read_error(self, code: int) -> Exception:
+        if self.closed or code == -EBADF:
+            return self._own(ClosedResourceError())
+        if code == EEOF:
+            buffered = conn_buffered(self.handle, self.reader._start)
+            return self._own(IncompleteRead() if buffered > 0 else EndOfStream())
+        if code == ELATE:
+            return self._own(ReadTimeout(f"not received within {self.read_timeout} s"))
+        return self._fail(code)
+
+    def _write_error(self, code: int) -> Exception:
+        if self.closed:
+            return self._own(ClosedResourceError())
+        if code == ELATE:
+            return self._own(WriteTimeout(f"not sent within {self.write_timeout} s"))
+        if _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
+            return self._own(ClosedResourceError())  # after send_eof(), as Trio has it
+        return self._fail(code)
+
+    def _fail(self, code: int) -> Exception:
+        """The connection has broken: no write is taken from now on."""
+        self.failure = self.failure or code
+        self.writer._shut = True
+        if code == EIDLE:
+            return self._own(IdleTimeout("the connection was idle for too long"))
+        return self._own(stream_error(code))
+
+    def why_unwritable(self) -> Exception:
+        """What a write raises once ``writer._shut`` is set."""
+        return self._write_error(self.failure or -EPIPE)
+
+    def status(self) -> int:
+        """The ``IS_*`` bits of now; a connection that turns out to be broken is so for writes."""
+        if self.closed:
+            return _epoll.IS_CLOSED
+        status = _epoll.conn_status(self.handle)
+        if status & _epoll.IS_BROKEN and not self.failure:
+            failed = _epoll.poller_ended(self.poller)
+            if failed:
+                self._fail(POLLER_ENDED - failed)
+            else:
+                self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
+        return status
+
+
+def _notify_closing(sock: socket.socket) -> None:
+    """Tells tasks that wait for the raw socket through the event loop's own means."""
+    try:
+        anyio.notify_closing(sock)
+    except Exception:  # noqa: BLE001 -- no event loop here, or another one: nobody to tell
+        return

@@ -1,0 +1,286 @@
+"""The output of a connection: flushing, sending, and what happens when that is given up.
+
+What the writer has pending goes to C in one call: with the wait, when a reader has to wait (C sends
+it, or has the poller send a copy), or by itself. What the kernel does not take at once stays in C's
+queue by reference, and ``hub.outputs`` keeps the objects until C says that it is done with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import BusyResourceError, ClosedResourceError
+
+from .. import _epoll
+from .._buffers.errors import IdleTimeout, ReadTimeout, WriteTimeout
+from .._epoll import EQUEUED, BlockMemory, conn_queued, conn_write
+from .endpoint import AGAIN, SHUT, Endpoint, deadline_after
+
+if TYPE_CHECKING:
+    from .._buffers.chain import Piece
+
+VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
+
+
+def is_constant(piece: Piece) -> bool:
+    """Whether nobody can change its bytes; those of a view of somebody else's memory may. A block
+    is only ever shown read-only, unlike what others make of the same type.
+    """
+    if type(piece) is bytes:
+        return True
+    view = memoryview(piece)
+    return view.readonly and type(view.obj) in (bytes, BlockMemory)
+
+
+class Output(Endpoint):
+    """See the module."""
+
+    __slots__ = ()
+
+    def _keep(self, pieces: list[Piece], left: int) -> None:
+        """Keeps alive what C has queued, ``left`` bytes, until it says that it is done."""
+        outputs = self.hub.outputs
+        kept = outputs.get(self.number)
+        if kept is None:
+            outputs[self.number] = pieces
+            self._abandoned = 0
+            return
+        kept.extend(pieces)
+        # A queue that is never quite empty must not keep what was sent long ago.
+        surplus = sum(map(len, kept)) - left
+        while kept and surplus >= len(kept[0]):
+            surplus -= len(kept.pop(0))
+
+    def _own_queued(self) -> int:
+        """What C has queued, without the rest of a send that was given up: that goes out by itself,
+        and nobody waits for it. As soon as all of it is sent it counts no more.
+        """
+        given_up = self._abandoned if self.number in self.hub.outputs else 0
+        return max(conn_queued(self.handle) - given_up, 0)
+
+    def queued(self) -> int:
+        """Bytes that C has and the kernel has not; 0 once the connection is closed."""
+        return 0 if self.closed else max(conn_queued(self.handle), 0)
+
+    def stand_high(self) -> None:
+        """The writer has reached high water: the next reader call lets it drain first."""
+        self.reader._end = SHUT
+
+    def _send_all(self) -> bytes:
+        """What the writer has pending is too much to be joined and go along with a read call: it is
+        sent by itself, and nothing goes along.
+        """
+        self._send(self.writer._take())
+        return b""
+
+    def _after_output(self, result: int, output: bytes) -> None:
+        """``output`` went along with a read call; C sends it only when it has to wait."""
+        if result == EQUEUED:
+            self._keep([output], self.queued())
+        elif result != AGAIN:
+            self.writer._put_back([output])
+
+    def _send(self, pieces: list[Piece]) -> int:
+        """Sends; the bytes queued, or a negative code."""
+        if len(pieces) == 1 and type(pieces[0]) is bytes:
+            left = conn_write(self.handle, pieces[0], len(pieces[0]))
+        else:
+            left = _epoll.conn_send(self.handle, pieces)
+        if left > 0:
+            self._keep(pieces, left)
+        return left
+
+    def _enter_writing(self) -> None:
+        if self._writing:
+            raise BusyResourceError("writing to")
+        self._check_usable()
+        self._writing = True
+
+    async def flush(self) -> None:
+        """Returns when the kernel has all that was written.
+
+        :raises WriteTimeout: after ``write_timeout``; what is left is still pending
+        """
+        self._enter_writing()
+        try:
+            await self.flush_claimed()
+        finally:
+            self._writing = False
+
+    def claim(self) -> None:
+        """Nobody else may send from now on."""
+        self._enter_writing()
+
+    async def flush_claimed(self) -> None:
+        """``flush()``, for whoever is the one that sends."""
+        self.writer._seal()
+        await self._flush()
+
+    def release(self) -> None:
+        """Ends the claim; what the writer still has is sent, or queued, without any waiting."""
+        self._writing = False
+        if self.writer._size and not self.writer._shut:
+            self._send(self.writer._take())
+
+    def why_broken(self) -> Exception | None:
+        """What a write would raise; asks nobody but C."""
+        if self.writer._shut or self.status() & (_epoll.IS_BROKEN | _epoll.IS_CLOSED):
+            return self.why_unwritable()
+        return None
+
+    async def _flush(self) -> None:
+        deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+        if self.failure:
+            raise self._write_error(self.failure)
+        # without anything of its own it waits for what is queued, and learns of a failure of that
+        left = self._send(self.writer._take()) if self.writer._size else 1
+        if left < 0:
+            raise self._write_error(left)
+        try:
+            if left and await self._drain(deadline):
+                return
+        except BaseException:
+            self._secure()
+            raise
+        self.reader._budget -= 1
+        if self.reader._budget < 0:
+            await self.hub.checkpoint()
+            self.reader._budget = self.budget
+
+    async def _drain(self, deadline: int, *, until_writable: bool = False) -> bool:
+        """Waits until C's queue is empty. Returns whether the task was suspended."""
+        suspended = False
+        while True:
+            result = _epoll.conn_drain(self.handle, until_writable, deadline)
+            if result == 0:
+                self._abandoned = 0
+                return suspended
+            if result != AGAIN:
+                raise self._write_error(result)
+            try:
+                await self.hub.wait_write(self.number)
+            except BaseException:
+                if self.number not in self.hub.writers:
+                    _epoll.conn_disarm_write(self.handle)
+                raise
+            suspended = True
+            self.reader._budget = self.budget
+            if self.closed:
+                raise self._own(ClosedResourceError())
+
+    async def send(self, item: Piece) -> None:
+        """Sends what the writer has pending, then ``item``; returns when the kernel has it all.
+
+        Always a checkpoint, taken first. If it is cancelled or times out before a byte of ``item``
+        was sent, none ever will be; else the rest is copied and goes out before anything later.
+        """
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            if self.closed:
+                raise self._own(ClosedResourceError())
+            if self.writer._shut:  # also if there is nothing to be sent
+                raise self.why_unwritable()
+            deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+            if self.number in self.hub.outputs:
+                await self._drain(deadline)
+            self.writer._seal()
+            pieces = self.writer._take()
+            if len(item):
+                pieces.append(item)
+            left = self._send(pieces) if pieces else 0
+            if left < 0:
+                raise self._write_error(left)
+            if left:
+                if len(item):  # to be told from the same bytes, if they are queued twice
+                    self.hub.outputs[self.number][-1] = item = memoryview(item)
+                try:
+                    await self._drain(deadline)
+                except BaseException:
+                    self._withdraw(item)
+                    raise
+        finally:
+            self._writing = False
+
+    def _withdraw(self, item: Piece) -> None:
+        """``item`` is not waited for any more: takes it out of the queue if nothing of it was
+        sent, else copies its rest.
+        """
+        self._abandoned = self._requeue(item)
+
+    def _secure(self) -> None:
+        """A flush is not waited for any more: copies what the caller may change from now on."""
+        if not all(map(is_constant, self.hub.outputs.get(self.number, ()))):
+            self._requeue(None)
+
+    def _requeue(self, item: Piece | None) -> int:
+        """Queues anew what was not sent, without ``item`` if nothing of that was sent, and with
+        copies of what might be changed; returns how many bytes that are.
+        """
+        left = _epoll.conn_hold(self.handle) if not self.closed else 0
+        if left <= 0:
+            return self._abandoned
+        rest: list[Piece] = []
+        for piece in reversed(self.hub.outputs[self.number]):
+            size = min(len(piece), left)
+            left -= size
+            if size and (piece is not item or size < len(piece)):
+                part = memoryview(piece)[len(piece) - size :]
+                rest.append(part if is_constant(piece) else bytes(part))
+            if left == 0:
+                break
+        rest.reverse()
+        if rest:
+            self.hub.outputs[self.number] = rest
+        _epoll.conn_requeue(self.handle, rest)
+        if not rest:
+            self.hub.outputs.pop(self.number, None)
+        return sum(map(len, rest))
+
+    async def _bound_output(self, deadline: int) -> bool:
+        """Keeps the output of a peer that does not read from growing: above high water it must
+        drain before a reader call goes on. Not what another task is sending, or duplex protocols
+        would deadlock. Returns whether the task was suspended.
+        """
+        # without what was given up: two ends that both waited for theirs would wait for each other
+        own = self._own_queued()
+        if self._writing or own + self.writer._size < self.limits.write_high_water:
+            return False
+        left = self._send(self.writer._take()) if self.writer._size else own
+        self.reader._end = SHUT
+        if left <= 0:
+            return False  # sent, or broken: the reader may go on, the writer will be told
+        try:
+            await self._drain(deadline)
+        except WriteTimeout:
+            raise self._own(ReadTimeout("pending output did not drain in time")) from None
+        except (anyio.BrokenResourceError, IdleTimeout):
+            pass
+        return True
+
+    async def wait_writable(self) -> None:
+        """Until a send would probably not block."""
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            await self._drain(0, until_writable=True)
+        finally:
+            self._writing = False
+
+    async def send_eof(self) -> None:
+        """Flushes, then ends this side. Idempotent."""
+        self._enter_writing()
+        try:
+            await self.hub.checkpoint()
+            if self.closed:
+                raise self._own(ClosedResourceError())
+            self.writer._seal()
+            if not _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
+                await self._flush()
+                result = _epoll.conn_shutdown(self.handle)
+                if result < 0:
+                    raise self._write_error(result)
+                self.writer._shut = True
+        finally:
+            self._writing = False

@@ -1,0 +1,331 @@
+"""Request mode: a connection has no task until input arrives.
+
+A connection is in one of three states. *Idle*: the C side waits for input, the hub holds the
+connection, and nobody else may read. *Ready*: something has come, and the connection stands in the
+queue of its owner's workers. *Busy*: a worker runs the call, which may read and write as any task.
+
+Each step begins by asking the C side anew: is a call due, or does it wait, or has the input ended?
+A call is due if anything is unread; but if the last one has consumed nothing, only when more has
+come than was there when it began. So a call that takes nothing is not called in a circle, and what
+comes while it runs is not missed.
+
+Who owns the connection (its server, its handler, or nobody but the event loop) says in which tasks
+calls run, and what happens when there will be no more of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anyio import ClosedResourceError, EndOfStream
+
+from .. import _epoll
+from .._buffers.chain import EMPTY
+from .._epoll import EQUEUED, NEW_BLOCK
+from .._loop.callbacks import cancellation_suppressed
+from .._loop.workers import Workers
+from .endpoint import AGAIN, SHUT
+from .ends import GRACEFUL, normal_end
+from .output import VECTORED
+
+if TYPE_CHECKING:
+    from .._loop.hub import Hub
+    from .core import Core
+
+logger = logging.getLogger("anypoll.connection")
+
+Function = Callable[[Any], Awaitable[Any]]
+
+_ARMED = frozenset({AGAIN, EQUEUED})
+
+
+class Owner(Protocol):
+    """Who answers for a connection in request mode."""
+
+    workers: Workers
+
+    @property
+    def context(self) -> Context | None:
+        """Calls run in copies of it; None: of that in which ``set_on_request()`` was called."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether no call begins any more, and those that run are the last of their connections."""
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """Calls ``function(conn)``."""
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """There will be no more calls: one has raised, or was cancelled, or the input has ended,
+        or the connection was closed.
+        """
+
+
+class Requests:
+    """Request mode of one connection; see the module."""
+
+    __slots__ = (
+        "_before",
+        "_conn",
+        "_core",
+        "_due",
+        "_fresh",
+        "_function",
+        "_over",
+        "_owner",
+        "carries",
+        "context",
+        "taskless",
+    )
+
+    def __init__(self, conn: Any, core: Core, function: Function, owner: Owner) -> None:
+        self._conn = conn
+        self._core = core
+        self._function = function
+        self._owner = owner
+        self.context = owner.context or copy_context()
+        self._before: Function | None = None
+        self._fresh = True  # what is unread is new to the function
+        self._due = False  # a call has begun, as far as the C side knows
+        self._over = False
+        self.carries = False
+        """what earlier calls have written is still pending"""
+        self.taskless = False
+        """it has begun, and no step is being taken"""
+
+    # --- plain functions of the event loop's thread ----------------------------------------------
+
+    def start(self, before: Function | None = None) -> None:
+        """Begins; with ``before``, a worker calls that first."""
+        self.taskless = True
+        self._before = before
+        if before is None:
+            try:
+                self._due = self._look()
+            except Exception:  # noqa: BLE001, S110 -- it will be found again, in a task
+                pass
+            else:
+                if not self._due:
+                    return
+        self._owner.workers.submit(self)
+
+    def replace(self, function: Function) -> None:
+        """From now on this one is called, also for what an earlier one has left unread."""
+        if self.idle or function != self._function:  # else a call that names itself is a circle
+            self._fresh = True
+        self._function = function
+        if self._leave_idle():
+            _epoll.conn_disarm_read(self._core.handle)
+            self.start()
+
+    def on_input(self) -> None:
+        """Called by the hub: the wait is over."""
+        self._core._reading = False
+        self._owner.workers.submit(self)
+
+    def on_draining(self) -> None:
+        """The server is ending: a connection that waits with nothing unread ends now."""
+        if self.idle and not self._core.buffered():
+            self.on_close()
+
+    def on_close(self) -> None:
+        """The owner learns that the connection was closed; behind the call that runs, if any. Any
+        thread, as the close.
+        """
+        if not self._leave_idle():
+            return
+        hub = self._core.hub
+        if hub.is_here():
+            self._owner.workers.submit(self)
+        elif not hub.spawn(self._submit):
+            self.abandon()
+
+    async def _submit(self) -> None:
+        self._owner.workers.submit(self)
+
+    def stop(self) -> None:
+        """No call begins any more, and nobody is told so."""
+        self._over = True
+        self._leave_idle()
+        self._core.requests = None  # a cycle less
+
+    def abandon(self) -> None:
+        """There are no tasks any more in which a call could run."""
+        self.stop()
+        self._core.close()
+        self._core.release_callbacks()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for input, and no call runs or is due."""
+        return self._core.number in self._core.hub.requests
+
+    def _leave_idle(self) -> bool:
+        core = self._core
+        if core.hub.requests.pop(core.number, None) is None:
+            return False
+        core._reading = False
+        return True
+
+    def on_suspend(self) -> None:
+        """The call waits for something: what was answered before must not wait with it."""
+        core = self._core
+        if self.carries and not core.closed and not core._writing and core.writer._size:
+            core._send(core.writer._take())
+
+    # --- one step --------------------------------------------------------------------------------
+
+    async def step(self) -> None:
+        """What is to be done now: a call, if one is due, or the end."""
+        if self._over:
+            return
+        self.taskless = False
+        try:
+            exc = await self._outcome()
+        except BaseException as e:
+            self.stop()
+            with cancellation_suppressed():  # it does not take the place of this end
+                await self._owner.conclude(self._conn, e)
+            raise
+        if exc is None and not self._owner.cut:
+            self.taskless = True
+        else:  # also behind a call that was to be cancelled, and has not let that happen
+            self.stop()
+            await self._owner.conclude(self._conn, exc)
+
+    async def _outcome(self) -> Exception | None:
+        """What :meth:`_call_if_due` raises. It is kept in no frame that its traceback leads to, or
+        each end would be a garbage cycle with the connection in it.
+        """
+        try:
+            await self._call_if_due()
+        except Exception as exc:  # noqa: BLE001 -- the owner decides
+            self.on_suspend()
+            return exc
+        return None
+
+    async def _call_if_due(self) -> None:
+        """:raises Exception: if no call will ever be due, or the call has raised it"""
+        if self._before is not None:
+            before, self._before = self._before, None
+            await before(self._conn)
+        if self._owner.cut:
+            return
+        if self._core.closed:
+            self._due = False
+        if not self._due and (self._over or not self._look()):
+            return
+        self._due = self._fresh = False
+        await self._owner.call(self._conn, self._function)
+        self.carries = False
+        if not self._over and not self._is_cut() and self._look():
+            self._due = True
+            self._owner.workers.submit(self)  # behind those that are ready already
+
+    def _is_cut(self) -> bool:
+        return self._owner.cut
+
+    def _look(self) -> bool:
+        """Whether a call is due. If not, what is pending is sent, and the connection is idle now;
+        if so, what is pending goes together with the next answer, or when that call suspends.
+
+        :raises EndOfStream: if none will ever be due, because the peer has ended its side, or the
+            server is ending and nothing is unread
+        :raises ClosedResourceError, BrokenResourceError, IdleTimeout: likewise
+        :raises MessageTooLarge: if the last call has left more than ``read_limit`` where it was
+        """
+        core = self._core
+        if core.closed:
+            if core._flushing:  # by another task's aclose(), which tells when all has been sent
+                core.hub.requests[core.number] = self
+                return False
+            raise core._own(ClosedResourceError())
+        if core._reading:
+            raise RuntimeError("A request call has ended while another task reads its connection")
+        result = self._ask()
+        if result in _ARMED:
+            self._become_idle()
+            return False
+        if result < 0:
+            raise core._ended(result)
+        self._open_window(result)
+        self.carries = core.writer._size > 0
+        return True
+
+    def _ask(self) -> int:
+        """See ``ap_conn_request``."""
+        core, writer = self._core, self._core.writer
+        output = writer._take_joined() if writer._size < VECTORED else core._send_all()
+        start = core.reader._start
+        result = _epoll.conn_request(core.handle, start, self._fresh, output, len(output))
+        if output and result != AGAIN:
+            core._after_output(result, output)
+        return result
+
+    def _become_idle(self) -> None:
+        core, reader = self._core, self._core.reader
+        reader._view = EMPTY
+        reader._start, reader._end = 0, SHUT
+        if core.draining and not core.buffered():
+            _epoll.conn_disarm_read(core.handle)
+            raise core._own(EndOfStream())
+        core._reading = True
+        core.hub.requests[core.number] = self
+
+    def _open_window(self, result: int) -> None:
+        core, reader = self._core, self._core.reader
+        reader._budget = core.budget
+        if result == 0:  # what is unread was seen before, and may lie in several blocks
+            reader._end = SHUT
+            if (unread := core.buffered()) > core.limits.read_limit:
+                core.check_request(unread)
+            return
+        if core.number in core.hub.outputs:  # the first reader call sees to it that it drains
+            reader._end = SHUT
+            return
+        if result & NEW_BLOCK:
+            core._show()
+        reader._end = result & (NEW_BLOCK - 1)
+
+
+class Unserved:
+    """The owner of connections that no server has, those that were dialled for example: calls run
+    in tasks of the event loop, in the background.
+    """
+
+    context = None
+    cut = False
+
+    def __init__(self, hub: Hub) -> None:
+        self.workers = Workers(hub, partial(hub.spawn, stoppable=True))
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """See :class:`Owner`."""
+        return function(conn)
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """Drains what was answered, if all went well, and closes."""
+        core = conn._core
+        try:
+            reason = normal_end(exc, core.number) if isinstance(exc, Exception) else "cancelled"
+            if reason is None:
+                name = f"anypoll connection {core.number & 0xFFFFFFFF}"  # records may be kept
+                logger.error("The request function of %s has failed", name, exc_info=exc)
+            elif reason in GRACEFUL:
+                timeout = core.write_timeout
+                await core.finish(
+                    core.limits.close_callback_timeout if timeout is None else timeout
+                )
+        finally:
+            await core.end()
+
+
+def unserved(hub: Hub) -> Unserved:
+    """The one of that hub."""
+    if hub.unserved is None:
+        hub.unserved = Unserved(hub)
+    return hub.unserved  # type: ignore[no-any-return]

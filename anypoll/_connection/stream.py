@@ -1,0 +1,398 @@
+"""AnyIO's stream classes over the pollers: the public surface of a connection.
+
+A :class:`Connection` is an :class:`anyio.abc.SocketStream`, and any code written for one can use
+it. Beside that it has a nocopy ``reader`` and ``writer`` over the same buffers: ``receive()`` takes
+from what the reader has, and ``send()`` first sends what the writer has pending.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from anyio import BusyResourceError
+
+from .._buffers.arguments import flat_view
+from .._buffers.limits import Limits, positive, seconds
+from .._buffers.reader import Reader
+from .._buffers.writer import Writer
+from .._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
+from .._loop.callbacks import Callback, Callbacks
+from .._network import sockets as _sockets
+from .core import Core
+from .requests import Function, Requests, unserved
+from .sockets import SocketSurface
+from .unix import DescriptorStream, MessageCore, UNIXCore
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from typing_extensions import Buffer
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+_DEFAULT = Limits()
+
+
+class Connection(SocketSurface):
+    """A connected stream socket in the hands of a poller.
+
+    It comes from a server, a listener, :func:`anypoll.connect_tcp` and their like, or from
+    :meth:`from_socket`. It belongs to the event loop in which it was made: other loops get
+    ``RuntimeError``. One task may read and another write at the same time; two that read, or two
+    that write, are told so by ``BusyResourceError``.
+    """
+
+    __slots__ = ("_reader", "_server", "_writer", "state")
+
+    state: Any
+    """any object of the user's, ``None`` at first"""
+
+    def __init__(self, core: Core) -> None:
+        if not isinstance(core, Core):
+            raise TypeError(
+                f"a connection is made by from_socket() and its like, not of {type(core).__name__}"
+            )
+        self._core = core
+        self._reader = core.reader = Reader(core)
+        self._writer = core.writer = Writer(core)
+        self._server: Any = None
+        self.state = None
+
+    @classmethod
+    async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
+        """Takes a connected stream socket, TCP or UNIX, and owns it from then on.
+
+        :raises TypeError: if it is neither a socket nor a descriptor
+        :raises ValueError: if it is not a connected stream socket of a family that is supported
+        """
+        families = (socket.AF_UNIX,) if issubclass(cls, UNIXConnection) else _FAMILIES
+        sock = _sockets.validated(sock_or_fd, families=families, listening=False)
+        connection: Any = open_socket(sock)
+        return connection  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        state = "closed" if self._core.closed else f"fd={self.fileno()}"
+        return f"<anypoll.{type(self).__name__} {state}>"
+
+    # --- the nocopy side -------------------------------------------------------------------------
+
+    @property
+    def reader(self) -> Reader:
+        """The nocopy input."""
+        return self._reader
+
+    @property
+    def writer(self) -> Writer:
+        """The nocopy output."""
+        return self._writer
+
+    # Plain functions that return the reader's coroutine: an `async def` would add one.
+
+    def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
+        """``n`` contiguous bytes, which stay unread: :meth:`anypoll.nocopy.Reader.peek`."""
+        return self._reader.peek(n)
+
+    def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
+        """``n`` contiguous bytes, consumed: :meth:`anypoll.nocopy.Reader.next`."""
+        return self._reader.next(n)
+
+    def skip(self, n: SupportsIndex, /) -> Coroutine[Any, Any, None]:
+        """Consumes ``n`` bytes: :meth:`anypoll.nocopy.Reader.skip`."""
+        return self._reader.skip(n)
+
+    def until(
+        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
+    ) -> Coroutine[Any, Any, memoryview]:
+        """The bytes through the delimiter, consumed: :meth:`anypoll.nocopy.Reader.until`."""
+        return self._reader.until(delimiter, max_bytes=max_bytes)
+
+    # --- AnyIO's stream --------------------------------------------------------------------------
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """At least one and at most ``max_bytes`` bytes, as soon as there are any. A checkpoint.
+
+        :raises EndOfStream: when the peer has ended its side
+        :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
+        :raises BrokenResourceError: after a reset, with the ``OSError`` as its cause
+        :raises ClosedResourceError: if the connection was or is closed
+        :raises BusyResourceError: while another task is reading
+        :raises ValueError, TypeError: for ``max_bytes`` below 1, or no integer
+        """
+        if type(max_bytes) is not int or max_bytes < 1:
+            max_bytes = positive(max_bytes, "max_bytes")
+        return await self._core.receive(max_bytes)
+
+    async def send(self, item: Buffer) -> None:
+        """Sends what the writer has pending, then ``item``. A checkpoint.
+
+        Returns when the kernel has everything; ``item`` may be changed then. If the call is
+        cancelled or times out before a byte of ``item`` was sent, none will be; if a part was sent,
+        the rest still goes out, before anything that is sent later.
+
+        :param item: bytes, or anything bytes-like
+        :raises WriteTimeout: after ``write_timeout`` seconds
+        :raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause
+        :raises ClosedResourceError: if the connection was or is closed, or after ``send_eof()``
+        :raises BusyResourceError: while another task is sending
+        :raises TypeError: if ``item`` is not bytes-like
+        :raises ValueError: if its bytes do not lie side by side
+        """
+        if type(item) is not bytes:
+            item = flat_view(item, "item")
+        await self._core.send(item)
+
+    async def send_eof(self) -> None:
+        """Flushes, and ends this side; what the peer sends can still be read. Idempotent."""
+        await self._core.send_eof()
+
+    async def aclose(self) -> None:
+        """Closes the connection. A checkpoint.
+
+        Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
+        the writer has pending is drained first, for at most ``write_timeout``, unless the scope is
+        cancelled. The descriptor is closed on every way out. Then the close callbacks run, unless
+        the connection has a handler, whose server runs them; a cancellation is seen after them.
+        """
+        await self._core.aclose()
+
+    # --- timeouts --------------------------------------------------------------------------------
+
+    @property
+    def read_timeout(self) -> float | None:
+        """Seconds that one read call may take as a whole; ``None`` for ever.
+
+        It works as a cancel scope around the call would: scopes further out go on working, nothing
+        is lost, and the connection stays usable after the ``ReadTimeout``. It is real time: Trio's
+        ``MockClock`` does not move it.
+        """
+        return self._core.read_timeout
+
+    @read_timeout.setter
+    def read_timeout(self, value: float | None) -> None:
+        self._core.read_timeout = seconds(value, "read_timeout")
+
+    @property
+    def write_timeout(self) -> float | None:
+        """Seconds that one ``send()`` or ``flush()`` may take; ``None`` for ever.
+
+        After a ``WriteTimeout`` the bytes that were not sent are still pending and go out first;
+        ``abort()`` is the way to give up.
+        """
+        return self._core.write_timeout
+
+    @write_timeout.setter
+    def write_timeout(self, value: float | None) -> None:
+        self._core.write_timeout = seconds(value, "write_timeout")
+
+    @property
+    def idle_timeout(self) -> float | None:
+        """Seconds without a byte in or out after which the connection is ended, whatever the
+        handler does; ``None`` for never. Setting it starts the clock anew.
+
+        The socket is shut down then, pending output is dropped, ``is_active`` is False, and the
+        close callbacks run. What is buffered can still be read; after that reads and writes raise
+        :class:`IdleTimeout`. A write that the peer does not take is no traffic.
+        """
+        return self._core.idle_timeout
+
+    @idle_timeout.setter
+    def idle_timeout(self, value: float | None) -> None:
+        self._core.set_idle_timeout(seconds(value, "idle_timeout"))
+
+    # --- state -----------------------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """False as soon as the connection is known to be dead or closed; asks nobody for it. A peer
+        that has only ended its own side does not make it False. Any thread.
+        """
+        return not self._core.closed and not self._core.status() & IS_BROKEN
+
+    @property
+    def at_eof(self) -> bool:
+        """Whether the peer has ended its side and everything was read."""
+        core = self._core
+        return not core.closed and bool(core.status() & IS_EOF) and not len(self._reader)
+
+    @property
+    def server(self) -> Any:
+        """The :class:`anypoll.Server` the connection was accepted by, or ``None``."""
+        return self._server
+
+    def statistics(self) -> ConnectionStatistics:
+        """Counts of bytes and system calls; works after the close too. Any thread."""
+        return self._core.statistics()
+
+    # --- doing -----------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent.
+        Any thread; from another one than that of the event loop: as soon as that comes to it.
+        """
+        self._core.abort()
+
+    def add_close_callback(self, callback: Callback) -> None:
+        """Has ``callback`` called once, when the connection has ended. A plain function.
+
+        The last one that was added is called first. In a server they run when the handler has
+        ended and the connection is closed; elsewhere in :meth:`aclose`, which waits for them.
+        After :meth:`abort`, :meth:`detach`, an idle end, a connection that was forgotten, or if the
+        connection is closed already, plain ones are called at once, and async ones in a task in the
+        background. All are shielded from cancellation. Each may take the ``shutdown_timeout`` of
+        its server, elsewhere 10 seconds; then it is cancelled. That, and what a callback raises, is
+        logged (logger ``anypoll.connection``) and does not stop the others.
+
+        :param callback: a plain or async callable of no argument, or else of one: the connection
+        :raises TypeError: for anything else
+        :raises RuntimeError: outside of the connection's event loop
+        """
+        core = self._core
+        core._check_loop()
+        if core.callbacks is None:
+            core.callbacks = Callbacks(self, core.hub, core.limits.close_callback_timeout)
+        core.callbacks.add(callback, late=core.over)
+
+    def set_on_request(self, function: Function) -> None:
+        """Puts the connection into request mode, or replaces the function there. A plain function.
+
+        From now on ``function(connection)`` is called, in a task, when input is there and no call
+        runs, also for input that is there already. It must consume input, or wait for more through
+        the reader; if it returns having consumed nothing, it is called again only when more has
+        come. No task exists between the calls, and nobody else may read then. What was written is
+        flushed when it returns.
+
+        The connection is closed when a call has raised; when the peer has ended its side and
+        nothing is unread, or a call has consumed nothing of what is (pending output is sent before,
+        for at most ``write_timeout``, or else 10 seconds); and when it is broken. In a server with
+        a handler it is the handler's end that closes it. An exception is logged (logger
+        ``anypoll.connection``, in a server ``anypoll.server``) unless a peer can cause it.
+
+        :param function: a coroutine function of one argument, the connection
+        :raises TypeError: if it is not callable
+        :raises ClosedResourceError: if the connection was closed
+        :raises BusyResourceError: while another task is reading
+        :raises RuntimeError: outside of the connection's event loop
+        """
+        core = self._core
+        if not callable(function):
+            raise TypeError(f"function must be a coroutine function, not {function!r}")
+        core._check_usable()
+        core._check_loop()
+        if core.requests is not None:
+            core.requests.replace(function)
+            return
+        if core._reading:
+            raise BusyResourceError("reading from")
+        server = self._server
+        owner = unserved(core.hub) if server is None else server._owner_of_requests()
+        core.requests = Requests(self, core, function, owner)
+        core.requests.start()
+
+    async def wait_writable(self) -> None:
+        """Until a ``send()`` would probably not have to wait. A checkpoint.
+
+        :raises BusyResourceError: while another task is sending
+        """
+        await self._core.wait_writable()
+
+    def detach(self) -> tuple[socket.socket, bytes]:
+        """Takes the socket out of the pollers, open, with the bytes that were read ahead.
+
+        The connection counts as closed afterwards, and its close callbacks run.
+
+        :raises BusyResourceError: with pending output or a waiting task
+        """
+        return self._core.detach()
+
+
+class UNIXConnection(Connection, DescriptorStream):
+    """A :class:`Connection` over a UNIX socket, which can also carry file descriptors.
+
+    Over a ``SOCK_SEQPACKET`` socket it has messages and no stream: ``send()`` sends one, and
+    ``receive()`` returns one, cut off behind ``max_bytes``. ``reader`` and ``writer`` raise
+    ``ValueError`` there.
+    """
+
+    __slots__ = ()
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
+    """A connection that is not watched yet; owns ``fd`` from the call on.
+
+    :raises OSError: if there are no resources for it
+    """
+    if kind == TCP:
+        return Connection(Core(fd, kind, limits, peer=peer))
+    if kind == UNIX:
+        return UNIXConnection(UNIXCore(fd, kind, limits, peer=peer))
+    connection = UNIXConnection(MessageCore(fd, kind, limits, peer=peer))
+    connection._writer._shut = True
+    return connection
+
+
+def kind_of(sock: socket.socket) -> int:
+    """The kind of a socket, as the core names it."""
+    if sock.family != socket.AF_UNIX:
+        return TCP
+    return SEQPACKET if sock.type == socket.SOCK_SEQPACKET else UNIX
+
+
+def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
+    """A connection over a connected, non-blocking socket, which it keeps as its raw socket.
+
+    :raises OSError: if there are no resources for it; the socket is closed then
+    """
+    connection = _over(sock, limits)
+    connection._core.adopt_raw(sock)
+    connection._core.register()
+    return connection
+
+
+def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
+    """As :func:`open_socket`, without keeping the socket object: it costs memory, and is made anew
+    when somebody asks for it.
+    """
+    connection = _over(sock, limits)
+    sock.detach()
+    connection._core.register()
+    return connection
+
+
+def _over(sock: socket.socket, limits: Limits) -> Connection:
+    kind = kind_of(sock)
+    if kind == TCP:
+        try:
+            _sockets.set_nodelay(sock, True)
+        except BaseException:
+            sock.close()
+            raise
+    try:
+        return new_connection(sock.fileno(), kind, limits)
+    except BaseException:
+        sock.detach()  # the descriptor was closed
+        raise
+
+
+def socketpair() -> tuple[Connection, Connection]:
+    """Two connections that are connected to each other. A plain function.
+
+    :raises OSError: if there are no resources for them
+    :raises RuntimeError: outside of an event loop
+    """
+    a, b = socket.socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    try:
+        first = open_fd(a)
+    except BaseException:
+        b.close()
+        raise
+    try:
+        return first, open_fd(b)
+    except BaseException:
+        first._core.close()
+        raise

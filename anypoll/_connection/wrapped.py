@@ -1,0 +1,315 @@
+"""A reader and a writer over any AnyIO byte stream.
+
+The reader's window lies in the first view of a chain of what the stream has given, which is filled
+until a request can be met. ``_shown`` is where the reader stood when the window was opened: what
+lies between that and ``reader._start`` it has consumed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import anyio.lowlevel
+from anyio import (
+    BusyResourceError,
+    ClosedResourceError,
+    DelimiterNotFound,
+    EndOfStream,
+    IncompleteRead,
+    WouldBlock,
+)
+from anyio.abc import ByteReceiveStream, ByteSendStream
+
+from .._buffers.arguments import as_bytes
+from .._buffers.chain import EMPTY, Chain, Piece
+from .._buffers.errors import MessageTooLarge, about
+from .._buffers.limits import Limits, shown
+from .._buffers.reader import Reader
+from .._buffers.writer import Writer
+from .._epoll import SCATTER
+from .._loop import runtime
+from .attributes import ORIGIN_KEY
+from .endpoint import SHUT, Endpoint
+
+_JOINED = 16 * 1024  # output up to here goes to the stream in one piece
+_UNKNOWN = -1  # the stream has not been asked yet
+
+
+def origin_of(stream: object) -> int | None:
+    """The number of the connection that lies below ``stream``, if one does."""
+    core = getattr(stream, "_core", None)
+    if isinstance(core, Endpoint):
+        return core.number
+    with suppress(Exception):  # a stream that is closed may have no attributes any more
+        return stream.extra(ORIGIN_KEY, None)  # type: ignore[attr-defined, no-any-return]
+    return None
+
+
+def wrap_reader(stream: ByteReceiveStream) -> Reader:
+    """A nocopy reader over ``stream``, which must have no other reader from now on: what it gives
+    is read ahead, up to 64 KiB more than was asked for.
+
+    Exceptions of the stream come through as they are, and nothing that has arrived is lost. A
+    request above 64 MiB is a ``MessageTooLarge``. There are no timeouts but those around the call.
+
+    :raises TypeError: if it is not a ``ByteReceiveStream``
+    """
+    if not isinstance(stream, ByteReceiveStream):
+        raise TypeError(f"a ByteReceiveStream is required, not {type(stream).__name__}")
+    return StreamSource(stream).reader
+
+
+def wrap_writer(stream: ByteSendStream) -> Writer:
+    """A nocopy writer over ``stream``. ``flush()`` returns when the stream has taken everything.
+
+    If a ``flush()`` fails or is cancelled, the pieces that the stream has not been given are still
+    pending. Nothing is flushed by itself.
+
+    :raises TypeError: if it is not a ``ByteSendStream``
+    """
+    if not isinstance(stream, ByteSendStream):
+        raise TypeError(f"a ByteSendStream is required, not {type(stream).__name__}")
+    return StreamSink(stream).writer
+
+
+class StreamSource:
+    """Gets more bytes from a stream; see the module and ``Source``."""
+
+    __slots__ = (
+        "_chain",
+        "_ended",
+        "_origin",
+        "_reading",
+        "_shown",
+        "_stream",
+        "budget",
+        "closed",
+        "limits",
+        "reader",
+    )
+
+    def __init__(self, stream: ByteReceiveStream) -> None:
+        self._stream = stream
+        self._chain = Chain()
+        self._shown = 0
+        self._reading = self._ended = False
+        self._origin: int | None = _UNKNOWN
+        self.closed = False  # only the stream knows
+        self.limits = Limits()
+        self.budget = runtime.settings().checkpoint_budget
+        self.reader = Reader(self)
+
+    # --- the window ------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Takes what the reader has consumed off the chain, and closes the window."""
+        reader = self.reader
+        self._chain.drop(reader._start - self._shown)
+        reader._view = EMPTY
+        reader._start = self._shown = 0
+        reader._end = min(reader._end, 0)
+
+    def _open(self, n: int) -> None:
+        """Opens the window on ``n`` bytes, and on what lies behind them in the same block."""
+        reader = self.reader
+        reader._view, start = self._chain.contiguous(n)
+        reader._start = self._shown = start
+        reader._end = min(len(reader._view), start + self.limits.read_limit)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        if self._reading:
+            raise BusyResourceError("reading from")
+        self._reading = True
+        try:
+            self._settle()
+            self.reader._end = SHUT  # for whoever else comes while this one waits
+            yield
+        finally:
+            self._reading = False
+            self.reader._end = max(self.reader._end, 0)
+
+    async def _checkpoint_if_due(self) -> bool:
+        due = self.reader._budget <= 0
+        if due:
+            await anyio.lowlevel.checkpoint()
+            self.reader._budget = self.budget
+        return due
+
+    async def _receive(self) -> None:
+        if self._ended:
+            raise self._end_of_stream()
+        try:
+            chunk = await self._stream.receive()
+        except EndOfStream:
+            self._ended = True
+            raise self._end_of_stream() from None
+        self.reader._budget = self.budget
+        self._chain.append(memoryview(as_bytes(chunk)))
+
+    def _end_of_stream(self) -> Exception:
+        return about(IncompleteRead() if len(self._chain) else EndOfStream(), self.origin)
+
+    def _missing(self) -> Exception:
+        return self._end_of_stream() if self._ended else about(WouldBlock(), self.origin)
+
+    @property
+    def origin(self) -> int | None:
+        """See ``Source``."""
+        if self._origin == _UNKNOWN:
+            self._origin = origin_of(self._stream)
+        return self._origin
+
+    # --- what the reader asks for ----------------------------------------------------------------
+
+    def check_request(self, n: int) -> None:
+        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+        limit = self.limits.read_limit
+        if n > limit:
+            text = f"{shown(n)} bytes asked for; the limit is {limit}"
+            raise about(MessageTooLarge(text), self.origin)
+
+    async def fill(self, n: int, flags: int = 0) -> bool:
+        """See ``Source``."""
+        with self._entered():
+            suspended = await self._checkpoint_if_due()
+            while len(self._chain) < n:
+                await self._receive()
+                suspended = True
+            if not suspended:
+                self.reader._budget -= 1
+        if n and not flags & SCATTER:
+            self._open(n)
+        return suspended
+
+    def fill_nowait(self, n: int, flags: int = 0) -> None:
+        """See ``Source``."""
+        with self._entered():
+            if len(self._chain) < n:
+                raise self._missing()
+        if n and not flags & SCATTER:
+            self._open(n)
+
+    async def find(self, delimiter: bytes, max_bytes: int) -> int:
+        """See ``Source``."""
+        with self._entered():
+            suspended = await self._checkpoint_if_due()
+            while not (length := self._found(delimiter, max_bytes)):
+                await self._receive()
+                suspended = True
+            if not suspended:
+                self.reader._budget -= 1
+        self._open(length)
+        return length
+
+    def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
+        """See ``Source``."""
+        with self._entered():
+            length = self._found(delimiter, max_bytes)
+            if not length:
+                raise self._missing()
+        self._open(length)
+        return length
+
+    def _found(self, delimiter: bytes, max_bytes: int) -> int:
+        length = self._chain.find(delimiter, max_bytes)
+        if not length and len(self._chain) >= max_bytes:
+            raise about(DelimiterNotFound(max_bytes), self.origin)
+        return length
+
+    def buffered(self) -> int:
+        """Bytes that were received and not consumed."""
+        return len(self._chain) - (self.reader._start - self._shown)
+
+    def consume(self, n: int) -> None:
+        """See ``Source``."""
+        self._settle()
+        self._chain.drop(n)
+
+    def take_parts(self, n: int) -> list[memoryview]:
+        """See ``Source``."""
+        self._settle()
+        return self._chain.take(n)
+
+    async def aclose(self) -> None:
+        """Closes the stream."""
+        await self._stream.aclose()
+
+
+class StreamSink:
+    """Gives bytes to a stream; see ``Sink``."""
+
+    __slots__ = ("_stream", "_writing", "limits", "writer")
+
+    def __init__(self, stream: ByteSendStream) -> None:
+        self._stream = stream
+        self._writing = False
+        self.limits = Limits()
+        self.writer = Writer(self)
+
+    async def flush(self) -> None:
+        """Gives the stream what is pending; a checkpoint."""
+        self.claim()
+        try:
+            await self.flush_claimed()
+        finally:
+            self._writing = False
+
+    def claim(self) -> None:
+        """See ``Sink``."""
+        if self._writing:
+            raise BusyResourceError("writing to")
+        self._writing = True
+
+    async def flush_claimed(self) -> None:
+        """See ``Sink``."""
+        self.writer._seal()
+        await self._send_pending()
+
+    def release(self) -> None:
+        """Ends the claim. Nothing goes out: a stream cannot be given bytes without waiting."""
+        self._writing = False
+
+    def why_broken(self) -> Exception | None:
+        """Nothing: only the stream knows."""
+        return None
+
+    async def _send_pending(self) -> None:
+        if not self.writer._size:
+            await anyio.lowlevel.checkpoint()
+            return
+        joined = self.writer._size <= _JOINED
+        pieces: list[Piece] = [self.writer._take_joined()] if joined else self.writer._take()
+        pieces.reverse()
+        try:
+            while pieces:
+                await self._stream.send(as_bytes(pieces.pop()))
+        finally:  # the piece under way is the stream's
+            if pieces:
+                self.writer._put_back(pieces[::-1])
+
+    async def send(self, item: Piece) -> None:
+        """As the stream's, behind what is pending."""
+        self.writer.write(item)
+        await self.flush()
+
+    def queued(self) -> int:
+        """Nothing: what the stream has taken is its own."""
+        return 0
+
+    def stand_high(self) -> None:
+        """Nothing to do: there is no reader whose calls could wait."""
+
+    def why_unwritable(self) -> Exception:
+        """What a write raises after the end."""
+        return about(ClosedResourceError(), self.origin)
+
+    @property
+    def origin(self) -> int | None:
+        """See ``Sink``."""
+        return origin_of(self._stream)
+
+    async def aclose(self) -> None:
+        """Closes the stream."""
+        await self._stream.aclose()

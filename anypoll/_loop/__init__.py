@@ -1,0 +1,1 @@
+"""One event loop and its pollers."""

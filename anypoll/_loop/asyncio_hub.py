@@ -1,0 +1,174 @@
+"""The hub of an asyncio event loop; uvloop's is one too.
+
+One persistent reader callback on the hub's descriptor does all the waking; the loop alone holds it.
+Nothing calls us when a loop ends, but it drops its callbacks when it is closed, so a finalizer on
+the callback is the end of the hub. For that the hub must not hold the loop either.
+"""
+
+from __future__ import annotations
+
+import weakref
+from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextvars import copy_context
+from inspect import CORO_CREATED, getcoroutinestate
+from typing import Any
+
+from .._epoll import hub_fd
+from .hub import Hub, logger
+
+Function = Callable[[], Coroutine[Any, Any, None]]
+
+
+class _Unstoppable(Coroutine[Any, Any, None]):
+    """A coroutine that begins even if its task is cancelled before: ``asyncio.run()`` does that to
+    all tasks there are at its end, and what was started as the last thing would never run.
+
+    And one that does not begin before its task has been made: a factory of eager tasks would run
+    it at once, in the middle of whatever has started it.
+    """
+
+    __slots__ = ("_coroutine", "_may_begin", "_stoppable")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], *, stoppable: bool) -> None:
+        self._coroutine = coroutine
+        self._stoppable = stoppable
+        self._may_begin = False
+
+    def let_begin(self) -> None:
+        self._may_begin = True
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._coroutine.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        """``cr_frame`` and the like, by which AnyIO and debuggers look at a task."""
+        return getattr(self._coroutine, name)
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine.send(value) if self._may_begin else None  # None: in the next round
+
+    def throw(self, *exc: Any) -> Any:
+        if getcoroutinestate(self._coroutine) == CORO_CREATED:
+            trap = self._coroutine.send(None)
+            if not self._stoppable:
+                return trap
+        return self._coroutine.throw(*exc)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+def _log_failure(task: Task[None]) -> None:
+    exc = None if task.cancelled() else task.exception()
+    if exc is not None and not isinstance(exc, (SystemExit, KeyboardInterrupt)):  # they end the run
+        logger.error("A background task of a hub has failed", exc_info=exc)
+
+
+class _Drain:
+    """The reader callback: an object of its own, since its end is the end of the hub.
+
+    It also keeps the hub's background tasks alive, since the loop itself holds tasks weakly; and if
+    the hub did, a loop that is forgotten would never be collected.
+    """
+
+    __slots__ = ("__weakref__", "_hub", "_tasks")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._tasks: set[Task[None]] = set()
+
+    def start(self, loop: AbstractEventLoop, function: Function, stoppable: bool) -> None:
+        coroutine = _Unstoppable(function(), stoppable=stoppable)
+        task = loop.create_task(coroutine)
+        coroutine.let_begin()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)  # no cycle through this object: it must end
+        task.add_done_callback(_log_failure)
+
+    def __call__(self) -> None:
+        self._hub.dispatch()
+
+
+class AsyncioHub(Hub):
+    """See the module."""
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = weakref.ref(loop)
+        drain = _Drain(self)
+        weakref.finalize(drain, self.end).atexit = False
+        self._drain = weakref.ref(drain)
+        loop.add_reader(hub_fd(self.handle), drain)
+
+    def check(self) -> None:
+        if get_running_loop() is not self._loop():
+            raise RuntimeError("This object belongs to another event loop")
+
+    def is_here(self) -> bool:
+        try:
+            return get_running_loop() is self._loop()
+        except RuntimeError:
+            return False
+
+    def is_running(self) -> bool:
+        loop = self._loop()
+        return loop is not None and loop.is_running()
+
+    def current_task(self) -> object:
+        try:
+            return current_task()
+        except RuntimeError:  # no event loop runs here
+            return None
+
+    def wait_read(self, number: int) -> Future[int | None]:
+        loop = get_running_loop()
+        if loop is not self._loop():
+            raise RuntimeError("This object belongs to another event loop")
+        future: Future[int | None] = loop.create_future()
+        self.readers[number] = future
+        return future
+
+    async def wait_write(self, number: int) -> None:
+        future: Future[None] = get_running_loop().create_future()
+        self.writers.setdefault(number, []).append(future)
+        try:
+            await future
+        except BaseException:
+            waiters = self.writers.get(number, [])
+            if future in waiters:
+                waiters.remove(future)
+                if not waiters:
+                    del self.writers[number]
+            raise
+
+    async def checkpoint(self) -> None:
+        await sleep(0)
+
+    def spawn(self, function: Function, *, stoppable: bool = False) -> bool:
+        loop, drain = self._loop(), self._drain()
+        if loop is None or drain is None or loop.is_closed():
+            return False
+        if self.is_here():
+            drain.start(loop, function, stoppable)
+            return True
+        try:
+            start, context = drain.start, copy_context()
+            loop.call_soon_threadsafe(start, loop, function, stoppable, context=context)
+        except RuntimeError:  # closed by another thread meanwhile
+            return False
+        return True
+
+    # Calling wake_reader() and wake() for each would double the cost of a wake-up.
+    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
+        pop = self.readers.pop
+        for number, _, end in tokens:
+            future = pop(number, None)
+            if future is None:
+                self._read_over(number)
+            elif not future.done():
+                future.set_result(end)
+
+    def wake(self, waiter: Future[None]) -> None:
+        if not waiter.done():  # it may have been cancelled meanwhile
+            waiter.set_result(None)

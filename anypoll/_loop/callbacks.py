@@ -1,0 +1,286 @@
+"""Close callbacks: what a user wants done when a connection has ended.
+
+The model. A callback *waits* until the connection is released, then it lies on a *stack*, and is
+taken from there, last in first out, exactly once. What releases them:
+
+  - a server, when the handler has ended and the connection is closed; it waits for them;
+  - ``aclose()`` of a connection that no handler has; it waits for them too;
+  - ``abort()``, ``detach()``, an idle end, the end of the event loop, the garbage collector: nobody
+    can wait there. Plain ones run at once, async ones in a task of the hub.
+
+One that is added after the close is released at once.
+
+An ``Exception`` of a callback is logged. What is to end the program, such as ``SystemExit``, goes
+on when the others have had their turn: to whoever waits, or else to the hub, which ends the loop.
+
+Async callbacks always run in a task of the hub, one after another, also when somebody waits for
+them. So nothing that is done to the waiting task reaches them: a cancel scope could be shielded
+off, a native ``Task.cancel()`` could not. The task has the context variables of whoever started it.
+Whoever waits does so shielded, and sees its cancellation afterwards.
+
+A callback may close connections, its own too. Inside of one, ``aclose()`` does not wait for
+callbacks that somebody else runs already: those of two connections that close each other, as the
+two sides of a proxy do, would wait for each other.
+
+The stack belongs to the thread of the event loop. The garbage collector comes in any thread, but
+then nobody else has the connection, and only the hub is asked, which takes that from any thread.
+In the child of a fork nothing runs: it is the parent's connection that will end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+logger = logging.getLogger("anypoll.connection")
+
+#: Whether the code that runs is called by a close callback.
+_inside: ContextVar[bool] = ContextVar("anypoll_inside_close_callback", default=False)
+
+Callback = Callable[[], Any] | Callable[[Any], Any]
+
+
+class _Callback:
+    """A callback as it was given, and how to call it."""
+
+    __slots__ = ("function", "is_async", "with_conn")
+
+    function: Callable[..., Any]
+    is_async: bool
+    with_conn: bool
+
+    def __init__(self, function: Callback) -> None:
+        if not callable(function):
+            raise TypeError(f"a close callback must be callable, not {function!r}")
+        self.function = function
+        self.with_conn = _needs_an_argument(function)
+        called = getattr(function, "__call__", None)  # noqa: B004 -- of an object of some class
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+    def call(self, conn: Any) -> Any:
+        return self.function(conn) if self.with_conn else self.function()
+
+    def __str__(self) -> str:
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
+
+
+class _Begun(_Callback):
+    """What a plain callback has returned to be awaited: as good as an async one."""
+
+    __slots__ = ("result",)
+
+    def __init__(self, one: _Callback, result: Awaitable[Any]) -> None:
+        self.function = one.function
+        self.is_async = True
+        self.result = result
+
+    def call(self, _conn: Any) -> Any:
+        return self.result
+
+
+def _needs_an_argument(function: Callable[..., Any]) -> bool:
+    """Whether it must be given the connection; what can be called without is called so."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # something built in that does not tell
+        return False
+    for arguments in ((), (None,)):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return bool(arguments)
+    raise TypeError(
+        f"a close callback must take no argument or the connection; this is {function!r}{signature}"
+    )
+
+
+class Callbacks:
+    """Of one connection; see the module."""
+
+    __slots__ = (
+        "_conn",
+        "_ended",
+        "_fault",
+        "_hub",
+        "_pid",
+        "_running",
+        "_stack",
+        "_timeout",
+        "_waiting",
+    )
+
+    def __init__(self, conn: Any, hub: Hub, timeout: float) -> None:
+        self._conn = conn  # keeps it alive only in a cycle
+        self._hub = hub
+        self._timeout = timeout
+        self._pid = os.getpid()
+        self._waiting: list[_Callback] = []
+        self._stack: list[_Callback] = []
+        self._running = False  # a task of the hub is at work on the stack
+        self._ended: anyio.Event | None = None  # if somebody waits for that
+        self._fault: BaseException | None = None  # is to end the program; for whoever waits
+
+    def add(self, function: Callback, *, late: bool) -> None:
+        """``late``: the connection has ended.
+
+        :raises TypeError: if it is not callable with no argument or one; nothing is changed then
+        """
+        one = _Callback(function)
+        if not late:
+            self._waiting.append(one)
+        elif one.is_async:
+            self._stack.append(one)
+            self._start()
+        else:
+            self._call(one)
+
+    # --- released by what cannot wait ------------------------------------------------------------
+
+    def run_now(self) -> None:
+        """Plain ones at once, async ones in a task of the hub."""
+        released = self._release()
+        self._stack += [one for one in released if one.is_async]
+        plain = [one for one in released if not one.is_async]
+        try:
+            while plain:
+                self._call(plain.pop())
+        finally:  # something like KeyboardInterrupt must not cost the others their turn
+            self._stack += plain
+            self._start()
+
+    def run_soon(self) -> None:
+        """All in a task of the hub; for the garbage collector, which comes in any thread."""
+        self._stack += self._release()
+        self._start()
+
+    # --- released by what waits ------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Runs them, also those that have been released before. Cancellation is seen after that."""
+        self._stack += self._release()
+        mine = not self._running
+        try:
+            while not self._running and self._stack and not self._stack[-1].is_async:
+                self._call(self._stack.pop())  # no task is needed for these
+        finally:
+            self._start()
+        if self._running and (mine or not _inside.get()):
+            self._ended = self._ended or anyio.Event()
+            try:
+                await wait_shielded(self._ended)
+            finally:
+                self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        fault, self._fault = self._fault, None
+        try:
+            if fault is not None:
+                raise fault
+        finally:
+            del fault  # its traceback leads to this frame
+
+    def _release(self) -> list[_Callback]:
+        released, self._waiting = self._waiting, []
+        return released if os.getpid() == self._pid else []
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def _call(self, one: _Callback) -> None:
+        """A plain one; what it returns may be awaitable all the same."""
+        try:
+            result = one.call(self._conn)
+        except Exception:
+            logger.exception("The close callback %s has failed", one)
+            return
+        if inspect.isawaitable(result):
+            self._stack.append(_Begun(one, result))
+            self._start()
+
+    def _start(self) -> None:
+        if self._running or not self._stack:
+            return
+        self._running = True
+        if not self._hub.spawn(self._work):
+            self._running = False
+            self._run_without_a_loop()
+
+    async def _work(self) -> None:
+        _inside.set(True)
+        try:
+            while self._stack:
+                await self._run_one(self._stack.pop())
+        except GeneratorExit:
+            raise
+        except BaseException as exc:
+            if self._ended is None or self._fault is not None:
+                raise
+            self._fault = exc
+        finally:
+            self._running = False
+            self._start()  # the others, if something like SystemExit has left one of them
+            if not self._running and self._ended is not None:
+                self._ended.set()
+                self._ended = None
+
+    async def _run_one(self, one: _Callback) -> None:
+        try:
+            result = one.call(self._conn)
+            if inspect.isawaitable(result):
+                await self._within_the_limit(one, result)
+        except Exception:
+            logger.exception("The close callback %s has failed", one)
+        except anyio.get_cancelled_exc_class():  # asyncio.run() cancels all tasks at its end
+            logger.error("The close callback %s was cancelled", one)
+
+    async def _within_the_limit(self, one: _Callback, result: Awaitable[Any]) -> None:
+        with anyio.move_on_after(self._timeout, shield=True) as scope:
+            await result
+        if scope.cancel_called:
+            logger.error(
+                "The close callback %s took longer than %s s: cancelled", one, self._timeout
+            )
+
+    def _run_without_a_loop(self) -> None:
+        """The event loop has ended: there is nothing left to await anything in."""
+        while self._stack:
+            one = self._stack.pop()
+            if not one.is_async:
+                self._call(one)
+                continue
+            logger.error("The close callback %s came after the end of its event loop", one)
+            if isinstance(one, _Begun) and inspect.iscoroutine(one.result):
+                one.result.close()
+
+
+@contextmanager
+def cancellation_suppressed() -> Iterator[None]:
+    """For the last that is done before another exception goes on."""
+    try:
+        yield
+    except BaseException as exc:
+        if not isinstance(exc, anyio.get_cancelled_exc_class()):
+            raise
+
+
+async def wait_shielded(event: anyio.Event) -> None:
+    """Waits whatever is cancelled meanwhile, and raises the cancellation then."""
+    cancelled: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while not event.is_set():
+            try:
+                await event.wait()
+            except anyio.get_cancelled_exc_class() as exc:  # a native one, of asyncio
+                cancelled = exc
+    if cancelled is not None:
+        raise cancelled

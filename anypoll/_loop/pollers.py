@@ -1,0 +1,168 @@
+"""The pool of pollers, and which of them gets the next connection.
+
+The pollers that get connections come first, ``settings.pollers`` of them; behind them are those
+that drain: they end, and their threads, with their last connection or listener. That is C's
+doing (csrc/ending.c), nobody waits for it; whoever comes here next finds that they have ended, and
+joins their threads. A poller that has failed is found in the same way, and another one put in its
+place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+import random
+from typing import TYPE_CHECKING
+
+from .._buffers.limits import shown
+from .._epoll import (
+    drain_poller,
+    keep_poller,
+    nudge_poller,
+    open_poller,
+    poller_ended,
+    poller_statistics,
+    stop_poller,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .._buffers.limits import LoadBalance, Settings
+    from .._epoll import Poller, PollerStatistics
+
+logger = logging.getLogger("anypoll.pollers")
+
+
+class Pool:
+    """Pollers with running threads.
+
+    The caller sees to it that only one thread at a time is in here. The same thread may be in here
+    twice, since the garbage collector and signal handlers run code of the user's anywhere.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._pollers: list[Poller] = []
+        self._active = 0
+        self._settings = settings
+        try:
+            self._resize(settings.pollers)
+        except BaseException:
+            self.stop()  # or a thread would outlive its poller
+            raise
+        self.turn = itertools.count(1).__next__
+
+    def configure(self, settings: Settings) -> None:
+        """Grows at once, by those that drain first. After a decrease the pollers beyond the new
+        number get no connection any more, and end with the last that they have.
+
+        :raises OSError: if a poller cannot be started; nothing has changed then
+        """
+        self._resize(settings.pollers)
+        self._settings = settings
+
+    def _resize(self, number: int) -> None:
+        while self._active > number:
+            self._active -= 1
+            drain_poller(self._pollers[self._active])
+        before = self._active
+        try:
+            while self._active < number:
+                self._grow()
+        except OSError:
+            self._resize(before)
+            raise
+
+    def _grow(self) -> None:
+        """One more that gets connections."""
+        while self._active < len(self._pollers):
+            if keep_poller(self._pollers[self._active]):
+                self._active += 1
+                return
+            stop_poller(self._pollers.pop(self._active))
+        self._pollers.insert(self._active, open_poller())
+        self._active += 1
+
+    @property
+    def draining(self) -> bool:
+        """Whether there are pollers that end with their last connection."""
+        return len(self._pollers) > self._active
+
+    def active(self) -> list[Poller]:
+        """The pollers that get connections."""
+        return self._pollers[: self._active]
+
+    def bury(self) -> list[int]:
+        """Takes out the pollers that have ended. In the place of one that has failed comes another
+        one, if that can be started; if not, :meth:`refill` tries again. Returns the errnos of those
+        that have failed.
+        """
+        failed = []
+        for poller in list(self._pollers):
+            error = poller_ended(poller)
+            if error is not None and poller in self._pollers:
+                self._take_out(poller)
+                stop_poller(poller)
+                if error:
+                    failed.append(error)
+        return failed
+
+    def _take_out(self, poller: Poller) -> None:
+        place = self._pollers.index(poller)
+        if place < self._active:
+            try:
+                self._pollers[place] = open_poller()
+                return
+            except OSError:
+                self._active -= 1
+        del self._pollers[place]
+
+    def refill(self) -> None:
+        """As many as there should be, or as can be had.
+
+        :raises OSError: if there is none, and none can be started
+        """
+        try:
+            self._resize(self._settings.pollers)
+        except OSError:
+            if not self._active:
+                raise
+
+    def index(self, poller: Poller) -> int:
+        """Where the poller is in :meth:`statistics`; -1 if it has ended."""
+        return self._pollers.index(poller) if poller in self._pollers else -1
+
+    def statistics(self) -> tuple[PollerStatistics, ...]:
+        """Of each poller; those that get connections come first."""
+        return tuple(poller_statistics(poller) for poller in list(self._pollers))
+
+    def nudge(self) -> None:
+        """Makes every poller recycle what it can."""
+        for poller in list(self._pollers):
+            nudge_poller(poller)
+
+    def stop(self) -> None:
+        """Ends and joins all threads."""
+        for poller in list(self._pollers):
+            stop_poller(poller)
+
+
+def choose(pollers: Sequence[Poller], balance: LoadBalance, turn: Callable[[], int]) -> Poller:
+    """The one for a new connection. May run code of the user's; what that does wrong is logged."""
+    if balance == "random":
+        return random.choice(pollers)  # noqa: S311 -- spreads load, guards nothing
+    if balance != "round_robin":
+        statistics = [poller_statistics(poller) for poller in pollers]
+        try:
+            index = operator.index(balance(statistics) if callable(balance) else _least(statistics))
+            if 0 <= index < len(pollers):
+                return pollers[index]
+            logger.error("load_balance returned %s for %d pollers", shown(index), len(pollers))
+        except Exception:
+            logger.exception("load_balance failed")
+    return pollers[turn() % len(pollers)]
+
+
+def _least(statistics: Sequence[PollerStatistics]) -> int:
+    return min(range(len(statistics)), key=lambda i: statistics[i].connections)

@@ -1,0 +1,249 @@
+"""The hub of a Trio run: a system task that waits for the hub's descriptor.
+
+An exception that left a system task would end the run as a ``TrioInternalError``. So errors are
+logged, and what is to end the program (``SystemExit``, ``KeyboardInterrupt``) is handed to the main
+task: that is cancelled, and ends with it.
+
+The system task is cancelled when the run ends, and takes the hub along; what uses a connection
+after that (another system task, an async generator's finaliser) finds it closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextvars import Context, copy_context
+from functools import partial
+from threading import get_ident
+from types import coroutine
+from typing import Any
+
+import trio
+from outcome import Value
+from trio.lowlevel import Abort, Task
+
+from .._epoll import hub_fd
+from .hub import Hub, logger
+
+_VALUES = 1024  # window ends for which the wake-up is kept
+
+
+def _wait_trap(abort: Any) -> Any:
+    """What ``wait_task_rescheduled(abort)`` yields to Trio's scheduler.
+
+    Yielding it again and again, once for every wait, is cheaper than calling that function, which
+    takes two more frames and builds a new message and a new result each time.
+    """
+    waiting = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105 -- it never waits
+    trap = waiting.send(None)
+    waiting.close()
+    return trap
+
+
+def _abort(readers: dict[int, Any], number: int, _raise_cancel: Any) -> Abort:
+    readers.pop(number, None)  # None: the hub has ended
+    return Abort.SUCCEEDED
+
+
+Function = Callable[[], Coroutine[Any, Any, None]]
+
+
+class _Doomed(Coroutine[Any, Any, Any]):
+    """The main task's coroutine, with another end."""
+
+    __slots__ = ("_coroutine", "_end", "ended")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], end: BaseException) -> None:
+        self._coroutine = coroutine
+        self._end = end
+        self.ended = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        """``cr_frame`` and the like, by which Trio and debuggers look at a task."""
+        return getattr(self._coroutine, name)
+
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return step(*args)
+        except (StopIteration, trio.Cancelled):
+            self.ended = True
+        except BaseException as exc:
+            self.ended = True
+            raise self._end from exc
+        raise self._end
+
+    def send(self, value: Any) -> Any:
+        return self._step(self._coroutine.send, value)
+
+    def throw(self, *exc: Any) -> Any:
+        return self._step(self._coroutine.throw, *exc)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+def _end_run(end: BaseException) -> None:
+    """Cancels the main task, which then ends with this exception: so the run does."""
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    innermost = root.child_nurseries[-1]  # the main task's, as long as that runs
+    if innermost is not trio.lowlevel.current_task().parent_nursery:
+        main: Any
+        for main in innermost.child_tasks:
+            if not isinstance(main.coro, _Doomed):
+                main.coro = doomed = _Doomed(main.coro, end)
+                innermost.cancel_scope.cancel()
+                trio.lowlevel.spawn_system_task(_look_after, doomed, end)
+                return
+    _log_too_late(end)
+
+
+async def _look_after(doomed: _Doomed, end: BaseException) -> None:
+    """The main task may have been about to do its last step, with the coroutine it had."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        if not doomed.ended:
+            _log_too_late(end)
+
+
+def _log_too_late(end: BaseException) -> None:
+    logger.critical("This was to end a Trio run that was ending already", exc_info=end)
+
+
+async def _background(function: Function) -> None:
+    try:
+        await function()
+    except trio.Cancelled:
+        raise
+    except Exception:  # noqa: BLE001
+        logger.exception("A background task of a hub has failed")
+    except BaseException as exc:  # noqa: BLE001
+        _end_run(exc)
+
+
+def _spawn(function: Function, context: Context) -> None:
+    trio.lowlevel.spawn_system_task(_background, function, context=context)
+
+
+def _spawn_at_last(function: Function, context: Context) -> None:
+    try:
+        _spawn(function, context)
+    except RuntimeError:
+        logger.exception("A background task of a hub came after the end of its run")
+
+
+class TrioHub(Hub):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
+        self._thread = get_ident()
+        self._traps: dict[int, Any] = {}
+        self._values: dict[int, Value[int]] = {}
+        trio.lowlevel.spawn_system_task(self._drain)
+
+    async def _drain(self) -> None:
+        fd = hub_fd(self.handle)
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                try:
+                    self.dispatch()
+                except BaseException as exc:  # noqa: BLE001
+                    _end_run(exc)
+        finally:
+            try:
+                self.end()
+            except BaseException as exc:  # noqa: BLE001
+                _end_run(exc)
+            self._token = None  # the registry of hubs would keep both for ever
+
+    def check(self) -> None:
+        if not self.is_here():
+            raise RuntimeError("This object belongs to another event loop")
+
+    def is_here(self) -> bool:
+        try:
+            return trio.lowlevel.current_trio_token() is self._token
+        except RuntimeError:
+            return False
+
+    def is_running(self) -> bool:
+        return self._token is not None
+
+    def current_task(self) -> object:
+        try:
+            return trio.lowlevel.current_task()
+        except RuntimeError:
+            return None
+
+    @coroutine
+    def wait_read(self, number: int) -> Generator[Any, Any, int | None]:
+        if get_ident() != self._thread:  # a thread has one run at a time
+            raise RuntimeError("This object belongs to another event loop")
+        trap = self._traps.get(number) or self._trap(number)
+        self.readers[number] = trio.lowlevel.current_task()
+        result = yield trap
+        if type(result) is Value:
+            return result.value  # type: ignore[no-any-return]  # unwrap() would be its last use
+        return result.unwrap()  # type: ignore[no-any-return]
+
+    def _trap(self, number: int) -> Any:
+        trap = self._traps[number] = _wait_trap(partial(_abort, self.readers, number))
+        return trap
+
+    def forget(self, number: int) -> None:
+        super().forget(number)
+        self._traps.pop(number, None)
+
+    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
+        pop, reschedule, values = self.readers.pop, trio.lowlevel.reschedule, self._values
+        for number, _, end in tokens:
+            task = pop(number, None)
+            if task is not None:
+                reschedule(task, values.get(end) or self._value(end))
+            else:
+                self._read_over(number)
+
+    def _value(self, end: int) -> Value[int]:
+        value = Value(end)
+        if len(self._values) < _VALUES:
+            self._values[end] = value
+        return value
+
+    async def wait_write(self, number: int) -> None:
+        task = trio.lowlevel.current_task()
+        self.writers.setdefault(number, []).append(task)
+
+        def abort(_raise_cancel: Any) -> Abort:
+            waiters = self.writers.get(number, [])
+            if task in waiters:
+                waiters.remove(task)
+                if not waiters:
+                    del self.writers[number]
+            return Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def checkpoint(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def spawn(self, function: Function, *, stoppable: bool = False) -> bool:  # noqa: ARG002
+        token, context = self._token, copy_context()
+        if token is None:
+            return False
+        try:
+            if self.is_here():
+                _spawn(function, context)
+            else:
+                token.run_sync_soon(_spawn_at_last, function, context)
+        except RuntimeError:  # the run is over
+            return False
+        return True
+
+    def wake(self, waiter: Task) -> None:
+        trio.lowlevel.reschedule(waiter)

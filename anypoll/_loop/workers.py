@@ -1,0 +1,153 @@
+"""Tasks that are not bound to a connection: each does one job after another.
+
+A job is one step of a connection in request mode. Jobs that are ready stand in a queue, and one
+worker at a time looks at it. As long as what it does there does not suspend, it does the whole
+queue in one go, without a switch of tasks; before it suspends for the first time, it sees to it
+that another worker takes its place. So a burst of short calls costs one wake-up, and a slow call
+delays nobody. A worker that finds nothing more parks, and is woken for the next job, which is
+cheaper than starting a task; only a few may park.
+
+A call may set context variables. Those must not be seen by the call of another connection, so each
+job runs in a copy of its own context, whatever that of the worker's task is.
+
+A worker may be cancelled by whoever finds its task. Its job sees that, if it is at one, and the
+worker ends; what else is ready is for the next one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from itertools import count
+from types import coroutine
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anyio import get_cancelled_exc_class
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+#: Idle workers that are kept.
+_PARKED = 16
+#: Jobs done in a row without a suspension, before other tasks get their turn.
+_JOBS = 64
+
+_keys = count(1)  # of parked workers, among the hub's readers: negated, unlike connections
+
+
+class Job(Protocol):
+    """What workers do."""
+
+    context: Context
+    """in copies of it"""
+
+    def step(self) -> Coroutine[Any, Any, None]:
+        """Does it. What it raises ends the worker's task."""
+
+    def on_suspend(self) -> None:
+        """It suspends for the first time. A plain function."""
+
+    def abandon(self) -> None:
+        """No task will ever do it."""
+
+
+class Workers:
+    """See the module. All calls come from the thread of the event loop.
+
+    :param start: begins a task that runs an async function; False if that is not possible any more
+    """
+
+    __slots__ = ("_hub", "_looking", "_parked", "_ready", "_start")
+
+    def __init__(
+        self, hub: Hub, start: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool]
+    ) -> None:
+        self._hub = hub
+        self._start = start
+        self._ready: deque[Job] = deque()
+        self._parked: list[int] = []
+        self._looking = 0  # workers that will look at the queue, those that are being woken too
+
+    def submit(self, job: Job) -> None:
+        """Has it done, as soon as possible. A plain function."""
+        self._ready.append(job)
+        if not self._looking:
+            self._rouse()
+
+    def _rouse(self) -> None:
+        self._looking += 1
+        if self._parked:
+            self._hub.wake_reader(self._parked.pop())
+        elif not self._start(self._work):
+            self._looking -= 1
+            while self._ready:
+                self._ready.popleft().abandon()
+
+    async def _work(self) -> None:
+        key = -next(_keys)
+        try:
+            await self._do_all()
+            while len(self._parked) < _PARKED:
+                await self._park(key)
+                await self._do_all()
+        except GeneratorExit:  # there may be no event loop any more
+            raise
+        except get_cancelled_exc_class():
+            pass  # it ends here; to a task group, a task that ends so would be a failure
+        finally:
+            self._hub.forget(key)
+            self._step_aside()
+
+    async def _do_all(self) -> None:
+        """Does what is ready."""
+        done = 0
+        while self._ready:
+            await self._run(self._ready.popleft())
+            done += 1
+            if done % _JOBS == 0:
+                await self._hub.checkpoint()
+
+    def _step_aside(self) -> None:
+        self._looking -= 1
+        if self._ready and not self._looking:
+            self._rouse()
+
+    async def _park(self, key: int) -> None:
+        self._parked.append(key)
+        self._looking -= 1
+        try:
+            await self._hub.wait_read(key)
+        except BaseException:
+            self._hub.readers.pop(key, None)
+            if key in self._parked:  # else it was being woken, and counts as one that looks
+                self._parked.remove(key)
+                self._looking += 1
+            raise
+
+    @coroutine
+    def _run(self, job: Job) -> Generator[Any, Any, None]:
+        """``await job.step()``, and steps aside before that suspends for the first time."""
+        step, run = job.step(), job.context.copy().run
+        try:
+            trap = run(step.send, None)
+        except StopIteration:
+            return
+        run(job.on_suspend)
+        self._step_aside()
+        try:
+            while True:
+                raised = None
+                try:
+                    value = yield trap
+                except GeneratorExit:
+                    run(step.close)
+                    raise
+                except BaseException as exc:  # noqa: BLE001 -- it goes to the job
+                    raised = exc
+                trap = run(step.send, value) if raised is None else run(step.throw, raised)
+        except StopIteration:
+            return
+        finally:
+            raised = None  # its traceback leads to this frame
+            self._looking += 1

@@ -1,0 +1,258 @@
+"""Connecting: with a deadline, over several addresses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .._buffers.errors import ConnectTimeout
+from .._buffers.limits import Limits, seconds
+from .._connection.stream import Connection, UNIXConnection, open_fd
+from .._tls.connection import TLSConnection, check_tls
+from . import sockets as _sockets
+
+if TYPE_CHECKING:
+    from .._buffers.limits import Keepalive
+
+__all__ = ("connect_tcp", "connect_unix")
+
+
+@contextmanager
+def _connect_timeout(timeout: float | None) -> Iterator[None]:
+    timeout = seconds(timeout, "timeout")
+    try:
+        with anyio.fail_after(timeout) as scope:
+            yield
+    except TimeoutError:
+        if scope.cancelled_caught:
+            raise ConnectTimeout(f"not connected within {timeout} s") from None
+        raise
+
+
+async def connect_tcp(
+    remote_host: Any,
+    remote_port: int,
+    *,
+    local_host: Any = None,
+    local_port: int | None = None,
+    tls: bool = False,
+    ssl_context: ssl.SSLContext | None = None,
+    tls_standard_compatible: bool = True,
+    tls_hostname: str | None = None,
+    happy_eyeballs_delay: float = 0.25,
+    timeout: float | None = None,
+    read_timeout: float | None = None,
+    write_timeout: float | None = None,
+    keepalive: bool | Keepalive = False,
+) -> Any:
+    """Connects to a TCP server, as :func:`anyio.connect_tcp` does, with these additions.
+
+    :param local_port: also without ``local_host``, from any address then
+    :param happy_eyeballs_delay: seconds before the next address is tried too; ``None``: when the
+        one before has failed
+    :param timeout: seconds for all of it, name resolution and TLS included
+    :param read_timeout: the new connection's
+    :param write_timeout: likewise
+    :param keepalive: TCP keepalive of the new connection
+    :return: a :class:`Connection`; with ``tls``, ``ssl_context`` or ``tls_hostname`` a
+        :class:`TLSConnection` over one
+    :raises ConnectTimeout: after ``timeout`` seconds
+    :raises OSError: if no address could be connected, with the reasons as its cause
+    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
+    :raises ValueError, TypeError: for nonsense; nothing is sent then
+    """
+    limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    _sockets.check_keepalive(keepalive)
+    check_tls(ssl_context, tls_hostname, "tls_hostname")
+    route = _Route(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
+    with _connect_timeout(timeout):
+        sock = await _race(route)
+        try:
+            _sockets.set_keepalive(sock, keepalive)
+        except BaseException:
+            sock.close()
+            raise
+        connection = open_fd(sock, limits)
+        if not (tls or tls_hostname or ssl_context):
+            return connection
+        try:
+            return await TLSConnection.wrap(
+                connection,
+                server_side=False,
+                hostname=tls_hostname or route.host,
+                ssl_context=ssl_context,
+                standard_compatible=tls_standard_compatible,
+            )
+        except BaseException:
+            await anyio.aclose_forcefully(connection)  # no RST: it would destroy the alert
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """From where to where, validated. ``delay``: seconds between two attempts."""
+
+    host: Any
+    port: int
+    local_host: Any
+    local_port: int | None
+    delay: float | None
+
+    def __post_init__(self) -> None:
+        put = partial(object.__setattr__, self)
+        put("host", _sockets.host_text(self.host, "remote_host"))
+        put("port", _sockets.port_number(self.port, "remote_port"))
+        if self.local_host is not None:
+            put("local_host", _sockets.host_text(self.local_host, "local_host"))
+        if self.local_port is not None:
+            put("local_port", _sockets.port_number(self.local_port, "local_port"))
+        seconds(self.delay, "happy_eyeballs_delay")
+
+
+async def _local_addresses(host: str | None, port: int | None) -> list[tuple[int, Any]]:
+    """What to connect from; nothing: the kernel's choice."""
+    if host is not None:
+        return await _sockets.resolved(host, port or 0)
+    if port is not None:
+        return [_sockets.any_address(family, port) for family in (socket.AF_INET, socket.AF_INET6)]
+    return []
+
+
+async def _remote_addresses(host: str, port: int, families: set[int]) -> list[tuple[int, Any]]:
+    """Of both families in turn, IPv6 first (RFC 8305, section 4)."""
+    family = families.pop() if len(families) == 1 else socket.AF_UNSPEC
+    found = await _sockets.resolved(host, port, family=family)
+    six = [each for each in found if each[0] == socket.AF_INET6]
+    four = [each for each in found if each[0] == socket.AF_INET]
+    mixed = [a for pair in zip(six, four, strict=False) for a in pair]
+    return mixed + six[len(four) :] + four[len(six) :]
+
+
+async def _race(route: _Route) -> socket.socket:
+    """Happy eyeballs (RFC 8305): the addresses are tried in turn, ``delay`` seconds apart, or at
+    once after a failure; the first that connects wins.
+    """
+    local = await _local_addresses(route.local_host, route.local_port)
+    families = {family for family, _ in local}
+    targets = await _remote_addresses(route.host, route.port, families)
+    winner: socket.socket | None = None
+    errors: list[OSError] = []
+
+    async def attempt(family: int, address: Any, done: anyio.Event) -> None:
+        nonlocal winner
+        try:
+            sock = await _connected(family, address, local)
+        except OSError as exc:
+            errors.append(exc)
+        else:
+            if winner is None:
+                winner = sock
+                group.cancel_scope.cancel()
+            else:
+                sock.close()
+        finally:
+            done.set()
+
+    try:
+        async with anyio.create_task_group() as group:
+            for target_family, address in targets:
+                done = anyio.Event()
+                group.start_soon(attempt, target_family, address, done)
+                with anyio.move_on_after(route.delay):
+                    await done.wait()
+        if winner is None:
+            raise _failure(errors)
+    except BaseException:  # cancelled from outside at the last moment: the winner goes too
+        if winner is not None:
+            winner.close()
+        raise
+    finally:
+        errors.clear()  # breaks the cycle of exceptions, tracebacks and this frame
+    return winner
+
+
+def _failure(errors: list[OSError]) -> OSError:
+    cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
+    failure = OSError("All connection attempts failed")
+    if all(isinstance(exc, socket.gaierror) for exc in errors):  # the network was not asked
+        failure = socket.gaierror(errors[0].errno, *failure.args)
+    failure.__cause__ = cause
+    return failure
+
+
+async def _connected(family: int, address: Any, local: list[tuple[int, Any]]) -> socket.socket:
+    with _sockets.closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as sock:
+        sock.setblocking(False)
+        if local:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _bind(sock, [each for of, each in local if of == family])
+        await _sockets.connect(sock, _sockets.with_scope(family, address))
+    return sock
+
+
+def _bind(sock: socket.socket, addresses: list[Any]) -> None:
+    """To the first that this machine has.
+
+    :raises OSError: if it has none
+    """
+    for number, address in enumerate(addresses, 1):
+        try:
+            with _sockets.naming(address):
+                sock.bind(_sockets.with_scope(sock.family, address))
+        except OSError as exc:
+            if exc.errno not in _sockets.LACKING or number == len(addresses):
+                raise
+        else:
+            return
+    raise socket.gaierror(socket.EAI_FAMILY, "no local address of the remote one's family")
+
+
+async def connect_unix(
+    path: str | bytes | os.PathLike[Any],
+    kind: int = socket.SOCK_STREAM,
+    *,
+    timeout: float | None = None,
+    read_timeout: float | None = None,
+    write_timeout: float | None = None,
+    keepalive: bool | Keepalive = False,
+) -> UNIXConnection:
+    """Connects to a UNIX socket, as :func:`anyio.connect_unix` does.
+
+    :param path: a leading NUL makes it abstract
+    :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
+    :param timeout: seconds to connect within
+    :param read_timeout: the new connection's
+    :param write_timeout: likewise
+    :param keepalive: ignored, as on UNIX sockets everywhere
+    :raises ConnectTimeout: after ``timeout`` seconds
+    :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
+    :raises ValueError, TypeError: for another ``kind``, and other nonsense
+    """
+    limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
+    _sockets.check_keepalive(keepalive)
+    name = _sockets.unix_path(path)
+    with _sockets.closed_on_error(socket.socket(socket.AF_UNIX, _sockets.unix_kind(kind))) as sock:
+        sock.setblocking(False)
+        with _connect_timeout(timeout):
+            await _connect_unix(sock, name)
+    connection: Connection = open_fd(sock, limits)
+    assert isinstance(connection, UNIXConnection)
+    return connection
+
+
+async def _connect_unix(sock: socket.socket, path: bytes) -> None:
+    while True:
+        try:
+            await _sockets.connect(sock, path)
+        except BlockingIOError:  # a full backlog: unlike TCP there is nothing to wait for
+            await anyio.sleep(0.01)
+        else:
+            return

@@ -1,0 +1,418 @@
+"""The lives of a server's connections, from ``on_prepare`` to the last close callback.
+
+The order, for each connection, and each of these once at most: ``on_prepare`` before anything is
+read; ``on_connect``; the handler, or the calls of request mode; ``on_disconnect``, if the peer has
+gone by then; what is pending is sent; the connection is closed; the close callbacks. A connection
+counts until these have ended.
+
+Nothing that happens here reaches the server's task group. Ends that a peer can cause are counted;
+any other exception of the user's code is an error: logged once, counted, and told to ``on_error``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import EndOfStream
+
+from .. import _epoll
+from .._buffers.errors import os_error
+from .._connection.ends import GRACEFUL, Reason, normal_end
+from .._connection.requests import Function, Requests
+from .._connection.stream import Connection, new_connection
+from .._loop.callbacks import cancellation_suppressed
+from .._loop.workers import Workers
+from .._network.listener import SocketListener, nodelay_fd
+from .._tls.sessions import HandshakeError, Secure
+from .disconnect import Departure, PeerGoneError
+from .options import Options
+from .statistics import ServerStatistics
+
+if TYPE_CHECKING:
+    from .._loop.hub import Hub
+    from .admission import Admission
+
+logger = logging.getLogger("anypoll.server")
+
+
+def _own_context() -> Context:
+    """The caller's context variables. Tasks are started from callbacks of the event loop too, where
+    sniffio, which AnyIO asks if it is there, finds none: ``asyncio.run()`` does not tell it which
+    loop is running, and no task is.
+    """
+    context = copy_context()
+    with suppress(ImportError):
+        import sniffio  # noqa: PLC0415 -- AnyIO does not need it: Trio brings it
+
+        context.run(sniffio.current_async_library_cvar.set, sniffio.current_async_library())
+    return context
+
+
+class Lives:
+    """See the module. One for each server; an ``Owner`` of connections in request mode."""
+
+    def __init__(self, server: Any, options: Options, admission: Admission, hub: Hub) -> None:
+        self._server = server
+        self._options = options
+        self._admission = admission
+        self._group: anyio.abc.TaskGroup | None = None
+        self.context = _own_context()
+        self.workers = Workers(hub, self._begin)
+        self.connections: dict[Connection, Departure | None] = {}
+        self._secure = Secure(
+            options.ssl_context, options.tls_handshake_timeout, options.on_request
+        )
+        self.on_leave: Callable[[], None] = lambda: None
+        """called whenever a connection has ended"""
+        # Held while what other threads see together changes. Reentrant: signal handlers and the
+        # garbage collector run code of the user's anywhere, which may ask for statistics.
+        self._lock = threading.RLock()
+        self._accepted = self._rejected = self._errors = self._received = self._sent = 0
+        self._closed: Counter[str] = Counter()
+        self.cut = False
+
+    def statistics(self) -> ServerStatistics:
+        """Of now; works after the end too. Any thread."""
+        with self._lock:
+            connections, accepted = list(self.connections), self._accepted
+            closed, received, sent = dict(self._closed), self._received, self._sent
+        # One that ends meanwhile still tells what it has counted: no byte is lost, or seen twice.
+        live = [connection.statistics() for connection in connections]
+        return ServerStatistics(
+            accepted=accepted,
+            active=len(connections),
+            rejected=self._rejected,
+            handler_errors=self._errors,
+            closed=MappingProxyType(closed),
+            bytes_received=received + sum(s.bytes_received for s in live),
+            bytes_sent=sent + sum(s.bytes_sent for s in live),
+        )
+
+    def faces(self) -> tuple[Any, ...]:
+        """The connections as their handlers get them. Any thread."""
+        with self._lock:
+            connections = list(self.connections)
+        return tuple(map(self._secure.face, connections))
+
+    # --- the tasks -------------------------------------------------------------------------------
+
+    def open(self, group: anyio.abc.TaskGroup) -> None:
+        """Tasks run in that group from now on."""
+        self._group = group
+
+    def _begin(self, function: Callable[..., Awaitable[Any]], *args: Any) -> bool:
+        """Runs it in a task of the server, with the context variables of ``serve()``."""
+        if self._group is None:
+            return False
+        start: Any = self._group.start_soon
+        self.context.copy().run(start, function, *args)
+        return True
+
+    # --- the beginning ---------------------------------------------------------------------------
+
+    def begin(self, listener: SocketListener, batch: list[tuple[int, bytes]]) -> None:
+        """Makes connections of what was accepted, and has them handled."""
+        ready: list[Connection] = []
+        waiting = deque(batch)
+        try:
+            while waiting:
+                connection = self._admit(listener, *waiting.popleft())
+                if connection is not None:
+                    ready.append(connection)
+        except BaseException:  # on_prepare has raised something that ends the server
+            for fd, _ in waiting:
+                _epoll.fd_close(fd)
+            for connection in ready:
+                self._end_early(connection, self._end, "cancelled")
+            raise
+        if ready:
+            self._watch_all(ready)
+
+    def _watch_all(self, ready: list[Connection]) -> None:
+        results = _epoll.register([connection._core.handle for connection in ready])
+        for connection, result in zip(ready, results, strict=True):
+            if result < 0:
+                logger.debug("A connection could not be watched: %s", os_error(result))
+                self._end_early(connection, self._end, "failed")
+            else:
+                self._introduce(connection)
+
+    def _admit(self, listener: SocketListener, fd: int, peer: bytes) -> Connection | None:
+        """The connection, if it is to be watched; nothing has been read of it."""
+        if not self._admission.enter(peer):
+            self._rejected += 1
+            _epoll.fd_close(fd)
+            return None
+        try:
+            connection = self._open(listener, fd, peer)
+        except OSError as exc:
+            self._admission.leave(peer)
+            with self._lock:
+                self._accepted += 1
+                self._closed["failed"] += 1
+            logger.debug("An accepted connection could not be opened: %s", exc)
+            return None
+        with self._lock:
+            self._accepted += 1
+            self.connections[connection] = None
+        return connection if self._prepare(connection) else None
+
+    def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
+        """:raises OSError: if there are no resources for it; the fd is closed then"""
+        options = self._options
+        connection = new_connection(fd, listener._kind, options.limits, peer)
+        core = connection._core
+        try:
+            if listener._kind == _epoll.TCP:
+                if options.nodelay:
+                    nodelay_fd(fd)
+                if options.keepalive:
+                    connection.set_keepalive(options.keepalive)
+        except BaseException:
+            core.close()
+            raise
+        core.held = True
+        core.draining = self._server.shutting_down
+        connection._server = self._server
+        if options.on_request is not None:
+            core.requests = Requests(connection, core, options.on_request, self)
+        return connection
+
+    def _prepare(self, connection: Connection) -> bool:
+        """Whether it may go on after ``on_prepare``."""
+        if self._options.on_prepare is None:
+            return True
+        try:
+            result = self._options.on_prepare(connection)
+            if inspect.isawaitable(result):
+                if inspect.iscoroutine(result):
+                    result.close()
+                raise TypeError("on_prepare must be a plain function: it has returned an awaitable")
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            self._end_early(connection, self.conclude, exc)
+            return False
+        except BaseException:
+            self._end_early(connection, self._end, "cancelled")
+            raise
+        if connection._core.closed:
+            self._end_early(connection, self._end, "refused")
+            return False
+        return True
+
+    def _end_early(self, connection: Connection, end: Callable[..., Any], why: Any) -> None:
+        """Before it had a task; it gets one for its end."""
+        if connection._core.requests is not None:
+            connection._core.requests.stop()
+        self._begin(end, connection, why)
+
+    def _introduce(self, connection: Connection) -> None:
+        options = self._options
+        core = connection._core
+        if options.on_disconnect is not None or options.cancel_on_disconnect:
+            self._watch(connection)
+        if core.requests is None or options.on_request is None:
+            self._begin(self._run, connection)
+        elif options.on_connect is not None or options.ssl_context is not None:
+            core.requests.start(self._connect)
+        else:
+            self._connected(connection)
+            core.requests.start()
+
+    def _watch(self, connection: Connection) -> None:
+        hook = None
+        if self._options.on_disconnect is not None:
+            hook = partial(self._disconnect, connection)
+        departure = Departure(connection._core, hook, self._begin)
+        self.connections[connection] = departure
+        connection._core.watch_peer(departure.notice)
+
+    def _connected(self, connection: Connection) -> None:
+        departure = self.connections[connection]
+        if departure is not None:
+            departure.open()
+
+    async def _connect(self, connection: Connection) -> None:
+        await self._secure.open(connection)
+        if self._options.on_connect is not None:
+            await self._options.on_connect(self._secure.face(connection))
+        self._connected(connection)
+        if self._options.ssl_context is not None and self._options.on_request is not None:
+            # requests that came together with the handshake: no ciphertext will tell of them
+            await self.call(connection, self._options.on_request)
+
+    # --- the user's code -------------------------------------------------------------------------
+
+    async def _run(self, connection: Connection) -> None:
+        """The life of one connection in handler mode."""
+        try:
+            exc = await self._outcome(connection)
+        except BaseException as e:
+            with cancellation_suppressed():  # it does not take the place of this end
+                await self.conclude(connection, e)
+            raise
+        await self.conclude(connection, exc)
+
+    async def _outcome(self, connection: Connection) -> Exception | None:
+        """What the handler raises. It is kept in no frame that its traceback leads to, or each end
+        would be a garbage cycle with the connection in it.
+        """
+        assert self._options.handler is not None
+        try:
+            await self._connect(connection)
+            if not connection._core.closed:  # on_connect may have refused it
+                await self.call(connection, self._options.handler)
+        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+            return exc
+        return None
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """Calls it, in a scope that ends with the peer if that was asked for."""
+        departure = self.connections[conn]
+        awaitable = self._secure.call(conn, function)
+        if departure is not None and self._options.cancel_on_disconnect:
+            return departure.scoped(awaitable)
+        return awaitable
+
+    async def _disconnect(self, connection: Connection) -> None:
+        assert self._options.on_disconnect is not None
+        try:
+            await self._options.on_disconnect(self._secure.face(connection))
+        except Exception as exc:  # noqa: BLE001 -- as in the handler
+            if await self._judge(connection, exc) == "error":
+                connection._core.close()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """The handler, or the last call, has ended, with that exception."""
+        reason: Reason = "cancelled"
+        secure = self._secure
+        try:
+            reason = await self._reason(conn, secure.explained(conn, exc))
+            departure = self.connections[conn]
+            if departure is not None and reason != "cancelled" and secure.is_open(conn):
+                await departure.settle(gone=secure.has_ended(conn))
+            if reason in GRACEFUL:
+                await self._finish(conn)
+        finally:
+            await self._end(conn, reason)
+
+    async def _finish(self, connection: Connection) -> None:
+        """What is pending goes out, and the peer gets the end of this side."""
+        own = self._secure.face(connection).write_timeout
+        timeout = self._options.shutdown_timeout if own is None else own
+        await self._secure.finish(connection, timeout)
+
+    async def _reason(self, conn: Any, exc: BaseException | None) -> Reason:
+        if exc is None:
+            return "done"
+        if isinstance(exc, PeerGoneError):
+            return "disconnected"
+        if isinstance(exc, HandshakeError):
+            logger.debug("%s ended: TLS handshake: %r", self._name(conn), exc.__cause__)
+            return "tls_handshake"
+        if isinstance(exc, Exception):
+            return await self._judge(conn, exc)
+        return "cancelled"
+
+    async def _end(self, connection: Connection, reason: Reason) -> None:
+        """Closes; when this returns, nothing of the connection is left."""
+        connection._core.close()
+        self._secure.shut(connection)
+        departure = self.connections[connection]
+        try:
+            if departure is not None:
+                await departure.over()
+        finally:
+            try:
+                await connection._core.end()
+            finally:
+                self._leave(connection, reason)
+
+    async def _judge(self, connection: Connection, exc: Exception) -> Reason:
+        """The reason that is counted; an error is logged, and told to ``on_error``."""
+        name = self._name(connection)
+        reason = normal_end(exc, connection._core.number)
+        if reason is not None:
+            logger.debug("%s ended: %s", name, reason)
+            return reason
+        self._errors += 1
+        logger.error("The handler of %s has failed", name, exc_info=exc)
+        if self._options.on_error is not None:
+            try:
+                result = self._options.on_error(self._secure.face(connection), exc)
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                logger.exception("on_error has failed for %s", name)
+        return "error"
+
+    @staticmethod
+    def _name(connection: Connection) -> str:
+        """For log records, which may be kept for long: not the connection itself."""
+        return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
+
+    def _leave(self, connection: Connection, reason: Reason) -> None:
+        statistics = connection.statistics()
+        with self._lock:
+            self._received += statistics.bytes_received
+            self._sent += statistics.bytes_sent
+            self._closed[reason] += 1
+            del self.connections[connection]
+        self._secure.forget(connection)
+        self._admission.leave(connection._core.peer)
+        if not self._server.shutting_down:
+            self._admission.grant(len(self.connections))
+        self.on_leave()
+
+    def drain(self) -> None:
+        """Those that are idle end now, and the others as soon as they are."""
+        for connection in tuple(self.connections):
+            if not self._secure.postpone_end(connection):
+                connection._core.end_if_idle()
+
+    async def end(self) -> None:
+        """Ends those that have no task in which a cancellation could do it. The others end with
+        what their tasks are doing, even if that is shielded and does not see the cancellation.
+        """
+        self.cut = True
+        if self._options.on_request is None:
+            return  # each has its handler
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for connection in tuple(self.connections):
+                    requests = connection._core.requests
+                    if requests is not None and requests.taskless:
+                        requests.stop()
+                        group.start_soon(self._end, connection, "cancelled")
+
+
+class Guests:
+    """The owner of connections in request mode in a server with a handler, whose end is theirs."""
+
+    context = None
+    cut = False  # the handler's end is theirs
+
+    def __init__(self, lives: Lives) -> None:
+        self._lives = lives
+        self.workers = lives.workers
+
+    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
+        """See ``Owner``."""
+        return function(conn)
+
+    async def conclude(self, conn: Any, exc: BaseException | None) -> None:
+        """An error closes it; that the peer has ended its side is the handler's affair."""
+        if isinstance(exc, Exception) and not isinstance(exc, EndOfStream):
+            await self._lives._judge(conn, exc)
+            conn._core.close()

@@ -1,0 +1,34 @@
+"""What the connections of a server have in common."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .._buffers.limits import Keepalive, Limits
+from .._connection.requests import Function
+
+Hook = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the connections of a server have in common."""
+
+    limits: Limits
+    keepalive: bool | Keepalive
+    nodelay: bool
+    shutdown_timeout: float
+    handler: Function | None = None
+    on_request: Function | None = None
+    on_prepare: Hook | None = None
+    on_connect: Function | None = None
+    on_disconnect: Function | None = None
+    on_error: Callable[[Any, Exception], Any] | None = None
+    cancel_on_disconnect: bool = False
+    ssl_context: ssl.SSLContext | None = None
+    tls_handshake_timeout: float = 30.0
+    max_connections: int | None = None
+    max_connections_per_peer: int | None = None

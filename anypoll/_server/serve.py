@@ -1,0 +1,279 @@
+"""``serve()`` and ``serve_forever()``: the options, and the block."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import ssl
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import anyio
+from anyio.abc import TaskStatus
+
+from .._buffers.limits import Keepalive, Limits, count, flag, seconds
+from .._connection.requests import Function
+from .._loop.callbacks import wait_shielded
+from .._network import sockets as _sockets
+from .addresses import Where, all_different, flat
+from .options import Options
+from .server import Server
+
+__all__ = ("serve", "serve_forever")
+
+_ANOTHER_TASK = (
+    "serve() must be left in the task that has entered it, as every task group. Where the two are"
+    " different tasks (the fixtures of some plugins of pytest, components with start() and stop()),"
+    " run serve_forever() in a task of its own, and end it by server.shutdown()"
+)
+
+
+def _leaves(exc: BaseException) -> set[int]:
+    """The identities of the exceptions in a group: Trio rebuilds the groups themselves."""
+    if isinstance(exc, BaseExceptionGroup):
+        return set().union(*(_leaves(e) for e in exc.exceptions))
+    return {id(exc)}
+
+
+class serve:  # noqa: N801 -- it is used as a function
+    """Serves connections for as long as the block runs.
+
+    ``async with anypoll.serve(handler, host="127.0.0.1", port=0) as server: ...``
+
+    Entering returns a :class:`Server` when every listener accepts. Leaving the block normally shuts
+    the server down gracefully: it stops accepting, idle connections see ``EndOfStream``, busy ones
+    may finish for ``shutdown_timeout`` seconds, and what then still runs is cancelled. Leaving it
+    with an exception, or by cancellation, skips the grace; the exception leaves ``serve()``
+    unchanged. In any case nothing of the server is left when the block has ended. The task that
+    enters it must leave it; a fixture, or a component with ``start()`` and ``stop()``, runs
+    :func:`serve_forever` in a task of its own.
+
+    Each connection gets a task that runs ``handler(connection)``. The connection is closed when
+    that returns (what was written is sent before, for at most ``write_timeout``, or else
+    ``shutdown_timeout``), raises, or is cancelled. With ``on_request`` instead of a handler no task
+    exists per connection: it is called whenever input has come, see
+    :meth:`Connection.set_on_request`. An exception that leaves either, or a hook, is logged (logger
+    ``anypoll.server``), ends its connection, and stops nothing else; those that a peer can cause
+    (the end of its stream, a reset, a timeout, a message that is too large) are only counted.
+
+    The hooks of a connection are called in this order, each once at most: ``on_prepare``,
+    ``on_connect``, then the handler or the requests, ``on_disconnect``, then what
+    :meth:`Connection.add_close_callback` was given.
+
+    :param handler: a coroutine function of one argument, the :class:`Connection`
+    :param on_request: likewise; exactly one of the two must be given
+    :param on_prepare: a plain function of the connection, called before anything is read; it may
+        set options, or refuse the connection by its ``abort()``
+    :param on_connect: a coroutine function of the connection, called before the handler
+    :param on_disconnect: a coroutine function of the connection, called as soon as the peer has
+        ended its side or has reset the connection, beside the handler if that still runs; what was
+        received can still be read, and a peer that has only ended its side still be answered
+    :param on_error: a plain or coroutine function of the connection and an exception: one that was
+        logged
+    :param cancel_on_disconnect: cancel the handler when the peer ends its side or resets the
+        connection; not for protocols whose clients end their side and wait for the answer
+    :param max_connections: the server stops accepting at so many, until one has ended
+    :param max_connections_per_peer: one more from the same IP address is closed at once
+    :param host: address or name to listen on; ``None`` with a ``port``: all interfaces
+    :param port: 0 chooses one, the same on all addresses; see ``server.port``
+    :param path: a UNIX socket, instead of host and port; the file of a dead one is replaced
+    :param path_mode: permissions of that socket's file
+    :param sock: a bound socket or descriptor, or a list of them, instead
+    :param listeners: of :func:`anypoll.create_tcp_listener` and its like, instead
+    :param backlog: connections that may wait to be accepted
+    :param reuse_port: ``SO_REUSEPORT``
+    :param read_timeout: ``read_timeout`` of each connection, in seconds
+    :param write_timeout: ``write_timeout`` of each connection, in seconds
+    :param idle_timeout: ``idle_timeout`` of each connection, in seconds
+    :param ssl_context: of :mod:`ssl`, with a certificate: the connections speak TLS, and handler,
+        hooks (but ``on_prepare``, which comes before the handshake) and requests get a
+        :class:`TLSConnection`. A handshake that fails is only counted.
+    :param tls_handshake_timeout: seconds that it may take
+    :param keepalive: TCP keepalive: ``True``, or a :class:`Keepalive`
+    :param nodelay: ``TCP_NODELAY``
+    :param shutdown_timeout: seconds that busy connections get when the server ends, and that each
+        close callback may take
+    :param read_high_water: bytes that are read ahead at most
+    :param write_high_water: bytes of pending output above which reads wait
+    :param read_limit: bytes that a single request may ask for
+    :raises ValueError, TypeError: on entering, for nonsense
+    :raises OSError: on entering, for a failed bind, with the address in its text
+    :raises RuntimeError: on leaving, in another task than the one that has entered; the server has
+        ended then
+    """
+
+    def __init__(
+        self,
+        handler: Function | None = None,
+        *,
+        on_request: Function | None = None,
+        host: Any = None,
+        port: int | None = None,
+        path: str | bytes | os.PathLike[Any] | None = None,
+        path_mode: int | None = None,
+        sock: Any = None,
+        listeners: Any = None,
+        on_prepare: Callable[[Any], None] | None = None,
+        on_connect: Function | None = None,
+        on_disconnect: Function | None = None,
+        on_error: Callable[[Any, Exception], Any] | None = None,
+        cancel_on_disconnect: bool = False,
+        max_connections: int | None = None,
+        max_connections_per_peer: int | None = None,
+        backlog: int = 65536,
+        reuse_port: bool = False,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+        idle_timeout: float | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        tls_handshake_timeout: float = 30.0,
+        keepalive: bool | Keepalive = False,
+        nodelay: bool = True,
+        shutdown_timeout: float = 10.0,
+        read_high_water: int | None = None,
+        write_high_water: int | None = None,
+        read_limit: int | None = None,
+    ) -> None:
+        self._where = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
+        limits = {
+            "read_timeout": read_timeout,
+            "write_timeout": write_timeout,
+            "idle_timeout": idle_timeout,
+            "read_high_water": read_high_water,
+            "write_high_water": write_high_water,
+            "read_limit": read_limit,
+        }
+        self._limits: dict[str, Any] = {
+            name: value for name, value in limits.items() if value is not None
+        }
+        self._options = {
+            "keepalive": keepalive,
+            "nodelay": nodelay,
+            "shutdown_timeout": shutdown_timeout,
+            "handler": handler,
+            "on_request": on_request,
+            "on_prepare": on_prepare,
+            "on_connect": on_connect,
+            "on_disconnect": on_disconnect,
+            "on_error": on_error,
+            "cancel_on_disconnect": cancel_on_disconnect,
+            "ssl_context": ssl_context,
+            "tls_handshake_timeout": tls_handshake_timeout,
+            "max_connections": max_connections,
+            "max_connections_per_peer": max_connections_per_peer,
+        }
+
+    async def _server(self) -> Server:
+        """The server, listening; nothing is left open if it fails."""
+        options = self._checked_options()
+        where = Where(*self._where)
+        server = Server(options)
+        if where.listeners is None:
+            server._open(await where.sockets())
+        else:
+            server._adopt(all_different(list(flat(where.listeners))))
+        return server
+
+    def _checked_options(self) -> Options:
+        given: dict[str, Any] = dict(self._options)
+        if (given["handler"] is None) == (given["on_request"] is None):
+            raise ValueError("serve() needs exactly one of handler and on_request")
+        for name in ("handler", "on_request", "on_connect", "on_disconnect", "on_error"):
+            if given[name] is not None and not callable(given[name]):
+                raise ValueError(f"{name} must be a function, not {given[name]!r}")
+        prepare = given["on_prepare"]
+        if prepare is not None and (not callable(prepare) or inspect.iscoroutinefunction(prepare)):
+            raise ValueError(f"on_prepare must be a plain function, not {prepare!r}")
+        timeout = given["shutdown_timeout"]
+        if seconds(timeout, "shutdown_timeout") is None:
+            raise TypeError("shutdown_timeout must be a number of seconds")
+        context = given["ssl_context"]
+        if context is not None and not isinstance(context, ssl.SSLContext):
+            kind = type(context).__name__
+            raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
+        if seconds(given["tls_handshake_timeout"], "tls_handshake_timeout") is None:
+            raise TypeError("tls_handshake_timeout must be a number of seconds")
+        for name in ("max_connections", "max_connections_per_peer"):
+            if given[name] is not None:
+                given[name] = count(given[name], name, least=1)
+        for name in ("nodelay", "cancel_on_disconnect"):
+            flag(given[name], name)
+        _sockets.check_keepalive(given["keepalive"])
+        return Options(Limits(**self._limits, close_callback_timeout=timeout), **given)
+
+    async def __aenter__(self) -> Server:
+        server = await self._server()
+        self._running = server
+        self._task = server._hub.current_task()
+        self._group = anyio.create_task_group()
+        try:
+            await self._group.__aenter__()
+            try:
+                await self._group.start(server._lifetime)
+            except BaseException as exc:
+                await self._group.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        except BaseException:
+            server._close_listeners()
+            raise
+        return server
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._running._hub.current_task() is not self._task:
+            await self._leave_elsewhere(exc)
+            return
+        if exc is None:
+            self._running._begin_shutdown(self._running._options.shutdown_timeout)
+        # With an exception the task group cancels what runs in it: the server's one task.
+        try:
+            await self._group.__aexit__(exc_type, exc, traceback)
+        except BaseExceptionGroup as group:
+            if exc is None or not _leaves(group) <= _leaves(exc):
+                raise
+            # the block's own exception: it goes on by itself, without the group around it
+
+    async def _leave_elsewhere(self, exc: BaseException | None) -> None:
+        """In another task. The server can be ended from here; but its task group, and the cancel
+        scope of that, stay open in the task that has entered them.
+
+        :raises RuntimeError: always, unless what leaves the block is to cancel the task, or to end
+            the program
+        """
+        server = self._running
+        if server._hub.is_here():
+            server._begin_shutdown(server._options.shutdown_timeout if exc is None else 0)
+            try:
+                await server._ended.wait()
+            finally:
+                server._begin_shutdown(0)
+                await wait_shielded(server._ended)
+        if exc is None or isinstance(exc, Exception):
+            raise RuntimeError(_ANOTHER_TASK)
+
+
+async def serve_forever(
+    handler: Function | None = None,
+    *,
+    task_status: TaskStatus[Server] = anyio.TASK_STATUS_IGNORED,
+    **options: Any,
+) -> None:
+    """Serves until it is cancelled, or ``server.shutdown()`` has ended it.
+
+    The other form of :class:`serve`, for a task group or a Trio nursery::
+
+        server = await tg.start(functools.partial(anypoll.serve_forever, handler, port=8000))
+
+    :param handler: as in :class:`serve`, and so are all other options
+    :param task_status: told the :class:`Server` when every listener accepts
+    """
+    if not callable(getattr(task_status, "started", None)):
+        raise TypeError(f"task_status must have a started(), unlike {type(task_status).__name__}")
+    async with serve(handler, **options) as server:
+        task_status.started(server)
+        await server._ended.wait()

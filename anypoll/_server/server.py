@@ -1,0 +1,203 @@
+"""The server behind ``serve()``: its listeners, what a user asks it, and its end.
+
+A server owns one task group. In it runs one task per listener, which takes batches of accepted
+descriptors and hands them to :class:`Lives`, and whatever that starts. Nothing that happens in
+there reaches the task group.
+
+The end comes in one of two ways. Gracefully: listeners close, each idle connection's wait sees the
+end of the stream, busy ones go on until they wait with nothing buffered, and the block ends with
+the last of them, or with ``shutdown_timeout``. By force (an exception in the block, a cancellation,
+the timeout): the handlers are cancelled, and close their connections.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError
+from anyio.abc import TaskStatus
+
+from .._buffers.limits import seconds
+from .._loop import runtime
+from .._network import sockets as _sockets
+from .._network.listener import SocketListener, open_listeners
+from .admission import Admission
+from .lifecycle import Guests, Lives
+from .options import Options
+from .statistics import ServerStatistics
+
+__all__ = ("Server", "ServerStatistics")
+
+logger = logging.getLogger("anypoll.server")
+
+
+class Server:
+    """What ``async with anypoll.serve(...)`` gives."""
+
+    def __init__(self, options: Options) -> None:
+        if not isinstance(options, Options):
+            raise TypeError(f"a server is made by serve(), not of {type(options).__name__}")
+        self._options = options
+        admission = Admission(options.max_connections, options.max_connections_per_peer)
+        self._admission = admission
+        self._hub = runtime.current_hub()
+        self._lives = Lives(self, options, admission, self._hub)
+        self._guests = Guests(self._lives)
+        self._lives.on_leave = self._check_idle
+        self._listeners: list[SocketListener] = []
+        self._addresses: tuple[_sockets.Address, ...] = ()
+        self._shutting_down = anyio.Event()
+        self._ended = anyio.Event()
+        self._idle = anyio.Event()  # no connection is left, and none will come
+        self._accepting = 0
+        self._deadline = float("inf")
+        self._grace: anyio.CancelScope | None = None
+
+    # --- what a user asks ------------------------------------------------------------------------
+
+    @property
+    def listeners(self) -> Sequence[SocketListener]:
+        """The listeners, in the order of their addresses."""
+        return tuple(self._listeners)
+
+    @property
+    def addresses(self) -> tuple[_sockets.Address, ...]:
+        """Of all listeners, as AnyIO's ``local_address`` gives them; also after the end."""
+        return self._addresses
+
+    @property
+    def port(self) -> int:
+        """The TCP port.
+
+        :raises AttributeError: if the server listens on UNIX sockets only
+        """
+        for address in self._addresses:
+            if isinstance(address, tuple):
+                return address[1]
+        raise AttributeError("this server has no TCP port")
+
+    @property
+    def connections(self) -> tuple[Any, ...]:
+        """Those whose hooks and close callbacks have not ended yet, as their handlers get them: a
+        snapshot. Any thread.
+        """
+        return self._lives.faces()
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the server is ending, or has ended. Any thread."""
+        return self._shutting_down.is_set()
+
+    async def wait_shutting_down(self) -> None:
+        """Until the server begins to end.
+
+        :raises RuntimeError: in another event loop
+        """
+        self._hub.check()
+        await self._shutting_down.wait()
+
+    def statistics(self) -> ServerStatistics:
+        """Counters of now; works after the end too. Any thread: the counters are of one moment, and
+        ``accepted`` is ``active`` and the sum of ``closed``.
+        """
+        return self._lives.statistics()
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Ends the server gracefully; returns when all is done.
+
+        :param timeout: seconds after which the handlers that still run are cancelled; ``None``:
+            ``shutdown_timeout``. Of several calls the shortest decides.
+        :raises RuntimeError: in another event loop; the server goes on then
+        """
+        timeout = seconds(timeout, "timeout")
+        self._hub.check()
+        self._begin_shutdown(self._options.shutdown_timeout if timeout is None else timeout)
+        await self._ended.wait()
+
+    def _owner_of_requests(self) -> Lives | Guests:
+        """Who answers for a connection that goes into request mode."""
+        return self._guests if self._options.on_request is None else self._lives
+
+    # --- accepting -------------------------------------------------------------------------------
+
+    def _adopt(self, listeners: Sequence[SocketListener]) -> None:
+        """Takes over listeners that were made by themselves: their sockets move to the account."""
+        if any(listener._closed for listener in listeners):
+            raise ClosedResourceError
+        self._open([listener._give_away() for listener in listeners])
+
+    def _open(self, sockets: Sequence[socket.socket]) -> None:
+        self._listeners = open_listeners(sockets, self._admission.account)
+        self._addresses = tuple(
+            _sockets.plain_address(listener._raw_socket.getsockname())
+            for listener in self._listeners
+        )
+
+    async def _accept(self, listener: SocketListener) -> None:
+        self._accepting += 1
+        try:
+            while True:
+                batch = await listener.accept_batch()
+                self._lives.begin(listener, batch)
+                self._admission.taken(len(batch), len(self._lives.connections))
+        except ClosedResourceError:
+            if not self.shutting_down:
+                logger.error("A listener was closed while its server was running")
+        except BrokenResourceError as exc:
+            logger.error("A listener has failed: %s", exc.__cause__)
+            listener._close()  # or clients would wait in its backlog for ever
+        finally:
+            self._accepting -= 1
+            self._check_idle()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        if self.shutting_down and not self._lives.connections and not self._accepting:
+            self._idle.set()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener._close()
+
+    def _begin_shutdown(self, timeout: float) -> None:
+        self._deadline = min(self._deadline, anyio.current_time() + timeout)
+        if self._grace is not None:
+            self._grace.deadline = min(self._grace.deadline, self._deadline)
+        if self.shutting_down:
+            return
+        self._shutting_down.set()
+        self._close_listeners()
+        self._lives.drain()
+        self._check_idle()
+
+    async def _wait_idle(self) -> None:
+        """Until the last connection has ended, or the grace is over."""
+        with anyio.CancelScope(deadline=self._deadline) as self._grace:
+            await self._idle.wait()
+
+    async def _lifetime(self, *, task_status: TaskStatus[None]) -> None:
+        """Everything a server has runs inside of this."""
+        try:
+            async with anyio.create_task_group() as group:
+                self._lives.open(group)
+                for listener in self._listeners:
+                    group.start_soon(self._accept, listener)
+                self._admission.open(len(self._listeners))
+                task_status.started()
+                try:
+                    await self._shutting_down.wait()
+                    await self._wait_idle()
+                finally:
+                    self._shutting_down.set()
+                    self._close_listeners()
+                    group.cancel_scope.cancel()
+                    await self._lives.end()
+        finally:
+            self._shutting_down.set()
+            self._close_listeners()
+            self._ended.set()

@@ -1,0 +1,46 @@
+"""The handshake of a server with a peer that may be anybody."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING
+
+from anyio import BrokenResourceError
+
+from .connection import TLSConnection
+
+if TYPE_CHECKING:
+    from .._connection.stream import Connection
+
+
+async def handshake(
+    connection: Connection,
+    ssl_context: ssl.SSLContext,
+    timeout: float | None,
+    *,
+    standard_compatible: bool = True,
+) -> TLSConnection:
+    """A server's handshake. If it fails the connection is closed, and what is raised is something
+    that a peer can cause, and marked as that connection's; nothing is logged.
+
+    :param timeout: seconds for all of it; the connection's ``read_timeout`` holds afterwards
+    :raises ReadTimeout: after ``timeout`` seconds
+    :raises BrokenResourceError: if the peer has gone, or with the ``ssl.SSLError`` as its cause
+    :raises EndOfStream: if the server is ending
+    """
+    read_timeout, connection.read_timeout = connection.read_timeout, timeout
+    try:
+        stream = await TLSConnection.wrap(
+            connection,
+            server_side=True,
+            ssl_context=ssl_context,
+            standard_compatible=standard_compatible,
+        )
+    except BaseException as exc:
+        connection._core.close()
+        connection._core.release_callbacks()
+        if not isinstance(exc, ssl.SSLError):
+            raise
+        raise connection._core._own(BrokenResourceError()) from exc
+    stream.read_timeout = read_timeout
+    return stream
