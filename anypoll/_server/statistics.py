@@ -20,6 +20,6 @@ class ServerStatistics:
     handler_errors: int
     """exceptions of handlers, request calls and hooks that no peer can cause"""
     closed: Mapping[str, int]
-    """how often connections ended for which reason; docs/errors.md says what each means"""
+    """how often connections ended for which reason; :doc:`/deployment` lists them"""
     bytes_received: int
     bytes_sent: int

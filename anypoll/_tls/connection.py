@@ -125,8 +125,8 @@ class TLSConnection(TLSStream):
             )
         except BaseException as exc:
             connection.read_timeout, connection.write_timeout = timeouts
-            # an EndOfStream is the end of the peer, or of the server: nobody has failed
-            if hasattr(exc, ORIGIN) and not isinstance(exc, EndOfStream):
+            # not the end of the stream or the server, nor the program's own close
+            if hasattr(exc, ORIGIN) and not isinstance(exc, (ClosedResourceError, EndOfStream)):
                 exc.__dict__[REASON] = "tls_handshake"
             raise
         stream._engine.established = True
