@@ -544,7 +544,10 @@ def test_a_busy_handler_is_cancelled(
 def test_a_second_signal_ends_the_grace(directory: Path, backend: str) -> None:
     needs(backend)
     arguments = ["serve", "targets:busy", "--backend", backend]
-    program = f"from anypoll import __main__ as cli; cli._GRACE = 1000; raise SystemExit(cli.main({arguments}))"
+    program = (
+        "from anypoll import __main__ as command; command._GRACE = 1000;"
+        f"raise SystemExit(command.main({arguments}))"
+    )
     with (
         running([sys.executable, "-c", program], directory) as (process, address),
         connect(address) as client,
