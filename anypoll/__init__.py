@@ -16,9 +16,9 @@ from ._buffers.errors import (
     ReadTimeout as ReadTimeout,
     WriteTimeout as WriteTimeout,
 )
-from ._buffers.limits import Keepalive as Keepalive, LoadBalance as LoadBalance
-from ._connection.attributes import (
+from ._connection.sockets import (
     AnypollAttribute as AnypollAttribute,
+    Keepalive as Keepalive,
     PeerCredentials as PeerCredentials,
 )
 from ._epoll import (
@@ -27,6 +27,7 @@ from ._epoll import (
     PollerStatistics as PollerStatistics,
 )
 from ._loop import runtime
+from ._loop.pollers import LoadBalance as LoadBalance
 from ._network.connectables import (
     TCPConnectable as TCPConnectable,
     UNIXConnectable as UNIXConnectable,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ._buffers.chain import Piece
 from ._buffers.errors import POLLER_ENDED, os_error, stream_error
+from ._buffers.reader import SCATTER
 
 if sys.implementation.name != "cpython":
     raise ImportError(f"anypoll needs CPython; this is {sys.implementation.name}")
@@ -37,6 +38,9 @@ NULL = ffi.NULL
 #: The type behind the views of blocks.
 BlockMemory = ffi.buffer
 
+# What files below this one know by number.
+assert (SCATTER, POLLER_ENDED) == (lib.AP_SCATTER, lib.AP_EPOLLER)
+
 EEOF = lib.AP_EEOF
 EQUEUED = lib.AP_EQUEUED
 EDELIM = lib.AP_EDELIM
@@ -47,7 +51,6 @@ UNIX = lib.AP_UNIX
 SEQPACKET = lib.AP_SEQPACKET
 FDS_MOST = lib.AP_FDS_MOST
 NOWAIT = lib.AP_NOWAIT
-SCATTER = lib.AP_SCATTER
 NEW_BLOCK = 1 << lib.AP_NEW_BLOCK_SHIFT
 MAIL_READ = lib.AP_MAIL_READ
 MAIL_WRITE = lib.AP_MAIL_WRITE

@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError
 
+from ._buffers.arguments import count
 from ._buffers.errors import IdleTimeout, WriteTimeout
-from ._buffers.limits import count
 from ._buffers.message import UNKNOWN, accepted, gathered, size_of
 from ._buffers.writer import Writer
 from ._loop import runtime

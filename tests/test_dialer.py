@@ -24,7 +24,7 @@ from peers import holds, pattern, within
 
 import anypoll
 from anypoll import Connection, ConnectTimeout, UNIXConnection
-from anypoll._network import sockets as _sockets
+from anypoll._network import dialer
 
 pytestmark = pytest.mark.anyio
 
@@ -268,7 +268,7 @@ async def test_a_time_out_of_the_kernel_is_no_connect_timeout(
     async def connect(_sock: Any, _address: Any) -> None:
         raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
-    monkeypatch.setattr(anypoll._network.sockets, "connect", connect)
+    monkeypatch.setattr(dialer, "connect", connect)
     with pytest.raises(OSError, match="All connection attempts failed") as caught:
         await anypoll.connect_tcp("127.0.0.1", 1, timeout=30)
     assert not isinstance(caught.value, ConnectTimeout)
@@ -314,7 +314,7 @@ async def test_the_winner_is_closed_when_cancelled_at_the_last_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After it has connected, and before it was handed over."""
-    connect = _sockets.connect
+    connect = dialer.connect
     connected: list[socket.socket] = []
     scope = anyio.CancelScope()
 
@@ -323,7 +323,7 @@ async def test_the_winner_is_closed_when_cancelled_at_the_last_moment(
         connected.append(sock)
         scope.cancel()
 
-    monkeypatch.setattr(_sockets, "connect", connect_and_cancel)
+    monkeypatch.setattr(dialer, "connect", connect_and_cancel)
     with listening() as (_, port):
         with scope:
             await anypoll.connect_tcp("127.0.0.1", port)

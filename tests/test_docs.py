@@ -38,7 +38,8 @@ import anypoll
 import anypoll.integrations.httpcore
 import anypoll.integrations.trio
 from anypoll import __main__ as _cli, integrations, mux
-from anypoll._connection import core as _connection, ends as _ends
+from anypoll._buffers import errors
+from anypoll._connection import core as _connection
 from anypoll._loop import hub as _hub
 from anypoll.nocopy import LinkBuffer, Reader, Writer
 
@@ -267,9 +268,9 @@ def _reasons(page: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("page", "reasons"),
     [
-        ("deployment.md", get_args(_ends.Reason)),
-        ("internals/lifecycle.md", get_args(_ends.Reason)),
-        ("errors.md", {*_ends._OWN.values(), "error"}),
+        ("deployment.md", get_args(errors.Reason)),
+        ("internals/lifecycle.md", get_args(errors.Reason)),
+        ("errors.md", {*errors._OWN.values(), "error"}),
     ],
 )
 def test_reasons_are_those_of_the_code(page: str, reasons: set[str]) -> None:
@@ -315,15 +316,8 @@ _OTHERS = {
     *("anypoll.server", "anypoll.connection", "anypoll.pollers"),
     *("server.pem", "anypoll.test", "ShardQueue.Add", "ShardQueue.Close"),
     *("backend", "main", "fork", "fail_after", "move_on_after", "wait_all_tasks_blocked"),
-    *(
-        "start",
-        "stop",
-        "autojump_threshold",
-        "close_notify",
-        "raw_socket",
-        "receive_until",
-        "serve_listeners",
-    ),
+    *("start", "stop", "run_sync_soon", "serve_listeners"),
+    *("autojump_threshold", "close_notify", "raw_socket", "receive_until"),
 }
 
 
@@ -356,7 +350,7 @@ _PARAMETERS = {
 _MEMBERS = {name for cls in _CLASSES.values() for name in dir(cls)} | {
     name for cls in _CLASSES.values() for name in _own(cls)
 }
-_KNOWN = _MEMBERS | _PARAMETERS | set(_PUBLIC) | set(get_args(_ends.Reason)) | _OTHERS
+_KNOWN = _MEMBERS | _PARAMETERS | set(_PUBLIC) | set(get_args(errors.Reason)) | _OTHERS
 
 
 def _is_there(root: str, attributes: str) -> bool:

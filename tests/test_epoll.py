@@ -26,7 +26,7 @@ import anypoll
 from anypoll import _epoll
 from anypoll._epoll import ffi, lib
 
-STUB = ast.parse((Path(_epoll.__file__).parent / "_core.pyi").read_text())
+STUB = ast.parse((Path(_epoll.__file__).parent / "_loop" / "_core.pyi").read_text())
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
 
 

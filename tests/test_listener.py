@@ -33,7 +33,7 @@ from peers import holds, pollers_have_looked, settle, within
 
 import anypoll
 from anypoll import Connection, SocketListener, UNIXConnection
-from anypoll._network import sockets as _sockets
+from anypoll._network import binding
 
 pytestmark = pytest.mark.anyio
 
@@ -715,7 +715,7 @@ async def test_of_two_servers_at_once_one_gets_the_path(
 
     def second() -> None:
         try:
-            listening = _sockets.unix_listening(path, mode=None, backlog=5)
+            listening = binding.unix_listening(path, mode=None, backlog=5)
             outcome.append(asyncio.run(listening))
         except OSError as exc:
             outcome.append(exc)
@@ -758,12 +758,12 @@ async def test_a_directory_that_somebody_keeps_locked(
     lock = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr(_sockets, "_LOCK_TRIES", 1 << 62)
+        monkeypatch.setattr(binding, "_LOCK_TRIES", 1 << 62)
         with anyio.move_on_after(0.01) as scope:
             await anypoll.create_unix_listener(path)
         assert scope.cancelled_caught
         assert path.stat().st_ino == inode
-        monkeypatch.setattr(_sockets, "_LOCK_TRIES", 3)
+        monkeypatch.setattr(binding, "_LOCK_TRIES", 3)
         await listen_and_close(path)
     finally:
         os.close(lock)

@@ -20,7 +20,8 @@ from peers import within
 
 import anypoll
 from anypoll import Connection, SocketListener, UNIXConnection
-from anypoll._network import sockets as _sockets
+from anypoll._connection import sockets
+from anypoll._network import addresses, binding
 
 pytestmark = pytest.mark.anyio
 
@@ -218,13 +219,13 @@ async def test_serve_on_a_scope() -> None:
 def test_with_scope() -> None:
     lo = socket.if_nametoindex("lo")
     six = socket.AF_INET6
-    assert _sockets.with_scope(six, ("fe80::1%lo", 5)) == ("fe80::1", 5, 0, lo)
-    assert _sockets.with_scope(six, ("fe80::1%7", 5)) == ("fe80::1", 5, 0, 7)
-    assert _sockets.with_scope(six, ("::1", 5)) == ("::1", 5)
-    assert _sockets.with_scope(six, ("::1", 5, 0, 3)) == ("::1", 5, 0, 3)
-    assert _sockets.with_scope(socket.AF_INET, ("127.0.0.1", 5)) == ("127.0.0.1", 5)
+    assert addresses.with_scope(six, ("fe80::1%lo", 5)) == ("fe80::1", 5, 0, lo)
+    assert addresses.with_scope(six, ("fe80::1%7", 5)) == ("fe80::1", 5, 0, 7)
+    assert addresses.with_scope(six, ("::1", 5)) == ("::1", 5)
+    assert addresses.with_scope(six, ("::1", 5, 0, 3)) == ("::1", 5, 0, 3)
+    assert addresses.with_scope(socket.AF_INET, ("127.0.0.1", 5)) == ("127.0.0.1", 5)
     with pytest.raises(socket.gaierror, match="no interface 'nothing'"):
-        _sockets.with_scope(six, ("fe80::1%nothing", 5))
+        addresses.with_scope(six, ("fe80::1%nothing", 5))
 
 
 async def ignore(_conn: Connection) -> None:
@@ -286,7 +287,7 @@ def test_plain_addresses_are_anyios() -> None:
         "/a/path",
         "",
     ):
-        assert _sockets.plain_address(address) == convert_ipv6_sockaddr(address)  # type: ignore[arg-type]
+        assert sockets.plain_address(address) == convert_ipv6_sockaddr(address)  # type: ignore[arg-type]
 
 
 # --- one port for all addresses ------------------------------------------------------------------
@@ -297,7 +298,7 @@ async def test_an_ephemeral_port_that_is_taken_elsewhere_is_tried_again(
 ) -> None:
     """The first address gives the port, and somebody else has that on the second."""
     tries: list[int] = []
-    bind_all = _sockets._bind_all
+    bind_all = binding._bind_all
 
     def fail_twice(*args: Any, **options: Any) -> Any:
         tries.append(1)
@@ -309,8 +310,8 @@ async def test_an_ephemeral_port_that_is_taken_elsewhere_is_tried_again(
         await anyio.lowlevel.checkpoint()
         return [(socket.AF_INET6, ("::1", 0)), (socket.AF_INET, ("127.0.0.1", 0))]
 
-    monkeypatch.setattr(_sockets, "_bind_all", fail_twice)
-    monkeypatch.setattr(_sockets, "_local_addresses", two)
+    monkeypatch.setattr(binding, "_bind_all", fail_twice)
+    monkeypatch.setattr(binding, "_local_addresses", two)
     async with await anypoll.create_tcp_listener(local_host="both") as multi:
         ports = {each.extra(SocketAttribute.local_port) for each in multi.listeners}
         assert len(multi.listeners) == 2

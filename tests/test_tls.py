@@ -46,7 +46,7 @@ from peers import (
 
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
-from anypoll._connection.ends import normal_end
+from anypoll._buffers.errors import normal_end
 from anypoll._connection.stream import open_socket
 from anypoll._tls.handshake import handshake
 from anypoll._tls.output import CLOSE_MOST

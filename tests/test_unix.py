@@ -27,7 +27,7 @@ from peers import KIB, MIB, holds, pattern, read_all, suspends, within
 
 import anypoll
 from anypoll import ReadTimeout, UNIXConnection, WriteTimeout, _epoll
-from anypoll._connection.ends import normal_end
+from anypoll._buffers.errors import normal_end
 from anypoll._connection.stream import open_socket
 
 pytestmark = pytest.mark.anyio

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 from anyio import ClosedResourceError, DelimiterNotFound, WouldBlock
 
-from .arguments import as_bytes, as_view, delimiter_bytes, room_in, text_encoding
+from .arguments import as_bytes, as_view, count, delimiter_bytes, room_in, text_encoding
 from .chain import Chain, Piece
 from .errors import about
-from .limits import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

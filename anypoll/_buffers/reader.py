@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from anyio import EndOfStream
 
-from .._connection.endpoint import SHUT
-from .._epoll import SCATTER
-from .arguments import delimiter_bytes, room_in, text_encoding
+from .arguments import count, delimiter_bytes, room_in, text_encoding
 from .chain import EMPTY
 from .errors import about
-from .limits import count
 from .linkbuffer import LinkBuffer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from .limits import Limits
+    from .arguments import Limits
+
+
+SHUT = -1  # an end of the window that no request can meet
+SCATTER = 2  # a flag of ``fill``: the bytes may lie in several blocks; the core's ``AP_SCATTER``
 
 
 class Source(Protocol):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from .linkbuffer import BaseWriter
 
 if TYPE_CHECKING:
+    from .arguments import Limits
     from .chain import Piece
-    from .limits import Limits
 
 
 class Sink(Protocol):

@@ -23,9 +23,10 @@ from anyio import BusyResourceError
 
 from .. import _epoll
 from .._buffers.errors import os_error, stream_error
+from .._buffers.reader import SHUT
 from .._epoll import EIDLE, IS_IDLE_END, MAIL_FAILED, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
 from .._loop import runtime
-from .endpoint import AGAIN, SHUT, deadline_after
+from .endpoint import AGAIN, deadline_after
 from .input import Input
 
 

@@ -18,6 +18,7 @@ import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 
 from .. import _epoll
+from .._buffers.arguments import BLOCK_SIZE
 from .._buffers.errors import (
     POLLER_ENDED,
     IdleTimeout,
@@ -26,14 +27,13 @@ from .._buffers.errors import (
     about,
     stream_error,
 )
-from .._buffers.limits import BLOCK_SIZE
 from .._epoll import EEOF, EIDLE, ELATE, conn_buffered
 from .._loop import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .._buffers.limits import Limits
+    from .._buffers.arguments import Limits
     from .._buffers.reader import Reader
     from .._buffers.writer import Writer
     from .._epoll import Conn, ConnectionStatistics, Poller
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 AGAIN = -EAGAIN
 _WINDOW = 64 * 1024  # what C shows beyond a request
 LONG = 1e9  # seconds, as good as for ever
-SHUT = -1  # an end of the window that no request can meet
 
 _E = TypeVar("_E", bound=Exception)
 

@@ -22,15 +22,15 @@ from anyio import (
 )
 
 from .. import _epoll
+from .._buffers.arguments import shown
 from .._buffers.chain import EMPTY
 from .._buffers.errors import MessageTooLarge
-from .._buffers.limits import shown
+from .._buffers.reader import SCATTER, SHUT
 from .._epoll import (
     EDELIM,
     EQUEUED,
     NEW_BLOCK,
     NOWAIT,
-    SCATTER,
     conn_buffered,
     conn_consume,
     conn_find,
@@ -38,7 +38,7 @@ from .._epoll import (
     conn_read,
     conn_want,
 )
-from .endpoint import AGAIN, SHUT, deadline_after
+from .endpoint import AGAIN, deadline_after
 from .output import VECTORED, Output
 
 _WAITING = frozenset({AGAIN, EQUEUED})  # the wait is armed

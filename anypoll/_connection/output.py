@@ -14,8 +14,9 @@ from anyio import BusyResourceError, ClosedResourceError
 
 from .. import _epoll
 from .._buffers.errors import IdleTimeout, ReadTimeout, WriteTimeout
+from .._buffers.reader import SHUT
 from .._epoll import EQUEUED, BlockMemory, conn_queued, conn_write
-from .endpoint import AGAIN, SHUT, Endpoint, deadline_after
+from .endpoint import AGAIN, Endpoint, deadline_after
 
 if TYPE_CHECKING:
     from .._buffers.chain import Piece

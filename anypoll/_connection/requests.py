@@ -25,11 +25,12 @@ from anyio import ClosedResourceError, EndOfStream
 
 from .. import _epoll
 from .._buffers.chain import EMPTY
+from .._buffers.errors import GRACEFUL, normal_end
+from .._buffers.reader import SHUT
 from .._epoll import EQUEUED, NEW_BLOCK
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
-from .endpoint import AGAIN, SHUT
-from .ends import GRACEFUL, normal_end
+from .endpoint import AGAIN
 from .output import VECTORED
 
 if TYPE_CHECKING:

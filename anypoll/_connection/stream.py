@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from anyio import BusyResourceError
 
-from .._buffers.arguments import flat_view
-from .._buffers.limits import Limits, positive, seconds
+from .._buffers.arguments import Limits, flat_view, positive, seconds
 from .._buffers.reader import Reader
 from .._buffers.writer import Writer
 from .._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
 from .._loop.callbacks import Callback, Callbacks
-from .._network import sockets as _sockets
 from .core import Core
 from .requests import Function, Requests, unserved
-from .sockets import SocketSurface
+from .sockets import SocketSurface, set_nodelay, validated
 from .unix import DescriptorStream, MessageCore, UNIXCore
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ class Connection(SocketSurface):
         :raises ValueError: if it is not a connected stream socket of a family that is supported
         """
         families = (socket.AF_UNIX,) if issubclass(cls, UNIXConnection) else _FAMILIES
-        sock = _sockets.validated(sock_or_fd, families=families, listening=False)
+        sock = validated(sock_or_fd, families=families, listening=False)
         connection: Any = open_socket(sock)
         return connection  # type: ignore[no-any-return]
 
@@ -366,7 +364,7 @@ def _over(sock: socket.socket, limits: Limits) -> Connection:
     kind = kind_of(sock)
     if kind == TCP:
         try:
-            _sockets.set_nodelay(sock, True)
+            set_nodelay(sock, True)
         except BaseException:
             sock.close()
             raise

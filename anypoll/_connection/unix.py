@@ -20,9 +20,10 @@ from anyio.abc import UNIXSocketStream
 from .. import _epoll
 from .._buffers.arguments import flat_view
 from .._buffers.errors import os_error, stream_error
+from .._buffers.reader import SHUT
 from .._epoll import FDS_MOST, MAIL_FDS, conn_report
 from .core import Core
-from .endpoint import AGAIN, SHUT, deadline_after
+from .endpoint import AGAIN, deadline_after
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

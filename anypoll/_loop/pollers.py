@@ -13,10 +13,13 @@ import itertools
 import logging
 import operator
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from .._buffers.limits import shown
+from .._buffers.arguments import BLOCK_SIZE, MIB, count_field, shown
 from .._epoll import (
+    PollerStatistics,
     drain_poller,
     keep_poller,
     nudge_poller,
@@ -27,12 +30,32 @@ from .._epoll import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from .._buffers.limits import LoadBalance, Settings
-    from .._epoll import Poller, PollerStatistics
+    from .._epoll import Poller
 
 logger = logging.getLogger("anypoll.pollers")
+
+LoadBalance = str | Callable[[Sequence[PollerStatistics]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What :func:`anypoll.configure` sets for the process."""
+
+    pollers: int = 1
+    load_balance: LoadBalance = "round_robin"
+    block_size: int = BLOCK_SIZE
+    checkpoint_budget: int = 64
+
+    def __post_init__(self) -> None:
+        count_field(self, "pollers", least=1, most=256)
+        count_field(self, "block_size", least=BLOCK_SIZE, most=MIB)
+        count_field(self, "checkpoint_budget", least=1)
+        balance: Any = self.load_balance
+        names = ("round_robin", "random", "least_connections")
+        if not callable(balance) and balance not in names:
+            raise ValueError(
+                f"load_balance must be one of {', '.join(names)}, or a callable, not {balance!r}"
+            )
 
 
 class Pool:

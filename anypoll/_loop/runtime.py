@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio.lowlevel import current_token
 
 from .. import _epoll
-from .._buffers.limits import Settings
 from .._epoll import PollerEndedError
 from .asyncio_hub import AsyncioHub
-from .pollers import Pool, choose, logger
+from .pollers import Pool, Settings, choose, logger
 
 if TYPE_CHECKING:
     import socket

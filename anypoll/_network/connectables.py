@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import anyio
 
 from .._connection.stream import Connection, UNIXConnection
-from . import sockets as _sockets
+from .addresses import host_text, unix_path
 from .dialer import connect_tcp, connect_unix
 
 __all__ = ("TCPConnectable", "UNIXConnectable")
@@ -28,7 +28,7 @@ class TCPConnectable(anyio.TCPConnectable):
     def __post_init__(self) -> None:
         if not isinstance(self.port, int):
             raise TypeError(f"port must be an integer, not {type(self.port).__name__}")
-        _sockets.host_text(self.host, "host")
+        host_text(self.host, "host")
         super().__post_init__()
 
     async def connect(self) -> Connection:
@@ -53,7 +53,7 @@ class UNIXConnectable(anyio.UNIXConnectable):
     """
 
     def __post_init__(self) -> None:
-        _sockets.unix_path(self.path)
+        unix_path(self.path)
 
     async def connect(self) -> UNIXConnection:
         """A new connection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -13,14 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from .._buffers.arguments import Limits, seconds
 from .._buffers.errors import ConnectTimeout
-from .._buffers.limits import Limits, seconds
+from .._connection.sockets import check_keepalive, set_keepalive
 from .._connection.stream import Connection, UNIXConnection, open_fd
 from .._tls.connection import TLSConnection, check_tls
-from . import sockets as _sockets
+from .addresses import (
+    LACKING,
+    any_address,
+    closed_on_error,
+    host_text,
+    naming,
+    port_number,
+    resolved,
+    unix_kind,
+    unix_path,
+    with_scope,
+)
 
 if TYPE_CHECKING:
-    from .._buffers.limits import Keepalive
+    from .._connection.sockets import Keepalive
 
 __all__ = ("connect_tcp", "connect_unix")
 
@@ -70,13 +83,13 @@ async def connect_tcp(
     :raises ValueError, TypeError: for nonsense; nothing is sent then
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
-    _sockets.check_keepalive(keepalive)
+    check_keepalive(keepalive)
     check_tls(ssl_context, tls_hostname, "tls_hostname")
     route = _Route(remote_host, remote_port, local_host, local_port, happy_eyeballs_delay)
     with _connect_timeout(timeout):
         sock = await _race(route)
         try:
-            _sockets.set_keepalive(sock, keepalive)
+            set_keepalive(sock, keepalive)
         except BaseException:
             sock.close()
             raise
@@ -108,28 +121,28 @@ class _Route:
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
-        put("host", _sockets.host_text(self.host, "remote_host"))
-        put("port", _sockets.port_number(self.port, "remote_port"))
+        put("host", host_text(self.host, "remote_host"))
+        put("port", port_number(self.port, "remote_port"))
         if self.local_host is not None:
-            put("local_host", _sockets.host_text(self.local_host, "local_host"))
+            put("local_host", host_text(self.local_host, "local_host"))
         if self.local_port is not None:
-            put("local_port", _sockets.port_number(self.local_port, "local_port"))
+            put("local_port", port_number(self.local_port, "local_port"))
         seconds(self.delay, "happy_eyeballs_delay")
 
 
 async def _local_addresses(host: str | None, port: int | None) -> list[tuple[int, Any]]:
     """What to connect from; nothing: the kernel's choice."""
     if host is not None:
-        return await _sockets.resolved(host, port or 0)
+        return await resolved(host, port or 0)
     if port is not None:
-        return [_sockets.any_address(family, port) for family in (socket.AF_INET, socket.AF_INET6)]
+        return [any_address(family, port) for family in (socket.AF_INET, socket.AF_INET6)]
     return []
 
 
 async def _remote_addresses(host: str, port: int, families: set[int]) -> list[tuple[int, Any]]:
     """Of both families in turn, IPv6 first (RFC 8305, section 4)."""
     family = families.pop() if len(families) == 1 else socket.AF_UNSPEC
-    found = await _sockets.resolved(host, port, family=family)
+    found = await resolved(host, port, family=family)
     six = [each for each in found if each[0] == socket.AF_INET6]
     four = [each for each in found if each[0] == socket.AF_INET]
     mixed = [a for pair in zip(six, four, strict=False) for a in pair]
@@ -189,12 +202,12 @@ def _failure(errors: list[OSError]) -> OSError:
 
 
 async def _connected(family: int, address: Any, local: list[tuple[int, Any]]) -> socket.socket:
-    with _sockets.closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as sock:
+    with closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as sock:
         sock.setblocking(False)
         if local:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _bind(sock, [each for of, each in local if of == family])
-        await _sockets.connect(sock, _sockets.with_scope(family, address))
+        await connect(sock, with_scope(family, address))
     return sock
 
 
@@ -205,10 +218,10 @@ def _bind(sock: socket.socket, addresses: list[Any]) -> None:
     """
     for number, address in enumerate(addresses, 1):
         try:
-            with _sockets.naming(address):
-                sock.bind(_sockets.with_scope(sock.family, address))
+            with naming(address):
+                sock.bind(with_scope(sock.family, address))
         except OSError as exc:
-            if exc.errno not in _sockets.LACKING or number == len(addresses):
+            if exc.errno not in LACKING or number == len(addresses):
                 raise
         else:
             return
@@ -237,9 +250,9 @@ async def connect_unix(
     :raises ValueError, TypeError: for another ``kind``, and other nonsense
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
-    _sockets.check_keepalive(keepalive)
-    name = _sockets.unix_path(path)
-    with _sockets.closed_on_error(socket.socket(socket.AF_UNIX, _sockets.unix_kind(kind))) as sock:
+    check_keepalive(keepalive)
+    name = unix_path(path)
+    with closed_on_error(socket.socket(socket.AF_UNIX, unix_kind(kind))) as sock:
         sock.setblocking(False)
         with _connect_timeout(timeout):
             await _connect_unix(sock, name)
@@ -251,8 +264,26 @@ async def connect_unix(
 async def _connect_unix(sock: socket.socket, path: bytes) -> None:
     while True:
         try:
-            await _sockets.connect(sock, path)
+            await connect(sock, path)
         except BlockingIOError:  # a full backlog: unlike TCP there is nothing to wait for
             await anyio.sleep(0.01)
         else:
             return
+
+
+async def connect(sock: socket.socket, address: Any) -> None:
+    """Connects a non-blocking socket.
+
+    :raises OSError: if it is refused, unreachable, or the like
+    """
+    try:
+        sock.connect(address)
+    except BlockingIOError as exc:
+        if exc.errno != errno.EINPROGRESS:
+            raise  # a UNIX socket's backlog is full: nothing is under way
+        await anyio.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error)) from None
+    else:
+        await anyio.lowlevel.checkpoint()

@@ -23,12 +23,14 @@ from anyio.abc import SocketListener as AnyIOSocketListener, SocketStream
 from anyio.streams.stapled import MultiListener
 
 from .. import _epoll
+from .._buffers.arguments import Limits
 from .._buffers.errors import stream_error
-from .._buffers.limits import Limits
+from .._connection.sockets import set_nodelay, validated
 from .._connection.stream import Connection, kind_of, new_connection
 from .._epoll import MAIL_FAILED, MAIL_STARVED, TCP
 from .._loop import runtime
-from . import sockets as _sockets
+from .addresses import host_text, port_number
+from .binding import BACKLOG_MOST, tcp_listening, unix_listening
 
 if TYPE_CHECKING:
     from typing import Self
@@ -116,9 +118,9 @@ class SocketListener(AnyIOSocketListener):
         :raises TypeError: if it is neither a socket nor a descriptor
         :raises ValueError: if it is not a bound stream socket of a family that is supported
         """
-        sock = _sockets.validated(sock_or_fd, families=_FAMILIES, listening=True)
+        sock = validated(sock_or_fd, families=_FAMILIES, listening=True)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            sock.listen(_sockets.BACKLOG_MOST)
+            sock.listen(BACKLOG_MOST)
         return cls(sock)
 
     def __del__(self) -> None:
@@ -301,7 +303,7 @@ def nodelay_fd(fd: int) -> None:
     """``TCP_NODELAY`` on a descriptor that somebody else owns."""
     sock = socket.socket(fileno=fd)
     try:
-        _sockets.set_nodelay(sock, True)
+        set_nodelay(sock, True)
     finally:
         sock.detach()
 
@@ -356,9 +358,9 @@ async def create_tcp_listener(
     :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
     :raises ValueError, TypeError: for nonsense
     """
-    sockets = await _sockets.tcp_listening(
-        None if local_host is None else _sockets.host_text(local_host, "local_host"),
-        _sockets.port_number(local_port, "local_port"),
+    sockets = await tcp_listening(
+        None if local_host is None else host_text(local_host, "local_host"),
+        port_number(local_port, "local_port"),
         family=family,
         backlog=backlog,
         reuse_port=reuse_port,
@@ -382,6 +384,6 @@ async def create_unix_listener(
     :raises OSError: for a failed bind, with the path in its text
     :raises ValueError, TypeError: for another ``kind``, and other nonsense
     """
-    sock = await _sockets.unix_listening(path, mode=mode, backlog=backlog, kind=kind)
+    sock = await unix_listening(path, mode=mode, backlog=backlog, kind=kind)
     await anyio.lowlevel.checkpoint()
     return open_listeners([sock])[0]

@@ -9,8 +9,10 @@ from typing import Any
 
 from anyio.streams.stapled import MultiListener
 
-from .._buffers.limits import count, flag
-from .._network import sockets as _sockets
+from .._buffers.arguments import count, flag
+from .._connection.sockets import validated
+from .._network.addresses import host_text, port_number
+from .._network.binding import BACKLOG_MOST, tcp_listening, unix_listening
 from .._network.listener import SocketListener
 
 
@@ -33,9 +35,9 @@ class Where:
         if sum(given) != 1:
             raise ValueError("serve() needs exactly one of host/port, path, sock and listeners")
         if self.port is not None:
-            _sockets.port_number(self.port, "port")
+            port_number(self.port, "port")
         if self.host is not None:
-            _sockets.host_text(self.host, "host")
+            host_text(self.host, "host")
         if self.path_mode is not None:
             count(self.path_mode, "path_mode", most=0o7777)
         if self.sock in ([], ()):
@@ -50,11 +52,11 @@ class Where:
         """
         if self.path is not None:
             mode, backlog = self.path_mode, self.backlog
-            return [await _sockets.unix_listening(self.path, mode=mode, backlog=backlog)]
+            return [await unix_listening(self.path, mode=mode, backlog=backlog)]
         if self.sock is not None:
             return self._listening(self.sock)
-        return await _sockets.tcp_listening(
-            None if self.host is None else _sockets.host_text(self.host, "host"),
+        return await tcp_listening(
+            None if self.host is None else host_text(self.host, "host"),
             self.port or 0,
             family=socket.AF_UNSPEC,
             backlog=self.backlog,
@@ -68,13 +70,13 @@ class Where:
         made: list[socket.socket] = []
         try:
             for one in given if isinstance(given, (list, tuple)) else [given]:
-                sock = _sockets.validated(one, families=families, listening=True)
+                sock = validated(one, families=families, listening=True)
                 made += [] if sock is one else [sock]
                 if any(sock.fileno() == other.fileno() for other in sockets):
                     raise ValueError(f"sock must not contain the descriptor {sock.fileno()} twice")
                 sockets.append(sock)
             for sock in sockets:
-                sock.listen(min(self.backlog, _sockets.BACKLOG_MOST))
+                sock.listen(min(self.backlog, BACKLOG_MOST))
         except BaseException:
             for sock in made:
                 sock.detach()

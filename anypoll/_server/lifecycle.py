@@ -26,8 +26,7 @@ import anyio
 from anyio import EndOfStream
 
 from .. import _epoll
-from .._buffers.errors import os_error
-from .._connection.ends import GRACEFUL, Reason, normal_end
+from .._buffers.errors import GRACEFUL, Reason, normal_end, os_error
 from .._connection.requests import Function, Requests
 from .._connection.stream import Connection, new_connection
 from .._loop.callbacks import cancellation_suppressed

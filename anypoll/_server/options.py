@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .._buffers.limits import Keepalive, Limits
+from .._buffers.arguments import Limits
 from .._connection.requests import Function
+from .._connection.sockets import Keepalive
 
 Hook = Callable[[Any], Any]
 

@@ -12,10 +12,10 @@ from typing import Any
 import anyio
 from anyio.abc import TaskStatus
 
-from .._buffers.limits import Keepalive, Limits, count, flag, seconds
+from .._buffers.arguments import Limits, count, flag, seconds
 from .._connection.requests import Function
+from .._connection.sockets import Keepalive, check_keepalive
 from .._loop.callbacks import wait_shielded
-from .._network import sockets as _sockets
 from .addresses import Where, all_different, flat
 from .options import Options
 from .server import Server
@@ -199,7 +199,7 @@ class serve:  # noqa: N801 -- it is used as a function
                 given[name] = count(given[name], name, least=1)
         for name in ("nodelay", "cancel_on_disconnect"):
             flag(given[name], name)
-        _sockets.check_keepalive(given["keepalive"])
+        check_keepalive(given["keepalive"])
         return Options(Limits(**self._limits, close_callback_timeout=timeout), **given)
 
     async def __aenter__(self) -> Server:

@@ -21,9 +21,9 @@ import anyio
 from anyio import BrokenResourceError, ClosedResourceError
 from anyio.abc import TaskStatus
 
-from .._buffers.limits import seconds
+from .._buffers.arguments import seconds
+from .._connection.sockets import Address, plain_address
 from .._loop import runtime
-from .._network import sockets as _sockets
 from .._network.listener import SocketListener, open_listeners
 from .admission import Admission
 from .lifecycle import Guests, Lives
@@ -49,7 +49,7 @@ class Server:
         self._guests = Guests(self._lives)
         self._lives.on_leave = self._check_idle
         self._listeners: list[SocketListener] = []
-        self._addresses: tuple[_sockets.Address, ...] = ()
+        self._addresses: tuple[Address, ...] = ()
         self._shutting_down = anyio.Event()
         self._ended = anyio.Event()
         self._idle = anyio.Event()  # no connection is left, and none will come
@@ -65,7 +65,7 @@ class Server:
         return tuple(self._listeners)
 
     @property
-    def addresses(self) -> tuple[_sockets.Address, ...]:
+    def addresses(self) -> tuple[Address, ...]:
         """Of all listeners, as AnyIO's ``local_address`` gives them; also after the end."""
         return self._addresses
 
@@ -133,8 +133,7 @@ class Server:
     def _open(self, sockets: Sequence[socket.socket]) -> None:
         self._listeners = open_listeners(sockets, self._admission.account)
         self._addresses = tuple(
-            _sockets.plain_address(listener._raw_socket.getsockname())
-            for listener in self._listeners
+            plain_address(listener._raw_socket.getsockname()) for listener in self._listeners
         )
 
     async def _accept(self, listener: SocketListener) -> None:

@@ -12,9 +12,8 @@ import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.tls import TLSStream
 
-from .._buffers.arguments import flat_view
+from .._buffers.arguments import flat_view, positive, seconds
 from .._buffers.errors import ORIGIN, REASON, IdleTimeout, ReadTimeout
-from .._buffers.limits import positive, seconds
 from .._connection.endpoint import LONG
 from .._connection.stream import Connection
 from .._epoll import SEQPACKET, ConnectionStatistics
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from .._network import sockets as _sockets
+    from .._connection.sockets import Address
     from ..nocopy import Reader, Writer
 
 __all__ = ("TLSConnection",)
@@ -346,12 +345,12 @@ class TLSConnection(TLSStream):
         return self._engine.ended and not unread and not self._engine.closed
 
     @property
-    def local_address(self) -> _sockets.Address:
+    def local_address(self) -> Address:
         """See :attr:`Connection.local_address`."""
         return self._connection.local_address
 
     @property
-    def remote_address(self) -> _sockets.Address:
+    def remote_address(self) -> Address:
         """See :attr:`Connection.remote_address`."""
         return self._connection.remote_address
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import BrokenResourceError, BusyResourceError, EndOfStream, WouldBlock
 
+from .._buffers.arguments import shown
 from .._buffers.errors import IdleTimeout, MessageTooLarge, ReadTimeout, about
-from .._buffers.limits import shown
-from .._buffers.reader import Reader
-from .._connection.endpoint import LONG, SHUT
-from .._connection.wrapped import StreamSource
-from .._epoll import SCATTER
+from .._buffers.reader import SCATTER, SHUT, Reader
+from .._buffers.wrapped import StreamSource
+from .._connection.endpoint import LONG
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
@@ -27,7 +26,7 @@ _NOTHING_THERE = (BrokenResourceError, BusyResourceError, EndOfStream, IdleTimeo
 
 
 class Source(StreamSource):
-    """Waits for plaintext; see the module, and ``Source`` of ``_reader``."""
+    """Waits for plaintext; see the module, and ``Source`` of ``_buffers/reader.py``."""
 
     __slots__ = ("_engine", "_sink", "timeout")
 
@@ -35,13 +34,12 @@ class Source(StreamSource):
     """seconds for one call as a whole"""
 
     def __init__(self, engine: Engine, sink: Sink, stream: ByteStream) -> None:
-        super().__init__(stream)
+        super().__init__(stream, engine.core.budget)
         self._engine = engine
         self._sink = sink
         self._chain = engine.chain
         self.timeout = None
         self.limits = engine.core.limits
-        self.budget = engine.core.budget
         self.reader = sink.reader = Reader(self)
 
     # --- waiting ---------------------------------------------------------------------------------

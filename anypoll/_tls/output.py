@@ -17,8 +17,9 @@ import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 
 from .._buffers.errors import IdleTimeout, WriteTimeout
+from .._buffers.reader import SHUT
 from .._buffers.writer import Writer
-from .._connection.endpoint import LONG, SHUT
+from .._connection.endpoint import LONG
 from .._connection.output import is_constant
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import BrokenResourceError, EndOfStream
 
-from .._buffers.errors import ReadTimeout
-from .._connection.ends import normal_end
+from .._buffers.errors import ReadTimeout, normal_end
 from .._epoll import IS_EOF
 from .output import within
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import EndOfStream
 
-from .._connection.ends import normal_end
+from .._buffers.errors import normal_end
 from .handshake import handshake
 from .requests import Calls
 

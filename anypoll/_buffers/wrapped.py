@@ -1,9 +1,4 @@
-"""A reader and a writer over any AnyIO byte stream.
-
-The reader's window lies in the first view of a chain of what the stream has given, which is filled
-until a request can be met. ``_shown`` is where the reader stood when the window was opened: what
-lies between that and ``reader._start`` it has consumed since.
-"""
+"""What a reader and a writer ask for, over any AnyIO byte stream."""
 
 from __future__ import annotations
 
@@ -21,16 +16,11 @@ from anyio import (
 )
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
-from .._buffers.arguments import as_bytes
-from .._buffers.chain import EMPTY, Chain, Piece
-from .._buffers.errors import MessageTooLarge, about
-from .._buffers.limits import Limits, shown
-from .._buffers.reader import Reader
-from .._buffers.writer import Writer
-from .._epoll import SCATTER
-from .._loop import runtime
-from .attributes import ORIGIN_KEY
-from .endpoint import SHUT, Endpoint
+from .arguments import Limits, as_bytes, shown
+from .chain import EMPTY, Chain, Piece
+from .errors import ORIGIN_KEY, MessageTooLarge, about
+from .reader import SCATTER, SHUT, Reader
+from .writer import Writer
 
 _JOINED = 16 * 1024  # output up to here goes to the stream in one piece
 _UNKNOWN = -1  # the stream has not been asked yet
@@ -38,43 +28,21 @@ _UNKNOWN = -1  # the stream has not been asked yet
 
 def origin_of(stream: object) -> int | None:
     """The number of the connection that lies below ``stream``, if one does."""
-    core = getattr(stream, "_core", None)
-    if isinstance(core, Endpoint):
-        return core.number
+    number = getattr(getattr(stream, "_core", None), "origin", None)
+    if isinstance(number, int):
+        return number
     with suppress(Exception):  # a stream that is closed may have no attributes any more
         return stream.extra(ORIGIN_KEY, None)  # type: ignore[attr-defined, no-any-return]
     return None
 
 
-def wrap_reader(stream: ByteReceiveStream) -> Reader:
-    """A nocopy reader over ``stream``, which must have no other reader from now on: what it gives
-    is read ahead, up to 64 KiB more than was asked for.
-
-    Exceptions of the stream come through as they are, and nothing that has arrived is lost. A
-    request above 64 MiB is a ``MessageTooLarge``. There are no timeouts but those around the call.
-
-    :raises TypeError: if it is not a ``ByteReceiveStream``
-    """
-    if not isinstance(stream, ByteReceiveStream):
-        raise TypeError(f"a ByteReceiveStream is required, not {type(stream).__name__}")
-    return StreamSource(stream).reader
-
-
-def wrap_writer(stream: ByteSendStream) -> Writer:
-    """A nocopy writer over ``stream``. ``flush()`` returns when the stream has taken everything.
-
-    If a ``flush()`` fails or is cancelled, the pieces that the stream has not been given are still
-    pending. Nothing is flushed by itself.
-
-    :raises TypeError: if it is not a ``ByteSendStream``
-    """
-    if not isinstance(stream, ByteSendStream):
-        raise TypeError(f"a ByteSendStream is required, not {type(stream).__name__}")
-    return StreamSink(stream).writer
-
-
 class StreamSource:
-    """Gets more bytes from a stream; see the module and ``Source``."""
+    """Gets more bytes from a stream; see ``Source``.
+
+    The reader's window lies in the first view of a chain of what the stream has given, which is
+    filled until a request can be met. ``_shown`` is where the reader stood when the window was
+    opened: what lies between that and ``reader._start`` it has consumed since.
+    """
 
     __slots__ = (
         "_chain",
@@ -89,7 +57,7 @@ class StreamSource:
         "reader",
     )
 
-    def __init__(self, stream: ByteReceiveStream) -> None:
+    def __init__(self, stream: ByteReceiveStream, budget: int) -> None:
         self._stream = stream
         self._chain = Chain()
         self._shown = 0
@@ -97,7 +65,7 @@ class StreamSource:
         self._origin: int | None = _UNKNOWN
         self.closed = False  # only the stream knows
         self.limits = Limits()
-        self.budget = runtime.settings().checkpoint_budget
+        self.budget = budget
         self.reader = Reader(self)
 
     # --- the window ------------------------------------------------------------------------------
