@@ -4,7 +4,9 @@
  * view of it stays right however the chain goes on: bytes are only added behind
  * block->end, and consuming only moves block->start.
  */
-#include "internal.h"
+#include "chain.h"
+
+#include "pool.h"
 
 void ap_chain_append(ap_chain *chain, ap_block *block)
 {

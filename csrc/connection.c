@@ -12,7 +12,20 @@
  *   slot.closed  the owner has closed it: everything else is moot.
  * Half-close is not close: read_end of AP_EEOF leaves writing as it was.
  */
-#include "internal.h"
+#include "connection.h"
+
+#include "chain.h"
+#include "ending.h"
+#include "fork.h"
+#include "hub.h"
+#include "input.h"
+#include "output.h"
+#include "poller.h"
+#include "pool.h"
+#include "read.h"
+#include "slot.h"
+#include "sysio.h"
+#include "unix.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>

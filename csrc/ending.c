@@ -25,7 +25,15 @@
  * or is found by ap_slot_each. Descriptors of a poller are closed with the last
  * reference, since loops may be in the middle of a call with them.
  */
-#include "internal.h"
+#include "ending.h"
+
+#include "connection.h"
+#include "fork.h"
+#include "listener.h"
+#include "poller.h"
+#include "slot.h"
+#include "sysio.h"
+#include "timer.h"
 
 #include <unistd.h>
 

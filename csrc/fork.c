@@ -8,7 +8,11 @@
  * only closes descriptors, which it finds in a bitmap that is read without a
  * lock.
  */
-#include "internal.h"
+#include "fork.h"
+
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 #define FD_WORDS (1u << 14) /* 64 descriptors each; beyond 2^20 the child closes nothing */
 

@@ -20,7 +20,15 @@
  * A wake-up is a hint. What is reported was true under the slot's mutex, but
  * the task that is woken looks again.
  */
-#include "internal.h"
+#include "hub.h"
+
+#include "connection.h"
+#include "fork.h"
+#include "listener.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 

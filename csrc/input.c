@@ -17,7 +17,15 @@
  * prefix promised. A connection that has shown to receive much, or waits for
  * much, reads into a block of its own instead, without the copy.
  */
-#include "internal.h"
+#include "input.h"
+
+#include "chain.h"
+#include "connection.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
+#include "unix.h"
 
 #include <stdlib.h>
 

@@ -11,7 +11,14 @@
  * that is accepted. Errors of a connection that died in the backlog are not
  * the listener's, and are ignored (the list is trio's).
  */
-#include "internal.h"
+#include "listener.h"
+
+#include "ending.h"
+#include "fork.h"
+#include "hub.h"
+#include "poller.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>

@@ -15,7 +15,14 @@
  * for every reply, since there each message that the peer reads makes room; so
  * it is there only while a write is stalled.
  */
-#include "internal.h"
+#include "output.h"
+
+#include "connection.h"
+#include "hub.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>

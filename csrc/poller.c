@@ -22,7 +22,16 @@
  *   One of the two sees the other. With a release store in the driver 293,000
  *   of 3 million pushes were missed.
  */
-#include "internal.h"
+#include "poller.h"
+
+#include "connection.h"
+#include "ending.h"
+#include "fork.h"
+#include "listener.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
+#include "timer.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>

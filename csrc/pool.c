@@ -13,7 +13,12 @@
  * its owner and by every block that is out, so that a view may outlive the
  * loop, the poller, and the connection it came from.
  */
-#include "internal.h"
+#include "pool.h"
+
+#include "connection.h"
+#include "fork.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 

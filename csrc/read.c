@@ -9,7 +9,18 @@
  * readable, looks again, and only then arms a wait. It is made again after the
  * wake-up, from the start: a wake-up is a hint.
  */
-#include "internal.h"
+#include "read.h"
+
+#include "chain.h"
+#include "connection.h"
+#include "hub.h"
+#include "input.h"
+#include "output.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
+#include "unix.h"
 
 #include <stdlib.h>
 

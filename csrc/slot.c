@@ -25,7 +25,15 @@
  * used again. An event for the descriptor that epoll_wait had already returned
  * carries the old generation.
  */
-#include "internal.h"
+#include "slot.h"
+
+#include "connection.h"
+#include "ending.h"
+#include "fork.h"
+#include "hub.h"
+#include "listener.h"
+#include "poller.h"
+#include "sysio.h"
 
 #include <sys/epoll.h>
 #include <sys/socket.h>

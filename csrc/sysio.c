@@ -6,7 +6,9 @@
  * in production. While no fault is set the seam is one load. Outside of it is what
  * fails for misuse alone: mutexes, pthread_join, clock_gettime, pthread_sigmask.
  */
-#include "internal.h"
+#include "sysio.h"
+
+#include "faults.h"
 
 #include <linux/sockios.h>
 #include <netinet/in.h>

@@ -11,7 +11,9 @@
  * now", and the slot knows whether anything is due. See also the kernel's
  * timer wheel (kernel/time/timer.c) for the idea.
  */
-#include "internal.h"
+#include "timer.h"
+
+#include "sysio.h"
 
 #define TICK_SHIFT 20
 #define LEVEL_SHIFT 6

@@ -20,7 +20,18 @@
  * the driver only tells that the socket is readable, and the call makes one recvmsg
  * into a block of its own. Sending is one sendmsg, and nothing is ever queued.
  */
-#include "internal.h"
+#include "unix.h"
+
+#include "chain.h"
+#include "connection.h"
+#include "hub.h"
+#include "input.h"
+#include "output.h"
+#include "poller.h"
+#include "pool.h"
+#include "read.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 

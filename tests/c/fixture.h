@@ -12,7 +12,18 @@
 #define FIXTURE_H
 
 #include "check.h"
-#include "internal.h"
+#include "connection.h"
+#include "ending.h"
+#include "fork.h"
+#include "hub.h"
+#include "input.h"
+#include "listener.h"
+#include "output.h"
+#include "poller.h"
+#include "read.h"
+#include "slot.h"
+#include "sysio.h"
+#include "unix.h"
 
 #include <arpa/inet.h>
 #include <fcntl.h>

@@ -1,0 +1,69 @@
+/* The allocator of blocks. */
+#ifndef ANYPOLL_POOL_H
+#define ANYPOLL_POOL_H
+
+#include "common.h"
+
+#define AP_BLOCK_MIN (2u * 1024)        /* smallest block, header included */
+#define AP_BLOCK_LARGE (32u * 1024)     /* from here on blocks are mapped one by one */
+#define AP_BLOCK_MAX (8u * 1024 * 1024) /* largest block that input is read to */
+#define AP_SCRATCH (64u * 1024)         /* where input of unknown size is read to first */
+#define AP_TRIM_AFTER ((int64_t)1000 * 1000 * 1000)
+
+typedef struct ap_pool ap_pool;
+typedef struct ap_slab ap_slab;
+
+struct ap_block {
+    _Atomic uint32_t refs; /* (a) acq_rel on the way down: the last one frees */
+    uint32_t size;         /* (c) header included */
+    uint32_t start;        /* (m) first unread byte, as an offset from the block */
+    uint32_t end;          /* (m) behind the last byte received */
+    uint32_t epoch;        /* (c) */
+    uint8_t size_class;    /* (c) */
+    struct ap_block *next; /* (m) in a chain; (o) in a free list; (a) among the returned */
+    ap_pool *home;         /* (c) */
+    ap_slab *slab;         /* (c) NULL if mapped by itself */
+    struct ap_conn *left;  /* written before the chain's reference is dropped, read by whoever
+                            * drops the last one: the connection that counts it as pinned */
+};
+
+#define AP_BLOCK_HEADER ((uint32_t)((sizeof(struct ap_block) + 15) & ~(size_t)15))
+
+ap_pool *ap_pool_new(void);
+/* The owner leaves; the pool goes with its last block. */
+void ap_pool_unref(ap_pool *pool);
+AP_MUST_CHECK ap_block *ap_pool_take(ap_pool *pool, size_t room);
+/* Gives what others returned back to the system, as far as it is not needed. */
+void ap_pool_trim(ap_pool *pool);
+void ap_pool_statistics(ap_pool *pool, ap_poller_stats *out);
+/* In the child of a fork: the parent's pools are not counted there. */
+void ap_pools_reset(void);
+static inline void ap_block_ref(ap_block *block)
+{
+    /* relaxed: whoever takes a reference holds one, so the block cannot go */
+    atomic_fetch_add_explicit(&block->refs, 1, memory_order_relaxed);
+}
+/* Drops the reference of a chain: what remains is pinned by views, and counted
+ * for conn (which may be NULL) as long as it is. */
+void ap_block_leave(ap_block *block, ap_conn *conn);
+
+static inline uint8_t *ap_block_at(ap_block *block, uint32_t offset)
+{
+    return (uint8_t *)block + offset;
+}
+static inline uint32_t ap_block_room(const ap_block *block)
+{
+    return block->size - block->end;
+}
+
+/* ---- who reads and allocates: the driver or the loop ------------------- */
+
+typedef struct {
+    ap_pool *pool;    /* (o) */
+    uint8_t *scratch; /* (o) AP_SCRATCH bytes */
+} ap_context;
+
+AP_MUST_CHECK int ap_context_init(ap_context *context);
+void ap_context_free(ap_context *context);
+
+#endif

@@ -1,0 +1,118 @@
+/* The table of slots. */
+#ifndef ANYPOLL_SLOT_H
+#define ANYPOLL_SLOT_H
+
+#include "sysio.h"
+#include "timer.h"
+
+#include <pthread.h>
+
+enum ap_slot_kind { AP_SLOT_FREE, AP_SLOT_CONN, AP_SLOT_LISTENER };
+
+/* Readiness that edge-triggered epoll reported and that is remembered. */
+enum {
+    AP_READABLE = 1,
+    AP_WRITABLE = 2,
+    AP_RDHUP = 4,
+    AP_HUP = 8,
+    AP_ERR = 16,
+    AP_PRI = 32,
+    AP_ERR_SEEN = 64, /* AP_ERR, but it stays when the error was dealt with */
+    AP_NO_SHORT_READ = AP_RDHUP | AP_HUP | AP_ERR_SEEN | AP_PRI
+};
+
+/* Bits of the inbox: what a slot wants of its driver. */
+enum {
+    AP_BOX_QUEUED = 1,
+    AP_BOX_WORK = 2,     /* serve the slot: due now */
+    AP_BOX_DEADLINE = 4, /* file the slot's timer: due at that deadline */
+    AP_BOX_CLOSED = 8,   /* forget the slot: never due */
+    AP_BOX_SWEEP = 16    /* blocks are coming back: due some time later */
+};
+#define AP_MAIL_QUEUED (1u << 31)
+
+typedef struct ap_slot ap_slot;
+struct ap_slot {
+    uint32_t index;              /* (c) for ever */
+    _Atomic uint32_t generation; /* (a) written under (m); relaxed reads are rechecked there */
+    uint32_t epoch;              /* (c) */
+    uint8_t kind;                /* (m) enum ap_slot_kind */
+    bool closed;                 /* (m) */
+    uint8_t ready;               /* (m) AP_READABLE ... */
+    bool disowned;               /* (m) closing fd is Python's business */
+    bool watched;                /* (m) epoll knows it */
+    bool orphaned;               /* (m) its poller has failed; see ending.c */
+    int fd;                      /* (m) -1 once closed */
+    _Atomic int32_t refs;        /* (a) acq_rel down: the handle, the driver, the mailbox, a kill */
+    uint64_t id;                 /* (c) */
+    ap_poller *poller;           /* (c) */
+    ap_hub *hub;                 /* (c) */
+    pthread_mutex_t mutex;       /* initialised once for all generations */
+#ifdef AP_DEBUG
+    _Atomic(uintptr_t) owner; /* (a) relaxed: the thread that holds mutex */
+#endif
+    ap_slot *run_next; /* (d) */
+    bool on_run;       /* (d) */
+    bool forgotten;    /* (d) closed: the driver's reference goes when it leaves the run list */
+    ap_timer timer;    /* (d) */
+    int64_t timer_at;  /* (m) the moment the timer is or will be filed for; AP_FOREVER: none */
+
+    ap_slot *_Atomic box_next;    /* (a) release in the push, read by the taker of the list */
+    _Atomic uint32_t box_bits;    /* (a) see poller.c */
+    ap_slot *_Atomic mail_next;   /* (a) likewise */
+    _Atomic uint32_t mail_bits;   /* (a) see hub.c */
+    ap_slot *hub_prev, *hub_next; /* (h) the hub's open slots */
+    bool hub_linked;              /* (h) */
+    ap_slot *free_next;           /* (s) */
+};
+
+int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out) AP_MUST_CHECK;
+ap_slot *ap_slot_at(uint32_t index);
+void ap_slot_ref(ap_slot *slot);
+void ap_slot_unref(ap_slot *slot);
+void ap_slot_table_reset(void);
+/* Has epoll watch the slot, under its mutex. 0; -errno; AP_EPOLLER. */
+AP_MUST_CHECK int ap_slot_watch(ap_slot *slot, uint32_t events);
+/* Every slot there is, open or not, without its mutex. */
+void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg);
+
+static inline void ap_slot_lock(ap_slot *slot)
+{
+    pthread_mutex_lock(&slot->mutex);
+#ifdef AP_DEBUG
+    atomic_store_explicit(&slot->owner, (uintptr_t)pthread_self(), memory_order_relaxed);
+#endif
+}
+
+static inline void ap_slot_unlock(ap_slot *slot)
+{
+#ifdef AP_DEBUG
+    atomic_store_explicit(&slot->owner, 0, memory_order_relaxed);
+#endif
+    pthread_mutex_unlock(&slot->mutex);
+}
+
+#ifdef AP_DEBUG
+#define AP_ASSERT_LOCKED(slot) \
+    assert(atomic_load_explicit(&(slot)->owner, memory_order_relaxed) == (uintptr_t)pthread_self())
+#else
+#define AP_ASSERT_LOCKED(slot) ((void)0)
+#endif
+
+static inline uint64_t ap_slot_tag(const ap_slot *slot)
+{
+    uint64_t generation = atomic_load_explicit(&slot->generation, memory_order_relaxed);
+    return generation << 32 | slot->index;
+}
+
+/* Locks the slot if it is open. 0; -ECHILD; -EBADF. */
+AP_MUST_CHECK int ap_slot_enter(ap_slot *slot);
+
+/* The part of closing that connections and listeners share, under the slot's
+ * mutex: out of epoll, the generation bumped. Returns the descriptor. */
+int ap_slot_close_locked(ap_slot *slot);
+/* The rest of it, without the mutex: out of the hub, and the descriptor closed
+ * last, since that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
+int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
+
+#endif
