@@ -3,6 +3,7 @@
 #define ANYPOLL_CONNECTION_H
 
 #include "chain.h"
+#include "context.h"
 #include "slot.h"
 
 #define AP_BOUND (256u * 1024) /* bytes moved under one hold of a slot's mutex */

@@ -28,7 +28,7 @@
 #include "ending.h"
 
 #include "connection.h"
-#include "fork.h"
+#include "epoch.h"
 #include "listener.h"
 #include "poller.h"
 #include "slot.h"

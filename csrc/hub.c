@@ -23,7 +23,8 @@
 #include "hub.h"
 
 #include "connection.h"
-#include "fork.h"
+#include "context.h"
+#include "epoch.h"
 #include "listener.h"
 #include "poller.h"
 #include "pool.h"
@@ -34,7 +35,7 @@
 
 int ap_hub_new(ap_hub **out)
 {
-    int rc = ap_fork_watch();
+    int rc = ap_epoch_watch();
     ap_hub *hub = rc < 0 ? NULL : ap_sys_alloc(sizeof *hub);
     if (!hub)
         return rc < 0 ? rc : -ENOMEM;

@@ -2,7 +2,7 @@
 #ifndef ANYPOLL_HUB_H
 #define ANYPOLL_HUB_H
 
-#include "pool.h"
+#include "context.h"
 #include "slot.h"
 
 #include <pthread.h>

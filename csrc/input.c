@@ -20,7 +20,9 @@
 #include "input.h"
 
 #include "chain.h"
+#include "clock.h"
 #include "connection.h"
+#include "context.h"
 #include "poller.h"
 #include "pool.h"
 #include "slot.h"

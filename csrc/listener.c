@@ -13,9 +13,11 @@
  */
 #include "listener.h"
 
+#include "clock.h"
 #include "ending.h"
-#include "fork.h"
+#include "epoch.h"
 #include "hub.h"
+#include "owned.h"
 #include "poller.h"
 #include "slot.h"
 #include "sysio.h"

@@ -17,6 +17,7 @@
  */
 #include "output.h"
 
+#include "clock.h"
 #include "connection.h"
 #include "hub.h"
 #include "poller.h"

@@ -24,9 +24,11 @@
  */
 #include "poller.h"
 
+#include "clock.h"
 #include "connection.h"
+#include "context.h"
 #include "ending.h"
-#include "fork.h"
+#include "epoch.h"
 #include "listener.h"
 #include "pool.h"
 #include "slot.h"
@@ -46,25 +48,6 @@ _Thread_local ap_poller *ap_driving;
 #else
 #define DRIVING(poller) ((void)(poller))
 #endif
-
-/* ---- contexts --------------------------------------------------------- */
-
-int ap_context_init(ap_context *context)
-{
-    context->pool = ap_pool_new();
-    context->scratch = context->pool ? ap_sys_alloc(AP_SCRATCH) : NULL;
-    if (context->scratch)
-        return 0;
-    if (context->pool)
-        ap_pool_unref(context->pool);
-    return -ENOMEM;
-}
-
-void ap_context_free(ap_context *context)
-{
-    free(context->scratch);
-    ap_pool_unref(context->pool);
-}
 
 /* ---- making and freeing ----------------------------------------------- */
 
@@ -86,7 +69,7 @@ static int open_descriptors(ap_poller *poller)
 
 int ap_poller_new(ap_poller **out)
 {
-    int rc = ap_fork_watch();
+    int rc = ap_epoch_watch();
     ap_poller *poller = rc < 0 ? NULL : ap_sys_alloc(sizeof *poller);
     if (!poller)
         return rc < 0 ? rc : -ENOMEM;

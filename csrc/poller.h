@@ -2,7 +2,7 @@
 #ifndef ANYPOLL_POLLER_H
 #define ANYPOLL_POLLER_H
 
-#include "pool.h"
+#include "context.h"
 #include "slot.h"
 #include "timer.h"
 

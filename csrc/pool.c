@@ -16,7 +16,7 @@
 #include "pool.h"
 
 #include "connection.h"
-#include "fork.h"
+#include "epoch.h"
 #include "slot.h"
 #include "sysio.h"
 

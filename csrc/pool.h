@@ -7,7 +7,6 @@
 #define AP_BLOCK_MIN (2u * 1024)        /* smallest block, header included */
 #define AP_BLOCK_LARGE (32u * 1024)     /* from here on blocks are mapped one by one */
 #define AP_BLOCK_MAX (8u * 1024 * 1024) /* largest block that input is read to */
-#define AP_SCRATCH (64u * 1024)         /* where input of unknown size is read to first */
 #define AP_TRIM_AFTER ((int64_t)1000 * 1000 * 1000)
 
 typedef struct ap_pool ap_pool;
@@ -57,13 +56,5 @@ static inline uint32_t ap_block_room(const ap_block *block)
 }
 
 /* ---- who reads and allocates: the driver or the loop ------------------- */
-
-typedef struct {
-    ap_pool *pool;    /* (o) */
-    uint8_t *scratch; /* (o) AP_SCRATCH bytes */
-} ap_context;
-
-AP_MUST_CHECK int ap_context_init(ap_context *context);
-void ap_context_free(ap_context *context);
 
 #endif

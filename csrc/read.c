@@ -12,7 +12,9 @@
 #include "read.h"
 
 #include "chain.h"
+#include "clock.h"
 #include "connection.h"
+#include "context.h"
 #include "hub.h"
 #include "input.h"
 #include "output.h"

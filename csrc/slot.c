@@ -27,11 +27,13 @@
  */
 #include "slot.h"
 
+#include "clock.h"
 #include "connection.h"
 #include "ending.h"
-#include "fork.h"
+#include "epoch.h"
 #include "hub.h"
 #include "listener.h"
+#include "owned.h"
 #include "poller.h"
 #include "sysio.h"
 

@@ -2,7 +2,7 @@
 #ifndef ANYPOLL_SLOT_H
 #define ANYPOLL_SLOT_H
 
-#include "sysio.h"
+#include "common.h"
 #include "timer.h"
 
 #include <pthread.h>

@@ -9,6 +9,7 @@
 #include "sysio.h"
 
 #include "faults.h"
+#include "owned.h"
 
 #include <linux/sockios.h>
 #include <netinet/in.h>
@@ -365,7 +366,7 @@ void ap_sys_close(int fd)
     (void)rc;
 }
 
-/* ---- memory, threads, time -------------------------------------------- */
+/* ---- memory, threads -------------------------------------------------- */
 
 void *ap_sys_alloc(size_t size)
 {
@@ -406,21 +407,4 @@ int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)
         error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return -error;
-}
-
-static int64_t read_clock(clockid_t clock)
-{
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-int64_t ap_now(void)
-{
-    return read_clock(CLOCK_MONOTONIC);
-}
-
-int64_t ap_now_coarse(void)
-{
-    return read_clock(CLOCK_MONOTONIC_COARSE);
 }

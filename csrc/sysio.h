@@ -9,8 +9,6 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#define AP_FOREVER INT64_MAX
-
 /* *offered: what iov holds; on return, what the kernel was offered of it. */
 AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered);
 AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered);
@@ -52,11 +50,5 @@ AP_MUST_CHECK void *ap_sys_map(size_t size);
 void ap_sys_unmap(void *memory, size_t size);
 AP_MUST_CHECK int ap_sys_atfork(void (*in_child)(void));
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
-int64_t ap_now(void);
-int64_t ap_now_coarse(void);
-
-/* Descriptors that the core owns, for the child of a fork. */
-void ap_fd_own(int fd);
-void ap_fd_disown(int fd);
 
 #endif

@@ -13,7 +13,7 @@
  */
 #include "timer.h"
 
-#include "sysio.h"
+#include "clock.h"
 
 #define TICK_SHIFT 20
 #define LEVEL_SHIFT 6

@@ -24,9 +24,11 @@
 
 #include "chain.h"
 #include "connection.h"
+#include "context.h"
 #include "hub.h"
 #include "input.h"
 #include "output.h"
+#include "owned.h"
 #include "poller.h"
 #include "pool.h"
 #include "read.h"

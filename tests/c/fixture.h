@@ -12,9 +12,10 @@
 #define FIXTURE_H
 
 #include "check.h"
+#include "clock.h"
 #include "connection.h"
 #include "ending.h"
-#include "fork.h"
+#include "epoch.h"
 #include "hub.h"
 #include "input.h"
 #include "listener.h"
