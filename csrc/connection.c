@@ -16,9 +16,9 @@
 
 #include "chain.h"
 #include "clock.h"
-#include "ending.h"
 #include "epoch.h"
 #include "hub.h"
+#include "inbox.h"
 #include "input.h"
 #include "output.h"
 #include "owned.h"
@@ -171,7 +171,7 @@ uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
         conn->lent = false;
         told |= AP_MAIL_TRIM;
         /* later than the sweep that may be planned: many trims need no more than that one */
-        ap_poller_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
+        ap_inbox_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
     }
     ap_count(&conn->wakeups, told != 0);
     return told;
@@ -184,7 +184,7 @@ void ap_conn_note_deadline(ap_conn *conn, int64_t deadline)
     if (deadline >= conn->slot.timer_at)
         return; /* the entry that is there, or under way, comes first and files again */
     conn->slot.timer_at = deadline;
-    ap_poller_push(&conn->slot, AP_BOX_DEADLINE, deadline);
+    ap_inbox_push(&conn->slot, AP_BOX_DEADLINE, deadline);
 }
 
 void ap_conn_note_activity(ap_conn *conn)

@@ -33,6 +33,8 @@
 
 #include <stdlib.h>
 
+#define AP_MAIL_QUEUED (1u << 31)
+
 int ap_hub_new(ap_hub **out)
 {
     int rc = ap_epoch_watch();

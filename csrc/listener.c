@@ -14,9 +14,9 @@
 #include "listener.h"
 
 #include "clock.h"
-#include "ending.h"
 #include "epoch.h"
 #include "hub.h"
+#include "inbox.h"
 #include "owned.h"
 #include "poller.h"
 #include "slot.h"
@@ -117,7 +117,7 @@ int ap_account_add(ap_account *account, int credits)
     for (ap_listener *listener = account->listeners; listener; listener = listener->account_next) {
         ap_slot_lock(&listener->slot);
         if (!listener->slot.closed && ap_listener_serve(listener))
-            ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
+            ap_inbox_push(&listener->slot, AP_BOX_WORK, 0);
         ap_slot_unlock(&listener->slot);
     }
     take_turns(account);
@@ -263,7 +263,7 @@ static void pause_accepting(ap_listener *listener, int error)
     listener->paused_until = ap_now() + AP_ACCEPT_PAUSE;
     if (listener->paused_until < slot->timer_at) {
         slot->timer_at = listener->paused_until;
-        ap_poller_push(slot, AP_BOX_DEADLINE, slot->timer_at);
+        ap_inbox_push(slot, AP_BOX_DEADLINE, slot->timer_at);
     }
     if (atomic_exchange_explicit(&listener->account->starving, true, memory_order_relaxed))
         return;
@@ -330,7 +330,7 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
         n = listener->error;
         if (!listener->slot.orphaned)
             listener->error = 0;
-        ap_poller_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
+        ap_inbox_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
     }
     ap_slot_unlock(&listener->slot);
     return n;
@@ -349,7 +349,7 @@ void ap_listener_expire(ap_listener *listener, int64_t now)
         return;
     listener->paused_until = 0;
     if (ap_listener_serve(listener))
-        ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&listener->slot, AP_BOX_WORK, 0);
 }
 
 void ap_listener_fail(ap_listener *listener, int error)

@@ -20,6 +20,7 @@
 #include "clock.h"
 #include "connection.h"
 #include "hub.h"
+#include "inbox.h"
 #include "poller.h"
 #include "pool.h"
 #include "slot.h"
@@ -306,7 +307,7 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
         return 0;
     conn->owed = true;
     if (conn->slot.ready & AP_WRITABLE)
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     return (int64_t)conn->out_bytes;
 }
 
@@ -441,7 +442,7 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
     conn->owed = conn->out_bytes > conn->own_bytes;
     unwatch_out(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     if (!left)
         left = (int64_t)conn->out_bytes;
     ap_slot_unlock(&conn->slot);

@@ -1,12 +1,15 @@
-/* A poller, and its step. */
+/* A poller: an epoll descriptor, an event descriptor, counters. */
 #ifndef ANYPOLL_POLLER_H
 #define ANYPOLL_POLLER_H
 
 #include "context.h"
-#include "slot.h"
 #include "timer.h"
 
 #include <pthread.h>
+
+#define AP_TAG_OF_EFD UINT64_MAX /* epoll's data of the poller's own event descriptor */
+
+typedef struct ap_slot ap_slot; /* slot.h: only lists of them are known here */
 
 struct ap_poller {
     int epfd;                      /* (c) */
@@ -17,8 +20,8 @@ struct ap_poller {
     pthread_t thread;              /* (c) once started */
     _Atomic bool started;          /* (a) relaxed: start and stop come from one place */
     _Atomic bool stopping;         /* (a) release in stop; acquire in the thread */
-    ap_slot *_Atomic inbox;        /* (a) see ap_poller_push */
-    _Atomic int64_t blocked_until; /* (a) see ap_poller_push; 0: running */
+    ap_slot *_Atomic inbox;        /* (a) see inbox.c */
+    _Atomic int64_t blocked_until; /* (a) see inbox.c; 0: running */
     ap_slot *run_head, **run_tail; /* (d) slots with work left */
     ap_wheel wheel;                /* (d) */
     ap_context context;            /* (d) */
@@ -33,16 +36,25 @@ struct ap_poller {
 
 #ifdef AP_DEBUG
 extern _Thread_local ap_poller *ap_driving;
+#define AP_DRIVING(poller) (ap_driving = (poller))
 #define AP_ASSERT_DRIVER(poller) assert(ap_driving == (poller))
 #else
+#define AP_DRIVING(poller) ((void)(poller))
 #define AP_ASSERT_DRIVER(poller) ((void)0)
 #endif
 
-/* Queues the slot for its driver, and wakes the driver if it would sleep
- * beyond due. Under the slot's mutex. */
-void ap_poller_push(ap_slot *slot, uint32_t bits, int64_t due);
+enum ap_poller_state { AP_ACTIVE, AP_DRAINING, AP_ENDING };
+
+/* seq_cst; the reasons are in ending.c */
+static inline int ap_state(ap_poller *poller)
+{
+    return atomic_load_explicit(&poller->state, memory_order_seq_cst);
+}
+static inline bool ap_has_ended(ap_poller *poller)
+{
+    return ap_state(poller) < 0;
+}
+
 void ap_poller_ref(ap_poller *poller);
-/* Lets go of what is queued for the driver; it has ended. */
-void ap_poller_clear(ap_poller *poller);
 
 #endif

@@ -16,6 +16,7 @@
 #include "connection.h"
 #include "context.h"
 #include "hub.h"
+#include "inbox.h"
 #include "input.h"
 #include "output.h"
 #include "poller.h"
@@ -218,7 +219,7 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
     }
     ap_input_arm(conn, want, n, deadline);
     if (handed_over)
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
 }
 
@@ -230,7 +231,7 @@ static void read_now(ap_conn *conn)
         return;
     conn->paused = false;
     if (ap_input_read(&conn->slot.hub->context, conn))
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
 }
 
 /* An awaited message should lie in one block. When little of it is here and the
@@ -312,7 +313,7 @@ static void give_block_back(ap_conn *conn)
     ap_chain_drop(&conn->input, conn);
     conn->shown = NULL;
     conn->lent = false;
-    ap_poller_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
+    ap_inbox_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
 }
 
 static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, size_t output_size)

@@ -32,6 +32,7 @@
 #include "ending.h"
 #include "epoch.h"
 #include "hub.h"
+#include "inbox.h"
 #include "listener.h"
 #include "owned.h"
 #include "poller.h"
@@ -218,7 +219,7 @@ int ap_slot_close_locked(ap_slot *slot)
     int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_DEL, fd, 0, 0);
     (void)rc;
     atomic_fetch_add_explicit(&slot->generation, 1, memory_order_relaxed);
-    ap_poller_push(slot, AP_BOX_CLOSED, AP_FOREVER);
+    ap_inbox_push(slot, AP_BOX_CLOSED, AP_FOREVER);
     return fd;
 }
 

@@ -21,16 +21,6 @@ enum {
     AP_NO_SHORT_READ = AP_RDHUP | AP_HUP | AP_ERR_SEEN | AP_PRI
 };
 
-/* Bits of the inbox: what a slot wants of its driver. */
-enum {
-    AP_BOX_QUEUED = 1,
-    AP_BOX_WORK = 2,     /* serve the slot: due now */
-    AP_BOX_DEADLINE = 4, /* file the slot's timer: due at that deadline */
-    AP_BOX_CLOSED = 8,   /* forget the slot: never due */
-    AP_BOX_SWEEP = 16    /* blocks are coming back: due some time later */
-};
-#define AP_MAIL_QUEUED (1u << 31)
-
 typedef struct ap_slot ap_slot;
 struct ap_slot {
     uint32_t index;              /* (c) for ever */
@@ -58,7 +48,7 @@ struct ap_slot {
     int64_t timer_at;  /* (m) the moment the timer is or will be filed for; AP_FOREVER: none */
 
     ap_slot *_Atomic box_next;    /* (a) release in the push, read by the taker of the list */
-    _Atomic uint32_t box_bits;    /* (a) see poller.c */
+    _Atomic uint32_t box_bits;    /* (a) see inbox.c */
     ap_slot *_Atomic mail_next;   /* (a) likewise */
     _Atomic uint32_t mail_bits;   /* (a) see hub.c */
     ap_slot *hub_prev, *hub_next; /* (h) the hub's open slots */

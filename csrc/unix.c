@@ -26,10 +26,10 @@
 #include "connection.h"
 #include "context.h"
 #include "hub.h"
+#include "inbox.h"
 #include "input.h"
 #include "output.h"
 #include "owned.h"
-#include "poller.h"
 #include "pool.h"
 #include "read.h"
 #include "slot.h"
@@ -60,7 +60,7 @@ void ap_fds_doom(ap_conn *conn)
     fds->next = conn->doomed;
     conn->doomed = fds;
     if (conn->slot.ready & AP_READABLE) /* input goes on */
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
 }
 
 bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got)
