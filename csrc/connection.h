@@ -1,4 +1,17 @@
-/* A connection. */
+/* A connection: its state, and what may be asked about it at any time.
+ *
+ * Two sides work on it: the driver (serve.c) and the
+ * loop, each under the slot's mutex. The loop consumes and the driver only
+ * appends, so whatever the loop was handed stays as it is.
+ *
+ * A connection's ends are independent of one another:
+ *   read_end     nothing more will be received: FIN (AP_EEOF), an error, or
+ *                idleness. What is buffered stays readable.
+ *   write_error  nothing more can be sent.
+ *   shut         this side has sent its FIN.
+ *   slot.closed  the owner has closed it: everything else is moot.
+ * Half-close is not close: read_end of AP_EEOF leaves writing as it was.
+ */
 #ifndef ANYPOLL_CONNECTION_H
 #define ANYPOLL_CONNECTION_H
 
@@ -13,33 +26,26 @@
 
 enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_MESSAGE, AP_WANT_END };
 
-/* Descriptors that came with input. */
-typedef struct ap_fds {
-    struct ap_fds *next; /* (m) among the doomed */
-    int count;           /* (m) */
-    int numbers[];       /* (m) */
-} ap_fds;
-
 struct ap_conn {
     ap_slot slot;
     uint8_t type; /* (c) AP_TCP, AP_UNIX or AP_SEQPACKET */
 
     /* input, all (m) */
     ap_chain input;
-    ap_block *shown;    /* the block that was handed out; always input.head or NULL */
-    uint32_t window;    /* what is shown beyond a request: bounds unreported consumption */
-    uint64_t consumed;  /* bytes, since the beginning */
-    uint32_t high, low; /* water marks */
-    uint32_t grow;      /* size of the next block */
-    uint32_t base;      /* at least; also that of the first one */
-    uint32_t recent;    /* bytes that the last read brought */
-    int read_end;       /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
-    bool paused;        /* above high water, until below low */
-    bool discarding;    /* what arrives is thrown away */
-    bool gone;          /* RST noticed behind paused input */
-    ap_fds *carried;    /* came with the bytes from carried_from to carried_to */
+    ap_block *shown;        /* the block that was handed out; always input.head or NULL */
+    uint32_t window;        /* what is shown beyond a request: bounds unreported consumption */
+    uint64_t consumed;      /* bytes, since the beginning */
+    uint32_t high, low;     /* water marks */
+    uint32_t grow;          /* size of the next block */
+    uint32_t base;          /* at least; also that of the first one */
+    uint32_t recent;        /* bytes that the last read brought */
+    int read_end;           /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
+    bool paused;            /* above high water, until below low */
+    bool discarding;        /* what arrives is thrown away */
+    bool gone;              /* RST noticed behind paused input */
+    struct ap_fds *carried; /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
-    ap_fds *doomed;                    /* to be closed without the mutex: ap_conn_unlock */
+    struct ap_fds *doomed;             /* to be closed without the mutex: ap_conn_unlock */
 
     /* the read wait, all (m) */
     uint8_t want; /* enum ap_want */
@@ -88,30 +94,13 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
     return AP_CONTAINER(slot, ap_conn, slot);
 }
 
-void ap_fds_close(ap_fds *fds);
-
-/* In place of ap_slot_unlock, wherever descriptors may have been doomed: close(2)
- * may block. */
-static inline void ap_conn_unlock(ap_conn *conn)
-{
-    ap_fds *doomed = conn->doomed;
-    if (doomed)
-        conn->doomed = NULL;
-    ap_slot_unlock(&conn->slot);
-    if (doomed)
-        ap_fds_close(doomed);
-}
-
-/* What the driver does for a slot, under its mutex. True: work is left. */
-bool ap_conn_serve(ap_context *context, ap_conn *conn);
-void ap_conn_expire(ap_conn *conn, int64_t now);
-/* Its poller has failed: it is broken. */
-void ap_conn_fail(ap_conn *conn, int error);
-int64_t ap_conn_next_deadline(const ap_conn *conn);
-uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value);
 void ap_conn_drop(ap_conn *conn);
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);
+/* Whether the peer has ended its side or has reset the connection, as far as is known. */
+bool ap_conn_peer_gone(const ap_conn *conn);
+/* What is unread, when the loop has come to pos in the block that is shown. */
+size_t ap_conn_left(const ap_conn *conn, uint32_t pos);
 
 #endif

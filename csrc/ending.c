@@ -27,11 +27,11 @@
  */
 #include "ending.h"
 
-#include "connection.h"
 #include "epoch.h"
 #include "listener.h"
 #include "poller.h"
 #include "runlist.h"
+#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 #include "timer.h"

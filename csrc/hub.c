@@ -22,12 +22,12 @@
  */
 #include "hub.h"
 
-#include "connection.h"
 #include "context.h"
 #include "epoch.h"
 #include "listener.h"
 #include "poller.h"
 #include "pool.h"
+#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 

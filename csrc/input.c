@@ -23,12 +23,12 @@
 #include "clock.h"
 #include "connection.h"
 #include "context.h"
+#include "fds.h"
 #include "inbox.h"
 #include "poller.h"
 #include "pool.h"
 #include "slot.h"
 #include "sysio.h"
-#include "unix.h"
 
 #include <stdlib.h>
 

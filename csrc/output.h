@@ -7,6 +7,12 @@
 uint32_t ap_output_events(const ap_conn *conn);
 bool ap_output_write(ap_conn *conn);
 bool ap_output_over(const ap_conn *conn);
+/* Has epoll tell when there is room; not on TCP, where it always does. */
+void ap_output_watch(ap_conn *conn, bool on);
+/* Nothing is stalled any more, unless somebody waits for room. */
+void ap_output_unwatch(ap_conn *conn);
+/* Queues pieces of Python's, without their first skip bytes. False: no memory. */
+bool ap_output_queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip);
 int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count);
 /* Copies a little output, for the driver to send. False: do it otherwise. */
 bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size);

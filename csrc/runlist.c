@@ -11,11 +11,12 @@
 #include "runlist.h"
 
 #include "clock.h"
-#include "connection.h"
+#include "fds.h"
 #include "inbox.h"
 #include "listener.h"
 #include "poller.h"
 #include "pool.h"
+#include "serve.h"
 #include "slot.h"
 #include "timer.h"
 

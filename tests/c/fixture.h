@@ -16,6 +16,7 @@
 #include "connection.h"
 #include "ending.h"
 #include "epoch.h"
+#include "fds.h"
 #include "hub.h"
 #include "inbox.h"
 #include "input.h"
@@ -24,9 +25,10 @@
 #include "poller.h"
 #include "read.h"
 #include "runlist.h"
+#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
-#include "unix.h"
+#include "window.h"
 
 #include <arpa/inet.h>
 #include <fcntl.h>
