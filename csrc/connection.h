@@ -94,7 +94,6 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
     return AP_CONTAINER(slot, ap_conn, slot);
 }
 
-void ap_conn_drop(ap_conn *conn);
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);

@@ -9,7 +9,7 @@
 
 #define AP_SCRATCH (64u * 1024)
 
-typedef struct {
+typedef struct ap_context {
     ap_pool *pool;    /* (o) */
     uint8_t *scratch; /* (o) AP_SCRATCH bytes */
 } ap_context;

@@ -15,10 +15,8 @@
 #include "ending.h"
 #include "epoch.h"
 #include "inbox.h"
-#include "listener.h"
 #include "poller.h"
 #include "runlist.h"
-#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 #include "timer.h"
@@ -131,25 +129,14 @@ static void remember_all(ap_poller *poller, const struct epoll_event *events, in
 
 /* ---- timers ----------------------------------------------------------- */
 
-static int64_t expire(ap_slot *slot, int64_t now)
-{
-    if (slot->closed)
-        return AP_FOREVER;
-    if (slot->kind == AP_SLOT_CONN) {
-        ap_conn_expire((ap_conn *)slot, now);
-        return ap_conn_next_deadline((ap_conn *)slot);
-    }
-    ap_listener_expire((ap_listener *)slot, now);
-    return ap_listener_next_deadline((ap_listener *)slot);
-}
-
 static void fire_timers(ap_poller *poller)
 {
     ap_timer *timer;
     while ((timer = ap_wheel_expire(&poller->wheel, poller->now)) != NULL) {
         ap_slot *slot = AP_CONTAINER(timer, ap_slot, timer);
         ap_slot_lock(slot);
-        int64_t next = slot->timer_at = expire(slot, poller->now);
+        int64_t next = slot->closed ? AP_FOREVER : slot->ops->expire(slot, poller->now);
+        slot->timer_at = next;
         ap_slot_unlock(slot);
         if (next != AP_FOREVER)
             ap_wheel_file(&poller->wheel, timer, next);

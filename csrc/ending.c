@@ -28,10 +28,8 @@
 #include "ending.h"
 
 #include "epoch.h"
-#include "listener.h"
 #include "poller.h"
 #include "runlist.h"
-#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 #include "timer.h"
@@ -130,10 +128,8 @@ static void end_slot(ap_slot *slot, void *arg)
         f->orphans = slot;
         slot->orphaned = true;
         ap_wheel_unfile(&f->poller->wheel, &slot->timer);
-        if (slot->watched && slot->kind == AP_SLOT_CONN)
-            ap_conn_fail((ap_conn *)slot, f->error);
-        else if (slot->watched)
-            ap_listener_fail((ap_listener *)slot, f->error);
+        if (slot->watched)
+            slot->ops->fail(slot, f->error);
     }
     ap_slot_unlock(slot);
 }

@@ -24,10 +24,8 @@
 
 #include "context.h"
 #include "epoch.h"
-#include "listener.h"
 #include "poller.h"
 #include "pool.h"
-#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 
@@ -207,10 +205,8 @@ static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *value)
     uint32_t told = 0;
     if (slot->closed)
         ap_count(&slot->poller->stale_tokens, 1);
-    else if (slot->kind == AP_SLOT_CONN)
-        told = ap_conn_resolve((ap_conn *)slot, bits, value);
     else
-        told = ap_listener_resolve((ap_listener *)slot, bits, value);
+        told = slot->ops->resolve(slot, bits, value);
     ap_slot_unlock(slot);
     return told;
 }
@@ -278,10 +274,7 @@ int ap_hub_kill(ap_hub *hub)
         ap_slot_lock(slot);
         bool keep_fd = slot->disowned;
         ap_slot_unlock(slot);
-        if (slot->kind == AP_SLOT_CONN)
-            ap_conn_close((ap_conn *)slot, 0, keep_fd);
-        else
-            ap_listener_close((ap_listener *)slot, keep_fd);
+        slot->ops->close(slot, keep_fd);
         ap_slot_unref(slot);
     }
     /* Posts are made under the mutex of an open slot, so none comes after this. */

@@ -1,6 +1,6 @@
 /* The life of a connection: opening, lingering, closing, detaching.
  *
- * The order of a close is in slot.c, and what each verb does in each state in
+ * The order of a close is in endpoint.c, and what each verb does in each state in
  * docs/internals/lifecycle.md.
  */
 #include "anypoll.h"
@@ -8,6 +8,7 @@
 #include "chain.h"
 #include "clock.h"
 #include "connection.h"
+#include "endpoint.h"
 #include "epoch.h"
 #include "fds.h"
 #include "hub.h"
@@ -17,11 +18,45 @@
 #include "poller.h"
 #include "pool.h"
 #include "read.h"
+#include "serve.h"
 #include "slot.h"
 #include "sysio.h"
 #include "window.h"
 
 #include <stdlib.h>
+
+/* ---- as a slot -------------------------------------------------------- */
+
+_Static_assert(sizeof(ap_conn) <= sizeof(ap_slot) + AP_SLOT_ROOM, "AP_SLOT_ROOM is too small");
+
+static void close_slot(ap_slot *slot, bool keep_fd)
+{
+    ap_conn_close(ap_conn_of(slot), 0, keep_fd);
+}
+
+/* The slot becomes free: what only it had. Its input has been dropped before: a
+ * block that a view pins takes a reference to the slot, which must not be the first. */
+static void drop(ap_slot *slot)
+{
+    ap_conn *conn = ap_conn_of(slot);
+    ap_slot_lock(slot);
+    AP_ASSERT(!conn->input.head);
+    ap_output_drop(conn);
+    if (conn->delimiter != conn->delimiter_inline)
+        free(conn->delimiter);
+    conn->delimiter = conn->delimiter_inline;
+    ap_slot_unlock(slot);
+    ap_endpoint_free(slot);
+}
+
+static const ap_slot_ops operations = {
+    .serve = ap_conn_serve,
+    .close = close_slot,
+    .drop = drop,
+    .expire = ap_conn_expire,
+    .fail = ap_conn_fail,
+    .resolve = ap_conn_resolve,
+};
 
 /* ---- opening ---------------------------------------------------------- */
 
@@ -33,7 +68,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     if (fd < 0 || kind < AP_TCP || kind > AP_SEQPACKET || high_water == 0)
         return -EINVAL;
     ap_slot *slot;
-    int rc = ap_slot_take(AP_SLOT_CONN, poller, hub, fd, &slot);
+    int rc = ap_endpoint_open(&operations, poller, hub, fd, &slot);
     if (rc < 0)
         return rc;
     ap_conn *conn = ap_conn_of(slot);
@@ -63,7 +98,7 @@ static int register_one(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    rc = ap_slot_watch(&conn->slot, ap_output_events(conn));
+    rc = ap_endpoint_watch(&conn->slot, ap_output_events(conn));
     ap_slot_unlock(&conn->slot);
     return rc;
 }
@@ -125,9 +160,9 @@ int ap_conn_close(ap_conn *conn, int reset, int keep_fd)
         return rc;
     ap_input_drop(conn);
     ap_output_drop(conn);
-    int fd = ap_slot_close_locked(&conn->slot);
+    int fd = ap_endpoint_close(&conn->slot);
     ap_conn_unlock(conn);
-    return ap_slot_closed(&conn->slot, fd, reset != 0, keep_fd != 0);
+    return ap_endpoint_closed(&conn->slot, fd, reset != 0, keep_fd != 0);
 }
 
 int ap_conn_detach(ap_conn *conn, uint32_t pos)
@@ -141,9 +176,9 @@ int ap_conn_detach(ap_conn *conn, uint32_t pos)
     }
     ap_window_to(conn, pos);
     ap_fds_doom(conn);
-    int fd = ap_slot_close_locked(&conn->slot);
+    int fd = ap_endpoint_close(&conn->slot);
     ap_conn_unlock(conn);
-    return ap_slot_closed(&conn->slot, fd, false, true);
+    return ap_endpoint_closed(&conn->slot, fd, false, true);
 }
 
 int64_t ap_conn_rest(ap_conn *conn, char *buffer, size_t size)
@@ -170,15 +205,4 @@ void ap_conn_release(ap_conn *conn)
         ap_slot_unlock(&conn->slot);
     }
     ap_slot_unref(&conn->slot);
-}
-
-/* The slot becomes free: what only it had. Its input has been dropped before: a
- * block that a view pins takes a reference to the slot, which must not be the first. */
-void ap_conn_drop(ap_conn *conn)
-{
-    AP_ASSERT(!conn->input.head);
-    ap_output_drop(conn);
-    if (conn->delimiter != conn->delimiter_inline)
-        free(conn->delimiter);
-    conn->delimiter = conn->delimiter_inline;
 }

@@ -29,11 +29,9 @@ struct ap_listener {
     int starved_error;    /* (m) */
 };
 
-bool ap_listener_serve(ap_listener *listener);
-void ap_listener_expire(ap_listener *listener, int64_t now);
-void ap_listener_fail(ap_listener *listener, int error);
-int64_t ap_listener_next_deadline(const ap_listener *listener);
-uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value);
-void ap_listener_drop(ap_listener *listener);
+static inline ap_listener *ap_listener_of(ap_slot *slot)
+{
+    return AP_CONTAINER(slot, ap_listener, slot);
+}
 
 #endif

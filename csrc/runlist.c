@@ -11,12 +11,9 @@
 #include "runlist.h"
 
 #include "clock.h"
-#include "fds.h"
 #include "inbox.h"
-#include "listener.h"
 #include "poller.h"
 #include "pool.h"
-#include "serve.h"
 #include "slot.h"
 #include "timer.h"
 
@@ -88,22 +85,6 @@ void ap_run_later(ap_poller *poller, ap_slot *slot)
     poller->run_tail = &slot->run_next;
 }
 
-static bool serve(ap_poller *poller, ap_slot *slot)
-{
-    bool more = false;
-    ap_slot_lock(slot);
-    if (slot->kind == AP_SLOT_CONN) {
-        if (!slot->closed)
-            more = ap_conn_serve(&poller->context, (ap_conn *)slot);
-        ap_conn_unlock((ap_conn *)slot);
-        return more;
-    }
-    if (!slot->closed)
-        more = ap_listener_serve((ap_listener *)slot);
-    ap_slot_unlock(slot);
-    return more;
-}
-
 /* Each slot once: those that have work left go behind the last one, and wait for
  * the next step, so that events, the inbox and the timers get their turn. */
 int ap_run(ap_poller *poller, int budget)
@@ -119,7 +100,7 @@ int ap_run(ap_poller *poller, int budget)
         slot->on_run = false;
         if (slot->forgotten)
             ap_slot_unref(slot);
-        else if (serve(poller, slot))
+        else if (slot->ops->serve(slot, &poller->context))
             ap_run_later(poller, slot);
     }
     return served;

@@ -8,6 +8,7 @@
 #include "chain.h"
 #include "clock.h"
 #include "connection.h"
+#include "fds.h"
 #include "hub.h"
 #include "inbox.h"
 #include "input.h"
@@ -41,7 +42,7 @@ int ap_conn_watch_peer(ap_conn *conn)
     return 0;
 }
 
-bool ap_conn_serve(ap_context *context, ap_conn *conn)
+static bool serve(ap_context *context, ap_conn *conn)
 {
     bool more = false;
     if (conn->type == AP_SEQPACKET) /* whatever has come, looking is harmless */
@@ -58,10 +59,20 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
     return more;
 }
 
+bool ap_conn_serve(ap_slot *slot, ap_context *context)
+{
+    ap_conn *conn = ap_conn_of(slot);
+    ap_slot_lock(slot);
+    bool more = !slot->closed && serve(context, conn);
+    ap_conn_unlock(conn);
+    return more;
+}
+
 /* What the loop is told of a slot in its mailbox. Everything is looked at
  * again: the bits only say that it is worth while. */
-uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value)
+uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value)
 {
+    ap_conn *conn = ap_conn_of(slot);
     uint32_t told = bits & (AP_MAIL_IDLE | AP_MAIL_GONE);
     if (ap_input_over(conn)) {
         if (conn->want == AP_WANT_BYTES && conn->input.size >= conn->want_bytes)
@@ -122,7 +133,7 @@ static int64_t idle_deadline(const ap_conn *conn)
     return conn->idle ? conn->idle_from + conn->idle + COARSE_TICK : AP_FOREVER;
 }
 
-int64_t ap_conn_next_deadline(const ap_conn *conn)
+static int64_t next_deadline(const ap_conn *conn)
 {
     int64_t waits = sooner(read_deadline(conn), write_deadline(conn));
     return sooner(waits, sooner(idle_deadline(conn), conn->trim_at));
@@ -153,8 +164,9 @@ static void trim(ap_conn *conn)
         ap_chain_drop(&conn->input, conn);
 }
 
-void ap_conn_expire(ap_conn *conn, int64_t now)
+int64_t ap_conn_expire(ap_slot *slot, int64_t now)
 {
+    ap_conn *conn = ap_conn_of(slot);
     if (now >= read_deadline(conn)) {
         conn->want_expired = true;
         ap_hub_post(&conn->slot, AP_MAIL_READ);
@@ -167,11 +179,13 @@ void ap_conn_expire(ap_conn *conn, int64_t now)
         end_idle(conn);
     if (now >= conn->trim_at)
         trim(conn);
+    return next_deadline(conn);
 }
 
 /* What is buffered stays readable; the socket is as it was, but nobody looks after it. */
-void ap_conn_fail(ap_conn *conn, int error)
+void ap_conn_fail(ap_slot *slot, int error)
 {
+    ap_conn *conn = ap_conn_of(slot);
     if (!conn->read_end)
         conn->read_end = error;
     ap_output_fail(conn, error);

@@ -5,12 +5,10 @@
 #include "connection.h"
 #include "context.h"
 
-/* What the driver does for a slot, under its mutex. True: work is left. */
-bool ap_conn_serve(ap_context *context, ap_conn *conn);
-void ap_conn_expire(ap_conn *conn, int64_t now);
-/* Its poller has failed: it is broken. */
-void ap_conn_fail(ap_conn *conn, int error);
-int64_t ap_conn_next_deadline(const ap_conn *conn);
-uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value);
+/* For the table of a slot's operations: see slot.h. */
+bool ap_conn_serve(ap_slot *slot, ap_context *context);
+int64_t ap_conn_expire(ap_slot *slot, int64_t now);
+void ap_conn_fail(ap_slot *slot, int error);
+uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value);
 
 #endif

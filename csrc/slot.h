@@ -7,8 +7,6 @@
 
 #include <pthread.h>
 
-enum ap_slot_kind { AP_SLOT_FREE, AP_SLOT_CONN, AP_SLOT_LISTENER };
-
 /* Readiness that edge-triggered epoll reported and that is remembered. */
 enum {
     AP_READABLE = 1,
@@ -22,11 +20,27 @@ enum {
 };
 
 typedef struct ap_slot ap_slot;
+struct ap_context;
+
+/* What connections and listeners do each in their own way. */
+typedef struct {
+    /* These take the slot's mutex themselves. */
+    bool (*serve)(ap_slot *slot, struct ap_context *context); /* the driver's; true: work is left */
+    void (*close)(ap_slot *slot, bool keep_fd);               /* if it is open */
+    void (*drop)(ap_slot *slot);                              /* the last reference has gone */
+    /* These are called under it, while the slot is open. */
+    int64_t (*expire)(ap_slot *slot, int64_t now); /* returns the next deadline */
+    void (*fail)(ap_slot *slot, int error);        /* its poller has failed */
+    uint32_t (*resolve)(ap_slot *slot, uint32_t bits, int32_t *value); /* what the loop is told */
+} ap_slot_ops;
+
+/* The room for what a connection or a listener has behind its slot. */
+#define AP_SLOT_ROOM 384
+
 struct ap_slot {
     uint32_t index;              /* (c) for ever */
     _Atomic uint32_t generation; /* (a) written under (m); relaxed reads are rechecked there */
     uint32_t epoch;              /* (c) */
-    uint8_t kind;                /* (m) enum ap_slot_kind */
     bool closed;                 /* (m) */
     uint8_t ready;               /* (m) AP_READABLE ... */
     bool disowned;               /* (m) closing fd is Python's business */
@@ -37,6 +51,7 @@ struct ap_slot {
     uint64_t id;                 /* (c) */
     ap_poller *poller;           /* (c) */
     ap_hub *hub;                 /* (c) */
+    const ap_slot_ops *ops;      /* (c) */
     pthread_mutex_t mutex;       /* initialised once for all generations */
 #ifdef AP_DEBUG
     _Atomic(uintptr_t) owner; /* (a) relaxed: the thread that holds mutex */
@@ -56,13 +71,15 @@ struct ap_slot {
     ap_slot *free_next;           /* (s) */
 };
 
-int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out) AP_MUST_CHECK;
+/* Takes a free slot, and returns it locked: nobody knows it, but late events and
+ * ap_slot_each. It has no references. 0; -ENOMEM. */
+AP_MUST_CHECK int ap_slot_take(const ap_slot_ops *ops, int fd, ap_slot **out);
+/* Gives one back that nobody refers to. */
+void ap_slot_give(ap_slot *slot);
 ap_slot *ap_slot_at(uint32_t index);
 void ap_slot_ref(ap_slot *slot);
 void ap_slot_unref(ap_slot *slot);
 void ap_slot_table_reset(void);
-/* Has epoll watch the slot, under its mutex. 0; -errno; AP_EPOLLER. */
-AP_MUST_CHECK int ap_slot_watch(ap_slot *slot, uint32_t events);
 /* Every slot there is, open or not, without its mutex. */
 void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg);
 
@@ -97,12 +114,5 @@ static inline uint64_t ap_slot_tag(const ap_slot *slot)
 
 /* Locks the slot if it is open. 0; -ECHILD; -EBADF. */
 AP_MUST_CHECK int ap_slot_enter(ap_slot *slot);
-
-/* The part of closing that connections and listeners share, under the slot's
- * mutex: out of epoll, the generation bumped. Returns the descriptor. */
-int ap_slot_close_locked(ap_slot *slot);
-/* The rest of it, without the mutex: out of the hub, and the descriptor closed
- * last, since that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
-int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
 
 #endif

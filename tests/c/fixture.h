@@ -15,6 +15,7 @@
 #include "clock.h"
 #include "connection.h"
 #include "ending.h"
+#include "endpoint.h"
 #include "epoch.h"
 #include "fds.h"
 #include "hub.h"
