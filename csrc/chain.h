@@ -11,8 +11,8 @@ typedef struct {
 } ap_chain;
 
 void ap_chain_append(ap_chain *chain, ap_block *block);
-void ap_chain_consume(ap_chain *chain, size_t n, ap_conn *conn);
-void ap_chain_drop(ap_chain *chain, ap_conn *conn);
+void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins);
+void ap_chain_drop(ap_chain *chain, ap_pins *pins);
 size_t ap_chain_copy(const ap_chain *chain, size_t skip, uint8_t *out, size_t n);
 /* Finds the delimiter at or behind *searched and within max_bytes. Returns the
  * length through it, or 0 and moves *searched. */

@@ -98,7 +98,7 @@ int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out)
         .wakeups = ap_counted(&conn->wakeups),
         .buffered_input = ap_conn_left(conn, pos),
         .buffered_output = conn->out_bytes,
-        .pinned = ap_counted(&conn->pinned),
+        .pinned = ap_counted(&conn->pins.bytes),
         .created_at = conn->created_at,
         .last_activity = atomic_load_explicit(&conn->last_activity, memory_order_relaxed),
     };

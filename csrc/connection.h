@@ -16,7 +16,6 @@
 #define ANYPOLL_CONNECTION_H
 
 #include "chain.h"
-#include "context.h"
 #include "slot.h"
 
 #define AP_BOUND (256u * 1024) /* bytes moved under one hold of a slot's mutex */
@@ -86,7 +85,7 @@ struct ap_conn {
     int64_t idle, idle_from, created_at;
     _Atomic int64_t last_activity; /* (a) relaxed: for statistics */
     ap_counter reads, writes, bytes_received, bytes_sent, wakeups;
-    ap_counter pinned; /* bytes of left blocks; each holds a reference to the slot */
+    ap_pins pins; /* of blocks that were left; each holds a reference to the slot */
 };
 
 static inline ap_conn *ap_conn_of(ap_slot *slot)

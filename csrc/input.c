@@ -212,7 +212,7 @@ static bool file_received(ap_context *context, ap_conn *conn, target *into, size
     }
     into->fresh->end += (uint32_t)rest;
     ap_chain_append(&conn->input, into->fresh);
-    ap_chain_consume(&conn->input, 0, conn); /* an empty head in front of it leaves */
+    ap_chain_consume(&conn->input, 0, &conn->pins); /* an empty head in front of it leaves */
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
     into->fresh = NULL;
@@ -342,7 +342,7 @@ void ap_input_probe(ap_conn *conn)
 
 void ap_input_consume(ap_conn *conn, size_t n)
 {
-    ap_chain_consume(&conn->input, n, conn);
+    ap_chain_consume(&conn->input, n, &conn->pins);
     conn->consumed += n;
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
@@ -357,7 +357,7 @@ void ap_input_consume(ap_conn *conn, size_t n)
 
 void ap_input_drop(ap_conn *conn)
 {
-    ap_chain_drop(&conn->input, conn);
+    ap_chain_drop(&conn->input, &conn->pins);
     ap_fds_doom(conn);
     conn->shown = NULL;
     conn->want = AP_WANT_NOTHING;

@@ -3,6 +3,7 @@
 #define ANYPOLL_INPUT_H
 
 #include "connection.h"
+#include "context.h"
 
 /* The caller holds the mutex. */
 bool ap_input_wanted(ap_conn *conn);

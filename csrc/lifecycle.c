@@ -58,6 +58,18 @@ static const ap_slot_ops operations = {
     .resolve = ap_conn_resolve,
 };
 
+/* ---- pinned blocks ---------------------------------------------------- */
+
+static void hold(ap_pins *pins)
+{
+    ap_slot_ref(&AP_CONTAINER(pins, ap_conn, pins)->slot);
+}
+
+static void release(ap_pins *pins)
+{
+    ap_slot_unref(&AP_CONTAINER(pins, ap_conn, pins)->slot);
+}
+
 /* ---- opening ---------------------------------------------------------- */
 
 int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_water,
@@ -80,6 +92,8 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     conn->trim_at = AP_FOREVER;
     conn->delimiter = conn->delimiter_inline;
     conn->request_at = UINT64_MAX; /* no call has begun */
+    conn->pins.hold = hold;
+    conn->pins.release = release;
     conn->created_at = ap_now();
     atomic_init(&conn->last_activity, conn->created_at);
     rc = ap_hub_link(slot);
@@ -188,7 +202,7 @@ int64_t ap_conn_rest(ap_conn *conn, char *buffer, size_t size)
     ap_slot_lock(&conn->slot);
     size_t n = size < conn->input.size ? size : conn->input.size;
     ap_chain_copy(&conn->input, 0, (uint8_t *)buffer, n);
-    ap_chain_consume(&conn->input, n, conn);
+    ap_chain_consume(&conn->input, n, &conn->pins);
     conn->shown = NULL;
     ap_slot_unlock(&conn->slot);
     return (int64_t)n;

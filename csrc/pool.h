@@ -12,6 +12,15 @@
 typedef struct ap_pool ap_pool;
 typedef struct ap_slab ap_slab;
 
+/* Whoever leaves blocks that views still hold: a connection. It counts their bytes, and has
+ * to stay as long as there are any. */
+typedef struct ap_pins ap_pins;
+struct ap_pins {
+    ap_counter bytes;
+    void (*hold)(ap_pins *pins);    /* (c) for one more block */
+    void (*release)(ap_pins *pins); /* (c) for one less */
+};
+
 struct ap_block {
     _Atomic uint32_t refs; /* (a) acq_rel on the way down: the last one frees */
     uint32_t size;         /* (c) header included */
@@ -22,8 +31,8 @@ struct ap_block {
     struct ap_block *next; /* (m) in a chain; (o) in a free list; (a) among the returned */
     ap_pool *home;         /* (c) */
     ap_slab *slab;         /* (c) NULL if mapped by itself */
-    struct ap_conn *left;  /* written before the chain's reference is dropped, read by whoever
-                            * drops the last one: the connection that counts it as pinned */
+    ap_pins *pins;         /* written before the chain's reference is dropped, read by whoever
+                            * drops the last one; NULL if the block was not left to views */
 };
 
 #define AP_BLOCK_HEADER ((uint32_t)((sizeof(struct ap_block) + 15) & ~(size_t)15))
@@ -43,8 +52,8 @@ static inline void ap_block_ref(ap_block *block)
     atomic_fetch_add_explicit(&block->refs, 1, memory_order_relaxed);
 }
 /* Drops the reference of a chain: what remains is pinned by views, and counted
- * for conn (which may be NULL) as long as it is. */
-void ap_block_leave(ap_block *block, ap_conn *conn);
+ * in pins (which may be NULL) as long as it is. */
+void ap_block_leave(ap_block *block, ap_pins *pins);
 
 static inline uint8_t *ap_block_at(ap_block *block, uint32_t offset)
 {

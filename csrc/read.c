@@ -89,7 +89,7 @@ static void make_room(ap_conn *conn, size_t n)
     ap_chain_copy(chain, 0, ap_block_at(bigger, bigger->start), chain->size);
     bigger->end += (uint32_t)chain->size;
     size_t size = chain->size;
-    ap_chain_drop(chain, conn);
+    ap_chain_drop(chain, &conn->pins);
     ap_chain_append(chain, bigger);
     chain->size = size;
     conn->shown = NULL;
@@ -144,7 +144,7 @@ static void give_block_back(ap_conn *conn)
 {
     if (!ap_input_idle(conn) || (conn->slot.ready & AP_READABLE))
         return;
-    ap_chain_drop(&conn->input, conn);
+    ap_chain_drop(&conn->input, &conn->pins);
     conn->shown = NULL;
     conn->lent = false;
     ap_inbox_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);

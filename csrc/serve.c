@@ -95,7 +95,7 @@ uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value)
         told |= AP_MAIL_FAILED;
     }
     if ((bits & AP_MAIL_TRIM) && ap_input_idle(conn)) {
-        ap_chain_drop(&conn->input, conn);
+        ap_chain_drop(&conn->input, &conn->pins);
         conn->shown = NULL;
         conn->lent = false;
         told |= AP_MAIL_TRIM;
@@ -161,7 +161,7 @@ static void trim(ap_conn *conn)
     if (conn->lent)
         ap_hub_post(&conn->slot, AP_MAIL_TRIM);
     else
-        ap_chain_drop(&conn->input, conn);
+        ap_chain_drop(&conn->input, &conn->pins);
 }
 
 int64_t ap_conn_expire(ap_slot *slot, int64_t now)

@@ -50,7 +50,7 @@ int64_t ap_window_new_block(const ap_conn *conn)
 static void replace_front(ap_conn *conn, ap_block *block, size_t n)
 {
     ap_chain *chain = &conn->input;
-    ap_chain_consume(chain, n, conn);
+    ap_chain_consume(chain, n, &conn->pins);
     block->end += (uint32_t)n;
     block->next = chain->head;
     chain->head = block;
