@@ -79,22 +79,64 @@ uint64_t ap_conn_id(ap_conn *conn)
 
 /* ---- the driver's part ------------------------------------------------ */
 
-/* By a FIN or a RST. What this side has done itself, had no memory for, or learns of a poller
- * that has failed, is neither. */
-static bool peer_gone(const ap_conn *conn)
+/* The end of the peer is learned in several ways, and each of them may be the only one:
+ *
+ *   events     EPOLLRDHUP and EPOLLHUP, of a FIN or a RST that nobody has read. The driver
+ *              may be long in coming to them.
+ *   reading    recvmsg says 0, or has the socket's error.
+ *   writing    sendmsg has the error. That takes it away from the reader, and the handler
+ *              that gets it may end before any event comes.
+ *   asking     before this side ends the socket itself (an idle end, a write that has failed
+ *              for want of memory): all that it shows afterwards is of our own making.
+ *
+ * So whoever learns something calls ap_conn_learn, in either thread; what is known stays
+ * known; and behind the cut nothing is learned any more.
+ */
+
+/* What reaches the socket from the network, or from the other process. ENOBUFS, ENOMEM, EPERM
+ * and the like tell of this side only. */
+bool ap_is_of_peer(int error)
 {
-    int end = conn->read_end;
-    if (end == AP_EIDLE || conn->write_error == AP_EIDLE || conn->slot.orphaned)
-        return false;
-    return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || (end && end != -ENOMEM) || conn->gone;
+    switch (-error) {
+    case EPIPE:
+    case ECONNRESET:
+    case ECONNABORTED:
+    case ECONNREFUSED:
+    case ETIMEDOUT:
+    case EHOSTUNREACH:
+    case EHOSTDOWN:
+    case ENETUNREACH:
+    case ENETDOWN:
+    case ENETRESET: return true;
+    default: return false;
+    }
 }
 
-static void tell_gone(ap_conn *conn)
+static bool peer_gone(const ap_conn *conn)
 {
-    if (!conn->watching_peer || !peer_gone(conn))
+    bool hung_up = conn->slot.ready & (AP_RDHUP | AP_HUP);
+    bool ended = conn->read_end == AP_EEOF || ap_is_of_peer(conn->read_end);
+    return conn->peer_gone || (!conn->cut && (hung_up || ended || conn->was_reset));
+}
+
+void ap_conn_learn(ap_conn *conn)
+{
+    AP_ASSERT_LOCKED(&conn->slot);
+    AP_ASSERT(!conn->slot.closed); /* as ap_hub_post requires */
+    conn->peer_gone = peer_gone(conn);
+    if (!conn->watching_peer || !conn->peer_gone)
         return;
     conn->watching_peer = false;
     ap_hub_post(&conn->slot, AP_MAIL_GONE);
+}
+
+void ap_conn_cut(ap_conn *conn)
+{
+    if (conn->cut)
+        return;
+    conn->peer_gone = peer_gone(conn) || ap_sys_hung_up(conn->slot.fd);
+    conn->cut = true;
+    ap_conn_learn(conn);
 }
 
 int ap_conn_watch_peer(ap_conn *conn)
@@ -103,7 +145,7 @@ int ap_conn_watch_peer(ap_conn *conn)
     if (rc < 0)
         return rc;
     conn->watching_peer = true;
-    tell_gone(conn);
+    ap_conn_learn(conn);
     ap_slot_unlock(&conn->slot);
     return 0;
 }
@@ -121,7 +163,7 @@ bool ap_conn_serve(ap_context *context, ap_conn *conn)
         more |= ap_output_write(conn);
     if (ap_input_over(conn))
         ap_hub_post(&conn->slot, AP_MAIL_READ);
-    tell_gone(conn);
+    ap_conn_learn(conn);
     return more;
 }
 
@@ -214,6 +256,7 @@ int64_t ap_conn_next_deadline(const ap_conn *conn)
 static void end_idle(ap_conn *conn)
 {
     conn->idle = 0;
+    ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
     (void)rc; /* not connected any more: as good */
     if (!conn->read_end)
@@ -254,6 +297,7 @@ void ap_conn_expire(ap_conn *conn, int64_t now)
 /* What is buffered stays readable; the socket is as it was, but nobody looks after it. */
 void ap_conn_fail(ap_conn *conn, int error)
 {
+    ap_conn_cut(conn);
     if (!conn->read_end)
         conn->read_end = error;
     ap_output_fail(conn, error);
@@ -406,7 +450,7 @@ int ap_conn_status(ap_conn *conn)
         status |= AP_IS_EOF;
     else if (conn->read_end)
         status |= AP_IS_BROKEN;
-    if (conn->write_error || conn->gone)
+    if (conn->write_error || conn->was_reset)
         status |= AP_IS_BROKEN;
     if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
         status |= AP_IS_IDLE_END | AP_IS_BROKEN;

@@ -114,6 +114,8 @@ void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
+/* Whether the peer has ended its side, or the connection was reset, read or not. */
+bool ap_sys_hung_up(int fd);
 /* Bytes that wait to be received, or to be sent for the first time; or -errno. */
 AP_MUST_CHECK int ap_sys_unread(int fd);
 AP_MUST_CHECK int ap_sys_unsent(int fd);
@@ -467,7 +469,7 @@ struct ap_conn {
     int read_end;       /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
     bool paused;        /* above high water, until below low */
     bool discarding;    /* what arrives is thrown away */
-    bool gone;          /* RST noticed behind paused input */
+    bool was_reset;     /* RST noticed behind input that nobody reads */
     ap_fds *carried;    /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
     ap_fds *doomed;                    /* to be closed without the mutex: ap_conn_unlock */
@@ -488,7 +490,11 @@ struct ap_conn {
     bool any_more;         /* a wait for one byte more may read on beyond high water */
     uint64_t request_at;   /* what was consumed; of messages: how many were received */
     uint64_t request_seen; /* what had arrived; of messages: the bytes of those that waited */
-    bool watching_peer;    /* AP_MAIL_GONE is wanted */
+
+    /* the peer, all (m); see ap_conn_learn */
+    bool watching_peer; /* AP_MAIL_GONE is wanted */
+    bool peer_gone;     /* it is known to have gone, whoever has learned it */
+    bool cut;           /* what the socket shows from now on is this side's own doing */
 
     /* output, all (m) */
     struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
@@ -541,6 +547,12 @@ void ap_conn_fail(ap_conn *conn, int error);
 int64_t ap_conn_next_deadline(const ap_conn *conn);
 uint32_t ap_conn_resolve(ap_conn *conn, uint32_t bits, int32_t *value);
 void ap_conn_drop(ap_conn *conn);
+/* After anything that may say that the peer has gone: remembers it, and tells the hub, once. */
+void ap_conn_learn(ap_conn *conn);
+/* This side is about to end the socket, or will not look at it any more. */
+void ap_conn_cut(ap_conn *conn);
+/* Whether an error of the socket (-errno) says that nobody is at the other end any more. */
+bool ap_is_of_peer(int error);
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);
