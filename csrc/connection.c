@@ -3,10 +3,12 @@
 
 #include "clock.h"
 #include "epoch.h"
+#include "hub.h"
 #include "inbox.h"
 #include "owned.h"
 #include "pool.h"
 #include "slot.h"
+#include "sysio.h"
 
 /* ---- what all parts do ------------------------------------------------ */
 
@@ -25,21 +27,84 @@ void ap_conn_note_activity(ap_conn *conn)
     conn->idle_from = now;
 }
 
-/* By a FIN or a RST. What this side has done itself, had no memory for, or learns of a poller
- * that has failed, is neither. */
-bool ap_conn_peer_gone(const ap_conn *conn)
-{
-    int end = conn->read_end;
-    if (end == AP_EIDLE || conn->write_error == AP_EIDLE || conn->slot.orphaned)
-        return false;
-    return (conn->slot.ready & (AP_RDHUP | AP_HUP)) || (end && end != -ENOMEM) || conn->gone;
-}
-
 size_t ap_conn_left(const ap_conn *conn, uint32_t pos)
 {
     const ap_block *block = conn->shown;
     bool behind = block && pos > block->start && pos <= block->end;
     return conn->input.size - (behind ? pos - block->start : 0);
+}
+
+/* ---- the peer ---------------------------------------------------------- */
+
+/* The end of the peer is learned in several ways, and each of them may be the only one:
+ *
+ *   events     EPOLLRDHUP and EPOLLHUP, of a FIN or a RST that nobody has read. The driver
+ *              may be long in coming to them.
+ *   reading    recvmsg says 0, or has the socket's error.
+ *   writing    sendmsg has the error. That takes it away from the reader, and the handler
+ *              that gets it may end before any event comes.
+ *   asking     before this side ends the socket itself (an idle end, a write that has failed
+ *              for want of memory): all that it shows afterwards is of our own making.
+ *
+ * So whoever learns something calls ap_conn_learn, in either thread; what is known stays
+ * known; and behind the cut nothing is learned any more.
+ */
+
+/* What reaches the socket from the network, or from the other process. ENOBUFS, ENOMEM, EPERM
+ * and the like tell of this side only. */
+bool ap_is_of_peer(int error)
+{
+    switch (-error) {
+    case EPIPE:
+    case ECONNRESET:
+    case ECONNABORTED:
+    case ECONNREFUSED:
+    case ETIMEDOUT:
+    case EHOSTUNREACH:
+    case EHOSTDOWN:
+    case ENETUNREACH:
+    case ENETDOWN:
+    case ENETRESET: return true;
+    default: return false;
+    }
+}
+
+static bool peer_gone(const ap_conn *conn)
+{
+    bool hung_up = conn->slot.ready & (AP_RDHUP | AP_HUP);
+    bool ended = conn->read_end == AP_EEOF || ap_is_of_peer(conn->read_end);
+    return conn->peer_gone || (!conn->cut && (hung_up || ended || conn->was_reset));
+}
+
+void ap_conn_learn(ap_conn *conn)
+{
+    AP_ASSERT_LOCKED(&conn->slot);
+    AP_ASSERT(!conn->slot.closed); /* as ap_hub_post requires */
+    conn->peer_gone = peer_gone(conn);
+    if (!conn->watching_peer || !conn->peer_gone)
+        return;
+    conn->watching_peer = false;
+    ap_hub_post(&conn->slot, AP_MAIL_GONE);
+}
+
+void ap_conn_cut(ap_conn *conn)
+{
+    if (conn->cut)
+        return;
+    conn->peer_gone = peer_gone(conn) || ap_sys_hung_up(conn->slot.fd);
+    conn->cut = true;
+    ap_conn_learn(conn);
+}
+
+int ap_conn_watch_peer(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->watching_peer = true;
+    ap_conn_learn(conn);
+    ap_slot_unlock(&conn->slot);
+    return 0;
 }
 
 /* ---- asking ----------------------------------------------------------- */
@@ -73,13 +138,13 @@ int ap_conn_status(ap_conn *conn)
         status |= AP_IS_EOF;
     else if (conn->read_end)
         status |= AP_IS_BROKEN;
-    if (conn->write_error || conn->gone)
+    if (conn->write_error || conn->was_reset)
         status |= AP_IS_BROKEN;
     if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
         status |= AP_IS_IDLE_END | AP_IS_BROKEN;
     if (conn->shut)
         status |= AP_IS_SHUT;
-    if (ap_conn_peer_gone(conn))
+    if (peer_gone(conn))
         status |= AP_IS_GONE;
     ap_slot_unlock(&conn->slot);
     return status;

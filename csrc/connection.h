@@ -41,7 +41,7 @@ struct ap_conn {
     int read_end;           /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
     bool paused;            /* above high water, until below low */
     bool discarding;        /* what arrives is thrown away */
-    bool gone;              /* RST noticed behind paused input */
+    bool was_reset;         /* RST noticed behind input that nobody reads */
     struct ap_fds *carried; /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
     struct ap_fds *doomed;             /* to be closed without the mutex: ap_conn_unlock */
@@ -62,7 +62,11 @@ struct ap_conn {
     bool any_more;         /* a wait for one byte more may read on beyond high water */
     uint64_t request_at;   /* what was consumed; of messages: how many were received */
     uint64_t request_seen; /* what had arrived; of messages: the bytes of those that waited */
-    bool watching_peer;    /* AP_MAIL_GONE is wanted */
+
+    /* the peer, all (m); see ap_conn_learn */
+    bool watching_peer; /* AP_MAIL_GONE is wanted */
+    bool peer_gone;     /* it is known to have gone, whoever has learned it */
+    bool cut;           /* what the socket shows from now on is this side's own doing */
 
     /* output, all (m) */
     struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
@@ -96,8 +100,12 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);
-/* Whether the peer has ended its side or has reset the connection, as far as is known. */
-bool ap_conn_peer_gone(const ap_conn *conn);
+/* After anything that may say that the peer has gone: remembers it, and tells the hub, once. */
+void ap_conn_learn(ap_conn *conn);
+/* This side is about to end the socket, or will not look at it any more. */
+void ap_conn_cut(ap_conn *conn);
+/* Whether an error of the socket (-errno) says that nobody is at the other end any more. */
+bool ap_is_of_peer(int error);
 /* What is unread, when the loop has come to pos in the block that is shown. */
 size_t ap_conn_left(const ap_conn *conn, uint32_t pos);
 

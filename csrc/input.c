@@ -331,7 +331,7 @@ void ap_input_probe(ap_conn *conn)
     if (!(slot->ready & AP_ERR) || (conn->read_end != 0 && conn->read_end != AP_EEOF))
         return;
     if (slot->ready & AP_HUP) {
-        conn->gone = true;
+        conn->was_reset = true;
     } else {
         slot->ready &= (uint8_t)~AP_ERR;
         ap_sys_drain_error_queue(slot->fd);

@@ -85,13 +85,18 @@ void ap_output_fail(ap_conn *conn, int error)
 /* A system call has failed. The socket itself may live on (ENOBUFS), and a task that
  * waits for input at either end would wait for an answer that never comes: so it ends
  * for both. On UNIX sockets EPIPE may only say that the peer does not read any more; it
- * may still send. */
+ * may still send, unless the socket says that it has closed. */
 void ap_output_break(ap_conn *conn, int error)
 {
     conn->send_error = error;
     ap_output_fail(conn, error);
-    if (error == -EPIPE && conn->type != AP_TCP)
+    if (error == -EPIPE && conn->type != AP_TCP) {
+        conn->peer_gone |= !conn->cut && ap_sys_hung_up(conn->slot.fd);
+        ap_conn_learn(conn);
         return;
+    }
+    conn->peer_gone |= !conn->cut && ap_is_of_peer(error);
+    ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
     (void)rc; /* not connected any more: as good */
 }

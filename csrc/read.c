@@ -66,6 +66,7 @@ static void read_now(ap_conn *conn)
     conn->paused = false;
     if (ap_input_read(&conn->slot.hub->context, conn))
         ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+    ap_conn_learn(conn);
 }
 
 /* An awaited message should lie in one block. When little of it is here and the
@@ -166,6 +167,18 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
     return result;
 }
 
+/* None of those that wait will be received: the end, or the error that somebody else was told. */
+static int64_t message_end(ap_conn *conn, int waiting)
+{
+    if (!conn->read_end && waiting == 0) {
+        ap_input_nothing(conn); /* the error of a RST may still be the socket's */
+        if (!conn->read_end)
+            conn->read_end = ap_input_end(conn);
+        ap_conn_learn(conn);
+    }
+    return conn->read_end ? conn->read_end : AP_EEOF;
+}
+
 /* Messages stay in the kernel, and what is unread is what that says. The events would not do: one
  * may be for the output, and one that a call has not answered by receiving was the last. */
 static int64_t request_message(ap_conn *conn, bool fresh, const char *output, size_t output_size)
@@ -184,7 +197,7 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     }
     conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
     if (conn->read_end || (conn->slot.ready & AP_RDHUP))
-        return conn->read_end ? conn->read_end : AP_EEOF;
+        return message_end(conn, waiting);
     return ap_read_wait(conn, AP_WANT_MESSAGE, 0, 0, 0, output, output_size);
 }
 

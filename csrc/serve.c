@@ -23,25 +23,6 @@
 
 /* ---- serving and telling ---------------------------------------------- */
 
-static void tell_gone(ap_conn *conn)
-{
-    if (!conn->watching_peer || !ap_conn_peer_gone(conn))
-        return;
-    conn->watching_peer = false;
-    ap_hub_post(&conn->slot, AP_MAIL_GONE);
-}
-
-int ap_conn_watch_peer(ap_conn *conn)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    conn->watching_peer = true;
-    tell_gone(conn);
-    ap_slot_unlock(&conn->slot);
-    return 0;
-}
-
 static bool serve(ap_context *context, ap_conn *conn)
 {
     bool more = false;
@@ -55,7 +36,7 @@ static bool serve(ap_context *context, ap_conn *conn)
         more |= ap_output_write(conn);
     if (ap_input_over(conn))
         ap_hub_post(&conn->slot, AP_MAIL_READ);
-    tell_gone(conn);
+    ap_conn_learn(conn);
     return more;
 }
 
@@ -143,6 +124,7 @@ static int64_t next_deadline(const ap_conn *conn)
 static void end_idle(ap_conn *conn)
 {
     conn->idle = 0;
+    ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
     (void)rc; /* not connected any more: as good */
     if (!conn->read_end)
@@ -186,6 +168,7 @@ int64_t ap_conn_expire(ap_slot *slot, int64_t now)
 void ap_conn_fail(ap_slot *slot, int error)
 {
     ap_conn *conn = ap_conn_of(slot);
+    ap_conn_cut(conn);
     if (!conn->read_end)
         conn->read_end = error;
     ap_output_fail(conn, error);

@@ -191,12 +191,22 @@ ssize_t ap_sys_next_length(int fd)
     return n;
 }
 
-bool ap_sys_at_end(int fd)
+static int state_of(int fd, int events)
 {
-    struct pollfd at = {.fd = fd, .events = POLLRDHUP};
+    struct pollfd at = {.fd = fd, .events = (short)events};
     int rc;
     RETRY(rc, AP_CALL_POLL, poll(&at, 1, 0));
-    return rc == 1 && (at.revents & POLLRDHUP) && ap_sys_unread(fd) == 0;
+    return rc == 1 ? at.revents : 0;
+}
+
+bool ap_sys_hung_up(int fd)
+{
+    return state_of(fd, POLLRDHUP) & (POLLRDHUP | POLLHUP);
+}
+
+bool ap_sys_at_end(int fd)
+{
+    return (state_of(fd, POLLRDHUP) & POLLRDHUP) && ap_sys_unread(fd) == 0;
 }
 
 /* ---- accepting -------------------------------------------------------- */

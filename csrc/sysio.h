@@ -38,6 +38,8 @@ void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
+/* Whether the peer has ended its side, or the connection was reset, read or not. */
+bool ap_sys_hung_up(int fd);
 /* Bytes that wait to be received, or to be sent for the first time; or -errno. */
 AP_MUST_CHECK int ap_sys_unread(int fd);
 AP_MUST_CHECK int ap_sys_unsent(int fd);
