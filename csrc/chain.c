@@ -1,4 +1,4 @@
-/* The chain of blocks that holds a connection's unread input.
+/* A buffer chain: the blocks that hold unread input, oldest first.
  *
  * Pure: no locks, no system calls. A byte that was appended never moves, so a
  * view of it stays right however the chain goes on: bytes are only added behind

@@ -1,6 +1,6 @@
-/* Structs of the core, and who may touch what.
+/* What every file of the core rests on: whose each field is, the order of locks, macros, counters.
  *
- * Every field has the letter of its owner:
+ * Every field of a struct has the letter of its owner:
  *   (c) constant while the slot is open: any thread reads, nobody writes
  *   (m) under the slot's mutex
  *   (d) the driver only: whoever holds the poller's lease
@@ -10,10 +10,14 @@
  *   (a) atomic; the comment says which order pairs with what
  *   (o) the thread that owns the pool: the driver for a poller's, the loop for a hub's
  *
- * Lock order: lease, slot, hub. The account's mutex lies outside of the slot's.
- * The table's and the pools' atomics are leaves. Nobody takes a slot's mutex
- * under a hub's: a dying hub unlinks its slots under its mutex and closes them
- * after it. */
+ * Locks are taken in this order: lease, account, slot, hub. The mutexes of the slot
+ * table and of the list of pools are leaves, and atomics need no order. Nobody takes a
+ * slot's mutex under a hub's: a dying hub unlinks its slots under its mutex, and closes
+ * them after it.
+ *
+ * Which file may include which is drawn in docs/internals/README.md, and
+ * scripts/check-includes.py holds the files to it.
+ */
 #ifndef ANYPOLL_COMMON_H
 #define ANYPOLL_COMMON_H
 

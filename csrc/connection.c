@@ -1,4 +1,4 @@
-/* A connection: its state, and what may be asked about it at any time. */
+/* A connection: its state, and what can be asked about it. */
 #include "connection.h"
 
 #include "clock.h"

@@ -1,8 +1,8 @@
-/* A connection: its state, and what may be asked about it at any time.
+/* A connection: its state, and what can be asked about it.
  *
- * Two sides work on it: the driver (serve.c) and the
- * loop, each under the slot's mutex. The loop consumes and the driver only
- * appends, so whatever the loop was handed stays as it is.
+ * Two sides work on it, the driver (serve.c) and the loop, each under the slot's mutex.
+ * The loop consumes and the driver only appends, so whatever the loop was handed stays as
+ * it is.
  *
  * A connection's ends are independent of one another:
  *   read_end     nothing more will be received: FIN (AP_EEOF), an error, or
@@ -19,8 +19,7 @@
 #include "slot.h"
 
 #define AP_BOUND (256u * 1024) /* bytes moved under one hold of a slot's mutex */
-
-#define AP_WINDOW (64u * 1024)
+#define AP_WINDOW (64u * 1024) /* what is shown beyond a request, at first */
 #define AP_DELIMITER_INLINE 16
 
 enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_MESSAGE, AP_WANT_END };
@@ -99,6 +98,7 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
 
 /* Makes sure that the slot is looked at when deadline has come. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
+/* A byte has come or gone. */
 void ap_conn_note_activity(ap_conn *conn);
 /* After anything that may say that the peer has gone: remembers it, and tells the hub, once. */
 void ap_conn_learn(ap_conn *conn);

@@ -1,7 +1,7 @@
-/* What one reader of sockets allocates with: a pool of blocks, and a scratch buffer.
+/* What a reader of sockets allocates with: a pool of blocks, and a scratch buffer.
  *
- * The scratch buffer is where input of unknown size is read to first, so that a
- * block can be taken that fits what has come (input.c).
+ * Input of unknown size is received into the scratch buffer first, so that a block can be
+ * taken that fits what has come (input.c).
  */
 #include "context.h"
 

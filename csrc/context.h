@@ -1,7 +1,7 @@
-/* What one reader of sockets allocates with: a pool of blocks, and a scratch buffer.
+/* What a reader of sockets allocates with: a pool of blocks, and a scratch buffer.
  *
- * There are two kinds of readers, the driver of a poller and the loop of a hub: each has
- * a context of its own, and no other thread takes blocks from it. */
+ * Readers are the driver of a poller and the loop of a hub: each has a context of its own.
+ */
 #ifndef ANYPOLL_CONTEXT_H
 #define ANYPOLL_CONTEXT_H
 

@@ -1,4 +1,4 @@
-/* How a poller ends: drained, or failed.
+/* How a poller ends: a state machine, drained or failed.
  *
  * States, and who may change them:
  *

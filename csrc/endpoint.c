@@ -1,11 +1,10 @@
-/* An endpoint: what connections and listeners have in common, a slot with its poller and hub.
+/* A registered descriptor: a slot with its poller and its hub.
  *
- * Closing is done by the caller at once, because AnyIO
- * demands that the descriptor is closed when aclose() returns, and a driver may
- * be in the middle of a batch with it. The order: mark closed, EPOLL_CTL_DEL,
- * bump the generation, close(2) last, since that is what lets the number be
- * used again. An event for the descriptor that epoll_wait had already returned
- * carries the old generation.
+ * Closing is done by the caller at once, because AnyIO demands that the descriptor is
+ * closed when aclose() returns, and a driver may be in the middle of a batch with it.
+ * The order: mark closed, EPOLL_CTL_DEL, bump the generation, close(2) last, since that
+ * is what lets the number be used again. An event for the descriptor that epoll_wait had
+ * already returned carries the old generation.
  */
 #include "endpoint.h"
 

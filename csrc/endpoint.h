@@ -1,4 +1,8 @@
-/* An endpoint: what connections and listeners have in common, a slot with its poller and hub. */
+/* A registered descriptor: a slot with its poller and its hub.
+ *
+ * Connections and listeners have this in common, and add what they do with it
+ * (ap_slot_ops).
+ */
 #ifndef ANYPOLL_ENDPOINT_H
 #define ANYPOLL_ENDPOINT_H
 

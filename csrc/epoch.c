@@ -1,4 +1,4 @@
-/* The fork epoch: a counter that says whether an object was made before a fork().
+/* The fork epoch: a generation count of the process.
  *
  * The child has one thread. A mutex that a poller or another loop held at the
  * moment of the fork is locked there for ever, and epoll and event descriptors

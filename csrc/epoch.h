@@ -1,4 +1,4 @@
-/* The fork epoch: a counter that says whether an object was made before a fork(). */
+/* The fork epoch: a generation count of the process. */
 #ifndef ANYPOLL_EPOCH_H
 #define ANYPOLL_EPOCH_H
 

@@ -1,4 +1,4 @@
-/* Faults that tests inject into the system calls of sysio.c.
+/* Fault injection: system calls that tests make fail.
  *
  * A fault belongs to a kind of call, AP_CALL_*: it lets some calls pass, then fails
  * some, and counts those. Faults are of the process: calls of all threads count.

@@ -1,4 +1,4 @@
-/* Faults that tests inject into system calls. */
+/* Fault injection: system calls that tests make fail. anypoll.h has the tests' side. */
 #ifndef ANYPOLL_FAULTS_H
 #define ANYPOLL_FAULTS_H
 

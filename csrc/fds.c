@@ -1,7 +1,7 @@
 /* Descriptors that came with the bytes of a UNIX stream (SCM_RIGHTS), until they are taken.
  *
- * A plain recv would close those that lie between the bytes, so a
- * stream is read with room for as many as a message can carry. One recvmsg ends
+ * A plain recv would close those that lie between the bytes, so a stream is read
+ * with room for as many as a message can carry. One recvmsg ends
  * behind a message with descriptors but glues earlier bytes in front (measured),
  * so they belong to the span of bytes of that call: carried_from to carried_to.
  * A call that asks for descriptors and takes any byte of the span gets them; any

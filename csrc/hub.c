@@ -1,4 +1,4 @@
-/* The hub: the one door from pollers to an event loop.
+/* A mailbox with an event descriptor: the one door from pollers to an event loop.
  *
  * The mailbox is an intrusive list that any thread pushes to and the loop takes
  * whole. A slot has bits and stands in it at most once, so it cannot overflow.

@@ -1,4 +1,4 @@
-/* The one door from pollers to an event loop. */
+/* A mailbox with an event descriptor: the one door from pollers to an event loop. */
 #ifndef ANYPOLL_HUB_H
 #define ANYPOLL_HUB_H
 
@@ -24,6 +24,8 @@ struct ap_hub {
 void ap_hub_ref(ap_hub *hub);
 /* Tells the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
 void ap_hub_post(ap_slot *slot, uint32_t bits);
+/* Puts the slot among the open ones of its hub, which closes them when it dies. 0; -EBADF: it
+ * has died. */
 AP_MUST_CHECK int ap_hub_link(ap_slot *slot);
 void ap_hub_unlink(ap_slot *slot);
 

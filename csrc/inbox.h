@@ -1,4 +1,4 @@
-/* The inbox of a poller: a lock-free list of the slots that want something of its driver. */
+/* The inbox of a poller: a lock-free list of slots, from many threads to the driver. */
 #ifndef ANYPOLL_INBOX_H
 #define ANYPOLL_INBOX_H
 

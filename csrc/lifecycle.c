@@ -1,6 +1,6 @@
 /* The life of a connection: opening, lingering, closing, detaching.
  *
- * The order of a close is in endpoint.c, and what each verb does in each state in
+ * The order of a close is in endpoint.c; what each verb does in each state is in
  * docs/internals/lifecycle.md.
  */
 #include "anypoll.h"

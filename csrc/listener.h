@@ -1,4 +1,4 @@
-/* Listeners and their credits. */
+/* Listening sockets that accept on credit, and hand over in batches. */
 #ifndef ANYPOLL_LISTENER_H
 #define ANYPOLL_LISTENER_H
 

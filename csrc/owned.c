@@ -1,8 +1,8 @@
-/* A bitmap of the descriptors that the core owns, for the child of a fork.
+/* A bitmap of the descriptors that the core owns.
  *
- * A bit is set when a descriptor is taken, and cleared before it is closed or given
- * away. Relaxed, and without a lock, which the child might find held for ever: it
- * sees the memory of the moment.
+ * The child of a fork closes them. A bit is set when a descriptor is taken, and cleared
+ * before it is closed or given away. Relaxed, and without a lock, which the child might
+ * find held for ever: it sees the memory of the moment.
  */
 #include "owned.h"
 

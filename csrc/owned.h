@@ -1,4 +1,4 @@
-/* A bitmap of the descriptors that the core owns, for the child of a fork. */
+/* A bitmap of the descriptors that the core owns. */
 #ifndef ANYPOLL_OWNED_H
 #define ANYPOLL_OWNED_H
 

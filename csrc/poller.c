@@ -1,7 +1,7 @@
-/* A poller: an epoll descriptor, an event descriptor, counters.
+/* A poller: an epoll descriptor with its event descriptor, its state, and its counters.
  *
- * Each open slot holds a reference to its poller, so the descriptors are closed when
- * nobody can be in the middle of a call with them.
+ * Each open slot holds a reference. The descriptors are closed with the last one, since
+ * loops may be in the middle of a call with them.
  */
 #include "poller.h"
 

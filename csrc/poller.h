@@ -1,4 +1,8 @@
-/* A poller: an epoll descriptor, an event descriptor, counters. */
+/* A poller: an epoll descriptor with its event descriptor, its state, and its counters.
+ *
+ * What is done with it lies above: the inbox (inbox.h), the run list (runlist.h), the
+ * loop that drives it (driver.c), its end (ending.h).
+ */
 #ifndef ANYPOLL_POLLER_H
 #define ANYPOLL_POLLER_H
 
@@ -43,7 +47,8 @@ extern _Thread_local ap_poller *ap_driving;
 #define AP_ASSERT_DRIVER(poller) ((void)0)
 #endif
 
-enum ap_poller_state { AP_ACTIVE, AP_DRAINING, AP_ENDING };
+/* ending.c says what they mean. */
+enum { AP_ACTIVE, AP_DRAINING, AP_ENDING };
 
 /* seq_cst; the reasons are in ending.c */
 static inline int ap_state(ap_poller *poller)

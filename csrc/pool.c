@@ -1,8 +1,9 @@
-/* The allocator of blocks: one per poller, one per hub.
+/* A slab allocator of refcounted blocks: the memory of received bytes.
  *
- * Why not malloc: blocks are taken in one thread and freed in another, some
- * live for seconds and most for microseconds. Measured with malloc, 400 MB of
- * 64 KiB blocks of which every eighth survived kept 412 MB resident. So:
+ * There is one per poller and one per hub. Why not malloc: blocks are taken in one
+ * thread and freed in another, some live for seconds and most for microseconds.
+ * Measured with malloc, 400 MB of 64 KiB blocks of which every eighth survived kept
+ * 412 MB resident. So:
  *   - blocks of 32 KiB and more are mapped one by one, in powers of two, with a
  *     bounded cache; what does not fit goes back to the system at once;
  *   - smaller ones come from slabs of one size, and a slab that is empty goes

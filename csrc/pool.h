@@ -1,4 +1,8 @@
-/* The allocator of blocks. */
+/* A slab allocator of refcounted blocks: the memory of received bytes.
+ *
+ * Each poller has a pool, and each hub. Only the owner takes blocks; any thread drops
+ * references.
+ */
 #ifndef ANYPOLL_POOL_H
 #define ANYPOLL_POOL_H
 
@@ -7,6 +11,8 @@
 #define AP_BLOCK_MIN (2u * 1024)        /* smallest block, header included */
 #define AP_BLOCK_LARGE (32u * 1024)     /* from here on blocks are mapped one by one */
 #define AP_BLOCK_MAX (8u * 1024 * 1024) /* largest block that input is read to */
+
+/* How long memory that nobody needs is kept for who may need it soon, in nanoseconds. */
 #define AP_TRIM_AFTER ((int64_t)1000 * 1000 * 1000)
 
 typedef struct ap_pool ap_pool;
@@ -40,12 +46,15 @@ struct ap_block {
 ap_pool *ap_pool_new(void);
 /* The owner leaves; the pool goes with its last block. */
 void ap_pool_unref(ap_pool *pool);
+/* A block with so much room at least, and one reference. NULL: no memory. */
 AP_MUST_CHECK ap_block *ap_pool_take(ap_pool *pool, size_t room);
 /* Gives what others returned back to the system, as far as it is not needed. */
 void ap_pool_trim(ap_pool *pool);
+/* Adds the pool's numbers to out. */
 void ap_pool_statistics(ap_pool *pool, ap_poller_stats *out);
 /* In the child of a fork: the parent's pools are not counted there. */
 void ap_pools_reset(void);
+
 static inline void ap_block_ref(ap_block *block)
 {
     /* relaxed: whoever takes a reference holds one, so the block cannot go */
@@ -63,7 +72,5 @@ static inline uint32_t ap_block_room(const ap_block *block)
 {
     return block->size - block->end;
 }
-
-/* ---- who reads and allocates: the driver or the loop ------------------- */
 
 #endif

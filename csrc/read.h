@@ -1,4 +1,4 @@
-/* What the loop asks of a connection's input. */
+/* Reading for the loop: bytes, a request, a delimiter. */
 #ifndef ANYPOLL_READ_H
 #define ANYPOLL_READ_H
 

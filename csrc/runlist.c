@@ -1,12 +1,12 @@
-/* The run list of a driver: the slots that it has to serve, in turn.
+/* The run list of a driver: slots with work left, served round robin.
  *
  * A slot that stopped at a bound stays on the list, and as long as that is not empty
  * epoll_wait does not block: with edge-triggered epoll work left over has no event of
  * its own (measured: 256 KiB accepted whole by sendmsg, and no EPOLLOUT ever; 20 of
  * 60 KB read, and no EPOLLIN).
  *
- * A slot that was closed is forgotten here: its last event lies behind when its turn has
- * come, so the driver's reference goes.
+ * A closed slot is let go of here: after all events of one batch have been looked at, and
+ * before epoll is asked for the next. So none that names it is left.
  */
 #include "runlist.h"
 

@@ -1,6 +1,7 @@
-/* The run list of a driver: the slots that it has to serve, in turn.
+/* The run list of a driver: slots with work left, served round robin.
  *
- * All of it is for the driver only. */
+ * All of it is the driver's.
+ */
 #ifndef ANYPOLL_RUNLIST_H
 #define ANYPOLL_RUNLIST_H
 

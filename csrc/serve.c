@@ -1,7 +1,7 @@
-/* What the driver does for a connection: it reads, writes, and keeps the deadlines.
+/* A connection for its driver: serving, deadlines, and what the loop is told.
  *
- * The rest of it is what the loop is told then: the mailbox says only that it is worth
- * while to look, and ap_conn_resolve looks.
+ * The mailbox says only that it is worth while to look. What is told is what is true when
+ * the loop takes it (ap_conn_resolve).
  */
 #include "serve.h"
 

@@ -1,9 +1,9 @@
-/* The table of slots: what epoll's data and the mailbox's tokens name.
+/* A slot map: numbered slots with generations, one for each registered descriptor.
  *
- * A slot's memory is never freed, only used again, so that a late event may
- * look at it: `generation << 32 | index` tells, under the slot's mutex, that it
- * is about somebody else. A slot is used again when its last reference is gone.
- * References are held by
+ * `generation << 32 | index` is what epoll's data and the mailbox's tokens carry.
+ * A slot's memory is never freed, only used again, so that a late event may look at
+ * it: the tag tells, under the slot's mutex, that it is about somebody else. A slot is
+ * used again when its last reference is gone. References are held by
  *   - the handle (Python's object),
  *   - the driver, until it has taken AP_BOX_CLOSED from its inbox, which it does
  *     between two batches of events,
@@ -17,7 +17,6 @@
  *   FREE     | OPEN     -           -           -         -
  *   OPEN     |  -      OPEN        OPEN       CLOSED  (cannot: the driver has one)
  *   CLOSED   |  -     -EBADF      -EBADF      -EBADF     FREE
- *
  */
 #include "slot.h"
 

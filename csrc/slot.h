@@ -1,4 +1,8 @@
-/* The table of slots. */
+/* A slot map: numbered slots with generations, one for each registered descriptor.
+ *
+ * A slot is the common part of a connection and a listener, which begin with one. It
+ * names its poller and its hub, and knows nothing of them.
+ */
 #ifndef ANYPOLL_SLOT_H
 #define ANYPOLL_SLOT_H
 
@@ -76,9 +80,12 @@ struct ap_slot {
 AP_MUST_CHECK int ap_slot_take(const ap_slot_ops *ops, int fd, ap_slot **out);
 /* Gives one back that nobody refers to. */
 void ap_slot_give(ap_slot *slot);
+/* NULL: there is none of that number yet. */
 ap_slot *ap_slot_at(uint32_t index);
 void ap_slot_ref(ap_slot *slot);
+/* The last one goes to the operation drop. */
 void ap_slot_unref(ap_slot *slot);
+/* In the child of a fork: the parent's slots are not used there. */
 void ap_slot_table_reset(void);
 /* Every slot there is, open or not, without its mutex. */
 void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg);
@@ -106,6 +113,7 @@ static inline void ap_slot_unlock(ap_slot *slot)
 #define AP_ASSERT_LOCKED(slot) ((void)0)
 #endif
 
+/* What names the slot to epoll and to the loop, until it is closed. */
 static inline uint64_t ap_slot_tag(const ap_slot *slot)
 {
     uint64_t generation = atomic_load_explicit(&slot->generation, memory_order_relaxed);

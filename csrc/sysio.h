@@ -1,4 +1,4 @@
-/* System calls that retry on EINTR and return -errno. */
+/* System calls that retry on EINTR and return -errno, with a seam for injected faults. */
 #ifndef ANYPOLL_SYSIO_H
 #define ANYPOLL_SYSIO_H
 
@@ -28,14 +28,20 @@ AP_MUST_CHECK ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offer
 AP_MUST_CHECK ssize_t ap_sys_next_length(int fd);
 /* Whether the peer has ended its side and nothing waits any more. */
 bool ap_sys_at_end(int fd);
+
+/* What was accepted is non-blocking, close-on-exec, and owned. */
 AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);
+
 AP_MUST_CHECK int ap_sys_epoll_create(void);
 AP_MUST_CHECK int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data);
 struct epoll_event;
 AP_MUST_CHECK int ap_sys_epoll_wait(int epfd, struct epoll_event *events, int max, int timeout_ms);
 AP_MUST_CHECK int ap_sys_eventfd(void);
+/* Make an event descriptor readable, and read it. */
 void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
+
+/* SO_ERROR (> 0), which asking for clears; 0: none. */
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
 /* Whether the peer has ended its side, or the connection was reset, read or not. */
@@ -47,10 +53,14 @@ AP_MUST_CHECK int ap_sys_shutdown(int fd, int how);
 /* Makes the close a RST. */
 void ap_sys_linger_now(int fd);
 void ap_sys_close(int fd);
+
+/* Zeroed; NULL: no memory. */
 AP_MUST_CHECK void *ap_sys_alloc(size_t size);
 AP_MUST_CHECK void *ap_sys_map(size_t size);
 void ap_sys_unmap(void *memory, size_t size);
+
 AP_MUST_CHECK int ap_sys_atfork(void (*in_child)(void));
+/* The thread takes no signals. */
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 
 #endif

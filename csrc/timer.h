@@ -1,4 +1,4 @@
-/* A hierarchical timing wheel. */
+/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1). */
 #ifndef ANYPOLL_TIMER_H
 #define ANYPOLL_TIMER_H
 

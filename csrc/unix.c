@@ -1,4 +1,6 @@
-/* UNIX sockets: calls with descriptors, and sockets with messages.
+/* UNIX sockets for the loop: descriptors (SCM_RIGHTS), and sockets with messages.
+ *
+ * What becomes of descriptors that nobody asks for is in fds.c.
  *
  * Messages (SOCK_SEQPACKET). Never read ahead, since a message must not be torn:
  * the driver only tells that the socket is readable, and the call makes one recvmsg

@@ -1,4 +1,4 @@
-/* The window: the part of a connection's input that the loop is shown. */
+/* The window: the part of the input that the loop may walk in without a call. */
 #ifndef ANYPOLL_WINDOW_H
 #define ANYPOLL_WINDOW_H
 

@@ -1,4 +1,4 @@
-/* What the loop asks of a connection's output: to send, to wait, to hold, to end. */
+/* Writing for the loop: sending, waiting until that is done, giving it up, a FIN. */
 #include "anypoll.h"
 
 #include "clock.h"
