@@ -30,8 +30,6 @@
 #include "slot.h"
 #include "sysio.h"
 
-#include <stdlib.h>
-
 /* ---- the wait --------------------------------------------------------- */
 
 static size_t searched_in_chain(const ap_conn *conn)

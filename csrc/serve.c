@@ -19,8 +19,6 @@
 #include "sysio.h"
 #include "window.h"
 
-#include <stdlib.h>
-
 /* ---- serving and telling ---------------------------------------------- */
 
 static bool serve(ap_context *context, ap_conn *conn)

@@ -24,9 +24,6 @@
 #include "epoch.h"
 #include "sysio.h"
 
-#include <sys/epoll.h>
-#include <sys/socket.h>
-
 #define CHUNK 64u
 #define CHUNKS (1u << 15) /* two million slots */
 
