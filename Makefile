@@ -201,6 +201,7 @@ lint-imports: .venv/.core .venv/.dev
 	    { cat build/import-linter.log; exit 1; }
 
 lint-c: .venv/.dev
+	@.venv/bin/python scripts/check-includes.py
 	@echo 'clang-format'
 	@.venv/bin/clang-format --dry-run -Werror $(C_FILES) 2>/dev/null || { \
 	    for file in $(C_FILES); do .venv/bin/clang-format $$file | diff -u $$file -; done; \

@@ -1,10 +1,12 @@
-/* The chain of blocks that holds a connection's unread input.
+/* A buffer chain: the blocks that hold unread input, oldest first.
  *
  * Pure: no locks, no system calls. A byte that was appended never moves, so a
  * view of it stays right however the chain goes on: bytes are only added behind
  * block->end, and consuming only moves block->start.
  */
-#include "internal.h"
+#include "chain.h"
+
+#include "pool.h"
 
 void ap_chain_append(ap_chain *chain, ap_block *block)
 {
@@ -18,7 +20,7 @@ void ap_chain_append(ap_chain *chain, ap_block *block)
 
 /* A block that was read to its end leaves, unless it is the last with room to
  * go on in: that one stays for what arrives next. */
-void ap_chain_consume(ap_chain *chain, size_t n, ap_conn *conn)
+void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins)
 {
     AP_ASSERT(n <= chain->size);
     chain->size -= n;
@@ -33,16 +35,16 @@ void ap_chain_consume(ap_chain *chain, size_t n, ap_conn *conn)
         chain->head = block->next;
         if (!chain->head)
             chain->tail = NULL;
-        ap_block_leave(block, conn);
+        ap_block_leave(block, pins);
     }
 }
 
-void ap_chain_drop(ap_chain *chain, ap_conn *conn)
+void ap_chain_drop(ap_chain *chain, ap_pins *pins)
 {
     while (chain->head) {
         ap_block *block = chain->head;
         chain->head = block->next;
-        ap_block_leave(block, conn);
+        ap_block_leave(block, pins);
     }
     chain->tail = NULL;
     chain->size = 0;

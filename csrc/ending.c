@@ -1,4 +1,4 @@
-/* A poller's thread, and how a poller ends: stopped, drained, or failed.
+/* How a poller ends: a state machine, drained or failed.
  *
  * States, and who may change them:
  *
@@ -25,13 +25,16 @@
  * or is found by ap_slot_each. Descriptors of a poller are closed with the last
  * reference, since loops may be in the middle of a call with them.
  */
-#include "internal.h"
+#include "ending.h"
 
-#include <unistd.h>
+#include "epoch.h"
+#include "poller.h"
+#include "runlist.h"
+#include "slot.h"
+#include "sysio.h"
+#include "timer.h"
 
-#define THREAD_BUDGET 1024 /* slots in one step: bounds how long events, inbox and timers wait */
-#define TRIES 20           /* of an epoll_wait that may work again: about a second */
-#define PAUSE_MOST 6       /* the pause is 2^n ms */
+#define TRIES 20 /* of an epoll_wait that may work again: about a second */
 #define DRAINED (AP_EPOLLER - ECANCELED)
 
 /* ---- counting --------------------------------------------------------- */
@@ -104,7 +107,7 @@ void ap_poller_end_drained(ap_poller *poller)
         return;
     }
     if (change(poller, AP_ENDING, DRAINED)) /* else it is to stay after all */
-        ap_poller_clear(poller); /* what was closed is in the inbox, since that comes first */
+        ap_run_clear(poller); /* what was closed is in the inbox, since that comes first */
 }
 
 /* ---- failing ---------------------------------------------------------- */
@@ -125,10 +128,8 @@ static void end_slot(ap_slot *slot, void *arg)
         f->orphans = slot;
         slot->orphaned = true;
         ap_wheel_unfile(&f->poller->wheel, &slot->timer);
-        if (slot->watched && slot->kind == AP_SLOT_CONN)
-            ap_conn_fail((ap_conn *)slot, f->error);
-        else if (slot->watched)
-            ap_listener_fail((ap_listener *)slot, f->error);
+        if (slot->watched)
+            slot->ops->fail(slot, f->error);
     }
     ap_slot_unlock(slot);
 }
@@ -137,9 +138,9 @@ static void fail(ap_poller *poller, int error)
 {
     failure f = {.poller = poller, .error = error};
     atomic_store_explicit(&poller->state, error, memory_order_seq_cst);
-    ap_poller_clear(poller); /* the run list, which uses run_next too */
+    ap_run_clear(poller); /* the run list, which uses run_next too */
     ap_slot_each(end_slot, &f);
-    ap_poller_clear(poller); /* what was closed or pushed before it was orphaned */
+    ap_run_clear(poller); /* what was closed or pushed before it was orphaned */
     while (f.orphans) {
         ap_slot *slot = f.orphans;
         f.orphans = slot->run_next;
@@ -159,52 +160,4 @@ void ap_poller_judge(ap_poller *poller, int result)
         poller->failures = 0;
     else if (!may_pass(result) || ++poller->failures == TRIES)
         fail(poller, AP_EPOLLER + result);
-}
-
-/* ---- the thread ------------------------------------------------------- */
-
-static void *drive(void *arg)
-{
-    ap_poller *poller = arg;
-    /* acquire; pairs with the release in ap_poller_stop */
-    for (int failures = 0; !atomic_load_explicit(&poller->stopping, memory_order_acquire);) {
-        int rc = ap_poller_step(poller, -1, THREAD_BUDGET);
-        if (ap_has_ended(poller))
-            break;
-        if (rc >= 0 || rc == -EBUSY)
-            failures = 0;
-        if (rc < 0) /* somebody else drives, or epoll_wait has failed: not a spin */
-            usleep(1000u << (failures < PAUSE_MOST ? failures++ : PAUSE_MOST));
-    }
-    return NULL;
-}
-
-int ap_poller_start(ap_poller *poller)
-{
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (ap_has_ended(poller))
-        return ap_state(poller);
-    if (atomic_load_explicit(&poller->started, memory_order_relaxed))
-        return -EALREADY;
-    int rc = ap_sys_thread(&poller->thread, drive, poller);
-    if (rc == 0)
-        atomic_store_explicit(&poller->started, true, memory_order_relaxed);
-    return rc;
-}
-
-int ap_poller_stop(ap_poller *poller)
-{
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
-        return 0;
-    atomic_store_explicit(&poller->stopping, true, memory_order_release); /* with drive */
-    ap_sys_signal(poller->efd);
-    pthread_join(poller->thread, NULL);
-    atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
-    /* What was closed meanwhile is let go of. What is closed later stays until
-     * somebody steps: at the end of the process nobody misses it. */
-    ap_poller_step(poller, 0, THREAD_BUDGET);
-    return 0;
 }

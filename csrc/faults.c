@@ -1,9 +1,9 @@
-/* Faults that tests inject into the system calls of sysio.c.
+/* Fault injection: system calls that tests make fail.
  *
  * A fault belongs to a kind of call, AP_CALL_*: it lets some calls pass, then fails
  * some, and counts those. Faults are of the process: calls of all threads count.
  */
-#include "internal.h"
+#include "faults.h"
 
 typedef struct {
     _Atomic int error, skip, times, hits; /* (a) relaxed: a test arms them before the calls */

@@ -1,4 +1,4 @@
-/* The hub: the one door from pollers to an event loop.
+/* A mailbox with an event descriptor: the one door from pollers to an event loop.
  *
  * The mailbox is an intrusive list that any thread pushes to and the loop takes
  * whole. A slot has bits and stands in it at most once, so it cannot overflow.
@@ -20,13 +20,22 @@
  * A wake-up is a hint. What is reported was true under the slot's mutex, but
  * the task that is woken looks again.
  */
-#include "internal.h"
+#include "hub.h"
+
+#include "context.h"
+#include "epoch.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 
+#define AP_MAIL_QUEUED (1u << 31)
+
 int ap_hub_new(ap_hub **out)
 {
-    int rc = ap_fork_watch();
+    int rc = ap_epoch_watch();
     ap_hub *hub = rc < 0 ? NULL : ap_sys_alloc(sizeof *hub);
     if (!hub)
         return rc < 0 ? rc : -ENOMEM;
@@ -196,10 +205,8 @@ static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *value)
     uint32_t told = 0;
     if (slot->closed)
         ap_count(&slot->poller->stale_tokens, 1);
-    else if (slot->kind == AP_SLOT_CONN)
-        told = ap_conn_resolve((ap_conn *)slot, bits, value);
     else
-        told = ap_listener_resolve((ap_listener *)slot, bits, value);
+        told = slot->ops->resolve(slot, bits, value);
     ap_slot_unlock(slot);
     return told;
 }
@@ -267,10 +274,7 @@ int ap_hub_kill(ap_hub *hub)
         ap_slot_lock(slot);
         bool keep_fd = slot->disowned;
         ap_slot_unlock(slot);
-        if (slot->kind == AP_SLOT_CONN)
-            ap_conn_close((ap_conn *)slot, 0, keep_fd);
-        else
-            ap_listener_close((ap_listener *)slot, keep_fd);
+        slot->ops->close(slot, keep_fd);
         ap_slot_unref(slot);
     }
     /* Posts are made under the mutex of an open slot, so none comes after this. */

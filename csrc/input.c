@@ -1,4 +1,4 @@
-/* Reading a connection: when, how much, and into what.
+/* The receive side of a connection: when it is read, how much, and into what.
  *
  * When. With edge-triggered events AP_READABLE is remembered and cleared only
  * by EAGAIN, on TCP also by a short read as long as nothing but plain input was
@@ -17,9 +17,18 @@
  * prefix promised. A connection that has shown to receive much, or waits for
  * much, reads into a block of its own instead, without the copy.
  */
-#include "internal.h"
+#include "input.h"
 
-#include <stdlib.h>
+#include "chain.h"
+#include "clock.h"
+#include "connection.h"
+#include "context.h"
+#include "fds.h"
+#include "inbox.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 /* ---- the wait --------------------------------------------------------- */
 
@@ -76,7 +85,7 @@ void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
         ap_conn_note_deadline(conn, conn->trim_at);
     }
     if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
 }
 
 /* ---- how much --------------------------------------------------------- */
@@ -201,7 +210,7 @@ static bool file_received(ap_context *context, ap_conn *conn, target *into, size
     }
     into->fresh->end += (uint32_t)rest;
     ap_chain_append(&conn->input, into->fresh);
-    ap_chain_consume(&conn->input, 0, conn); /* an empty head in front of it leaves */
+    ap_chain_consume(&conn->input, 0, &conn->pins); /* an empty head in front of it leaves */
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
     into->fresh = NULL;
@@ -320,7 +329,7 @@ void ap_input_probe(ap_conn *conn)
     if (!(slot->ready & AP_ERR) || (conn->read_end != 0 && conn->read_end != AP_EEOF))
         return;
     if (slot->ready & AP_HUP) {
-        conn->gone = true;
+        conn->was_reset = true;
     } else {
         slot->ready &= (uint8_t)~AP_ERR;
         ap_sys_drain_error_queue(slot->fd);
@@ -331,7 +340,7 @@ void ap_input_probe(ap_conn *conn)
 
 void ap_input_consume(ap_conn *conn, size_t n)
 {
-    ap_chain_consume(&conn->input, n, conn);
+    ap_chain_consume(&conn->input, n, &conn->pins);
     conn->consumed += n;
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
@@ -340,13 +349,13 @@ void ap_input_consume(ap_conn *conn, size_t n)
     if (conn->paused && conn->input.size <= conn->low) {
         conn->paused = false;
         if (conn->slot.ready & AP_READABLE)
-            ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+            ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     }
 }
 
 void ap_input_drop(ap_conn *conn)
 {
-    ap_chain_drop(&conn->input, conn);
+    ap_chain_drop(&conn->input, &conn->pins);
     ap_fds_doom(conn);
     conn->shown = NULL;
     conn->want = AP_WANT_NOTHING;

@@ -1,4 +1,4 @@
-/* Listeners: credits, accepting, and handing over in batches.
+/* Listening sockets that accept on credit, and hand over in batches.
  *
  * A listener is edge-triggered and remembers that it is readable (measured:
  * three in the backlog, one accepted, no further event). Before each accept4
@@ -11,7 +11,17 @@
  * that is accepted. Errors of a connection that died in the backlog are not
  * the listener's, and are ignored (the list is trio's).
  */
-#include "internal.h"
+#include "listener.h"
+
+#include "clock.h"
+#include "endpoint.h"
+#include "epoch.h"
+#include "hub.h"
+#include "inbox.h"
+#include "owned.h"
+#include "poller.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -85,126 +95,6 @@ int ap_account_take_back(ap_account *account)
     return account->epoch == ap_epoch_now() ? take_credit(account) : -ECHILD;
 }
 
-/* Whoever was first is last the next time: one with a long backlog would take
- * every credit. */
-static void take_turns(ap_account *account)
-{
-    ap_listener *first = account->listeners, **end = &account->listeners;
-    if (!first)
-        return;
-    account->listeners = first->account_next;
-    while (*end)
-        end = &(*end)->account_next;
-    first->account_next = NULL;
-    *end = first;
-}
-
-int ap_account_add(ap_account *account, int credits)
-{
-    if (account->epoch != ap_epoch_now())
-        return -ECHILD;
-    atomic_fetch_add_explicit(&account->credits, credits, memory_order_acq_rel);
-    pthread_mutex_lock(&account->mutex);
-    for (ap_listener *listener = account->listeners; listener; listener = listener->account_next) {
-        ap_slot_lock(&listener->slot);
-        if (!listener->slot.closed && ap_listener_serve(listener))
-            ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
-        ap_slot_unlock(&listener->slot);
-    }
-    take_turns(account);
-    pthread_mutex_unlock(&account->mutex);
-    return 0;
-}
-
-/* ---- opening and closing ---------------------------------------------- */
-
-int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account, ap_listener **out)
-{
-    if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
-        return -ECHILD;
-    ap_slot *slot;
-    int rc = ap_slot_take(AP_SLOT_LISTENER, poller, hub, fd, &slot);
-    if (rc < 0)
-        return rc;
-    ap_listener *listener = (ap_listener *)slot;
-    listener->account = account;
-    join(listener);
-    rc = ap_hub_link(slot);
-    if (rc == 0) {
-        ap_slot_lock(slot);
-        rc = ap_slot_watch(slot, EPOLLIN | EPOLLET);
-        ap_slot_unlock(slot);
-    }
-    if (rc < 0) {
-        ap_listener_close(listener, 1);
-        ap_slot_unref(slot);
-        return rc;
-    }
-    ap_fd_own(fd);
-    *out = listener;
-    return 0;
-}
-
-uint64_t ap_listener_id(ap_listener *listener)
-{
-    return listener->slot.id;
-}
-
-/* Returns how many there were: their credits are given back. */
-static int close_untaken(ap_listener *listener)
-{
-    int n = (int)listener->count;
-    for (; listener->count > 0; listener->count--)
-        ap_sys_close(listener->queue[listener->first++].fd);
-    free(listener->queue);
-    listener->queue = NULL;
-    listener->first = listener->capacity = 0;
-    return n;
-}
-
-int ap_listener_close(ap_listener *listener, int keep_fd)
-{
-    int rc = ap_slot_enter(&listener->slot);
-    if (rc < 0)
-        return rc;
-    int untaken = close_untaken(listener);
-    int fd = ap_slot_close_locked(&listener->slot);
-    ap_slot_unlock(&listener->slot);
-    leave(listener); /* the account's mutex comes before the slot's */
-    if (untaken)
-        ap_account_add(listener->account, untaken);
-    return ap_slot_closed(&listener->slot, fd, false, keep_fd != 0);
-}
-
-void ap_listener_release(ap_listener *listener)
-{
-    if (listener->slot.epoch != ap_epoch_now())
-        return;
-    ap_listener_close(listener, listener->slot.disowned);
-    ap_slot_unref(&listener->slot);
-}
-
-void ap_listener_drop(ap_listener *listener)
-{
-    close_untaken(listener);
-    ap_account_unref(listener->account);
-    listener->account = NULL;
-}
-
-int ap_listener_fd(ap_listener *listener, int disown)
-{
-    int rc = ap_slot_enter(&listener->slot);
-    if (rc < 0)
-        return rc;
-    rc = listener->slot.fd;
-    if (disown) {
-        listener->slot.disowned = true;
-        ap_fd_disown(rc);
-    }
-    ap_slot_unlock(&listener->slot);
-    return rc;
-}
-
 /* ---- accepting -------------------------------------------------------- */
 
 static bool worth_ignoring(int error)
@@ -254,7 +144,7 @@ static void pause_accepting(ap_listener *listener, int error)
     listener->paused_until = ap_now() + AP_ACCEPT_PAUSE;
     if (listener->paused_until < slot->timer_at) {
         slot->timer_at = listener->paused_until;
-        ap_poller_push(slot, AP_BOX_DEADLINE, slot->timer_at);
+        ap_inbox_push(slot, AP_BOX_DEADLINE, slot->timer_at);
     }
     if (atomic_exchange_explicit(&listener->account->starving, true, memory_order_relaxed))
         return;
@@ -290,7 +180,7 @@ static bool accept_one(ap_listener *listener)
 
 /* Under the slot's mutex, by the driver or whoever adds credits. True: it
  * stopped at the bound. */
-bool ap_listener_serve(ap_listener *listener)
+static bool accept_some(ap_listener *listener)
 {
     bool more = true;
     int left = AP_ACCEPT_BATCH;
@@ -321,43 +211,192 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
         n = listener->error;
         if (!listener->slot.orphaned)
             listener->error = 0;
-        ap_poller_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
+        ap_inbox_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
     }
     ap_slot_unlock(&listener->slot);
     return n;
 }
 
-/* ---- time and tokens -------------------------------------------------- */
+/* ---- giving credits --------------------------------------------------- */
 
-int64_t ap_listener_next_deadline(const ap_listener *listener)
+/* Whoever was first is last the next time: one with a long backlog would take
+ * every credit. */
+static void take_turns(ap_account *account)
 {
+    ap_listener *first = account->listeners, **end = &account->listeners;
+    if (!first)
+        return;
+    account->listeners = first->account_next;
+    while (*end)
+        end = &(*end)->account_next;
+    first->account_next = NULL;
+    *end = first;
+}
+
+int ap_account_add(ap_account *account, int credits)
+{
+    if (account->epoch != ap_epoch_now())
+        return -ECHILD;
+    atomic_fetch_add_explicit(&account->credits, credits, memory_order_acq_rel);
+    pthread_mutex_lock(&account->mutex);
+    for (ap_listener *listener = account->listeners; listener; listener = listener->account_next) {
+        ap_slot_lock(&listener->slot);
+        if (!listener->slot.closed && accept_some(listener))
+            ap_inbox_push(&listener->slot, AP_BOX_WORK, 0);
+        ap_slot_unlock(&listener->slot);
+    }
+    take_turns(account);
+    pthread_mutex_unlock(&account->mutex);
+    return 0;
+}
+
+/* ---- as a slot -------------------------------------------------------- */
+
+static bool serve(ap_slot *slot, ap_context *context)
+{
+    (void)context; /* nothing is read */
+    ap_slot_lock(slot);
+    bool more = !slot->closed && accept_some(ap_listener_of(slot));
+    ap_slot_unlock(slot);
+    return more;
+}
+
+static int64_t expire(ap_slot *slot, int64_t now)
+{
+    ap_listener *listener = ap_listener_of(slot);
+    if (listener->paused_until && now >= listener->paused_until) {
+        listener->paused_until = 0;
+        if (accept_some(listener))
+            ap_inbox_push(slot, AP_BOX_WORK, 0);
+    }
     return listener->paused_until ? listener->paused_until : AP_FOREVER;
 }
 
-void ap_listener_expire(ap_listener *listener, int64_t now)
+static void fail(ap_slot *slot, int error)
 {
-    if (!listener->paused_until || now < listener->paused_until)
-        return;
-    listener->paused_until = 0;
-    if (ap_listener_serve(listener))
-        ap_poller_push(&listener->slot, AP_BOX_WORK, 0);
+    ap_listener_of(slot)->error = error;
+    ap_hub_post(slot, AP_MAIL_FAILED | AP_MAIL_ACCEPT);
 }
 
-void ap_listener_fail(ap_listener *listener, int error)
+static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *value)
 {
-    listener->error = error;
-    ap_hub_post(&listener->slot, AP_MAIL_FAILED | AP_MAIL_ACCEPT);
-}
-
-uint32_t ap_listener_resolve(ap_listener *listener, uint32_t bits, int32_t *value)
-{
+    ap_listener *listener = ap_listener_of(slot);
     uint32_t told = listener->count > 0 || listener->error ? AP_MAIL_ACCEPT : 0;
     if (bits & AP_MAIL_FAILED) {
-        *value = ap_state(listener->slot.poller);
+        *value = ap_state(slot->poller);
         told |= AP_MAIL_FAILED;
     } else if (bits & AP_MAIL_STARVED) {
         *value = listener->starved_error;
         told |= AP_MAIL_STARVED;
     }
     return told;
+}
+
+static void close_slot(ap_slot *slot, bool keep_fd)
+{
+    ap_listener_close(ap_listener_of(slot), keep_fd);
+}
+
+/* Returns how many there were: their credits are given back. */
+static int close_untaken(ap_listener *listener)
+{
+    int n = (int)listener->count;
+    for (; listener->count > 0; listener->count--)
+        ap_sys_close(listener->queue[listener->first++].fd);
+    free(listener->queue);
+    listener->queue = NULL;
+    listener->first = listener->capacity = 0;
+    return n;
+}
+
+static void drop(ap_slot *slot)
+{
+    ap_listener *listener = ap_listener_of(slot);
+    ap_slot_lock(slot);
+    close_untaken(listener);
+    ap_account_unref(listener->account);
+    listener->account = NULL;
+    ap_slot_unlock(slot);
+    ap_endpoint_free(slot);
+}
+
+_Static_assert(sizeof(ap_listener) <= sizeof(ap_slot) + AP_SLOT_ROOM, "AP_SLOT_ROOM is too small");
+
+static const ap_slot_ops operations = {
+    .serve = serve,
+    .close = close_slot,
+    .drop = drop,
+    .expire = expire,
+    .fail = fail,
+    .resolve = resolve,
+};
+
+/* ---- opening and closing ---------------------------------------------- */
+
+int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account, ap_listener **out)
+{
+    if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    ap_slot *slot;
+    int rc = ap_endpoint_open(&operations, poller, hub, fd, &slot);
+    if (rc < 0)
+        return rc;
+    ap_listener *listener = (ap_listener *)slot;
+    listener->account = account;
+    join(listener);
+    rc = ap_hub_link(slot);
+    if (rc == 0) {
+        ap_slot_lock(slot);
+        rc = ap_endpoint_watch(slot, EPOLLIN | EPOLLET);
+        ap_slot_unlock(slot);
+    }
+    if (rc < 0) {
+        ap_listener_close(listener, 1);
+        ap_slot_unref(slot);
+        return rc;
+    }
+    ap_fd_own(fd);
+    *out = listener;
+    return 0;
+}
+
+int ap_listener_close(ap_listener *listener, int keep_fd)
+{
+    int rc = ap_slot_enter(&listener->slot);
+    if (rc < 0)
+        return rc;
+    int untaken = close_untaken(listener);
+    int fd = ap_endpoint_close(&listener->slot);
+    ap_slot_unlock(&listener->slot);
+    leave(listener); /* the account's mutex comes before the slot's */
+    if (untaken)
+        ap_account_add(listener->account, untaken);
+    return ap_endpoint_closed(&listener->slot, fd, false, keep_fd != 0);
+}
+
+void ap_listener_release(ap_listener *listener)
+{
+    if (listener->slot.epoch != ap_epoch_now())
+        return;
+    ap_listener_close(listener, listener->slot.disowned);
+    ap_slot_unref(&listener->slot);
+}
+
+uint64_t ap_listener_id(ap_listener *listener)
+{
+    return listener->slot.id;
+}
+
+int ap_listener_fd(ap_listener *listener, int disown)
+{
+    int rc = ap_slot_enter(&listener->slot);
+    if (rc < 0)
+        return rc;
+    rc = listener->slot.fd;
+    if (disown) {
+        listener->slot.disowned = true;
+        ap_fd_disown(rc);
+    }
+    ap_slot_unlock(&listener->slot);
+    return rc;
 }

@@ -1,4 +1,4 @@
-/* Writing a connection.
+/* The send queue of a connection.
  *
  * The caller's own thread tries first; only what the kernel did not take is
  * queued, by reference, and finished by the driver (except for a little output
@@ -15,7 +15,15 @@
  * for every reply, since there each message that the peer reads makes room; so
  * it is there only while a write is stalled.
  */
-#include "internal.h"
+#include "output.h"
+
+#include "connection.h"
+#include "hub.h"
+#include "inbox.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -77,13 +85,18 @@ void ap_output_fail(ap_conn *conn, int error)
 /* A system call has failed. The socket itself may live on (ENOBUFS), and a task that
  * waits for input at either end would wait for an answer that never comes: so it ends
  * for both. On UNIX sockets EPIPE may only say that the peer does not read any more; it
- * may still send. */
+ * may still send, unless the socket says that it has closed. */
 void ap_output_break(ap_conn *conn, int error)
 {
     conn->send_error = error;
     ap_output_fail(conn, error);
-    if (error == -EPIPE && conn->type != AP_TCP)
+    if (error == -EPIPE && conn->type != AP_TCP) {
+        conn->peer_gone |= !conn->cut && ap_sys_hung_up(conn->slot.fd);
+        ap_conn_learn(conn);
         return;
+    }
+    conn->peer_gone |= !conn->cut && ap_is_of_peer(error);
+    ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
     (void)rc; /* not connected any more: as good */
 }
@@ -106,7 +119,7 @@ uint32_t ap_output_events(const ap_conn *conn)
     return EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET | (out ? EPOLLOUT : 0);
 }
 
-static void watch_out(ap_conn *conn, bool on)
+void ap_output_watch(ap_conn *conn, bool on)
 {
     ap_slot *slot = &conn->slot;
     if (conn->type == AP_TCP || conn->watching_out == on)
@@ -121,17 +134,17 @@ static void watch_out(ap_conn *conn, bool on)
 }
 
 /* Nothing is stalled any more, unless somebody waits for room. */
-static void unwatch_out(ap_conn *conn)
+void ap_output_unwatch(ap_conn *conn)
 {
     if (conn->out_bytes == 0)
-        watch_out(conn, conn->drain_armed && !(conn->slot.ready & AP_WRITABLE));
+        ap_output_watch(conn, conn->drain_armed && !(conn->slot.ready & AP_WRITABLE));
 }
 
 static void stalled(ap_conn *conn)
 {
     conn->slot.ready &= (uint8_t)~AP_WRITABLE;
     ap_count(&conn->slot.poller->stalls, 1);
-    watch_out(conn, true);
+    ap_output_watch(conn, true);
 }
 
 /* ---- the queue -------------------------------------------------------- */
@@ -159,7 +172,7 @@ static bool reserve(ap_conn *conn, uint32_t more)
 }
 
 /* Queues pieces of Python's, without their first skip bytes. */
-static bool queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip)
+bool ap_output_queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip)
 {
     if (!reserve(conn, (uint32_t)count))
         return false;
@@ -262,7 +275,7 @@ bool ap_output_write(ap_conn *conn)
     }
     if (conn->out_bytes == 0 && conn->out)
         forget_queue(conn);
-    unwatch_out(conn);
+    ap_output_unwatch(conn);
     tell(conn);
     return false;
 }
@@ -290,7 +303,7 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
         if (conn->write_error)
             return conn->write_error;
     }
-    if (left > 0 && !queue(conn, iov, left, skip)) {
+    if (left > 0 && !ap_output_queue(conn, iov, left, skip)) {
         ap_output_fail(conn, -ENOMEM);
         return -ENOMEM;
     }
@@ -298,7 +311,7 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
         return 0;
     conn->owed = true;
     if (conn->slot.ready & AP_WRITABLE)
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     return (int64_t)conn->out_bytes;
 }
 
@@ -331,128 +344,3 @@ _Static_assert(sizeof(ap_piece) == sizeof(struct iovec) &&
                    offsetof(ap_piece, data) == offsetof(struct iovec, iov_base) &&
                    offsetof(ap_piece, size) == offsetof(struct iovec, iov_len),
                "ap_piece is handed to sendmsg as it is");
-
-/* ---- what the loop calls ---------------------------------------------- */
-
-int64_t ap_conn_send(ap_conn *conn, const ap_piece *pieces, int count)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    int64_t left = conn->shut ? -EPIPE : ap_output_send(conn, pieces, count);
-    ap_slot_unlock(&conn->slot);
-    return left;
-}
-
-int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size)
-{
-    ap_piece piece = {.data = data, .size = size};
-    return ap_conn_send(conn, &piece, 1);
-}
-
-static int drain_locked(ap_conn *conn, int64_t deadline)
-{
-    if (conn->write_error)
-        return conn->write_error;
-    if (ap_output_over(conn))
-        return 0;
-    if (deadline && ap_now() >= deadline) {
-        ap_count(&conn->slot.poller->timeouts, 1);
-        return AP_ELATE;
-    }
-    /* another task may wait already: the first deadline of all comes first */
-    if (!conn->drain_armed || !conn->drain_deadline ||
-        (deadline && deadline < conn->drain_deadline))
-        conn->drain_deadline = deadline;
-    conn->drain_armed = true;
-    if (deadline)
-        ap_conn_note_deadline(conn, deadline);
-    if (!(conn->slot.ready & AP_WRITABLE))
-        watch_out(conn, true);
-    return -EAGAIN;
-}
-
-int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    if (!conn->drain_armed)
-        conn->drain_expired = conn->drain_writable = false;
-    conn->drain_writable |= until_writable != 0;
-    rc = drain_locked(conn, deadline);
-    ap_slot_unlock(&conn->slot);
-    return rc;
-}
-
-int64_t ap_conn_queued(ap_conn *conn)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    int64_t left = (int64_t)conn->out_bytes;
-    ap_slot_unlock(&conn->slot);
-    return left;
-}
-
-int ap_conn_disarm_write(ap_conn *conn)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    conn->drain_armed = false;
-    unwatch_out(conn);
-    ap_slot_unlock(&conn->slot);
-    return 0;
-}
-
-int64_t ap_conn_hold(ap_conn *conn)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    int64_t left = (int64_t)(conn->out_bytes - conn->own_bytes);
-    conn->held = left > 0;
-    ap_slot_unlock(&conn->slot);
-    return left;
-}
-
-int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    conn->held = false;
-    conn->out_count = conn->own_count;
-    conn->out_bytes = conn->own_bytes;
-    int64_t left = conn->write_error;
-    if (!left && count > 0 && !queue(conn, (const struct iovec *)pieces, (size_t)count, 0)) {
-        left = -ENOMEM;
-        ap_output_fail(conn, -ENOMEM);
-    }
-    conn->owed = conn->out_bytes > conn->own_bytes;
-    unwatch_out(conn);
-    if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
-    if (!left)
-        left = (int64_t)conn->out_bytes;
-    ap_slot_unlock(&conn->slot);
-    return left;
-}
-
-int ap_conn_shutdown(ap_conn *conn)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    if (conn->write_error)
-        rc = conn->write_error;
-    else if (conn->out_bytes)
-        rc = -EBUSY;
-    else if (!conn->shut) {
-        rc = ap_sys_shutdown(conn->slot.fd, SHUT_WR);
-        conn->shut = true;
-    }
-    ap_slot_unlock(&conn->slot);
-    return rc;
-}

@@ -1,8 +1,9 @@
-/* The allocator of blocks: one per poller, one per hub.
+/* A slab allocator of refcounted blocks: the memory of received bytes.
  *
- * Why not malloc: blocks are taken in one thread and freed in another, some
- * live for seconds and most for microseconds. Measured with malloc, 400 MB of
- * 64 KiB blocks of which every eighth survived kept 412 MB resident. So:
+ * There is one per poller and one per hub. Why not malloc: blocks are taken in one
+ * thread and freed in another, some live for seconds and most for microseconds.
+ * Measured with malloc, 400 MB of 64 KiB blocks of which every eighth survived kept
+ * 412 MB resident. So:
  *   - blocks of 32 KiB and more are mapped one by one, in powers of two, with a
  *     bounded cache; what does not fit goes back to the system at once;
  *   - smaller ones come from slabs of one size, and a slab that is empty goes
@@ -13,7 +14,10 @@
  * its owner and by every block that is out, so that a view may outlive the
  * loop, the poller, and the connection it came from.
  */
-#include "internal.h"
+#include "pool.h"
+
+#include "epoch.h"
+#include "sysio.h"
 
 #include <stdlib.h>
 
@@ -275,7 +279,7 @@ ap_block *ap_pool_take(ap_pool *pool, size_t room)
     block->size_class = (uint8_t)size_class;
     block->next = NULL;
     block->home = pool;
-    block->left = NULL;
+    block->pins = NULL;
     /* relaxed: the owner holds a reference of its own */
     atomic_fetch_add_explicit(&pool->refs, 1, memory_order_relaxed);
     ap_count(&pool->blocks_in_use, 1);
@@ -370,23 +374,23 @@ void ap_block_unref(ap_block *block)
     /* acq_rel; pairs with itself: whoever frees sees every use before */
     if (atomic_fetch_sub_explicit(&block->refs, 1, memory_order_acq_rel) != 1)
         return;
-    ap_conn *conn = block->left;
-    ap_uncount(&block->home->bytes_pinned, conn ? block->size : 0);
-    if (conn)
-        ap_uncount(&conn->pinned, block->size);
+    ap_pins *pins = block->pins;
+    ap_uncount(&block->home->bytes_pinned, pins ? block->size : 0);
+    if (pins)
+        ap_uncount(&pins->bytes, block->size);
     give_back(block);
-    if (conn)
-        ap_slot_unref(&conn->slot);
+    if (pins)
+        pins->release(pins);
 }
 
-void ap_block_leave(ap_block *block, ap_conn *conn)
+void ap_block_leave(ap_block *block, ap_pins *pins)
 {
     /* acquire; pairs with the decrement of the last view: if none is left, no
      * view can come, since they are made under the mutex that is held here */
-    if (conn && atomic_load_explicit(&block->refs, memory_order_acquire) > 1) {
-        ap_slot_ref(&conn->slot);
-        block->left = conn;
-        ap_count(&conn->pinned, block->size);
+    if (pins && atomic_load_explicit(&block->refs, memory_order_acquire) > 1) {
+        pins->hold(pins);
+        block->pins = pins;
+        ap_count(&pins->bytes, block->size);
         ap_count(&block->home->bytes_pinned, block->size);
     }
     ap_block_unref(block);

@@ -1,185 +1,33 @@
-/* What the loop asks of a connection's input: bytes, a delimiter, a window.
+/* Reading for the loop: bytes, a request, a delimiter.
  *
- * The loop is shown a window of the first block (ap_conn_block) and walks in it
- * without calling C; how far it has come it reports with its next call (pos).
- * So what C holds for unread may be consumed already, which is safe: a block
- * leaves the chain only when the loop has said that it is done with it.
- *
- * Each request looks at what is buffered, reads a socket that is known to be
+ * Each call looks at what is buffered, reads a socket that is known to be
  * readable, looks again, and only then arms a wait. It is made again after the
  * wake-up, from the start: a wake-up is a hint.
  */
-#include "internal.h"
+#include "read.h"
+
+#include "chain.h"
+#include "clock.h"
+#include "connection.h"
+#include "context.h"
+#include "fds.h"
+#include "hub.h"
+#include "inbox.h"
+#include "input.h"
+#include "output.h"
+#include "poller.h"
+#include "pool.h"
+#include "slot.h"
+#include "sysio.h"
+#include "window.h"
 
 #include <stdlib.h>
-
-#define CLOSED_MEANWHILE (-6000) /* and the mutex is not held; never leaves this file */
-
-/* ---- the window ------------------------------------------------------- */
-
-/* The loop reports how far it has come in the block that was shown. */
-void ap_read_to(ap_conn *conn, uint32_t pos)
-{
-    ap_block *block = conn->shown;
-    if (block && pos > block->start && pos <= block->end)
-        ap_input_consume(conn, pos - block->start);
-    else
-        ap_input_consume(conn, 0); /* a head that is empty leaves, if another follows */
-}
-
-static uint32_t window_end(const ap_conn *conn, size_t n)
-{
-    const ap_block *block = conn->input.head;
-    size_t have = block->end - block->start, shown = n > conn->window ? n : conn->window;
-    return block->start + (uint32_t)(have < shown ? have : shown);
-}
-
-uint32_t ap_read_shown(const ap_conn *conn, size_t n)
-{
-    const ap_block *block = conn->shown;
-    if (conn->carried)
-        return 0; /* the loop has to ask: it may have to report how far it comes */
-    uint32_t end = block && block->end - block->start >= n ? window_end(conn, n) : 0;
-    return end <= INT32_MAX ? end : 0; /* it travels in a token */
-}
-
-static int64_t new_block_bit(const ap_conn *conn)
-{
-    return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
-}
-
-/* Puts block, which holds a copy of the first n unread bytes, in their place. */
-static void replace_front(ap_conn *conn, ap_block *block, size_t n)
-{
-    ap_chain *chain = &conn->input;
-    ap_chain_consume(chain, n, conn);
-    block->end += (uint32_t)n;
-    block->next = chain->head;
-    chain->head = block;
-    if (!chain->tail)
-        chain->tail = block;
-    chain->size += n;
-    conn->shown = NULL;
-}
-
-/* Makes the first n unread bytes lie in one block. Copies in portions, and
- * without the mutex between them: the driver only appends meanwhile, and only
- * the loop, which is here, consumes. */
-static int make_contiguous(ap_conn *conn, size_t n)
-{
-    ap_block *head = conn->input.head;
-    if ((size_t)(head->end - head->start) >= n)
-        return 0;
-    ap_context *context = &conn->slot.hub->context;
-    ap_slot_unlock(&conn->slot);
-    ap_block *block = ap_pool_take(context->pool, n);
-    int rc = ap_slot_enter(&conn->slot);
-    size_t done = 0;
-    while (rc == 0 && block && done < n) {
-        size_t portion = n - done < AP_BOUND ? n - done : AP_BOUND;
-        ap_chain_copy(&conn->input, done, ap_block_at(block, block->start) + done, portion);
-        done += portion;
-        if (done < n) {
-            ap_slot_unlock(&conn->slot);
-            rc = ap_slot_enter(&conn->slot);
-        }
-    }
-    if (rc == 0 && block)
-        replace_front(conn, block, n);
-    else if (block)
-        ap_block_unref(block);
-    if (rc < 0)
-        return CLOSED_MEANWHILE;
-    return block ? 0 : -ENOMEM;
-}
-
-int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    ap_read_to(conn, pos);
-    ap_block *block = conn->input.head;
-    if (conn->input.size == 0) {
-        rc = -ENODATA;
-    } else {
-        *view = (ap_view){.block = block,
-                          .size = block->size,
-                          .start = block->start,
-                          .end = window_end(conn, 0)};
-        if (block != conn->shown) {
-            ap_block_ref(block);
-            conn->shown = block;
-            conn->lent = true;
-            rc = 1;
-        }
-        ap_fds_shown(conn, view->end);
-    }
-    ap_conn_unlock(conn);
-    return rc;
-}
-
-int ap_conn_set_window(ap_conn *conn, uint32_t size)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    conn->window = size;
-    ap_slot_unlock(&conn->slot);
-    return 0;
-}
-
-int ap_conn_set_block(ap_conn *conn, uint32_t size)
-{
-    if (size < AP_BLOCK_MIN || size > AP_BLOCK_MAX)
-        return -EINVAL;
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    uint32_t most = conn->high > AP_BLOCK_MIN ? conn->high : AP_BLOCK_MIN;
-    conn->base = conn->grow = size < most ? size : most;
-    ap_slot_unlock(&conn->slot);
-    return 0;
-}
-
-int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    ap_read_to(conn, pos);
-    if (n > conn->input.size)
-        rc = -EINVAL;
-    else
-        ap_input_consume(conn, n);
-    conn->shown = NULL;
-    conn->lent = false;
-    ap_conn_unlock(conn);
-    return rc;
-}
-
-size_t ap_read_left(const ap_conn *conn, uint32_t pos)
-{
-    const ap_block *block = conn->shown;
-    bool behind = block && pos > block->start && pos <= block->end;
-    return conn->input.size - (behind ? pos - block->start : 0);
-}
-
-int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    int64_t n = (int64_t)ap_read_left(conn, pos);
-    ap_slot_unlock(&conn->slot);
-    return n;
-}
 
 /* ---- reading ---------------------------------------------------------- */
 
 static int64_t leave(ap_conn *conn, int64_t result)
 {
-    if (result == CLOSED_MEANWHILE)
+    if (result == AP_CLOSED_MEANWHILE)
         return -EBADF;
     ap_conn_unlock(conn);
     return result;
@@ -205,7 +53,7 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
     }
     ap_input_arm(conn, want, n, deadline);
     if (handed_over)
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
 }
 
@@ -217,7 +65,8 @@ static void read_now(ap_conn *conn)
         return;
     conn->paused = false;
     if (ap_input_read(&conn->slot.hub->context, conn))
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+    ap_conn_learn(conn);
 }
 
 /* An awaited message should lie in one block. When little of it is here and the
@@ -241,7 +90,7 @@ static void make_room(ap_conn *conn, size_t n)
     ap_chain_copy(chain, 0, ap_block_at(bigger, bigger->start), chain->size);
     bigger->end += (uint32_t)chain->size;
     size_t size = chain->size;
-    ap_chain_drop(chain, conn);
+    ap_chain_drop(chain, &conn->pins);
     ap_chain_append(chain, bigger);
     chain->size = size;
     conn->shown = NULL;
@@ -260,12 +109,12 @@ static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
     if (conn->input.size >= n) {
         if (n == 0 || (flags & AP_SCATTER))
             return 0;
-        int rc = make_contiguous(conn, n);
+        int rc = ap_window_join(conn, n);
         if (rc < 0)
             return rc;
-        uint32_t end = window_end(conn, n);
+        uint32_t end = ap_window_end(conn, n);
         ap_fds_shown(conn, end);
-        return new_block_bit(conn) | end;
+        return ap_window_new_block(conn) | end;
     }
     if (conn->read_end)
         return conn->read_end;
@@ -278,7 +127,7 @@ int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t d
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    ap_read_to(conn, pos);
+    ap_window_to(conn, pos);
     int64_t result = read_locked(conn, n, flags, deadline, output, output_size);
     return leave(conn, result);
 }
@@ -296,10 +145,10 @@ static void give_block_back(ap_conn *conn)
 {
     if (!ap_input_idle(conn) || (conn->slot.ready & AP_READABLE))
         return;
-    ap_chain_drop(&conn->input, conn);
+    ap_chain_drop(&conn->input, &conn->pins);
     conn->shown = NULL;
     conn->lent = false;
-    ap_poller_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
+    ap_inbox_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
 }
 
 static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, size_t output_size)
@@ -316,6 +165,18 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
         conn->request_seen = conn->consumed + conn->input.size;
     }
     return result;
+}
+
+/* None of those that wait will be received: the end, or the error that somebody else was told. */
+static int64_t message_end(ap_conn *conn, int waiting)
+{
+    if (!conn->read_end && waiting == 0) {
+        ap_input_nothing(conn); /* the error of a RST may still be the socket's */
+        if (!conn->read_end)
+            conn->read_end = ap_input_end(conn);
+        ap_conn_learn(conn);
+    }
+    return conn->read_end ? conn->read_end : AP_EEOF;
 }
 
 /* Messages stay in the kernel, and what is unread is what that says. The events would not do: one
@@ -336,7 +197,7 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     }
     conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
     if (conn->read_end || (conn->slot.ready & AP_RDHUP))
-        return conn->read_end ? conn->read_end : AP_EEOF;
+        return message_end(conn, waiting);
     return ap_read_wait(conn, AP_WANT_MESSAGE, 0, 0, 0, output, output_size);
 }
 
@@ -346,11 +207,11 @@ int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *outp
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    ap_read_to(conn, pos);
+    ap_window_to(conn, pos);
     int64_t result = conn->type == AP_SEQPACKET
                          ? request_message(conn, fresh != 0, output, output_size)
                          : request_locked(conn, fresh != 0, output, output_size);
-    if (result != CLOSED_MEANWHILE && conn->want != AP_WANT_NOTHING) {
+    if (result != AP_CLOSED_MEANWHILE && conn->want != AP_WANT_NOTHING) {
         conn->shown = NULL; /* what is idle has no window either */
         conn->lent = false;
     }
@@ -397,11 +258,11 @@ static int64_t find_locked(ap_conn *conn, size_t max_bytes, int flags, int64_t d
         length = find_length(conn, max_bytes);
     }
     if (length) {
-        int rc = make_contiguous(conn, length);
+        int rc = ap_window_join(conn, length);
         if (rc < 0)
             return rc;
-        ap_fds_shown(conn, window_end(conn, length));
-        return new_block_bit(conn) | (int64_t)length;
+        ap_fds_shown(conn, ap_window_end(conn, length));
+        return ap_window_new_block(conn) | (int64_t)length;
     }
     if (conn->input.size >= max_bytes)
         return AP_EDELIM;
@@ -419,7 +280,7 @@ int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, size_t 
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    ap_read_to(conn, pos);
+    ap_window_to(conn, pos);
     int64_t result = keep_delimiter(conn, delimiter, size);
     if (result == 0)
         result = find_locked(conn, max_bytes, flags, deadline, output, output_size);

@@ -1,9 +1,9 @@
-/* The table of slots: what epoll's data and the mailbox's tokens name.
+/* A slot map: numbered slots with generations, one for each registered descriptor.
  *
- * A slot's memory is never freed, only used again, so that a late event may
- * look at it: `generation << 32 | index` tells, under the slot's mutex, that it
- * is about somebody else. A slot is used again when its last reference is gone.
- * References are held by
+ * `generation << 32 | index` is what epoll's data and the mailbox's tokens carry.
+ * A slot's memory is never freed, only used again, so that a late event may look at
+ * it: the tag tells, under the slot's mutex, that it is about somebody else. A slot is
+ * used again when its last reference is gone. References are held by
  *   - the handle (Python's object),
  *   - the driver, until it has taken AP_BOX_CLOSED from its inbox, which it does
  *     between two batches of events,
@@ -17,26 +17,19 @@
  *   FREE     | OPEN     -           -           -         -
  *   OPEN     |  -      OPEN        OPEN       CLOSED  (cannot: the driver has one)
  *   CLOSED   |  -     -EBADF      -EBADF      -EBADF     FREE
- *
- * Closing (ap_slot_close_locked) is done by the caller at once, because AnyIO
- * demands that the descriptor is closed when aclose() returns, and a driver may
- * be in the middle of a batch with it. The order: mark closed, EPOLL_CTL_DEL,
- * bump the generation, close(2) last, since that is what lets the number be
- * used again. An event for the descriptor that epoll_wait had already returned
- * carries the old generation.
  */
-#include "internal.h"
+#include "slot.h"
 
-#include <sys/epoll.h>
-#include <sys/socket.h>
+#include "clock.h"
+#include "epoch.h"
+#include "sysio.h"
 
 #define CHUNK 64u
 #define CHUNKS (1u << 15) /* two million slots */
 
 typedef union {
     ap_slot slot;
-    ap_conn conn;
-    ap_listener listener;
+    char memory[sizeof(ap_slot) + AP_SLOT_ROOM];
 } slot_memory;
 
 static pthread_mutex_t table_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -98,34 +91,29 @@ static int take_free(ap_slot **out)
     return rc;
 }
 
-int ap_slot_take(int kind, ap_poller *poller, ap_hub *hub, int fd, ap_slot **out)
+int ap_slot_take(const ap_slot_ops *ops, int fd, ap_slot **out)
 {
     ap_slot *slot;
-    int rc = ap_poller_admit(poller);
+    int rc = take_free(&slot);
     if (rc < 0)
         return rc;
-    rc = take_free(&slot);
-    if (rc < 0) {
-        ap_poller_dismiss(poller);
-        return rc;
-    }
     ap_slot_lock(slot); /* against a late event of the last generation */
     clear(slot);
-    slot->kind = (uint8_t)kind;
+    slot->ops = ops;
     slot->epoch = ap_epoch_now();
     slot->ready = AP_READABLE | AP_WRITABLE; /* until EAGAIN says otherwise */
     slot->fd = fd;
     slot->id = ap_slot_tag(slot);
-    slot->poller = poller;
-    slot->hub = hub;
-    slot->orphaned = ap_has_ended(poller); /* ap_slot_each has been here already */
-    atomic_init(&slot->refs, 2);           /* the handle and the driver */
-    ap_slot_unlock(slot);
-    ap_poller_ref(poller);
-    ap_hub_ref(hub);
-    ap_count(&poller->slots, 1);
     *out = slot;
     return 0;
+}
+
+void ap_slot_give(ap_slot *slot)
+{
+    pthread_mutex_lock(&table_mutex);
+    slot->free_next = free_list;
+    free_list = slot;
+    pthread_mutex_unlock(&table_mutex);
 }
 
 void ap_slot_ref(ap_slot *slot)
@@ -137,26 +125,8 @@ void ap_slot_ref(ap_slot *slot)
 void ap_slot_unref(ap_slot *slot)
 {
     /* acq_rel; pairs with itself: the last one sees what the others wrote */
-    if (atomic_fetch_sub_explicit(&slot->refs, 1, memory_order_acq_rel) != 1)
-        return;
-    ap_poller *poller = slot->poller;
-    ap_hub *hub = slot->hub;
-    ap_slot_lock(slot);
-    if (slot->kind == AP_SLOT_CONN)
-        ap_conn_drop((ap_conn *)slot);
-    else if (slot->kind == AP_SLOT_LISTENER)
-        ap_listener_drop((ap_listener *)slot);
-    slot->kind = AP_SLOT_FREE;
-    slot->poller = NULL;
-    slot->hub = NULL;
-    ap_slot_unlock(slot);
-    ap_uncount(&poller->slots, 1);
-    pthread_mutex_lock(&table_mutex);
-    slot->free_next = free_list;
-    free_list = slot;
-    pthread_mutex_unlock(&table_mutex);
-    ap_hub_unref(hub);
-    ap_poller_unref(poller);
+    if (atomic_fetch_sub_explicit(&slot->refs, 1, memory_order_acq_rel) == 1)
+        slot->ops->drop(slot);
 }
 
 /* In the child of a fork: the parent's slots are left where they are, since
@@ -177,16 +147,6 @@ void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg)
         visit(ap_slot_at(i), arg);
 }
 
-int ap_slot_watch(ap_slot *slot, uint32_t events)
-{
-    AP_ASSERT_LOCKED(slot);
-    int rc = slot->orphaned ? ap_state(slot->poller)
-                            : ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_ADD, slot->fd, events,
-                                               ap_slot_tag(slot));
-    slot->watched = rc == 0;
-    return rc;
-}
-
 int ap_slot_enter(ap_slot *slot)
 {
     if (slot->epoch != ap_epoch_now())
@@ -196,33 +156,4 @@ int ap_slot_enter(ap_slot *slot)
         return 0;
     ap_slot_unlock(slot);
     return -EBADF;
-}
-
-int ap_slot_close_locked(ap_slot *slot)
-{
-    AP_ASSERT_LOCKED(slot);
-    int fd = slot->fd;
-    slot->closed = true;
-    slot->fd = -1;
-    /* Fails with ENOENT for one that was never registered: as good. */
-    int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_DEL, fd, 0, 0);
-    (void)rc;
-    atomic_fetch_add_explicit(&slot->generation, 1, memory_order_relaxed);
-    ap_poller_push(slot, AP_BOX_CLOSED, AP_FOREVER);
-    return fd;
-}
-
-int ap_slot_closed(ap_slot *slot, int fd, bool reset, bool keep_fd)
-{
-    ap_hub_unlink(slot);
-    ap_poller_dismiss(slot->poller);
-    if (reset)
-        ap_sys_linger_now(fd);
-    if (!keep_fd)
-        ap_sys_close(fd);
-    else
-        ap_fd_disown(fd);
-    if (slot->orphaned)      /* constant from the close on */
-        ap_slot_unref(slot); /* for the driver, which is no more */
-    return keep_fd ? fd : 0;
 }

@@ -1,12 +1,14 @@
-/* System calls that retry on EINTR and return -errno, and the seam where tests
- * make them fail (faults.c).
+/* System calls that retry on EINTR and return -errno, with a seam for injected faults.
  *
  * Every call of the core that can fail for reasons outside of it goes through here
  * (AP_CALL_*), in the build that ships: what the fault tests exercise is what runs
  * in production. While no fault is set the seam is one load. Outside of it is what
  * fails for misuse alone: mutexes, pthread_join, clock_gettime, pthread_sigmask.
  */
-#include "internal.h"
+#include "sysio.h"
+
+#include "faults.h"
+#include "owned.h"
 
 #include <linux/sockios.h>
 #include <netinet/in.h>
@@ -188,12 +190,22 @@ ssize_t ap_sys_next_length(int fd)
     return n;
 }
 
-bool ap_sys_at_end(int fd)
+static int state_of(int fd, int events)
 {
-    struct pollfd at = {.fd = fd, .events = POLLRDHUP};
+    struct pollfd at = {.fd = fd, .events = (short)events};
     int rc;
     RETRY(rc, AP_CALL_POLL, poll(&at, 1, 0));
-    return rc == 1 && (at.revents & POLLRDHUP) && ap_sys_unread(fd) == 0;
+    return rc == 1 ? at.revents : 0;
+}
+
+bool ap_sys_hung_up(int fd)
+{
+    return state_of(fd, POLLRDHUP) & (POLLRDHUP | POLLHUP);
+}
+
+bool ap_sys_at_end(int fd)
+{
+    return (state_of(fd, POLLRDHUP) & POLLRDHUP) && ap_sys_unread(fd) == 0;
 }
 
 /* ---- accepting -------------------------------------------------------- */
@@ -363,7 +375,7 @@ void ap_sys_close(int fd)
     (void)rc;
 }
 
-/* ---- memory, threads, time -------------------------------------------- */
+/* ---- memory, threads -------------------------------------------------- */
 
 void *ap_sys_alloc(size_t size)
 {
@@ -404,21 +416,4 @@ int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)
         error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return -error;
-}
-
-static int64_t read_clock(clockid_t clock)
-{
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-int64_t ap_now(void)
-{
-    return read_clock(CLOCK_MONOTONIC);
-}
-
-int64_t ap_now_coarse(void)
-{
-    return read_clock(CLOCK_MONOTONIC_COARSE);
 }

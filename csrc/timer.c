@@ -1,17 +1,19 @@
-/* Coarse deadlines of one poller: a hierarchical timing wheel.
+/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1).
  *
  * Level 0 has a slot per tick (1.05 ms: 2^20 ns, so that a shift replaces a
  * division), each level above a slot per 64 of the one below; a bit per slot
  * tells which are not empty, so the next deadline is found by counting zeros.
- * Filing and unfiling are O(1). A timer of a higher level is filed again when
- * its slot comes up (at most AP_WHEEL_LEVELS times in its life).
+ * A timer of a higher level is filed again when its slot comes up (at most
+ * AP_WHEEL_LEVELS times in its life).
  *
  * Deadlines round up: a timer is never early, and late by at most one tick.
- * Timers are lazy: the wheel only says "look at this slot
- * now", and the slot knows whether anything is due. See also the kernel's
- * timer wheel (kernel/time/timer.c) for the idea.
+ * Timers are lazy: the wheel only says "look at this slot now", and the slot
+ * knows whether anything is due. See also the kernel's timer wheel
+ * (kernel/time/timer.c) for the idea.
  */
-#include "internal.h"
+#include "timer.h"
+
+#include "clock.h"
 
 #define TICK_SHIFT 20
 #define LEVEL_SHIFT 6

@@ -1,85 +1,35 @@
-/* UNIX sockets: descriptors that travel with bytes, and sockets with messages.
+/* UNIX sockets for the loop: descriptors (SCM_RIGHTS), and sockets with messages.
  *
- * Descriptors. A plain recv would close those that lie between the bytes, so a
- * stream is read with room for as many as a message can carry. One recvmsg ends
- * behind a message with descriptors but glues earlier bytes in front (measured),
- * so they belong to the span of bytes of that call: carried_from to carried_to.
- * A call that asks for descriptors and takes any byte of the span gets them; any
- * other that consumes its last byte closes them. While some are carried input is
- * paused, so there are never more: a peer must not be able to fill our table of
- * descriptors. The exception is a wait for bytes beyond the span, which would not
- * end otherwise. Should that bring others, the first ones go: whoever waits for
- * bytes across a message with descriptors does not want them.
- *
- * The loop walks in its window without telling. So when it is shown the last byte
- * of the span, it gets a token with it (AP_MAIL_FDS), and reports then.
- *
- * They are closed without the slot's mutex: close(2) may block.
+ * What becomes of descriptors that nobody asks for is in fds.c.
  *
  * Messages (SOCK_SEQPACKET). Never read ahead, since a message must not be torn:
  * the driver only tells that the socket is readable, and the call makes one recvmsg
  * into a block of its own. Sending is one sendmsg, and nothing is ever queued.
  */
-#include "internal.h"
+#include "anypoll.h"
 
-#include <stdlib.h>
+#include "chain.h"
+#include "connection.h"
+#include "context.h"
+#include "fds.h"
+#include "hub.h"
+#include "input.h"
+#include "output.h"
+#include "owned.h"
+#include "pool.h"
+#include "read.h"
+#include "slot.h"
+#include "sysio.h"
+#include "window.h"
 
-/* ---- descriptors that came ------------------------------------------- */
-
-void ap_fds_close(ap_fds *fds)
-{
-    while (fds) {
-        ap_fds *next = fds->next;
-        for (int i = 0; i < fds->count; i++)
-            ap_sys_close(fds->numbers[i]);
-        free(fds);
-        fds = next;
-    }
-}
-
-void ap_fds_doom(ap_conn *conn)
-{
-    AP_ASSERT_LOCKED(&conn->slot);
-    ap_fds *fds = conn->carried;
-    if (!fds)
-        return;
-    conn->carried = NULL;
-    fds->next = conn->doomed;
-    conn->doomed = fds;
-    if (conn->slot.ready & AP_READABLE) /* input goes on */
-        ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
-}
-
-bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got)
-{
-    size_t size = sizeof(ap_fds) + (size_t)rights->count * sizeof(int);
-    ap_fds *fds = got > 0 ? ap_sys_alloc(size) : NULL;
-    if (!fds) {
-        for (int i = 0; i < rights->count; i++)
-            ap_sys_close(rights->fds[i]);
-        return false;
-    }
-    ap_fds_doom(conn); /* of a span that somebody waits beyond */
-    fds->count = rights->count;
-    memcpy(fds->numbers, rights->fds, (size_t)rights->count * sizeof(int));
-    conn->carried = fds;
-    conn->carried_to = conn->consumed + conn->input.size;
-    conn->carried_from = conn->carried_to - (uint64_t)got;
-    return true;
-}
-
-void ap_fds_shown(ap_conn *conn, uint32_t end)
-{
-    if (conn->carried && conn->consumed + (end - conn->input.head->start) >= conn->carried_to)
-        ap_hub_post(&conn->slot, AP_MAIL_FDS);
-}
+/* ---- descriptors that came -------------------------------------------- */
 
 int ap_conn_report(ap_conn *conn, uint32_t pos)
 {
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    ap_read_to(conn, pos);
+    ap_window_to(conn, pos);
     rc = conn->carried != NULL;
     ap_conn_unlock(conn);
     return rc;
@@ -112,7 +62,7 @@ int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size,
     int rc = ap_slot_enter(&conn->slot), given = 0;
     if (rc < 0)
         return rc;
-    ap_read_to(conn, pos);
+    ap_window_to(conn, pos);
     size_t n = size < AP_BOUND ? size : AP_BOUND;
     if (n > conn->input.size)
         n = conn->input.size;
@@ -265,6 +215,7 @@ int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_view *vi
     rights.count = 0;
     conn->want = AP_WANT_NOTHING;
     int64_t got = receive_message(conn, max, view, &rights);
+    ap_conn_learn(conn);
     if (got == -EAGAIN)
         got = ap_read_wait(conn, AP_WANT_MESSAGE, 1, 0, deadline, NULL, 0);
     ap_slot_unlock(&conn->slot);

@@ -5,6 +5,7 @@ cancellation can do to them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -14,7 +15,7 @@ import socket
 import sys
 import termios
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,24 @@ from typing import Any
 import anyio
 import pytest
 from anyio import BrokenResourceError, EndOfStream
-from peers import KIB, holds, pattern, read_all, read_to_end, reset, send_all, within
+from certificates import client_context, server_context
+from peers import (
+    KIB,
+    holds,
+    pattern,
+    pollers_have_looked,
+    read_all,
+    read_to_end,
+    reset,
+    send_all,
+    within,
+)
 from programs import run_to_end
 from serving import all_is_accounted_for, client, connected, errors, gone, local  # noqa: F401
 
 import anypoll
-from anypoll import Connection, IdleTimeout
+from anypoll import Connection, IdleTimeout, TLSConnection, _epoll
+from anypoll.mux import ShardQueue
 
 pytestmark = pytest.mark.anyio
 
@@ -474,6 +487,126 @@ async def test_a_peer_that_goes_at_any_time(mode: str, at: str, end: str) -> Non
     if end == "FIN" or at not in ("on_prepare", "on_connect"):
         assert mode in told
     story.forget()
+
+
+# --- whoever learns it ---------------------------------------------------------------------------
+
+
+@pytest.fixture(name="deaf")
+def no_event_comes() -> Iterator[Callable[[], Awaitable[None]]]:
+    """Makes the pollers deaf: from then on only the loop learns anything."""
+
+    async def deafen() -> None:
+        _epoll.set_fault("EPOLL_WAIT", errno.EINTR, times=-1)
+        await pollers_have_looked()
+
+    yield deafen
+    _epoll.clear_faults()
+
+
+async def raises(conn: Any, _disconnected: anyio.Event) -> None:
+    await conn.send(b"y")
+
+
+async def returns(_conn: Any, _disconnected: anyio.Event) -> None:
+    pass
+
+
+async def goes_on(_conn: Any, disconnected: anyio.Event) -> None:
+    await within(disconnected.wait())
+
+
+async def is_cancelled(_conn: Any, _disconnected: anyio.Event) -> None:
+    await anyio.sleep_forever()
+
+
+async def reads_on(conn: Any, _disconnected: anyio.Event) -> None:
+    await conn.receive()
+
+
+async def queues(conn: Any, _disconnected: anyio.Event) -> None:
+    async with ShardQueue(conn) as queue:
+        await queue.add(b"y")
+
+
+#: What a handler does after it was told, and the reasons that its end may have.
+AFTERWARDS: dict[Callable[[Any, anyio.Event], Awaitable[None]], set[str]] = {
+    raises: {"broken"},
+    returns: {"done"},
+    goes_on: {"done"},
+    is_cancelled: {"disconnected"},
+    reads_on: {"broken", "eof"},  # "eof": the server is ending
+    queues: {"broken"},
+}
+
+
+@pytest.mark.parametrize("learned", ["tcp-written", "unix-written", "tls-written", "tcp-read"])
+@pytest.mark.parametrize("afterwards", AFTERWARDS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_end_is_told_whoever_learns_it(
+    mode: str,
+    afterwards: Callable[[Any, anyio.Event], Awaitable[None]],
+    learned: str,
+    deaf: Callable[[], Awaitable[None]],
+    tmp_path: Path,
+) -> None:
+    """Once, and to everybody: also if the loop has taken the socket's error with a write, and the
+    handler ends before any poller has heard of the end.
+    """
+    kind, _, way = learned.partition("-")
+    disconnected, lost = anyio.Event(), anyio.Event()
+    told = 0
+    peer: Connection | TLSConnection
+
+    async def handle(conn: Any) -> None:
+        await conn.until(b"\n")
+        if way == "written":
+            await deaf()
+        (peer.connection if isinstance(peer, TLSConnection) else peer).abort()
+        try:
+            with pytest.raises(BrokenResourceError):  # or it is cancelled, if it waits
+                await (conn.send(b"x") if way == "written" else conn.receive())
+            assert not conn.is_active
+        finally:
+            lost.set()
+        await afterwards(conn, disconnected)
+
+    async def disconnect(_conn: Any) -> None:
+        nonlocal told
+        told += 1
+        disconnected.set()
+
+    options: dict[str, Any] = {mode: handle, "on_disconnect": disconnect}
+    if kind == "unix":
+        options["path"] = tmp_path / "socket"
+    else:
+        options.update(host="127.0.0.1", port=0)
+    if kind == "tls":
+        options["ssl_context"] = server_context()
+    cancel = afterwards is is_cancelled
+    async with anypoll.serve(**options, cancel_on_disconnect=cancel) as server:
+        if kind == "unix":
+            peer = await anypoll.connect_unix(options["path"])
+        elif kind == "tls":
+            context = client_context()
+            peer = await anypoll.connect_tcp(
+                "127.0.0.1", server.port, tls=True, ssl_context=context, tls_hostname="anypoll.test"
+            )
+        else:
+            peer = await anypoll.connect_tcp("127.0.0.1", server.port)
+        await peer.send(b"x\n")
+        await within(lost.wait())
+        if afterwards is not reads_on:  # the end of the server is told to whoever reads
+            await within(disconnected.wait())
+            if mode == "handler":
+                await holds(lambda: not server.connections)
+            _epoll.clear_faults()
+            await holds(lambda: not server.connections)
+    assert told == 1
+    [reason] = server.statistics().closed
+    graceful = AFTERWARDS[afterwards] == {"done"} and mode == "on_request"
+    assert reason in ({"broken", "eof"} if graceful else AFTERWARDS[afterwards])
+    await peer.aclose()
 
 
 def in_the_kernel(conn: Connection) -> int:

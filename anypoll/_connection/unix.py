@@ -1,6 +1,6 @@
 """Connections over UNIX sockets: descriptors that travel with bytes, and sockets with messages.
 
-What the C side keeps of descriptors that came, and for how long, is in csrc/unix.c. Here they are
+What the C side keeps of descriptors that came, and for how long, is in csrc/fds.c. Here they are
 sent, taken, and reported as passed over: when the reader is shown bytes that carry some, a token
 follows in the next round of the event loop, and tells how far it has come by then.
 

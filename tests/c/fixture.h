@@ -12,7 +12,24 @@
 #define FIXTURE_H
 
 #include "check.h"
-#include "internal.h"
+#include "clock.h"
+#include "connection.h"
+#include "ending.h"
+#include "endpoint.h"
+#include "epoch.h"
+#include "fds.h"
+#include "hub.h"
+#include "inbox.h"
+#include "input.h"
+#include "listener.h"
+#include "output.h"
+#include "poller.h"
+#include "read.h"
+#include "runlist.h"
+#include "serve.h"
+#include "slot.h"
+#include "sysio.h"
+#include "window.h"
 
 #include <arpa/inet.h>
 #include <fcntl.h>

@@ -111,7 +111,7 @@ TEST(ending_a_failure_ends_every_connection)
     collect(w);
     link_close(&closed); /* not taken by the driver yet */
     ap_slot_lock(&pushed.conn->slot);
-    ap_poller_push(&pushed.conn->slot, AP_BOX_WORK | AP_BOX_DEADLINE, 0);
+    ap_inbox_push(&pushed.conn->slot, AP_BOX_WORK | AP_BOX_DEADLINE, 0);
     ap_slot_unlock(&pushed.conn->slot);
 
     fail_poller(w, EBADF);

@@ -167,7 +167,7 @@ TEST(poller_nudged_recycles_what_was_retired)
 static void push_work(struct link *l)
 {
     ap_slot_lock(&l->conn->slot);
-    ap_poller_push(&l->conn->slot, AP_BOX_WORK, 0);
+    ap_inbox_push(&l->conn->slot, AP_BOX_WORK, 0);
     ap_slot_unlock(&l->conn->slot);
 }
 

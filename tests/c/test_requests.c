@@ -275,6 +275,26 @@ TEST(request_messages)
     world_close(w);
 }
 
+/* A peer that closes with something unread has reset the connection, also to one who never receives
+ * again, and whether the error is still the socket's or was a write's. */
+TEST(request_messages_reset)
+{
+    for (int writes = 0; writes < 2; writes++) {
+        struct world *w = world_open();
+        struct link l = link_open(w, AP_SEQPACKET, HIGH);
+        CHECK_EQ(ap_conn_send_fds(l.conn, "unread", 6, NULL, 0), 6);
+        CHECK_EQ(request(&l, 0), -EAGAIN);
+        peer_close(&l);
+        if (writes)
+            CHECK_EQ(ap_conn_send_fds(l.conn, "x", 1, NULL, 0), -ECONNRESET);
+        await(w, l.id, AP_MAIL_READ);
+        CHECK_EQ(request(&l, 0), -ECONNRESET);
+        CHECK_EQ(request(&l, 0), -ECONNRESET);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
 TEST(request_messages_before_the_driver)
 {
     struct world *w = world_open();
@@ -387,6 +407,111 @@ TEST(watch_own_ends)
     CHECK(!(ap_conn_status(l.conn) & AP_IS_GONE));
     link_close(&l);
     world_close(w);
+}
+
+/* What was known before an own end is known behind it. */
+TEST(watch_own_ends_hide_nothing)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_TCP, HIGH);
+    CHECK_OK(ap_conn_set_idle(l.conn, MS));
+    CHECK_OK(ap_conn_watch_peer(l.conn));
+    peer_close(&l);
+    gone_once(&l);
+    await(w, l.id, AP_MAIL_IDLE);
+    CHECK(ap_conn_status(l.conn) & AP_IS_GONE);
+    link_close(&l);
+    world_close(w);
+}
+
+/* By the loop alone: no event has come to the driver, and perhaps none does before the handler has
+ * ended. And exactly once, when the events do come. */
+static void learned_by(int kind, void (*end)(struct link *), int64_t (*learn)(struct link *),
+                       bool gone)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, kind, HIGH);
+    CHECK_OK(ap_conn_watch_peer(l.conn));
+    if (end)
+        end(&l);
+    CHECK(learn(&l) < 0);
+    ap_fault_clear();
+    CHECK_EQ(stats(w).polls, 0);
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
+    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, gone ? AP_MAIL_GONE : 0);
+    settle(w);
+    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, 0);
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone); /* behind our own shutdown, too */
+    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
+    link_close(&l);
+    world_close(w);
+}
+
+static int64_t by_writing(struct link *l)
+{
+    if (l->conn->type == AP_SEQPACKET)
+        return ap_conn_send_fds(l->conn, "x", 1, NULL, 0);
+    return ap_conn_write(l->conn, "x", 1);
+}
+
+static int64_t by_reading(struct link *l)
+{
+    if (l->conn->type != AP_SEQPACKET)
+        return want(l, 1);
+    ap_view view;
+    int none = 0;
+    return ap_conn_receive(l->conn, 1, 0, &view, &none, &none);
+}
+
+static int fault;
+
+static int64_t by_a_fault_of_writing(struct link *l)
+{
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, fault, 0, 1, 0));
+    return ap_conn_write(l->conn, "x", 1);
+}
+
+static int64_t by_a_fault_of_reading(struct link *l)
+{
+    CHECK_OK(ap_fault_set(AP_CALL_READ, fault, 0, 1, 0));
+    return want(l, 1);
+}
+
+TEST(watch_learned_by_the_loop)
+{
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        learned_by(kind, peer_close, by_reading, true);
+        if (kind != AP_TCP) /* which takes one more */
+            learned_by(kind, peer_close, by_writing, true);
+    }
+    learned_by(AP_TCP, peer_reset, by_reading, true);
+    learned_by(AP_TCP, peer_reset, by_writing, true);
+}
+
+static void stop_reading(struct link *l)
+{
+    CHECK_OK(shutdown(l->peer, SHUT_RD));
+}
+
+/* EPIPE says no more than that over UNIX sockets: the peer may still send. */
+TEST(watch_a_peer_that_only_stops_reading)
+{
+    learned_by(AP_UNIX, stop_reading, by_writing, false);
+    learned_by(AP_SEQPACKET, stop_reading, by_writing, false);
+}
+
+TEST(watch_errors_of_either_side)
+{
+    static const int peers[] = {ECONNRESET, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETDOWN, ECONNABORTED};
+    static const int own[] = {ENOBUFS, ENOMEM, EPERM, EACCES, EINVAL, EFAULT, EMSGSIZE};
+    for (size_t i = 0; i < AP_ARRAY_SIZE(peers) + AP_ARRAY_SIZE(own); i++) {
+        bool gone = i < AP_ARRAY_SIZE(peers);
+        fault = gone ? peers[i] : own[i - AP_ARRAY_SIZE(peers)];
+        learned_by(AP_TCP, NULL, by_a_fault_of_writing, gone);
+        learned_by(AP_TCP, NULL, by_a_fault_of_reading, gone);
+        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked first */
+    }
 }
 
 /* A driver of its own, and calls that take some, all, or nothing: no byte is lost, and the wait is

@@ -1,0 +1,64 @@
+/* What every file of the core rests on: whose each field is, the order of locks, macros, counters.
+ *
+ * Every field of a struct has the letter of its owner:
+ *   (c) constant while the slot is open: any thread reads, nobody writes
+ *   (m) under the slot's mutex
+ *   (d) the driver only: whoever holds the poller's lease
+ *   (l) the loop's thread only
+ *   (h) under the hub's mutex
+ *   (s) under the mutex of the slot table
+ *   (a) atomic; the comment says which order pairs with what
+ *   (o) the thread that owns the pool: the driver for a poller's, the loop for a hub's
+ *
+ * Locks are taken in this order: lease, account, slot, hub. The mutexes of the slot
+ * table and of the list of pools are leaves, and atomics need no order. Nobody takes a
+ * slot's mutex under a hub's: a dying hub unlinks its slots under its mutex, and closes
+ * them after it.
+ *
+ * Which file may include which is drawn in docs/internals/README.md, and
+ * scripts/check-includes.py holds the files to it.
+ */
+#ifndef ANYPOLL_COMMON_H
+#define ANYPOLL_COMMON_H
+
+#include "anypoll.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* ---- debug assertions -------------------------------------------------
+ * They abort, so they exist only in builds made for tests (AP_DEBUG). */
+#ifdef AP_DEBUG
+#include <assert.h>
+#define AP_ASSERT(condition) assert(condition)
+#else
+#define AP_ASSERT(condition) ((void)0)
+#endif
+
+#define AP_ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
+#define AP_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
+
+/* ---- counters ---------------------------------------------------------
+ * Relaxed: they order nothing, and a reader may see them a little late. */
+typedef _Atomic uint64_t ap_counter;
+
+static inline void ap_count(ap_counter *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+static inline void ap_uncount(ap_counter *counter, uint64_t n)
+{
+    atomic_fetch_sub_explicit(counter, n, memory_order_relaxed);
+}
+
+static inline uint64_t ap_counted(const ap_counter *counter)
+{
+    return atomic_load_explicit(counter, memory_order_relaxed);
+}
+
+#endif

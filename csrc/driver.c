@@ -1,0 +1,222 @@
+/* The event loop of a poller: one step of it, and the thread that steps again and again.
+ *
+ * Whoever holds the lease drives, and nothing below assumes which thread that
+ * is. Today it is the poller's own, which steps again at once: between two steps
+ * blocked_until is 0, "running". An event loop that drives by watching the epoll
+ * descriptor would have to leave there what it sleeps until.
+ *
+ * A step: the inbox (what loops want), then one epoll_wait, whose events are
+ * all remembered in their slots before any is served, then the run list, then
+ * the timers. Timers come last so that at a tie data wins.
+ */
+#include "anypoll.h"
+
+#include "clock.h"
+#include "ending.h"
+#include "epoch.h"
+#include "inbox.h"
+#include "poller.h"
+#include "runlist.h"
+#include "slot.h"
+#include "sysio.h"
+#include "timer.h"
+
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define EVENTS 256
+#define THREAD_BUDGET 1024 /* slots in one step: bounds how long events, inbox and timers wait */
+#define PAUSE_MOST 6       /* the pause is 2^n ms */
+
+/* ---- waiting ---------------------------------------------------------- */
+
+static int64_t earlier(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Rounded up: waking before the tick would be waking for nothing. */
+static int milliseconds(int64_t nanoseconds)
+{
+    int64_t ms = (nanoseconds + 999999) / 1000000;
+    return ms < 0 ? 0 : ms > INT32_MAX ? INT32_MAX : (int)ms;
+}
+
+static int poll_events(ap_poller *poller, struct epoll_event *events, int timeout_ms)
+{
+    ap_count(&poller->polls, 1);
+    return ap_sys_epoll_wait(poller->epfd, events, EVENTS, timeout_ms);
+}
+
+static int block(ap_poller *poller, struct epoll_event *events, int64_t until)
+{
+    int64_t now = ap_now();
+    int timeout = until == AP_FOREVER ? -1 : milliseconds(until - now);
+    if (timeout == 0)
+        return poll_events(poller, events, 0);
+    if (!ap_inbox_sleep(poller, until) ||
+        atomic_load_explicit(&poller->stopping, memory_order_acquire))
+        timeout = 0;
+    else
+        ap_count(&poller->waits, 1);
+    int n = poll_events(poller, events, timeout);
+    ap_inbox_awake(poller);
+    return n;
+}
+
+/* After a wait that found something it polls once more before it blocks: one
+ * wake-up of a sleeping thread costs 30 µs on a virtual machine, a system call
+ * on a busy one 1 µs. */
+static int wait_events(ap_poller *poller, struct epoll_event *events, int timeout_ms)
+{
+    if (poller->run_head || timeout_ms == 0)
+        return poll_events(poller, events, 0);
+    if (poller->busy) {
+        int n = poll_events(poller, events, 0);
+        if (n != 0)
+            return n;
+    }
+    int64_t limit = timeout_ms < 0 ? AP_FOREVER : ap_now() + (int64_t)timeout_ms * 1000000;
+    int64_t due = earlier(ap_wheel_next(&poller->wheel), poller->sweep_at);
+    return block(poller, events, earlier(limit, due));
+}
+
+/* ---- events ----------------------------------------------------------- */
+
+static uint8_t flags_of(uint32_t events)
+{
+    uint8_t flags = 0;
+    if (events & EPOLLIN)
+        flags |= AP_READABLE;
+    if (events & EPOLLOUT)
+        flags |= AP_WRITABLE;
+    if (events & EPOLLPRI)
+        flags |= AP_PRI | AP_READABLE;
+    if (events & EPOLLRDHUP)
+        flags |= AP_RDHUP | AP_READABLE;
+    if (events & EPOLLHUP)
+        flags |= AP_HUP | AP_READABLE | AP_WRITABLE;
+    if (events & EPOLLERR)
+        flags |= AP_ERR | AP_ERR_SEEN | AP_READABLE | AP_WRITABLE;
+    return flags;
+}
+
+static void remember(ap_poller *poller, uint64_t tag, uint32_t events)
+{
+    ap_slot *slot = ap_slot_at((uint32_t)tag);
+    if (!slot)
+        return;
+    ap_slot_lock(slot);
+    bool current = !slot->closed && ap_slot_tag(slot) == tag;
+    if (current)
+        slot->ready |= flags_of(events);
+    else
+        ap_count(&poller->stale_tokens, 1);
+    ap_slot_unlock(slot);
+    /* Closed meanwhile or not, it is ours until we take AP_BOX_CLOSED. */
+    if (current)
+        ap_run_later(poller, slot);
+}
+
+static void remember_all(ap_poller *poller, const struct epoll_event *events, int n)
+{
+    ap_count(&poller->events, (uint64_t)n);
+    for (int i = 0; i < n; i++) {
+        if (events[i].data.u64 != AP_TAG_OF_EFD)
+            remember(poller, events[i].data.u64, events[i].events);
+    }
+}
+
+/* ---- timers ----------------------------------------------------------- */
+
+static void fire_timers(ap_poller *poller)
+{
+    ap_timer *timer;
+    while ((timer = ap_wheel_expire(&poller->wheel, poller->now)) != NULL) {
+        ap_slot *slot = AP_CONTAINER(timer, ap_slot, timer);
+        ap_slot_lock(slot);
+        int64_t next = slot->closed ? AP_FOREVER : slot->ops->expire(slot, poller->now);
+        slot->timer_at = next;
+        ap_slot_unlock(slot);
+        if (next != AP_FOREVER)
+            ap_wheel_file(&poller->wheel, timer, next);
+    }
+}
+
+/* ---- driving ---------------------------------------------------------- */
+
+int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (ap_has_ended(poller))
+        return ap_state(poller);
+    if (pthread_mutex_trylock(&poller->lease) != 0)
+        return -EBUSY;
+    AP_DRIVING(poller);
+    struct epoll_event events[EVENTS];
+    ap_run_inbox(poller);
+    int n = wait_events(poller, events, timeout_ms);
+    poller->busy = n > 0;
+    poller->now = ap_now();
+    if (n > 0)
+        remember_all(poller, events, n);
+    int served = ap_run(poller, budget);
+    if (served > 0)
+        ap_run_sweep_later(poller);
+    fire_timers(poller);
+    ap_run_sweep(poller);
+    ap_poller_judge(poller, n);
+    ap_poller_end_drained(poller);
+    AP_DRIVING(NULL);
+    pthread_mutex_unlock(&poller->lease);
+    return n < 0 ? n : served;
+}
+
+/* ---- the thread ------------------------------------------------------- */
+
+static void *drive(void *arg)
+{
+    ap_poller *poller = arg;
+    /* acquire; pairs with the release in ap_poller_stop */
+    for (int failures = 0; !atomic_load_explicit(&poller->stopping, memory_order_acquire);) {
+        int rc = ap_poller_step(poller, -1, THREAD_BUDGET);
+        if (ap_has_ended(poller))
+            break;
+        if (rc >= 0 || rc == -EBUSY)
+            failures = 0;
+        if (rc < 0) /* somebody else drives, or epoll_wait has failed: not a spin */
+            usleep(1000u << (failures < PAUSE_MOST ? failures++ : PAUSE_MOST));
+    }
+    return NULL;
+}
+
+int ap_poller_start(ap_poller *poller)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (ap_has_ended(poller))
+        return ap_state(poller);
+    if (atomic_load_explicit(&poller->started, memory_order_relaxed))
+        return -EALREADY;
+    int rc = ap_sys_thread(&poller->thread, drive, poller);
+    if (rc == 0)
+        atomic_store_explicit(&poller->started, true, memory_order_relaxed);
+    return rc;
+}
+
+int ap_poller_stop(ap_poller *poller)
+{
+    if (poller->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
+        return 0;
+    atomic_store_explicit(&poller->stopping, true, memory_order_release); /* with drive */
+    ap_sys_signal(poller->efd);
+    pthread_join(poller->thread, NULL);
+    atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
+    /* What was closed meanwhile is let go of. What is closed later stays until
+     * somebody steps: at the end of the process nobody misses it. */
+    ap_poller_step(poller, 0, THREAD_BUDGET);
+    return 0;
+}

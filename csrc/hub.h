@@ -1,0 +1,32 @@
+/* A mailbox with an event descriptor: the one door from pollers to an event loop. */
+#ifndef ANYPOLL_HUB_H
+#define ANYPOLL_HUB_H
+
+#include "context.h"
+#include "slot.h"
+
+#include <pthread.h>
+
+struct ap_hub {
+    int efd;              /* (h) written; the loop, which ends first, reads it freely */
+    uint32_t epoch;       /* (c) */
+    _Atomic int32_t refs; /* (a) acq_rel: the loop, each open slot */
+    pthread_mutex_t mutex;
+    bool dead;                  /* (h) */
+    ap_slot *open;              /* (h) */
+    ap_slot *_Atomic mailbox;   /* (a) see ap_hub_post */
+    _Atomic uint32_t signalled; /* (a) see ap_hub_post */
+    ap_slot *taken;             /* (l) the rest of a list that was taken */
+    int batch;                  /* (l) how many tokens the last list gave */
+    ap_context context;         /* (l) */
+};
+
+void ap_hub_ref(ap_hub *hub);
+/* Tells the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
+void ap_hub_post(ap_slot *slot, uint32_t bits);
+/* Puts the slot among the open ones of its hub, which closes them when it dies. 0; -EBADF: it
+ * has died. */
+AP_MUST_CHECK int ap_hub_link(ap_slot *slot);
+void ap_hub_unlink(ap_slot *slot);
+
+#endif

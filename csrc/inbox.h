@@ -1,0 +1,30 @@
+/* The inbox of a poller: a lock-free list of slots, from many threads to the driver. */
+#ifndef ANYPOLL_INBOX_H
+#define ANYPOLL_INBOX_H
+
+#include "poller.h"
+#include "slot.h"
+
+/* What a slot wants of its driver. */
+enum {
+    AP_BOX_QUEUED = 1,
+    AP_BOX_WORK = 2,     /* serve the slot: due now */
+    AP_BOX_DEADLINE = 4, /* file the slot's timer: due at that deadline */
+    AP_BOX_CLOSED = 8,   /* forget the slot: never due */
+    AP_BOX_SWEEP = 16    /* blocks are coming back: due some time later */
+};
+
+/* Queues the slot for its driver, and wakes the driver if it would sleep
+ * beyond due. Under the slot's mutex. */
+void ap_inbox_push(ap_slot *slot, uint32_t bits, int64_t due);
+
+/* The rest is the driver's. Takes the whole list. */
+ap_slot *ap_inbox_take(ap_poller *poller);
+/* Takes the first slot out of a list that was taken, and what it wants. */
+ap_slot *ap_inbox_pop(ap_slot **list, uint32_t *bits);
+
+/* Says until when the driver is about to sleep. False: it may not, something is in the inbox. */
+AP_MUST_CHECK bool ap_inbox_sleep(ap_poller *poller, int64_t until);
+void ap_inbox_awake(ap_poller *poller);
+
+#endif

@@ -1,0 +1,66 @@
+/* System calls that retry on EINTR and return -errno, with a seam for injected faults. */
+#ifndef ANYPOLL_SYSIO_H
+#define ANYPOLL_SYSIO_H
+
+#include "common.h"
+
+#include <pthread.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+/* *offered: what iov holds; on return, what the kernel was offered of it. */
+AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered);
+AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered);
+
+/* Descriptors that a message carried: ours. */
+typedef struct {
+    int count;
+    bool truncated; /* the message was longer than what it was received into */
+    int fds[AP_FDS_MOST];
+} ap_rights;
+/* The same with descriptors, for UNIX sockets only. */
+AP_MUST_CHECK ssize_t ap_sys_recv_rights(int fd, const struct iovec *iov, size_t count,
+                                         size_t *offered, ap_rights *rights);
+AP_MUST_CHECK ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int *fds,
+                                         int count);
+/* The length of the next message, which stays where it is. */
+AP_MUST_CHECK ssize_t ap_sys_next_length(int fd);
+/* Whether the peer has ended its side and nothing waits any more. */
+bool ap_sys_at_end(int fd);
+
+/* What was accepted is non-blocking, close-on-exec, and owned. */
+AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);
+
+AP_MUST_CHECK int ap_sys_epoll_create(void);
+AP_MUST_CHECK int ap_sys_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data);
+struct epoll_event;
+AP_MUST_CHECK int ap_sys_epoll_wait(int epfd, struct epoll_event *events, int max, int timeout_ms);
+AP_MUST_CHECK int ap_sys_eventfd(void);
+/* Make an event descriptor readable, and read it. */
+void ap_sys_signal(int efd);
+void ap_sys_drain(int efd);
+
+/* SO_ERROR (> 0), which asking for clears; 0: none. */
+int ap_sys_socket_error(int fd);
+void ap_sys_drain_error_queue(int fd);
+/* Whether the peer has ended its side, or the connection was reset, read or not. */
+bool ap_sys_hung_up(int fd);
+/* Bytes that wait to be received, or to be sent for the first time; or -errno. */
+AP_MUST_CHECK int ap_sys_unread(int fd);
+AP_MUST_CHECK int ap_sys_unsent(int fd);
+AP_MUST_CHECK int ap_sys_shutdown(int fd, int how);
+/* Makes the close a RST. */
+void ap_sys_linger_now(int fd);
+void ap_sys_close(int fd);
+
+/* Zeroed; NULL: no memory. */
+AP_MUST_CHECK void *ap_sys_alloc(size_t size);
+AP_MUST_CHECK void *ap_sys_map(size_t size);
+void ap_sys_unmap(void *memory, size_t size);
+
+AP_MUST_CHECK int ap_sys_atfork(void (*in_child)(void));
+/* The thread takes no signals. */
+AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
+
+#endif

@@ -1,0 +1,167 @@
+/* The window: the part of the input that the loop may walk in without a call.
+ *
+ * The loop is shown a window of the first block (ap_conn_block) and walks in it
+ * without calling C; how far it has come it reports with its next call (pos).
+ * So what C holds for unread may be consumed already, which is safe: a block
+ * leaves the chain only when the loop has said that it is done with it.
+ */
+#include "window.h"
+
+#include "chain.h"
+#include "connection.h"
+#include "fds.h"
+#include "hub.h"
+#include "input.h"
+#include "pool.h"
+#include "slot.h"
+
+/* The loop reports how far it has come in the block that was shown. */
+void ap_window_to(ap_conn *conn, uint32_t pos)
+{
+    ap_block *block = conn->shown;
+    if (block && pos > block->start && pos <= block->end)
+        ap_input_consume(conn, pos - block->start);
+    else
+        ap_input_consume(conn, 0); /* a head that is empty leaves, if another follows */
+}
+
+uint32_t ap_window_end(const ap_conn *conn, size_t n)
+{
+    const ap_block *block = conn->input.head;
+    size_t have = block->end - block->start, shown = n > conn->window ? n : conn->window;
+    return block->start + (uint32_t)(have < shown ? have : shown);
+}
+
+uint32_t ap_window_shown(const ap_conn *conn, size_t n)
+{
+    const ap_block *block = conn->shown;
+    if (conn->carried)
+        return 0; /* the loop has to ask: it may have to report how far it comes */
+    uint32_t end = block && block->end - block->start >= n ? ap_window_end(conn, n) : 0;
+    return end <= INT32_MAX ? end : 0; /* it travels in a token */
+}
+
+int64_t ap_window_new_block(const ap_conn *conn)
+{
+    return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
+}
+
+/* Puts block, which holds a copy of the first n unread bytes, in their place. */
+static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+{
+    ap_chain *chain = &conn->input;
+    ap_chain_consume(chain, n, &conn->pins);
+    block->end += (uint32_t)n;
+    block->next = chain->head;
+    chain->head = block;
+    if (!chain->tail)
+        chain->tail = block;
+    chain->size += n;
+    conn->shown = NULL;
+}
+
+/* Makes the first n unread bytes lie in one block. Copies in portions, and
+ * without the mutex between them: the driver only appends meanwhile, and only
+ * the loop, which is here, consumes. */
+int ap_window_join(ap_conn *conn, size_t n)
+{
+    ap_block *head = conn->input.head;
+    if ((size_t)(head->end - head->start) >= n)
+        return 0;
+    ap_context *context = &conn->slot.hub->context;
+    ap_slot_unlock(&conn->slot);
+    ap_block *block = ap_pool_take(context->pool, n);
+    int rc = ap_slot_enter(&conn->slot);
+    size_t done = 0;
+    while (rc == 0 && block && done < n) {
+        size_t portion = n - done < AP_BOUND ? n - done : AP_BOUND;
+        ap_chain_copy(&conn->input, done, ap_block_at(block, block->start) + done, portion);
+        done += portion;
+        if (done < n) {
+            ap_slot_unlock(&conn->slot);
+            rc = ap_slot_enter(&conn->slot);
+        }
+    }
+    if (rc == 0 && block)
+        replace_front(conn, block, n);
+    else if (block)
+        ap_block_unref(block);
+    if (rc < 0)
+        return AP_CLOSED_MEANWHILE;
+    return block ? 0 : -ENOMEM;
+}
+
+int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_window_to(conn, pos);
+    ap_block *block = conn->input.head;
+    if (conn->input.size == 0) {
+        rc = -ENODATA;
+    } else {
+        *view = (ap_view){.block = block,
+                          .size = block->size,
+                          .start = block->start,
+                          .end = ap_window_end(conn, 0)};
+        if (block != conn->shown) {
+            ap_block_ref(block);
+            conn->shown = block;
+            conn->lent = true;
+            rc = 1;
+        }
+        ap_fds_shown(conn, view->end);
+    }
+    ap_conn_unlock(conn);
+    return rc;
+}
+
+int ap_conn_set_window(ap_conn *conn, uint32_t size)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->window = size;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
+int ap_conn_set_block(ap_conn *conn, uint32_t size)
+{
+    if (size < AP_BLOCK_MIN || size > AP_BLOCK_MAX)
+        return -EINVAL;
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    uint32_t most = conn->high > AP_BLOCK_MIN ? conn->high : AP_BLOCK_MIN;
+    conn->base = conn->grow = size < most ? size : most;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
+int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_window_to(conn, pos);
+    if (n > conn->input.size)
+        rc = -EINVAL;
+    else
+        ap_input_consume(conn, n);
+    conn->shown = NULL;
+    conn->lent = false;
+    ap_conn_unlock(conn);
+    return rc;
+}
+
+int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t n = (int64_t)ap_conn_left(conn, pos);
+    ap_slot_unlock(&conn->slot);
+    return n;
+}
