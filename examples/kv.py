@@ -15,7 +15,6 @@ import inspect
 import itertools
 import math
 import re
-import shlex
 import time
 from bisect import bisect_left, insort
 from collections import deque
@@ -53,7 +52,7 @@ async def read_request(conn: anypoll.Connection) -> list[bytes]:
     """Read an array of bulk strings, or a line as people type it; it may be empty."""
     line = bytes(await conn.until(b"\n"))
     if not line.startswith(b"*"):
-        return split(line.strip())
+        return split(line[:-1].removesuffix(b"\r"))
     request = []
     for _ in range(integer(line[1:].removesuffix(b"\r\n"), BAD_COUNT, COUNTS)):
         line = bytes(await conn.until(b"\r\n"))
@@ -69,14 +68,34 @@ async def read_request(conn: anypoll.Connection) -> list[bytes]:
     return request
 
 
+# A word may go on with one part in quotes, and ends with that.
+WORD: Final = re.compile(
+    rb"""(?s)([^ \t\n\r"']*)"""
+    rb"""(?:"((?:[^"\\]|\\.)*)"(?!\S)|'((?:[^'\\]|\\'|\\(?!'))*)'(?!\S)|(?=[ \t\n\r]|\Z))\s*"""
+)
+ESCAPED: Final = re.compile(rb"(?s)\\(?:x([0-9a-fA-F]{2})|(.))")
+ESCAPES: Final = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\a"}
+
+
 def split(line: bytes) -> list[bytes]:
-    """Split a line into words, which may be quoted as in a shell."""
-    if not re.search(rb"[\"']", line):
+    """Split a line into words, which may be quoted as Redis has it."""
+    if not re.search(rb"[\"'\v\f]", line):
         return line.split()
-    try:
-        return [word.encode("latin-1") for word in shlex.split(line.decode("latin-1"))]
-    except ValueError:
-        raise Error(b"ERR Protocol error: unbalanced quotes in request") from None
+    words: list[bytes] = []
+    line, end = line.lstrip(), 0
+    while end < len(line):
+        word = WORD.match(line, end)
+        if word is None:
+            raise Error(b"ERR Protocol error: unbalanced quotes in request")
+        plain, double, single = word.groups(b"")
+        words.append(plain + ESCAPED.sub(unescaped, double) + single.replace(b"\\'", b"'"))
+        end = word.end()
+    return words
+
+
+def unescaped(match: re.Match[bytes]) -> bytes:
+    digits, letter = match.groups()
+    return bytes([int(digits, 16)]) if digits else ESCAPES.get(letter, letter)
 
 
 def encode(reply: Any, resp3: bool) -> bytes:
@@ -490,10 +509,18 @@ def execute(client: Client, request: Sequence[bytes]) -> Any:
 def unknown(request: Sequence[bytes]) -> Error:
     if request[0].lower() in CONTAINERS:
         text = b"ERR unknown subcommand '%b'. Try %b HELP."
-        return Error(text % (request[1][:128], request[0].upper()))
-    shown = b"".join([b"'%b' " % word[:128] for word in request[1:]])[:128]
+        return Error(text % (as_text(request[1])[:128], request[0].upper()))
+    shown = b""
+    for word in request[1:]:
+        if len(shown) < 128:
+            shown += b"'%b' " % as_text(word)[: 128 - len(shown)]
     text = b"ERR unknown command '%b', with args beginning with: %b"
-    return Error(text % (request[0][:128], shown))
+    return Error(text % (as_text(request[0])[:128], shown))
+
+
+def as_text(word: bytes) -> bytes:
+    """Return what C takes for the string."""
+    return word.partition(b"\0")[0]
 
 
 async def handler(conn: anypoll.Connection) -> None:

@@ -485,8 +485,15 @@ INLINE = [
     (rb"ECHO a\b" + b"\r\n", b"$3\r\na\\b\r\n"),
     (rb'ECHO fo"o b"' + b"\r\n", b"$5\r\nfoo b\r\n"),
     (b"ECHO ''\r\n", b"$0\r\n\r\n"),
+    (rb'ECHO "\x4a\XFF\x4\n\r\t\b\a\q"' + b"\n", b"$12\r\nJXFFx4\n\r\t\b\aq\r\n"),
+    (rb"ECHO 'a\'\\\x41'" + b"\n", b"$8\r\na'\\\\\\x41\r\n"),
+    (b"ECHO a\v\f \v\f\n", b"$3\r\na\v\f\r\n"),
     (b"ECHO \xff\r\n", b"$1\r\n\xff\r\n"),
     (b"nosuch a\r\n", b"-ERR unknown command 'nosuch', with args beginning with: 'a' \r\n"),
+    (
+        b"*4\r\n$3\r\nn\0o\r\n$3\r\na\0b\r\n$130\r\n" + b"x" * 130 + b"\r\n$1\r\nc\r\n",
+        b"-ERR unknown command 'n', with args beginning with: 'a' '" + b"x" * 124 + b"' \r\n",
+    ),
     (b"*0\r\n*-1\r\nPING\r\n", b"+PONG\r\n"),
 ]
 
@@ -513,6 +520,10 @@ PROTOCOL_ERRORS = [
     (b"x" * 70_000, b"too big inline request"),
     (b'ECHO "a\r\n', b"unbalanced quotes in request"),
     (b"ECHO 'a\r\n", b"unbalanced quotes in request"),
+    (b'ECHO "a"b\r\n', b"unbalanced quotes in request"),
+    (b"ECHO a''b\r\n", b"unbalanced quotes in request"),
+    (rb"ECHO 'a\'" + b"\r\n", b"unbalanced quotes in request"),
+    (rb'ECHO "a\"' + b"\r\n", b"unbalanced quotes in request"),
 ]
 
 GLOBS = [
