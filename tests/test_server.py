@@ -951,6 +951,36 @@ async def test_connections_that_were_accepted_last(log: pytest.LogCaptureFixture
     assert statistics.active == 0
 
 
+@pytest.mark.parametrize("mode", ["handler", "on_request", "on_disconnect"])
+async def test_what_the_tasks_of_a_cancelled_handler_raise(
+    mode: str, log: pytest.LogCaptureFixture
+) -> None:
+    """An error as any other; on Trio it stands beside the cancellation."""
+    begun = anyio.Event()
+
+    async def fail() -> None:
+        try:
+            begun.set()
+            await anyio.sleep_forever()
+        finally:
+            raise Unrelated
+
+    async def split(_conn: Connection) -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(fail)
+
+    handler: Any = {mode: split} if mode != "on_disconnect" else {mode: split, "handler": idle}
+    async with local(**handler, shutdown_timeout=0) as server, client(server) as sock:
+        if mode == "on_disconnect":
+            await holds(lambda: server.connections)
+            sock.close()
+        else:
+            sock.send(b"x")
+        await within(begun.wait())
+    assert server.statistics().handler_errors == 1
+    assert [record.exc_info is not None for record in errors(log)] == [True]
+
+
 @pytest.mark.parametrize(
     ("exc", "reason"),
     [(None, "eof"), (ValueError(), "cancelled"), (KeyboardInterrupt(), "cancelled")],

@@ -21,6 +21,7 @@ from anyio import (
     EndOfStream,
     IncompleteRead,
     WouldBlock,
+    get_cancelled_exc_class,
 )
 
 __all__ = (
@@ -160,6 +161,18 @@ _OWN: dict[type[BaseException], Reason] = {
 
 #: As good as a return: a peer that has ended its side may still wait for the answers.
 GRACEFUL: frozenset[Reason] = frozenset({"done", "eof", "incomplete"})
+
+
+def error_in(exc: BaseException) -> Exception | None:
+    """What is wrong, if anything is but a cancellation: in a nursery of Trio that is cancelled, the
+    errors of its tasks stand beside that. ``None`` also for what is to end the program.
+    """
+    if isinstance(exc, Exception):
+        return exc
+    rest: BaseException | None = None
+    if isinstance(exc, BaseExceptionGroup):
+        _, rest = exc.split(get_cancelled_exc_class())
+    return rest if isinstance(rest, Exception) else None
 
 
 def normal_end(exc: BaseException, number: int) -> Reason | None:

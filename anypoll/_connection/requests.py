@@ -25,7 +25,7 @@ from anyio import ClosedResourceError, EndOfStream
 
 from .. import _epoll
 from .._buffers.chain import EMPTY
-from .._buffers.errors import GRACEFUL, normal_end
+from .._buffers.errors import GRACEFUL, error_in, normal_end
 from .._buffers.reader import SHUT
 from .._epoll import EQUEUED, NEW_BLOCK
 from .._loop.callbacks import cancellation_suppressed
@@ -204,9 +204,11 @@ class Requests:
         """
         try:
             await self._call_if_due()
-        except Exception as exc:  # noqa: BLE001 -- the owner decides
+        except BaseException as exc:
+            if error_in(exc) is None:
+                raise
             self.on_suspend()
-            return exc
+            return error_in(exc)  # the owner decides
         return None
 
     async def _call_if_due(self) -> None:

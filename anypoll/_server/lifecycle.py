@@ -26,7 +26,7 @@ import anyio
 from anyio import EndOfStream
 
 from .. import _epoll
-from .._buffers.errors import GRACEFUL, Reason, normal_end, os_error
+from .._buffers.errors import GRACEFUL, Reason, error_in, normal_end, os_error
 from .._connection.requests import Function, Requests
 from .._connection.stream import Connection, new_connection
 from .._loop.callbacks import cancellation_suppressed
@@ -270,8 +270,10 @@ class Lives:
             await self._connect(connection)
             if not connection._core.closed:  # on_connect may have refused it
                 await self.call(connection, self._options.handler)
-        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
-            return exc
+        except BaseException as exc:  # that is the promise: an error stops nothing else
+            if error_in(exc) is None:
+                raise
+            return error_in(exc)
         return None
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
@@ -286,9 +288,15 @@ class Lives:
         assert self._options.on_disconnect is not None
         try:
             await self._options.on_disconnect(self._secure.face(connection))
-        except Exception as exc:  # noqa: BLE001 -- as in the handler
-            if await self._judge(connection, exc) == "error":
-                connection._core.close()
+        except BaseException as exc:  # as in the handler
+            error = error_in(exc)
+            if error is None:
+                raise
+            try:
+                if await self._judge(connection, error) == "error":
+                    connection._core.close()
+            finally:
+                del error  # its traceback leads to this frame
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -352,7 +360,9 @@ class Lives:
                 result = self._options.on_error(self._secure.face(connection), exc)
                 if inspect.isawaitable(result):
                     await result
-            except Exception:
+            except BaseException as failure:
+                if error_in(failure) is None:
+                    raise
                 logger.exception("on_error has failed for %s", name)
         return "error"
 
