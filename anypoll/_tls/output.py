@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 
+from .. import _epoll
 from .._buffers.errors import IdleTimeout, WriteTimeout
 from .._buffers.reader import SHUT
 from .._buffers.writer import Writer
@@ -161,7 +162,7 @@ class Sink:
             while self._taken < end:
                 self._encrypt(end - self._taken)
             self._engine.send_collected()
-            core._abandoned = core.queued()
+            _epoll.conn_give_up(core.handle)
         except ssl.SSLWantReadError:
             pass  # it stays the first to go
         except (BrokenResourceError, ClosedResourceError, IdleTimeout):
