@@ -39,7 +39,7 @@ typedef struct {
 } ap_slot_ops;
 
 /* The room for what a connection or a listener has behind its slot. */
-#define AP_SLOT_ROOM 400
+#define AP_SLOT_ROOM 416
 
 struct ap_slot {
     uint32_t index;              /* (c) for ever */
