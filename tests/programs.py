@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,8 @@ import pytest
 #: pytest gives the test (pyproject.toml), so that there is time for the post-mortem.
 PATIENCE = 240
 _PATIENCE_WITH_TOOLS = 30
+
+Process = subprocess.Popen[str]
 
 
 def run_to_end(
@@ -53,6 +55,30 @@ def output_at_end(
         process.kill()
         process.wait()
         raise
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], cwd: Path | None = None, fds: Sequence[int] = ()
+) -> Iterator[tuple[Process, str]]:
+    """The command and where it listens; it is killed at the end if it still runs."""
+    with subprocess.Popen(
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on "), process.communicate()
+            yield process, line.removeprefix("listening on ").rstrip("\n")
+        finally:
+            process.kill()
+
+
+def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
+    """A stop that nobody complains about."""
+    process.send_signal(signum)
+    assert output_at_end(process) == ("", "")
+    assert process.returncode == 0
 
 
 def _fail(process: subprocess.Popen[str], patience: float) -> NoReturn:

@@ -35,8 +35,7 @@ from peers import (
     send_all,
     within,
 )
-from programs import run_to_end
-from test_cli import running, stop
+from programs import run_to_end, running, stop
 
 import anypoll
 

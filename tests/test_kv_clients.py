@@ -11,8 +11,7 @@ import anyio
 import pytest
 import redis
 import redis.asyncio
-from programs import run_to_end
-from test_cli import running, stop
+from programs import run_to_end, running, stop
 
 KV = Path(__file__).parent.parent / "examples" / "kv.py"
 

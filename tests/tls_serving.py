@@ -9,7 +9,7 @@ from typing import Any
 from certificates import server_context
 from peers import MIB, holds, within
 from serving import connected, local
-from test_tls import Peer
+from tls_peers import Peer
 
 import anypoll
 from anypoll import TLSConnection

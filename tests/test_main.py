@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from programs import output_at_end, run_to_end
+from programs import output_at_end, run_to_end, running, stop
 
 from anypoll import __main__ as _cli
 
@@ -83,26 +83,6 @@ BACKENDS = ["asyncio", "uvloop", "trio"]
 Anypoll = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@contextlib.contextmanager
-def running(
-    command: Sequence[str], cwd: Path | None = None, fds: Sequence[int] = ()
-) -> Iterator[tuple[Process, str]]:
-    """The command and where it listens; it is killed at the end if it still runs."""
-    with subprocess.Popen(
-        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("listening on "), process.communicate()
-            yield process, line.removeprefix("listening on ").rstrip("\n")
-        finally:
-            process.kill()
-
-
-Process = subprocess.Popen[str]
-
-
 def connect(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout=30)
@@ -112,13 +92,6 @@ def knock_until_refused(address: str) -> None:
     with contextlib.suppress(ConnectionError):  # refused; or reset, by a listener that closes
         while True:
             connect(address).close()
-
-
-def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
-    """A stop that nobody complains about."""
-    process.send_signal(signum)
-    assert output_at_end(process) == ("", "")
-    assert process.returncode == 0
 
 
 def needs(backend: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from certificates import server_context
 from peers import holds, read_to_end, reset, send_all, within
 from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
-from test_tls import Peer
+from tls_peers import Peer
 from tls_serving import MODES, Function, echo, echo_line, echo_lines, ends, rest, secure, talking
 
 from anypoll import Connection, TLSConnection

@@ -17,7 +17,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from certificates import client_context, server_context
 from peers import KIB, MIB, holds, reset, send_all
 from serving import all_is_accounted_for, connected, errors  # noqa: F401
-from test_tls import Peer
+from tls_peers import Peer
 
 import anypoll
 from anypoll import Connection, TLSConnection

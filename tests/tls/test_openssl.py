@@ -23,13 +23,13 @@ from anyio.streams.tls import TLSAttribute
 from certificates import authority, certificate, client_context, server_context
 from peers import MIB, holds, within
 from serving import all_is_accounted_for, local  # noqa: F401
+from tls_peers import NAME
 
 import anypoll
 from anypoll import Connection, TLSConnection
 
 pytestmark = pytest.mark.anyio
 
-NAME = "anypoll.test"
 VERSIONS = {"tls1_2": "TLSv1.2", "tls1_3": "TLSv1.3"}
 Program = Callable[..., AbstractAsyncContextManager[Connection]]
 

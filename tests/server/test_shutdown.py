@@ -1,4 +1,4 @@
-"""A server's graceful end, with hooks, limits and request mode. (What `test_server.py` has of it is
+"""A server's graceful end, with hooks, limits and request mode. (What test_server.py has of it is
 about handlers alone.)
 """
 

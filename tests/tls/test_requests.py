@@ -13,7 +13,7 @@ import pytest
 from anyio.abc import SocketAttribute
 from peers import KIB, MIB, holds, pattern, read_all, reset, send_all, stalled, within
 from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
-from test_tls import Peer
+from tls_peers import Peer
 from tls_serving import MODES, echo, ends, rest, secure, talking
 
 import anypoll

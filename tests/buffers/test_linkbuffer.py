@@ -1,4 +1,4 @@
-"""LinkBuffer: what it promises, one promise a test. test_buffer_properties.py has the rest."""
+"""LinkBuffer: what it promises, one promise a test; the properties are in a file of their own."""
 
 from __future__ import annotations
 

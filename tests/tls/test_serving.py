@@ -16,13 +16,12 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from certificates import client_context, server_context
 from peers import KIB, MIB, holds, pattern, send_all, stalled, within
 from serving import HOST, all_is_accounted_for, client, connected, errors  # noqa: F401
+from tls_peers import NAME
 
 import anypoll
 from anypoll import TLSConnection
 
 pytestmark = pytest.mark.anyio
-
-NAME = "anypoll.test"
 
 
 def local(handler: Any = None, **options: Any) -> anypoll.serve:

@@ -1,0 +1,83 @@
+"""A TLS client that is not ours, over a plain socket."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from certificates import client_context
+from peers import KIB, send_all
+
+#: What the certificate is for.
+NAME = "anypoll.test"
+
+
+class Peer:
+    """A TLS client over a non-blocking socket: it sends what, when, and in which pieces the test
+    wants.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = context or client_context()
+        self.ssl = context.wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+
+    async def more(self) -> None:
+        while True:
+            try:
+                data = self.sock.recv(64 * KIB)
+            except BlockingIOError:
+                await anyio.wait_readable(self.sock)
+                continue
+            if data:
+                self.incoming.write(data)
+            else:
+                self.incoming.write_eof()
+            return
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        while True:
+            try:
+                return function(*args)
+            except ssl.SSLWantReadError:
+                await send_all(self.sock, self.outgoing.read())
+                await self.more()
+            finally:
+                with suppress(BrokenPipeError):
+                    await send_all(self.sock, self.outgoing.read())
+
+    async def shake_hands(self) -> None:
+        await self.call(self.ssl.do_handshake)
+
+    def encrypted(self, data: bytes) -> bytes:
+        """A record that was not sent."""
+        self.ssl.write(data)
+        return self.outgoing.read()
+
+    def close_notify(self) -> bytes:
+        with suppress(ssl.SSLWantReadError):
+            self.ssl.unwrap()
+        return self.outgoing.read()
+
+    async def send(self, data: bytes) -> None:
+        await send_all(self.sock, self.encrypted(data))
+
+    async def receive(self, size: int) -> bytes:
+        """Exactly so many bytes, or fewer up to the ``close_notify``."""
+        got = b""
+        with anyio.fail_after(30):
+            while len(got) < size:
+                try:
+                    data = await self.call(self.ssl.read, size - len(got))
+                except ssl.SSLZeroReturnError:
+                    break
+                if not data:
+                    break
+                got += data
+        return got
