@@ -31,7 +31,7 @@
 
 #include <stdlib.h>
 
-#define AP_MAIL_QUEUED (1u << 31)
+#define AP_MAIL_QUEUED (1u << 31) /* beside the bits of tokens: the slot is in the mailbox */
 
 int ap_hub_new(ap_hub **out)
 {
