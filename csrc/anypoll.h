@@ -311,6 +311,12 @@ AP_API int64_t ap_conn_queued(ap_conn *conn);
 /* Waits until queued output is gone; with until_writable also until the socket
  * would take more. Several tasks may wait: the earliest of their deadlines ends
  * the wait for all, and each calls again.
+/* Nobody waits for what is queued now by reference: it goes out by itself. */
+AP_API int ap_conn_give_up(ap_conn *conn);
+
+/* The bytes queued, without those that were given up. */
+AP_API int64_t ap_conn_awaited(ap_conn *conn);
+
  * Thread: loop. Returns 0; -EAGAIN (armed); AP_ELATE; errors. */
 AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
 

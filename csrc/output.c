@@ -58,7 +58,7 @@ static void forget_queue(ap_conn *conn)
 {
     forget_own(conn);
     conn->out_first = conn->out_count = 0;
-    conn->out_bytes = 0;
+    conn->out_bytes = conn->given_up = 0;
     if (conn->out_capacity > 16) { /* one stall must not cost memory for ever */
         free(conn->out);
         conn->out = NULL;
@@ -99,7 +99,7 @@ void ap_output_drop(ap_conn *conn)
     free(conn->out);
     conn->out = NULL;
     conn->out_first = conn->out_count = conn->out_capacity = 0;
-    conn->out_bytes = 0;
+    conn->out_bytes = conn->given_up = 0;
     conn->owed = conn->drain_armed = conn->held = false;
 }
 
@@ -182,8 +182,10 @@ static bool queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t s
 
 static void advance(ap_conn *conn, size_t n)
 {
+    size_t own = n < conn->own_bytes ? n : conn->own_bytes, rest = n - own;
     conn->out_bytes -= n;
-    conn->own_bytes -= n < conn->own_bytes ? n : conn->own_bytes;
+    conn->own_bytes -= own;
+    conn->given_up -= rest < conn->given_up ? rest : conn->given_up;
     while (n > 0) {
         struct iovec *piece = &conn->out[conn->out_first];
         if (n < piece->iov_len) {
@@ -400,6 +402,26 @@ int64_t ap_conn_queued(ap_conn *conn)
     return left;
 }
 
+int64_t ap_conn_awaited(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t left = (int64_t)(conn->out_bytes - conn->given_up);
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int ap_conn_give_up(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->given_up = conn->out_bytes - conn->own_bytes;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
 int ap_conn_disarm_write(ap_conn *conn)
 {
     int rc = ap_slot_enter(&conn->slot);
@@ -435,7 +457,10 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
         left = -ENOMEM;
         ap_output_fail(conn, -ENOMEM);
     }
-    conn->owed = conn->out_bytes > conn->own_bytes;
+    size_t given = conn->out_bytes - conn->own_bytes;
+    conn->owed = given > 0;
+    if (conn->given_up > given)
+        conn->given_up = given;
     unwatch_out(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
         ap_poller_push(&conn->slot, AP_BOX_WORK, 0);
