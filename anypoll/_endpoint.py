@@ -136,7 +136,7 @@ class Endpoint:
     """the descriptor as a Python socket, which owns it then"""
     closed: bool
     draining: bool
-    """a wait with nothing buffered ends as if the peer had ended"""
+    """a wait with nothing unread ends as if the peer had ended"""
     failure: int
     """the first error of the socket that was seen"""
     name: str

@@ -116,6 +116,8 @@ int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
 /* Whether the peer has ended its side, or the connection was reset, read or not. */
 bool ap_sys_hung_up(int fd);
+/* Whether a message waits, perhaps an empty one; of one that the end follows it says no. */
+bool ap_sys_message_waits(int fd);
 /* Bytes that wait to be received, or to be sent for the first time; or -errno. */
 AP_MUST_CHECK int ap_sys_unread(int fd);
 AP_MUST_CHECK int ap_sys_unsent(int fd);
@@ -503,9 +505,9 @@ struct ap_conn {
     size_t own_bytes;
     uint32_t out_first, out_count, out_capacity;
     size_t out_bytes;
+    size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */
     int write_error;   /* 0, AP_EIDLE or -errno */
     bool held;         /* between ap_conn_hold and ap_conn_requeue */
-    size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */
     bool owed;         /* AP_MAIL_SENT must follow */
     bool shut;         /* SHUT_WR was done */
     bool watching_out; /* not on AP_TCP: EPOLLOUT is in the mask */
