@@ -81,7 +81,6 @@ class Endpoint:
 
     __slots__ = (
         "__weakref__",
-        "_abandoned",
         "_flushing",
         "_owner",
         "_reading",
@@ -137,7 +136,7 @@ class Endpoint:
     """the descriptor as a Python socket, which owns it then"""
     closed: bool
     draining: bool
-    """a wait with nothing buffered ends as if the peer had ended"""
+    """a wait with nothing unread ends as if the peer had ended"""
     failure: int
     """the first error of the socket that was seen"""
     name: str
@@ -145,8 +144,6 @@ class Endpoint:
     _reading: bool
     _writing: bool
     _flushing: bool
-    _abandoned: int
-    """bytes that were queued when a send was given up: its rest, and what was before it"""
 
     def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
         self.closed = True  # until there is something to close
@@ -186,7 +183,6 @@ class Endpoint:
         self.failure = 0
         self.name = ""
         self._reading = self._writing = self._flushing = False
-        self._abandoned = 0
         this: Any = weakref.ref(self)  # of a Core, which can take tokens
         hub.addressees[self.number] = this
         _runtime.handles[self.number] = self._owner

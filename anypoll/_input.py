@@ -269,9 +269,13 @@ class Input(Output):
                 raise self._own(ClosedResourceError())
         return suspended
 
+    def has_arrived(self) -> bool:
+        """Whether anything is unread, also if nobody has read it from the socket yet."""
+        return not self.closed and _epoll.conn_arrived(self.handle, self.reader._start) > 0
+
     def _end_if_drained(self) -> None:
-        """The server is ending: a wait with nothing buffered does not begin."""
-        if conn_buffered(self.handle, self.reader._start) == 0:
+        """The server is ending: a wait with nothing unread does not begin."""
+        if not self.has_arrived():
             _epoll.conn_disarm_read(self.handle)
             raise self._own(EndOfStream())
 
@@ -309,7 +313,7 @@ class Input(Output):
         return bytes(reader._view[start:stop])
 
     def end_if_idle(self) -> None:
-        """From now on a wait with nothing buffered, the present one too, sees the end of stream."""
+        """From now on a wait with nothing unread, the present one too, sees the end of stream."""
         self._begin_draining()
         self.hub.wake_reader(self.number)
         if self.requests is not None:

@@ -44,7 +44,6 @@ class Output(Endpoint):
         kept = outputs.get(self.number)
         if kept is None:
             outputs[self.number] = pieces
-            self._abandoned = 0
             return
         kept.extend(pieces)
         # A queue that is never quite empty must not keep what was sent long ago.
@@ -54,10 +53,9 @@ class Output(Endpoint):
 
     def _own_queued(self) -> int:
         """What C has queued, without the rest of a send that was given up: that goes out by itself,
-        and nobody waits for it. As soon as all of it is sent it counts no more.
+        and nobody waits for it.
         """
-        given_up = self._abandoned if self.number in self.hub.outputs else 0
-        return max(conn_queued(self.handle) - given_up, 0)
+        return max(_epoll.conn_awaited(self.handle), 0)
 
     def queued(self) -> int:
         """Bytes that C has and the kernel has not; 0 once the connection is closed."""
@@ -154,7 +152,6 @@ class Output(Endpoint):
         while True:
             result = _epoll.conn_drain(self.handle, until_writable, deadline)
             if result == 0:
-                self._abandoned = 0
                 return suspended
             if result != AGAIN:
                 raise self._write_error(result)
@@ -207,20 +204,21 @@ class Output(Endpoint):
         """``item`` is not waited for any more: takes it out of the queue if nothing of it was
         sent, else copies its rest.
         """
-        self._abandoned = self._requeue(item)
+        self._requeue(item)
+        _epoll.conn_give_up(self.handle)
 
     def _secure(self) -> None:
         """A flush is not waited for any more: copies what the caller may change from now on."""
         if not all(map(_is_constant, self.hub.outputs.get(self.number, ()))):
             self._requeue(None)
 
-    def _requeue(self, item: Piece | None) -> int:
+    def _requeue(self, item: Piece | None) -> None:
         """Queues anew what was not sent, without ``item`` if nothing of that was sent, and with
-        copies of what might be changed; returns how many bytes that are.
+        copies of what might be changed.
         """
         left = _epoll.conn_hold(self.handle) if not self.closed else 0
         if left <= 0:
-            return self._abandoned
+            return
         rest: list[Piece] = []
         for piece in reversed(self.hub.outputs[self.number]):
             size = min(len(piece), left)
@@ -236,7 +234,6 @@ class Output(Endpoint):
         _epoll.conn_requeue(self.handle, rest)
         if not rest:
             self.hub.outputs.pop(self.number, None)
-        return sum(map(len, rest))
 
     async def _bound_output(self, deadline: int) -> bool:
         """Keeps the output of a peer that does not read from growing: above high water it must

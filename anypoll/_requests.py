@@ -128,7 +128,7 @@ class Requests:
 
     def on_draining(self) -> None:
         """The server is ending: a connection that waits with nothing unread ends now."""
-        if self.idle and not self._core.buffered():
+        if self.idle and not self._core.has_arrived():
             self.on_close()
 
     def on_close(self) -> None:
@@ -268,7 +268,7 @@ class Requests:
         core, reader = self._core, self._core.reader
         reader._view = EMPTY
         reader._start, reader._end = 0, SHUT
-        if core.draining and not core.buffered():
+        if core.draining and not core.has_arrived():
             _epoll.conn_disarm_read(core.handle)
             raise core._own(EndOfStream())
         core._reading = True

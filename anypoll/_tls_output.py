@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 
+from . import _epoll
 from ._endpoint import LONG, SHUT
 from ._errors import IdleTimeout, WriteTimeout
 from ._writer import Writer
@@ -153,7 +154,7 @@ class Sink:
             while self._taken < end:
                 self._encrypt(end - self._taken)
             self._engine.send_collected()
-            core._abandoned = core.queued()
+            _epoll.conn_give_up(core.handle)
         except ssl.SSLWantReadError:  # it stays the first to go; its memory is the caller's
             pieces[0] = bytes(pieces[0])
         except (BrokenResourceError, ClosedResourceError, IdleTimeout):

@@ -293,6 +293,9 @@ AP_API int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n) AP_MUST_CHECK;
 /* The unread bytes, those included that were read ahead. */
 AP_API int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos);
 
+/* The same, and those that have arrived and that nobody has read from the socket. */
+AP_API int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos);
+
 /* Takes back the wait that ap_conn_read, ap_conn_find or ap_conn_linger armed
  * (which the next such call does too); that for writing, for all who wait. */
 AP_API int ap_conn_disarm_read(ap_conn *conn);
@@ -307,6 +310,12 @@ AP_API int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size);
 
 /* The bytes queued and not yet taken by the kernel. */
 AP_API int64_t ap_conn_queued(ap_conn *conn);
+
+/* Nobody waits for what is queued now by reference: it goes out by itself. */
+AP_API int ap_conn_give_up(ap_conn *conn);
+
+/* The bytes queued, without those that were given up. */
+AP_API int64_t ap_conn_awaited(ap_conn *conn);
 
 /* Waits until queued output is gone; with until_writable also until the socket
  * would take more. Several tasks may wait: the earliest of their deadlines ends

@@ -66,7 +66,7 @@ static void forget_queue(ap_conn *conn)
 {
     forget_own(conn);
     conn->out_first = conn->out_count = 0;
-    conn->out_bytes = 0;
+    conn->out_bytes = conn->given_up = 0;
     if (conn->out_capacity > 16) { /* one stall must not cost memory for ever */
         free(conn->out);
         conn->out = NULL;
@@ -107,7 +107,7 @@ void ap_output_drop(ap_conn *conn)
     free(conn->out);
     conn->out = NULL;
     conn->out_first = conn->out_count = conn->out_capacity = 0;
-    conn->out_bytes = 0;
+    conn->out_bytes = conn->given_up = 0;
     conn->owed = conn->drain_armed = conn->held = false;
 }
 
@@ -190,8 +190,10 @@ bool ap_output_queue(ap_conn *conn, const struct iovec *iov, size_t count, size_
 
 static void advance(ap_conn *conn, size_t n)
 {
+    size_t own = n < conn->own_bytes ? n : conn->own_bytes, rest = n - own;
     conn->out_bytes -= n;
-    conn->own_bytes -= n < conn->own_bytes ? n : conn->own_bytes;
+    conn->own_bytes -= own;
+    conn->given_up -= rest < conn->given_up ? rest : conn->given_up;
     while (n > 0) {
         struct iovec *piece = &conn->out[conn->out_first];
         if (n < piece->iov_len) {

@@ -180,7 +180,8 @@ static int64_t message_end(ap_conn *conn, int waiting)
 }
 
 /* Messages stay in the kernel, and what is unread is what that says. The events would not do: one
- * may be for the output, and one that a call has not answered by receiving was the last. */
+ * may be for the output, and one that a call has not answered by receiving was the last. Messages
+ * of no bytes are not in that number: one by itself shows as readable. */
 static int64_t request_message(ap_conn *conn, bool fresh, const char *output, size_t output_size)
 {
     uint64_t received = ap_counted(&conn->reads);
@@ -189,7 +190,8 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     int waiting = ap_sys_unread(conn->slot.fd);
     if (waiting < 0)
         return waiting;
-    if ((uint64_t)waiting > seen) {
+    bool empty = waiting == 0 && !untouched && ap_sys_message_waits(conn->slot.fd);
+    if ((uint64_t)waiting > seen || empty) {
         conn->slot.ready |= AP_READABLE;
         conn->request_at = received;
         conn->request_seen = (uint64_t)waiting;

@@ -208,6 +208,11 @@ bool ap_sys_at_end(int fd)
     return (state_of(fd, POLLRDHUP) & POLLRDHUP) && ap_sys_unread(fd) == 0;
 }
 
+bool ap_sys_message_waits(int fd)
+{
+    return state_of(fd, POLLIN | POLLRDHUP) == POLLIN; /* the end is readable, too */
+}
+
 /* ---- accepting -------------------------------------------------------- */
 
 static void note_address(const struct sockaddr_storage *from, socklen_t size, ap_accepted *out)

@@ -46,6 +46,8 @@ int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
 /* Whether the peer has ended its side, or the connection was reset, read or not. */
 bool ap_sys_hung_up(int fd);
+/* Whether a message waits, perhaps an empty one; of one that the end follows it says no. */
+bool ap_sys_message_waits(int fd);
 /* Bytes that wait to be received, or to be sent for the first time; or -errno. */
 AP_MUST_CHECK int ap_sys_unread(int fd);
 AP_MUST_CHECK int ap_sys_unsent(int fd);

@@ -131,6 +131,7 @@ static int64_t nothing_in_it(ap_conn *conn)
 {
     if (!conn->read_end && ap_sys_at_end(conn->slot.fd))
         conn->read_end = ap_input_end(conn);
+    conn->request_at = UINT64_MAX; /* it was taken, although nothing is counted */
     return conn->read_end ? conn->read_end : AP_EEOF;
 }
 

@@ -14,6 +14,7 @@
 #include "input.h"
 #include "pool.h"
 #include "slot.h"
+#include "sysio.h"
 
 /* The loop reports how far it has come in the block that was shown. */
 void ap_window_to(ap_conn *conn, uint32_t pos)
@@ -162,6 +163,17 @@ int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
     if (rc < 0)
         return rc;
     int64_t n = (int64_t)ap_conn_left(conn, pos);
+    ap_slot_unlock(&conn->slot);
+    return n;
+}
+
+int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int in_kernel = ap_sys_unread(conn->slot.fd);
+    int64_t n = (int64_t)ap_conn_left(conn, pos) + (in_kernel > 0 ? in_kernel : 0);
     ap_slot_unlock(&conn->slot);
     return n;
 }

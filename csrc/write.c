@@ -70,6 +70,26 @@ int64_t ap_conn_queued(ap_conn *conn)
     return left;
 }
 
+int64_t ap_conn_awaited(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    int64_t left = (int64_t)(conn->out_bytes - conn->given_up);
+    ap_slot_unlock(&conn->slot);
+    return left;
+}
+
+int ap_conn_give_up(ap_conn *conn)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    conn->given_up = conn->out_bytes - conn->own_bytes;
+    ap_slot_unlock(&conn->slot);
+    return 0;
+}
+
 int ap_conn_disarm_write(ap_conn *conn)
 {
     int rc = ap_slot_enter(&conn->slot);
@@ -106,7 +126,10 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
         left = -ENOMEM;
         ap_output_fail(conn, -ENOMEM);
     }
-    conn->owed = conn->out_bytes > conn->own_bytes;
+    size_t given = conn->out_bytes - conn->own_bytes;
+    conn->owed = given > 0;
+    if (conn->given_up > given)
+        conn->given_up = given;
     ap_output_unwatch(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
         ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);

@@ -5,20 +5,32 @@ about handlers alone.)
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 from anyio import EndOfStream
-from peers import KIB, MIB, holds, pattern, read_all, read_to_end, send_all, within
+from peers import (
+    KIB,
+    MIB,
+    holds,
+    pattern,
+    pollers_have_looked,
+    read_all,
+    read_to_end,
+    send_all,
+    within,
+)
 from serving import HOST, all_is_accounted_for, client, connected, local  # noqa: F401
 
 import anypoll
-from anypoll import Connection
+from anypoll import Connection, _epoll
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +96,50 @@ async def test_a_thousand_idle_connections(mode: str) -> None:
     assert sum(statistics.closed.values()) == closed == 1000
     assert not {"cancelled", "error"} & set(statistics.closed)
     assert statistics.bytes_received == statistics.bytes_sent == 1000
+
+
+@pytest.fixture(name="deaf")
+def no_event_comes() -> Iterator[Callable[[], Awaitable[None]]]:
+    """Makes the pollers deaf until the faults are cleared."""
+
+    async def deafen() -> None:
+        _epoll.set_fault("EPOLL_WAIT", errno.EINTR, times=-1)
+        await pollers_have_looked()
+
+    yield deafen
+    _epoll.clear_faults()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix", "messages"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_request_that_no_poller_has_read(
+    mode: str, kind: str, deaf: Callable[[], Awaitable[None]], tmp_path: Path
+) -> None:
+    """It has come before the end, and is answered."""
+    sort = socket.SOCK_SEQPACKET if kind == "messages" else socket.SOCK_STREAM
+    if kind == "tcp":
+        listener = await anypoll.create_tcp_listener(local_host=HOST)
+    else:
+        listener = await anypoll.create_unix_listener(tmp_path / "socket", kind=sort)
+    function = {"handler": echo, "on_request": once}[mode]
+    options: dict[str, Any] = {mode: function, "shutdown_timeout": FOR_EVER}
+    async with anypoll.serve(**options, listeners=[listener]) as server:
+        [address, *_] = server.addresses
+        with socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX, sort) as sock:
+            sock.connect(address)
+            sock.setblocking(False)
+            sock.send(b"first")
+            assert await within(read_all(sock, 5)) == b"first"
+            await anyio.wait_all_tasks_blocked()
+            await deaf()
+            sock.send(b"second")
+            async with anyio.create_task_group() as group:
+                group.start_soon(server.shutdown)
+                await anyio.wait_all_tasks_blocked()
+                assert len(server.connections) == 1
+                _epoll.clear_faults()
+            assert await within(read_to_end(sock)) == b"second"
+    assert server.statistics().handler_errors == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

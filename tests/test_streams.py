@@ -791,6 +791,28 @@ async def test_aclose_does_not_wait_for_a_send_that_was_given_up(wire: Wire) -> 
     assert conn.fileno() == -1
 
 
+async def test_aclose_waits_for_what_comes_behind_a_send_that_was_given_up(wire: Wire) -> None:
+    """However little of the rest is left by then."""
+    conn, peer = wire
+    core, later = conn._core, pattern(MIB)
+    data = await fill(conn)
+    rest = core.queued()
+    conn.writer.write(later)
+    await given_up(conn, conn.writer.flush)
+    taken = b""
+    while core.queued() >= min(rest, len(later)):
+        taken += await read_all(peer, 256 * KIB)
+        await pollers_have_looked()
+    assert core.queued() > 0
+    async with anyio.create_task_group() as group:
+        group.start_soon(conn.aclose)
+        await settle()
+        taken += await within(read_to_end(peer))
+    assert len(taken) == len(data) + len(later)
+    assert taken.startswith(data)
+    assert taken.endswith(later)
+
+
 async def test_aclose_waits_for_an_answer_after_a_send_that_was_given_up() -> None:
     """Of a busy loop the poller sends the answers, from copies: nothing else tells of them."""
     async with opened("unix") as wire:

@@ -442,6 +442,46 @@ TEST(output_hold_and_requeue)
     }
 }
 
+/* The rest of a send that was given up goes out in front of what comes later, and only that is
+ * waited for, however much of the rest is still there. */
+TEST(output_given_up)
+{
+    EACH_KIND(kind)
+    {
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, HIGH);
+        size_t later = 100 * KB;
+        char *data = (char *)pattern_make(1, 0, MUCH + later);
+        int64_t rest = ap_conn_write(l.conn, data, MUCH);
+        CHECK(rest > 0);
+        settle(w);
+        rest = ap_conn_queued(l.conn);
+        CHECK_EQ(ap_conn_awaited(l.conn), rest);
+        CHECK_OK(ap_conn_give_up(l.conn));
+        CHECK_EQ(ap_conn_awaited(l.conn), 0);
+        CHECK_EQ(ap_conn_write(l.conn, data + MUCH, later), rest + (int64_t)later);
+        CHECK_EQ(ap_conn_awaited(l.conn), later);
+        int64_t left = ap_conn_hold(l.conn); /* an own copy of all of it changes nothing */
+        ap_piece pieces[1] = {{data + MUCH + later - left, (size_t)left}};
+        CHECK_EQ(ap_conn_requeue(l.conn, pieces, 1), left);
+        CHECK_EQ(ap_conn_awaited(l.conn), later);
+        uint64_t heard = 0;
+        while ((left = ap_conn_queued(l.conn)) > 0) {
+            CHECK_EQ(ap_conn_awaited(l.conn), left < (int64_t)later ? left : (int64_t)later);
+            peer_expect(&l, 1, heard, 10 * KB);
+            heard += 10 * KB;
+            step(w, 0);
+        }
+        CHECK_EQ(ap_conn_awaited(l.conn), 0);
+        CHECK_OK(ap_conn_give_up(l.conn)); /* nothing is there */
+        peer_expect(&l, 1, heard, MUCH + later - heard);
+        settle(w);
+        free(data);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
 TEST(output_requeue_after_failure)
 {
     struct world *w = world_open();

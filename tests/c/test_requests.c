@@ -241,6 +241,15 @@ TEST(request_takes_output_along)
     world_close(w);
 }
 
+static int64_t by_reading(struct link *l)
+{
+    if (l->conn->type != AP_SEQPACKET)
+        return want(l, 1);
+    ap_view view;
+    int none = 0;
+    return ap_conn_receive(l->conn, 1, 0, &view, &none, &none);
+}
+
 /* ---- messages --------------------------------------------------------- */
 
 TEST(request_messages)
@@ -271,6 +280,32 @@ TEST(request_messages)
     settle(w);
     CHECK_EQ(request(&l, 0), AP_EEOF); /* what no call has received, none ever will */
     CHECK_EQ(request(&l, 1), 0);
+    link_close(&l);
+    world_close(w);
+}
+
+/* FIONREAD does not count it, and neither do reads. */
+TEST(request_an_empty_message)
+{
+    struct world *w = world_open();
+    struct link l = link_open(w, AP_SEQPACKET, HIGH);
+    settle(w);
+    CHECK_EQ(request(&l, 0), -EAGAIN);
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(send(l.peer, "", 0, 0), 0);
+        await(w, l.id, AP_MAIL_READ);
+        CHECK_EQ(request(&l, 0), 0);
+        CHECK_EQ(request(&l, 0), -EAGAIN); /* that call has taken nothing */
+        CHECK_EQ(request(&l, 1), 0);
+        CHECK_EQ(by_reading(&l), AP_EEOF);
+        CHECK_EQ(request(&l, 0), -EAGAIN); /* and now nothing is there */
+        settle(w);
+        CHECK_EQ(mail_of(w, l.id), 0);
+    }
+    CHECK_EQ(send(l.peer, "", 0, 0), 0);
+    peer_close(&l);
+    settle(w);
+    CHECK_EQ(request(&l, 0), AP_EEOF); /* a call would be told no more than that */
     link_close(&l);
     world_close(w);
 }
@@ -453,15 +488,6 @@ static int64_t by_writing(struct link *l)
     if (l->conn->type == AP_SEQPACKET)
         return ap_conn_send_fds(l->conn, "x", 1, NULL, 0);
     return ap_conn_write(l->conn, "x", 1);
-}
-
-static int64_t by_reading(struct link *l)
-{
-    if (l->conn->type != AP_SEQPACKET)
-        return want(l, 1);
-    ap_view view;
-    int none = 0;
-    return ap_conn_receive(l->conn, 1, 0, &view, &none, &none);
 }
 
 static int fault;
