@@ -74,6 +74,7 @@ struct ap_conn {
     size_t own_bytes;
     uint32_t out_first, out_count, out_capacity;
     size_t out_bytes;
+    size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */
     int write_error;   /* 0, AP_EIDLE or -errno */
     bool held;         /* between ap_conn_hold and ap_conn_requeue */
     size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */

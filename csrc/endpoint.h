@@ -21,7 +21,7 @@ int ap_endpoint_close(ap_slot *slot);
 /* The second, without the mutex: out of the hub, and the descriptor closed
  * last, since that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
 int ap_endpoint_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
-/* The last reference has gone, and what only the connection or the listener had. */
+/* The last reference has gone, and so has what only the connection or the listener had. */
 void ap_endpoint_free(ap_slot *slot);
 
 #endif

@@ -13,6 +13,7 @@ typedef struct ap_fds {
     int numbers[];       /* (m) */
 } ap_fds;
 
+/* Closes all of a list, without the mutex. */
 void ap_fds_close(ap_fds *fds);
 
 /* In place of ap_slot_unlock, wherever descriptors may have been doomed: close(2)

@@ -1,4 +1,4 @@
-/* A mailbox with an event descriptor: the one door from pollers to an event loop.
+/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop.
  *
  * The mailbox is an intrusive list that any thread pushes to and the loop takes
  * whole. A slot has bits and stands in it at most once, so it cannot overflow.
@@ -31,7 +31,7 @@
 
 #include <stdlib.h>
 
-#define AP_MAIL_QUEUED (1u << 31)
+#define AP_MAIL_QUEUED (1u << 31) /* beside the bits of tokens: the slot is in the mailbox */
 
 int ap_hub_new(ap_hub **out)
 {

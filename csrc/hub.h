@@ -1,4 +1,4 @@
-/* A mailbox with an event descriptor: the one door from pollers to an event loop. */
+/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop. */
 #ifndef ANYPOLL_HUB_H
 #define ANYPOLL_HUB_H
 

@@ -4,7 +4,7 @@
  * by EAGAIN, on TCP also by a short read as long as nothing but plain input was
  * ever reported (measured: recv stops at an urgent byte, and on UNIX sockets
  * behind a message with descriptors, and no further edge comes). On UNIX sockets
- * descriptors are received too (unix.c).
+ * descriptors are received too (fds.c).
  *
  * How much. Input that nobody waits for is read up to high water, and again
  * once it has fallen to low water. While a wait is armed and not over, reading

@@ -2,10 +2,10 @@
  *
  * The caller's own thread tries first; only what the kernel did not take is
  * queued, by reference, and finished by the driver (except for a little output
- * of a busy loop, of which the driver gets a copy: ap_output_hand_over). The memory belongs to
- * Python, so whenever the queue has emptied or failed a token is owed
- * (AP_MAIL_SENT), whether anybody waits or not; only then does the loop let go
- * of the objects.
+ * of a busy loop, of which the driver gets a copy: ap_output_hand_over). The memory
+ * belongs to Python, so whenever the queue has emptied or failed a token is owed
+ * (AP_MAIL_SENT), whether anybody waits or not; only then does the loop let go of
+ * the objects.
  *
  * AP_WRITABLE is cleared by EAGAIN and by a write that took less than was
  * offered: an edge follows those. A write that was cut short by our own bound

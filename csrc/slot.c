@@ -28,7 +28,7 @@
 #define CHUNKS (1u << 15) /* two million slots */
 
 typedef union {
-    ap_slot slot;
+    ap_slot slot; /* that of a connection or a listener, whose rest lies behind it */
     char memory[sizeof(ap_slot) + AP_SLOT_ROOM];
 } slot_memory;
 

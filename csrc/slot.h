@@ -38,8 +38,8 @@ typedef struct {
     uint32_t (*resolve)(ap_slot *slot, uint32_t bits, int32_t *value); /* what the loop is told */
 } ap_slot_ops;
 
-/* The room for what a connection or a listener has behind its slot. */
-#define AP_SLOT_ROOM 416
+/* The room for what a connection, the larger one, or a listener has behind its slot. */
+#define AP_SLOT_ROOM 408
 
 struct ap_slot {
     uint32_t index;              /* (c) for ever */
