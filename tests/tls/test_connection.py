@@ -1089,14 +1089,17 @@ async def test_an_end_without_close_notify_is_one_if_that_is_allowed() -> None:
         assert await peer.receive(17) == b"can still be sent"
 
 
-async def test_a_reset_breaks() -> None:
+@pytest.mark.parametrize("reading", [True, False])
+async def test_a_reset_breaks(reading: bool) -> None:
     async with tls_and_peer("tcp") as (tls, peer):
         reset(peer.sock)
         with pytest.raises(BrokenResourceError) as caught:
-            await within(tls.receive())
-        assert isinstance(caught.value.__cause__, ConnectionResetError)
+            await within(tls.receive() if reading else tls.send(bytes(8 * MIB)))
+        assert isinstance(caught.value.__cause__, ConnectionError)
         assert is_normal(caught.value, tls) == "broken"
         assert not tls.is_active
+        with pytest.raises(BrokenResourceError):
+            tls.writer.write(b"x")
         with pytest.raises(BrokenResourceError):
             await tls.send(b"x")
 
