@@ -276,6 +276,8 @@ class Output(Endpoint):
             self.writer._seal()
             if not _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
                 await self._flush()
+                while self.writer._size:  # another task has written meanwhile
+                    await self._flush()
                 result = _epoll.conn_shutdown(self.handle)
                 if result < 0:
                     raise self._write_error(result)

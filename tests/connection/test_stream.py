@@ -460,6 +460,17 @@ async def test_send_eof(wire: Wire) -> None:
     assert await conn.next(14) == b"still readable"
 
 
+async def test_send_eof_sends_what_is_written_until_then(wire: Wire) -> None:
+    conn, peer = wire
+    data = pattern(8 * MIB)
+    conn.writer.write(data)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(conn.send_eof)
+        await holds(lambda: conn._core.queued() > 0)
+        conn.writer.write(b"and this")
+        assert await within(read_to_end(peer)) == data + b"and this"
+
+
 @pytest.mark.parametrize("item", [b"", b"x"])
 async def test_sending_after_send_eof(wire: Wire, item: bytes) -> None:
     """As Trio has it: this side has been closed. Also for nothing at all."""
