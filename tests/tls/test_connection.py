@@ -553,6 +553,10 @@ async def test_reader_limits_a_single_request() -> None:
         with pytest.raises(MessageTooLarge) as caught:
             await tls.next(2**30)
         assert is_normal(caught.value, tls) == "message_too_large"
+        tls.read_timeout = 0
+        with pytest.raises(ReadTimeout):  # so many would have been allowed
+            await tls.skip(tls.connection._core.limits.read_limit)
+        tls.read_timeout = None
         with pytest.raises(DelimiterNotFound) as missing:
             await within(tls.until(b"\n", max_bytes=50))
         assert is_normal(missing.value, tls) == "delimiter_not_found"
