@@ -77,7 +77,6 @@ struct ap_conn {
     size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */
     int write_error;   /* 0, AP_EIDLE or -errno */
     bool held;         /* between ap_conn_hold and ap_conn_requeue */
-    size_t given_up;   /* of those that are not our own copies, the first: nobody waits for them */
     bool owed;         /* AP_MAIL_SENT must follow */
     bool shut;         /* SHUT_WR was done */
     bool watching_out; /* not on AP_TCP: EPOLLOUT is in the mask */
