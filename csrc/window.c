@@ -177,14 +177,3 @@ int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
     ap_slot_unlock(&conn->slot);
     return n;
 }
-
-int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
-{
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    int in_kernel = ap_sys_unread(conn->slot.fd);
-    int64_t n = (int64_t)ap_conn_left(conn, pos) + (in_kernel > 0 ? in_kernel : 0);
-    ap_slot_unlock(&conn->slot);
-    return n;
-}

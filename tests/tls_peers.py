@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -81,3 +81,11 @@ class Peer:
                     break
                 got += data
         return got
+
+
+async def both(*functions: Callable[[], Awaitable[Any]]) -> None:
+    """All of them at once."""
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            for function in functions:
+                tasks.start_soon(function)

@@ -43,7 +43,7 @@ from peers import (
     suspends,
     within,
 )
-from tls_peers import NAME, Peer
+from tls_peers import NAME, Peer, both
 
 import anypoll
 from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, WriteTimeout
@@ -54,14 +54,6 @@ from anypoll._tls.output import CLOSE_MOST
 from anypoll.nocopy import as_receive_stream, as_send_stream
 
 pytestmark = pytest.mark.anyio
-
-
-async def both(*functions: Callable[[], Awaitable[Any]]) -> None:
-    """All of them at once."""
-    with anyio.fail_after(30):
-        async with anyio.create_task_group() as tasks:
-            for function in functions:
-                tasks.start_soon(function)
 
 
 def contexts(version: str = "TLSv1.3") -> tuple[ssl.SSLContext, ssl.SSLContext]:

@@ -16,7 +16,7 @@ from anyio import EndOfStream
 from certificates import server_context
 from hypothesis import HealthCheck, given, settings, strategies as st
 from peers import opened, send_all
-from test_tls import Peer, both
+from tls_peers import Peer, both
 
 from anypoll import ReadTimeout, TLSConnection, WriteTimeout
 
