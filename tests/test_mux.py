@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1288,6 +1289,143 @@ def test_any_callers_against_a_model(
 ) -> None:
     name, options = anyio_backend
     anyio.run(run_the_model, steps, backend=name, backend_options=options)
+
+
+# --- the same, and an end in the middle ----------------------------------------------------------
+
+TOLD = (BrokenResourceError, ClosedResourceError)
+ENDS = ["left", "closed", "aborted", "reset", "reset, and read"]
+
+
+@asynccontextmanager
+async def two(contexts: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """Both ends of a connection, over TLS if there are contexts for that."""
+    async with anyio.create_task_group() as tg:
+        near, far = [await anypoll.Connection.from_socket(sock) for sock in socket_pair("tcp")]
+        ends: list[Any] = [near, far]
+
+        async def shake_hands(which: int, **options: Any) -> None:
+            ends[which] = await anypoll.TLSConnection.wrap(ends[which], **options)
+
+        if contexts is not None:
+            async with anyio.create_task_group() as both:
+                both.start_soon(partial(shake_hands, 1, server_side=True, ssl_context=contexts[0]))
+                await shake_hands(0, hostname="anypoll.test", ssl_context=contexts[1])
+        try:
+            yield ends[0], ends[1]
+        finally:
+            for end in ends:
+                end.abort()
+            tg.cancel_scope.cancel()
+
+
+class EndingModel(Model):
+    """Callers are told of the end; what has arrived until then begins what they were promised."""
+
+    def __init__(self, queue: ShardQueue, near: Any, far: Any) -> None:
+        super().__init__(queue, far)
+        self.near = near
+        self.told: list[Exception] = []
+
+    async def caller(self, name: int) -> None:
+        try:
+            await super().caller(name)
+        except TOLD as exc:
+            self.told.append(exc)
+
+    async def step(self, what: str, which: int, parts: Any) -> None:
+        if what != "read":
+            await super().step(what, which, parts)
+        elif len(self.peer.reader):
+            self.got += await self.peer.receive(which)
+
+    async def read(self) -> None:
+        with suppress(*TOLD):
+            async for chunk in self.peer:
+                self.got += chunk
+
+    async def learn(self) -> None:
+        with pytest.raises(BrokenResourceError):
+            await self.near.receive()
+
+    async def end(self, how: str) -> None:
+        if how == "closed":
+            await self.queue.aclose()
+        elif how == "aborted":
+            self.near.abort()
+        elif how != "left":
+            self.peer.abort()
+
+    async def refused(self) -> None:
+        """Every later add() is told, too."""
+        with anyio.fail_after(60), pytest.raises(TOLD) as caught:  # noqa: PT012
+            while True:
+                await self.queue.add(b"x")
+                await anyio.sleep(0)
+        self.told.append(caught.value)
+
+    def compare_beginnings(self) -> None:
+        whole, position = [b""] * 4, 0
+        while len(self.got) - position >= 7:
+            name, _, size = struct.unpack_from(">BHI", self.got, position)
+            end = position + 7 + size
+            if end > len(self.got):
+                rest = bytes(self.got[position:])
+                assert b"".join(self.promised[name])[len(whole[name]) :].startswith(rest)
+                break
+            whole[name] += self.got[position:end]
+            position = end
+        for name in range(4):
+            assert b"".join(self.promised[name]).startswith(whole[name])
+
+
+async def run_to_an_end(steps: list[Any], how: str, contexts: Any) -> None:
+    async with two(contexts) as (near, far), anyio.create_task_group() as others:
+        queue = ShardQueue(near)
+        model = EndingModel(queue, near, far)
+        try:
+            async with queue, anyio.create_task_group() as tg:
+                if how == "reset, and read":
+                    others.start_soon(model.learn)
+                for name in range(4):
+                    tg.start_soon(model.caller, name)
+                for step in steps:
+                    await model.step(*step)
+                if how in ("left", "closed"):
+                    others.start_soon(model.read)
+                await model.end(how)
+                for orders, _ in model.orders:
+                    orders.close()
+                if how != "left":
+                    await model.refused()
+        except TOLD as exc:  # what was queued has been lost
+            model.told.append(exc)
+        assert queue.buffered == 0
+        if how in ("left", "closed"):
+            await near.send_eof()
+            await holds(lambda: far.at_eof)
+            model.compare()
+        else:
+            model.compare_beginnings()
+        error = BrokenResourceError if how.startswith("reset") else ClosedResourceError
+        assert {type(exc) for exc in model.told} == (set() if how == "left" else {error})
+        for exc in model.told:
+            assert how == "closed" or exc.__cause__ is not None
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, how=st.sampled_from(ENDS))
+def test_any_callers_and_an_end(
+    anyio_backend: tuple[str, dict[str, Any]],
+    tls_contexts: Any,
+    tls: bool,
+    steps: list[Any],
+    how: str,
+) -> None:
+    name, options = anyio_backend
+    contexts = tls_contexts if tls else None
+    anyio.run(run_to_an_end, steps, how, contexts, backend=name, backend_options=options)
 
 
 # --- the text ------------------------------------------------------------------------------------
