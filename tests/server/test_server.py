@@ -968,6 +968,7 @@ async def test_what_the_tasks_of_a_cancelled_handler_raise(
     async def split(_conn: Connection) -> None:
         async with anyio.create_task_group() as tg:
             tg.start_soon(fail)
+            await anyio.sleep_forever()
 
     handler: Any = {mode: split} if mode != "on_disconnect" else {mode: split, "handler": idle}
     async with local(**handler, shutdown_timeout=0) as server, client(server) as sock:
