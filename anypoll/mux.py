@@ -45,7 +45,7 @@ from anyio import BrokenResourceError, ClosedResourceError
 
 from ._buffers.arguments import count
 from ._buffers.errors import IdleTimeout, WriteTimeout
-from ._buffers.message import UNKNOWN, accepted, gathered, size_of
+from ._buffers.gather import UNKNOWN, accepted, gathered, size_of
 from ._buffers.writer import Writer
 from ._loop import runtime
 
