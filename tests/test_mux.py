@@ -32,11 +32,12 @@ from peers import (
     reset,
     served,
     socket_pair,
+    suspends,
     within,
 )
 
 import anypoll
-from anypoll import IdleTimeout, WriteTimeout, mux
+from anypoll import IdleTimeout, WriteTimeout, _runtime, mux
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer, wrap_writer
 
@@ -220,6 +221,25 @@ async def test_other_tasks_run_while_one_adds_without_end() -> None:
             with anyio.fail_after(30):
                 while not ran.is_set():
                     await queue.add(b"x")
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_a_checkpoint_comes_once_in_so_many_calls() -> None:
+    """The queue may have been closed in it."""
+    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
+        budget = _runtime.settings().checkpoint_budget
+        for _ in range(2):
+            for _ in range(budget):
+                at_once(queue.add(b"x"))
+            assert suspends(queue.add(b"x"))
+            await queue.add(b"x")
+        queue._turns = 0
+        adding = queue.add(b"never")
+        adding.send(None)
+        await queue.aclose()
+        with pytest.raises(ClosedResourceError):
+            adding.send(None)
+    assert conn.statistics().bytes_sent == 2 * (budget + 1)
 
 
 async def test_a_cancelled_task_stops_adding() -> None:
@@ -732,6 +752,20 @@ async def test_leaving_by_an_exception_before_the_sender_has_begun() -> None:
         assert arrived(peer) == 7
 
 
+async def test_leaving_by_an_exception_after_an_abort() -> None:
+    """The writer takes nothing any more."""
+    async with opened() as (conn, _peer):
+
+        async def leave() -> None:
+            async with ShardQueue(conn) as queue:
+                at_once(queue.add(b"lost"))
+                conn.abort()
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await within(leave())
+
+
 async def test_leaving_by_a_cancellation() -> None:
     async with narrow() as (conn, peer):
         async with anyio.create_task_group() as tg:
@@ -1131,15 +1165,18 @@ async def test_over_any_stream() -> None:
 
 
 async def test_a_stream_that_fails() -> None:
-    """Whatever it raises has broken it."""
+    """Whatever it raises has broken it; what was queued behind is dropped."""
     gate = Gate()
     gate.failure = OSError("no route")
-    gate.open.set()
+    writer = wrap_writer(gate)
     told: list[BaseException] = []
 
     async def block() -> None:
-        async with ShardQueue(wrap_writer(gate)) as queue:
+        async with ShardQueue(writer) as queue:
             await queue.add(b"x")
+            await anyio.wait_all_tasks_blocked()
+            await queue.add(b"behind")
+            gate.open.set()
             await holds(lambda: queue._closed)
             with pytest.raises(BrokenResourceError) as caught:
                 await queue.add(b"y")
@@ -1149,6 +1186,7 @@ async def test_a_stream_that_fails() -> None:
         await block()
     assert [told[0].__cause__, caught.value.__cause__] == [gate.failure] * 2
     assert told[0] is not caught.value
+    assert len(writer) == 0
 
 
 async def test_leaving_a_stream_by_an_exception() -> None:
