@@ -226,7 +226,10 @@ async def _serve(arguments: dict[str, Any]) -> int:
         try:
             server = await stack.enter_async_context(serving)
         except (OSError, ValueError) as error:
-            return _fail(1, f"cannot listen on {_show_endpoint(arguments)}: {error}")
+            endpoint = _show_endpoint(arguments)
+            why = getattr(error, "strerror", None) or str(error)
+            named = why.startswith(f"{endpoint}: ")  # an error of binding names the address itself
+            return _fail(1, f"cannot listen on {why if named else f'{endpoint}: {why}'}")
         for address in server.addresses:
             print(f"listening on {_show(address)}", flush=True)
         await anext(signals)
