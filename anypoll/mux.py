@@ -240,7 +240,6 @@ class ShardQueue:
         except BaseException:
             self._give_up(waiter)
             raise
-        self._turns = self._budget
         if self._closed:
             raise self._refusal()
         return waiter.size

@@ -431,10 +431,16 @@ async def test_a_peer_that_does_not_read_stops_those_who_add(kind: str) -> None:
 
 
 async def test_who_waits_longest_goes_on_first() -> None:
+    """And those for whom there is room only then."""
     async with full() as (queue, gate):
+
+        async def add(message: bytes) -> None:
+            await queue.add(message)
+            assert sum(map(len, queue._pieces)) <= HIGH
+
         async with anyio.create_task_group() as tg:
             for letter in b"abcdef":
-                tg.start_soon(queue.add, bytes([letter]) * HIGH)
+                tg.start_soon(add, bytes([letter]) * HIGH)
                 await waiting(queue, letter - ord("a") + 1)
             gate.open.set()
         got = await gate.took(6 * HIGH)
@@ -517,6 +523,30 @@ async def test_asyncios_own_cancellation_when_the_turn_has_come() -> None:
         await holds(lambda: queue.buffered == 0)
         assert queue._size == 0
     assert sum(map(len, gate.items)) == HIGH + 1
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_the_room_of_who_gives_up_goes_to_who_is_behind() -> None:
+    """Also when nothing else is sent that would set things right."""
+
+    class Cancelling(Gate):
+        async def send(self, item: bytes) -> None:
+            await super().send(item)
+            asyncio.get_running_loop().call_soon(first.cancel)  # before it runs, behind the grant
+
+    gate = Cancelling()
+    async with ShardQueue(wrap_writer(gate)) as queue:
+        await queue.add(bytes(HIGH))
+        first = asyncio.create_task(queue.add(bytes(HIGH)))
+        await waiting(queue, 1)
+        second = asyncio.create_task(queue.add(b"x"))
+        await waiting(queue, 2)
+        gate.open.set()
+        await within(second)
+        assert first.cancelled()
+        await holds(lambda: queue.buffered == 0)
+        assert queue._size == 0
+    assert gate.items == [bytes(HIGH), b"x"]
 
 
 async def test_those_who_have_waited_are_sent_together() -> None:
