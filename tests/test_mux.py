@@ -37,7 +37,8 @@ from peers import (
 )
 
 import anypoll
-from anypoll import IdleTimeout, WriteTimeout, _runtime, mux
+from anypoll import IdleTimeout, WriteTimeout, mux
+from anypoll._loop import runtime
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer, wrap_writer
 
@@ -227,7 +228,7 @@ async def test_other_tasks_run_while_one_adds_without_end() -> None:
 async def test_a_checkpoint_comes_once_in_so_many_calls() -> None:
     """The queue may have been closed in it."""
     async with opened() as (conn, _peer), ShardQueue(conn) as queue:
-        budget = _runtime.settings().checkpoint_budget
+        budget = runtime.settings().checkpoint_budget
         for _ in range(2):
             for _ in range(budget):
                 at_once(queue.add(b"x"))
