@@ -1,6 +1,7 @@
-"""Validation of arguments: numbers, durations, buffers, delimiters, encodings, the limits of a
-connection. What comes out is right, so that nothing behind it has to check again; else the
-exception says which argument is wrong, and what is allowed.
+"""Argument validation: numbers, durations, buffers, delimiters, encodings, connection limits.
+
+Values that come out are valid, so later code need not check again. Otherwise the exception names
+the argument at fault and says what is allowed.
 """
 
 from __future__ import annotations

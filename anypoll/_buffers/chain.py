@@ -1,4 +1,4 @@
-"""A chain of views: unread bytes that lie in any number of blocks.
+"""A buffer chain: unread bytes as a queue of views into any number of blocks.
 
 Pure: nothing here waits or does I/O. A block is the memory behind a view, a ``bytes`` object or a
 block of a poller; whoever holds a view of it keeps it alive. So moving, cutting and sharing move

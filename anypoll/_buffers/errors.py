@@ -1,5 +1,4 @@
-"""The exceptions that AnyIO lacks, the one place where an errno becomes one of AnyIO's, and which
-exceptions a peer can cause.
+"""Error handling: the exceptions AnyIO lacks, errno translation, and which ends a peer can cause.
 
 A peer can end its stream, reset it, stall, or send nonsense; the reader and the writer raise then,
 and a handler that lets that pass has done nothing wrong. A peer must not be able to fill the log

@@ -1,4 +1,4 @@
-"""What callers give for a message: any number of buffers, and callables that return some.
+"""Gather messages: any number of buffers, and callables that return buffers, sent as one.
 
 A message is looked at twice. When it comes, what may change is copied, and nonsense refused; when
 its turn has come, its callables are called and its ``LinkBuffer``s emptied, and not before: it may

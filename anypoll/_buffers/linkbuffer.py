@@ -1,4 +1,4 @@
-"""What a writer gathers, and the buffer that stands by itself.
+"""The output buffer behind every writer, and ``LinkBuffer``, a standalone nocopy buffer.
 
 Nothing here waits or does I/O, and two things are copied. Small ``bytes`` that are written one
 after the other are joined, since a piece of its own costs more than its bytes. And a reservation

@@ -1,4 +1,4 @@
-"""The nocopy reader, over whatever can get more bytes.
+"""The nocopy reader, over any source of bytes.
 
 Requests that lie in the window (``_view[_start:_end]``) never leave this module; for all others
 ``Source.fill`` is asked: a connection's asks the C side, a wrapped stream's its stream. Anything

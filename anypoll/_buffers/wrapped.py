@@ -1,4 +1,4 @@
-"""What a reader and a writer ask for, over any AnyIO byte stream."""
+"""Adapters that put the nocopy reader and writer on any AnyIO byte stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nocopy writer, over whatever takes bytes."""
+"""The nocopy writer, over any sink for bytes."""
 
 from __future__ import annotations
 

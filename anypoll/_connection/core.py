@@ -1,4 +1,4 @@
-"""One registered descriptor: opening, and the order of closing.
+"""A connection's lifecycle: registration with a poller, and the order of closing.
 
 :class:`Core` is what a connection is made of without its public surface: the handle of the C side,
 the guards, the waits. The classes in ``streams`` and ``nocopy`` are faces of it.

@@ -1,4 +1,4 @@
-"""What reading, writing and closing a connection have in common: its fields, and its errors.
+"""The base class of a connection: the state its input and output share, and error translation.
 
 A connection is one object in four files, each of which adds to the one above it: this one,
 ``_output`` (flushing and sending), ``_input`` (waiting for bytes), and ``_connection`` (opening and

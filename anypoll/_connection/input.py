@@ -1,4 +1,4 @@
-"""The input of a connection: waiting for bytes or a delimiter.
+"""A connection's receive path: waiting for bytes or a delimiter.
 
 The reader walks in a window of the C side's first block without calling C. When the window does not
 do, :meth:`Input.fill` asks C, which looks at what is buffered, reads the socket if that is known to

@@ -1,4 +1,4 @@
-"""The output of a connection: flushing, sending, and what happens when that is given up.
+"""A connection's send path: flushing, sending, and what happens when either is abandoned.
 
 What the writer has pending goes to C in one call: with the wait, when a reader has to wait (C sends
 it, or has the poller send a copy), or by itself. What the kernel does not take at once stays in C's

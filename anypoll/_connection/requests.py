@@ -1,4 +1,4 @@
-"""Request mode: a connection has no task until input arrives.
+"""Request mode: a call per request, and no task per connection while it is idle.
 
 A connection is in one of three states. *Idle*: the C side waits for input, the hub holds the
 connection, and nobody else may read. *Ready*: something has come, and the connection stands in the

@@ -1,4 +1,4 @@
-"""The socket of a connection as its user sees it: adopting one, options, addresses, attributes."""
+"""A connection's socket: adoption, socket options, addresses, AnyIO's typed attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AnyIO's stream classes over the pollers: the public surface of a connection.
+"""A connection as an AnyIO socket stream: its public classes.
 
 A :class:`Connection` is an :class:`anyio.abc.SocketStream`, and any code written for one can use
 it. Beside that it has a nocopy ``reader`` and ``writer`` over the same buffers: ``receive()`` takes

@@ -1,4 +1,4 @@
-"""Connections over UNIX sockets: descriptors that travel with bytes, and sockets with messages.
+"""UNIX socket connections: file descriptor passing (``SCM_RIGHTS``), and message sockets.
 
 What the C side keeps of descriptors that came, and for how long, is in csrc/fds.c. Here they are
 sent, taken, and reported as passed over: when the reader is shown bytes that carry some, a token

@@ -1,4 +1,4 @@
-"""The hub of an asyncio event loop; uvloop's is one too.
+"""The hub on asyncio and uvloop: a reader callback on the hub's event descriptor.
 
 One persistent reader callback on the hub's descriptor does all the waking; the loop alone holds it.
 Nothing calls us when a loop ends, but it drops its callbacks when it is closed, so a finalizer on

@@ -1,4 +1,4 @@
-"""Close callbacks: what a user wants done when a connection has ended.
+"""Close callbacks: a LIFO stack of functions that run once when a connection has ended.
 
 The model. A callback *waits* until the connection is released, then it lies on a *stack*, and is
 taken from there, last in first out, exactly once. What releases them:

@@ -1,4 +1,4 @@
-"""The hub: Python's end of one event loop, without the loop.
+"""The hub: wakes the tasks of one event loop, whichever kind of loop that is.
 
 Pollers put slots into the C hub's mailbox and make its descriptor readable; the loop then calls
 :meth:`Hub.dispatch`, which takes the whole mailbox and wakes the waiters. A wake-up is a hint:

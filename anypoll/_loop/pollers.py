@@ -1,4 +1,4 @@
-"""The pool of pollers, and which of them gets the next connection.
+"""The poller pool: load balancing of connections, draining, and replacement of failed pollers.
 
 The pollers that get connections come first, ``settings.pollers`` of them; behind them are those
 that drain: they end, and their threads, with their last connection or listener. That is C's

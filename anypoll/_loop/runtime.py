@@ -1,4 +1,4 @@
-"""Which pool and which hub a task uses: the only mutable state of the process.
+"""Process-wide state: the poller pool, one hub per event loop, fork and exit handling.
 
 Nothing happens at import: the pool starts with the first connection or listener, and a hub with the
 first one in its event loop. At exit it ends for good, before the interpreter does.

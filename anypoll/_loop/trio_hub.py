@@ -1,4 +1,4 @@
-"""The hub of a Trio run: a system task that waits for the hub's descriptor.
+"""The hub on Trio: a system task that waits for the hub's event descriptor.
 
 An exception that left a system task would end the run as a ``TrioInternalError``. So errors are
 logged, and what is to end the program (``SystemExit``, ``KeyboardInterrupt``) is handed to the main

@@ -1,4 +1,4 @@
-"""Tasks that are not bound to a connection: each does one job after another.
+"""A worker pool: tasks, bound to no connection, that take jobs from one queue.
 
 A job is one step of a connection in request mode. Jobs that are ready stand in a queue, and one
 worker at a time looks at it. As long as what it does there does not suspend, it does the whole

@@ -1,4 +1,4 @@
-"""Addresses to listen on or to connect to: checked, parsed, resolved, named in errors."""
+"""An address parser and resolver: hosts, ports and UNIX paths, to listen on or connect to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Listening sockets: TCP on all addresses of a host, UNIX on a path that nobody is bound to."""
+"""Binding listening sockets: TCP on all addresses of a host, UNIX on a path not in use."""
 
 from __future__ import annotations
 

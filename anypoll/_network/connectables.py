@@ -1,4 +1,4 @@
-"""What can be connected to: AnyIO's connectables, with our connections behind them.
+"""AnyIO connectables that open anypoll connections.
 
 They are subclasses of AnyIO's, so whatever takes, tells apart or wraps those takes these.
 """

@@ -1,4 +1,4 @@
-"""Connecting: with a deadline, over several addresses."""
+"""A Happy Eyeballs dialer: connects over several addresses, with a deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Listeners: accepted descriptors become connections.
+"""Listeners: credit-based accepting in batches, and connections over what was accepted.
 
 A poller accepts, as far as the account has credits, and hands over batches. A plain listener has an
 account of its own: ``accept()`` adds a credit, and takes it back when it is cancelled; if it was

@@ -1,4 +1,4 @@
-"""How many connections a server lets in.
+"""Admission control: connection limits, enforced with accept credits.
 
 Accepting costs a credit of the account that the server's listeners share, so a server that gives
 out no credits accepts nothing, and the kernel's backlog holds what comes. It gives out what is free

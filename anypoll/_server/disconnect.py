@@ -1,4 +1,4 @@
-"""What follows when a peer has gone: ``on_disconnect``, and the end of the handler's scope.
+"""Disconnect handling: ``on_disconnect``, and cancellation of the handler's scope.
 
 The hub tells it, whatever the handler is doing, and whether or not the input has been read. The
 hook runs once, in a task beside the handler; but never before ``on_connect`` has ended, and never

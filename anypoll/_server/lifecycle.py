@@ -1,4 +1,4 @@
-"""The lives of a server's connections, from ``on_prepare`` to the last close callback.
+"""The lifecycle of a server's connections, from ``on_prepare`` to the last close callback.
 
 The order, for each connection, and each of these once at most: ``on_prepare`` before anything is
 read; ``on_connect``; the handler, or the calls of request mode; ``on_disconnect``, if the peer has

@@ -1,4 +1,4 @@
-"""What the connections of a server have in common."""
+"""Server options: the settings that all of a server's connections share."""
 
 from __future__ import annotations
 

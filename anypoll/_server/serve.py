@@ -1,4 +1,4 @@
-"""``serve()`` and ``serve_forever()``: the options, and the block."""
+"""The entry points ``serve()`` and ``serve_forever()``: options, and the ``async with`` block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server behind ``serve()``: its listeners, what a user asks it, and its end.
+"""The server object: its listeners, its public methods, graceful and forced shutdown.
 
 A server owns one task group. In it runs one task per listener, which takes batches of accepted
 descriptors and hands them to :class:`Lifecycle`, and whatever that starts. Nothing that happens in

@@ -1,4 +1,4 @@
-"""What a server has counted."""
+"""Server statistics: an immutable snapshot of the counters."""
 
 from __future__ import annotations
 

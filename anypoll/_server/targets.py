@@ -1,4 +1,4 @@
-"""What a server listens on: addresses, a path, sockets that somebody has bound, or listeners."""
+"""Listen targets: TCP addresses, a UNIX path, sockets already bound, or listeners."""
 
 from __future__ import annotations
 

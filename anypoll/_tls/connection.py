@@ -1,4 +1,4 @@
-"""TLS over a connection: AnyIO's ``TLSStream`` with timeouts, a reader and a writer."""
+"""A TLS connection: AnyIO's ``TLSStream`` with timeouts, a nocopy reader and a nocopy writer."""
 
 from __future__ import annotations
 

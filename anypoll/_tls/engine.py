@@ -1,4 +1,4 @@
-"""OpenSSL between two buffers, and the connection's core that fills the one and takes the other.
+"""The TLS engine: OpenSSL between two memory BIOs, driven by the connection below.
 
 What OpenSSL has put out goes to the connection's own writer at once, without waiting. A record is
 numbered as soon as it exists, so the peer must get it whatever becomes of the call that made it,

@@ -1,4 +1,4 @@
-"""The handshake of a server with a peer that may be anybody."""
+"""The server's TLS handshake with an untrusted peer."""
 
 from __future__ import annotations
 

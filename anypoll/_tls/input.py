@@ -1,4 +1,4 @@
-"""The input of a TLS connection: waiting for plaintext or a delimiter, with a timeout around it."""
+"""A TLS connection's receive path: waiting for plaintext or a delimiter, with a timeout."""
 
 from __future__ import annotations
 

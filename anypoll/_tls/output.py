@@ -1,4 +1,4 @@
-"""The output of a TLS connection: plaintext, its order, and its timeout.
+"""A TLS connection's send path: ordering, encrypting and flushing plaintext, with a timeout.
 
 Plaintext that was written, or is being sent, stands in one queue, the writer's. Whoever comes first
 encrypts it from the front: a ``send()`` or ``flush()`` a chunk at a time, each of which the kernel

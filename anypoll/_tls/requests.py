@@ -1,4 +1,4 @@
-"""Request mode over TLS: calls for plaintext, made of calls for ciphertext.
+"""Request mode over TLS: calls for plaintext, driven by calls for ciphertext.
 
 The connection below is in request mode, and its call comes here. What has come may be a part of a
 record, a message of TLS itself, or several requests; so everything is decrypted, and the user's

@@ -1,4 +1,4 @@
-"""What TLS adds to the lives of a server's connections.
+"""TLS sessions of a server's connections: handshake, request mode and closing of each.
 
 A server without it asks here too, and gets the plain connections: whoever asks need not know.
 """
