@@ -423,7 +423,7 @@ class Guests:
         return function(conn)
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
-        """Closes the connection after an error. The end of the peer is left to the handler."""
+        """Closes the connection after an error. The end of input is left to the handler."""
         if isinstance(exc, Exception) and not isinstance(exc, EndOfStream):
             await self._lifecycle._judge(conn, exc)
             conn._core.close()
