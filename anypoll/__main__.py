@@ -1,4 +1,4 @@
-"""The command `anypoll`: serve a handler without writing a program around it.
+"""The command line: ``anypoll serve`` runs a handler without a program around it.
 
 `anypoll serve TARGET` says on which addresses it listens, and calls TARGET for each connection.
 SIGINT or SIGTERM stops it gracefully, a second one at once. The exit status is 0 after a stop, 1 if

@@ -1,4 +1,4 @@
-"""The compiled core, typed: the only module that imports it.
+"""Typed bindings to the compiled core; the only module that imports it.
 
 Functions of the core that a request goes through are handed on as they are, under their names
 without the ``ap_`` (``conn_read``, ``conn_write``, ...): a wrapper would cost as much as the call.

@@ -1,4 +1,4 @@
-r"""Many tasks, one connection: whole messages, merged and flushed together.
+r"""A shared message queue on one connection: many tasks write, whole messages are merged and sent.
 
 A client that multiplexes calls over one connection, or a server that answers them out of order, has
 many tasks with small messages and one socket. A :class:`ShardQueue` takes the messages of all of

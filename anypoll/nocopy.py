@@ -1,4 +1,4 @@
-"""Nocopy reading and writing: views into received blocks, and output that is sent in one call.
+"""Nocopy reading and writing: views into received blocks, and gathered output.
 
 A :class:`Reader` hands out read-only memoryviews of exactly the bytes that were asked for. A view
 stays valid and unchanged for as long as it is held; the block it lies in is recycled when the last

@@ -1,4 +1,4 @@
-/* The native core of anypoll: what Python may call.
+/* The native core's public interface: what Python may call.
  *
  * This header is included by every C file and, run through the preprocessor
  * with ANYPOLL_CDEF defined, is the cdef that cffi compiles. So a signature

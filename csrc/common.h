@@ -1,4 +1,4 @@
-/* What every file of the core rests on: whose each field is, the order of locks, macros, counters.
+/* Definitions shared by the whole core: field ownership, lock order, macros, counters.
  *
  * Every field of a struct has the letter of its owner:
  *   (c) constant while the slot is open: any thread reads, nobody writes

@@ -1,4 +1,4 @@
-/* A connection: its state, and what can be asked about it. */
+/* A connection's state, and the queries about it. */
 #include "connection.h"
 
 #include "clock.h"

@@ -1,4 +1,4 @@
-/* A connection: its state, and what can be asked about it.
+/* A connection's state, and the queries about it.
  *
  * Two sides work on it, the driver (serve.c) and the loop, each under the slot's mutex.
  * The loop consumes and the driver only appends, so whatever the loop was handed stays as

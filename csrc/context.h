@@ -1,4 +1,4 @@
-/* What a reader of sockets allocates with: a pool of blocks, and a scratch buffer.
+/* An allocation context for reading sockets: a block pool and a scratch buffer.
  *
  * Readers are the driver of a poller and the loop of a hub: each has a context of its own.
  */

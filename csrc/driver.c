@@ -1,4 +1,4 @@
-/* The event loop of a poller: one step of it, and the thread that steps again and again.
+/* A poller's event loop: one step of it, and the thread that keeps stepping.
  *
  * Whoever holds the lease drives, and nothing below assumes which thread that
  * is. Today it is the poller's own, which steps again at once: between two steps

@@ -1,4 +1,4 @@
-/* How a poller ends: a state machine, drained or failed.
+/* A poller's shutdown: a state machine that ends in drained or failed.
  *
  * States, and who may change them:
  *

@@ -1,4 +1,4 @@
-/* A registered descriptor: a slot with its poller and its hub.
+/* An endpoint: a registered descriptor's slot, with its poller and its hub.
  *
  * Closing is done by the caller at once, because AnyIO demands that the descriptor is
  * closed when aclose() returns, and a driver may be in the middle of a batch with it.

@@ -1,4 +1,4 @@
-/* A registered descriptor: a slot with its poller and its hub.
+/* An endpoint: a registered descriptor's slot, with its poller and its hub.
  *
  * Connections and listeners have this in common, and add what they do with it
  * (ap_slot_ops).

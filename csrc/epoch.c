@@ -1,4 +1,4 @@
-/* The fork epoch: a generation count of the process.
+/* The fork epoch: a generation counter of the process.
  *
  * The child has one thread. A mutex that a poller or another loop held at the
  * moment of the fork is locked there for ever, and epoll and event descriptors

@@ -1,4 +1,4 @@
-/* The fork epoch: a generation count of the process. */
+/* The fork epoch: a generation counter of the process. */
 #ifndef ANYPOLL_EPOCH_H
 #define ANYPOLL_EPOCH_H
 

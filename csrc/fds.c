@@ -1,4 +1,4 @@
-/* Descriptors that came with the bytes of a UNIX stream (SCM_RIGHTS), until they are taken.
+/* Descriptor passing (SCM_RIGHTS): descriptors received with a UNIX stream's bytes, until taken.
  *
  * A plain recv would close those that lie between the bytes, so a stream is read
  * with room for as many as a message can carry. One recvmsg ends

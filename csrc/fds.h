@@ -1,4 +1,4 @@
-/* Descriptors that came with the bytes of a UNIX stream (SCM_RIGHTS), until they are taken. */
+/* Descriptor passing (SCM_RIGHTS): descriptors received with a UNIX stream's bytes, until taken. */
 #ifndef ANYPOLL_FDS_H
 #define ANYPOLL_FDS_H
 

@@ -1,4 +1,4 @@
-/* What the child of a fork() does: it closes what it inherited, and begins anew.
+/* Fork handling: the child closes the descriptors it inherited, and starts afresh.
  *
  * Nothing else may be done with it (epoch.c), so the child only closes descriptors,
  * which it finds in a bitmap (owned.c), and forgets the parent's slots and pools.

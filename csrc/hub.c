@@ -1,4 +1,4 @@
-/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop.
+/* A hub: an event loop's mailbox with an event descriptor, the one way pollers reach the loop.
  *
  * The mailbox is an intrusive list that any thread pushes to and the loop takes
  * whole. A slot has bits and stands in it at most once, so it cannot overflow.

@@ -1,4 +1,4 @@
-/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop. */
+/* A hub: an event loop's mailbox with an event descriptor, the one way pollers reach the loop. */
 #ifndef ANYPOLL_HUB_H
 #define ANYPOLL_HUB_H
 

@@ -1,4 +1,4 @@
-/* The inbox of a poller: a lock-free list of slots, from many threads to the driver.
+/* A poller's inbox: a lock-free MPSC list of slots, from many threads to the driver.
  *
  * Any thread pushes, under the slot's mutex, and the driver takes the list whole. A slot
  * has bits and stands in the list at most once, so it cannot overflow.

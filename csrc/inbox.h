@@ -1,4 +1,4 @@
-/* The inbox of a poller: a lock-free list of slots, from many threads to the driver. */
+/* A poller's inbox: a lock-free MPSC list of slots, from many threads to the driver. */
 #ifndef ANYPOLL_INBOX_H
 #define ANYPOLL_INBOX_H
 

@@ -1,4 +1,4 @@
-/* The receive side of a connection: when it is read, how much, and into what.
+/* A connection's receive side: when it is read, how much, and into what.
  *
  * When. With edge-triggered events AP_READABLE is remembered and cleared only
  * by EAGAIN, on TCP also by a short read as long as nothing but plain input was

@@ -1,4 +1,4 @@
-/* The receive side of a connection: when it is read, how much, and into what. */
+/* A connection's receive side: when it is read, how much, and into what. */
 #ifndef ANYPOLL_INPUT_H
 #define ANYPOLL_INPUT_H
 

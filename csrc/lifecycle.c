@@ -1,4 +1,4 @@
-/* The life of a connection: opening, lingering, closing, detaching.
+/* A connection's lifecycle: opening, lingering, closing, detaching.
  *
  * The order of a close is in endpoint.c; what each verb does in each state is in
  * docs/internals/lifecycle.md.

@@ -1,4 +1,4 @@
-/* Listening sockets that accept on credit, and hand over in batches.
+/* Listening sockets: credit-based accepting, handed over in batches.
  *
  * A listener is edge-triggered and remembers that it is readable (measured:
  * three in the backlog, one accepted, no further event). Before each accept4

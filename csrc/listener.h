@@ -1,4 +1,4 @@
-/* Listening sockets that accept on credit, and hand over in batches. */
+/* Listening sockets: credit-based accepting, handed over in batches. */
 #ifndef ANYPOLL_LISTENER_H
 #define ANYPOLL_LISTENER_H
 

@@ -1,4 +1,4 @@
-/* The send queue of a connection.
+/* A connection's send queue.
  *
  * The caller's own thread tries first; only what the kernel did not take is
  * queued, by reference, and finished by the driver (except for a little output

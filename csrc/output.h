@@ -1,4 +1,4 @@
-/* The send queue of a connection. */
+/* A connection's send queue. */
 #ifndef ANYPOLL_OUTPUT_H
 #define ANYPOLL_OUTPUT_H
 

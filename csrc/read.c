@@ -1,4 +1,4 @@
-/* Reading for the loop: bytes, a request, a delimiter.
+/* The loop's read calls: bytes, a request, a delimiter.
  *
  * Each call looks at what is buffered, reads a socket that is known to be
  * readable, looks again, and only then arms a wait. It is made again after the

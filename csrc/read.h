@@ -1,4 +1,4 @@
-/* Reading for the loop: bytes, a request, a delimiter. */
+/* The loop's read calls: bytes, a request, a delimiter. */
 #ifndef ANYPOLL_READ_H
 #define ANYPOLL_READ_H
 

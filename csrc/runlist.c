@@ -1,4 +1,4 @@
-/* The run list of a driver: slots with work left, served round robin.
+/* A driver's run list: slots with work left, served round robin.
  *
  * A slot that stopped at a bound stays on the list, and as long as that is not empty
  * epoll_wait does not block: with edge-triggered epoll work left over has no event of

@@ -1,4 +1,4 @@
-/* The run list of a driver: slots with work left, served round robin.
+/* A driver's run list: slots with work left, served round robin.
  *
  * All of it is the driver's.
  */

@@ -1,4 +1,4 @@
-/* A connection for its driver: serving, deadlines, and what the loop is told.
+/* A driver's connection handler: I/O, deadlines, and notifications to the loop.
  *
  * The mailbox says only that it is worth while to look. What is told is what is true when
  * the loop takes it (ap_conn_resolve).

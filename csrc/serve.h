@@ -1,4 +1,4 @@
-/* A connection for its driver: serving, deadlines, and what the loop is told. */
+/* A driver's connection handler: I/O, deadlines, and notifications to the loop. */
 #ifndef ANYPOLL_SERVE_H
 #define ANYPOLL_SERVE_H
 

@@ -1,4 +1,4 @@
-/* A slot map: numbered slots with generations, one for each registered descriptor.
+/* A slot map with generations: one slot for each registered descriptor.
  *
  * `generation << 32 | index` is what epoll's data and the mailbox's tokens carry.
  * A slot's memory is never freed, only used again, so that a late event may look at

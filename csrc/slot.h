@@ -1,4 +1,4 @@
-/* A slot map: numbered slots with generations, one for each registered descriptor.
+/* A slot map with generations: one slot for each registered descriptor.
  *
  * A slot is the common part of a connection and a listener, which begin with one. It
  * names its poller and its hub, and knows nothing of them.

@@ -1,4 +1,4 @@
-/* System calls that retry on EINTR and return -errno, with a seam for injected faults.
+/* System call wrappers: they retry on EINTR, return -errno, and let tests inject faults.
  *
  * Every call of the core that can fail for reasons outside of it goes through here
  * (AP_CALL_*), in the build that ships: what the fault tests exercise is what runs

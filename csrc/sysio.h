@@ -1,4 +1,4 @@
-/* System calls that retry on EINTR and return -errno, with a seam for injected faults. */
+/* System call wrappers: they retry on EINTR, return -errno, and let tests inject faults. */
 #ifndef ANYPOLL_SYSIO_H
 #define ANYPOLL_SYSIO_H
 

@@ -1,4 +1,4 @@
-/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1).
+/* A hierarchical timer wheel: deadlines to the millisecond, O(1) insertion and removal.
  *
  * Level 0 has a slot per tick (1.05 ms: 2^20 ns, so that a shift replaces a
  * division), each level above a slot per 64 of the one below; a bit per slot

@@ -1,4 +1,4 @@
-/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1). */
+/* A hierarchical timer wheel: deadlines to the millisecond, O(1) insertion and removal. */
 #ifndef ANYPOLL_TIMER_H
 #define ANYPOLL_TIMER_H
 

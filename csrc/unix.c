@@ -1,4 +1,4 @@
-/* UNIX sockets for the loop: descriptors (SCM_RIGHTS), and sockets with messages.
+/* The loop's UNIX socket calls: descriptor passing (SCM_RIGHTS), and message sockets.
  *
  * What becomes of descriptors that nobody asks for is in fds.c.
  *

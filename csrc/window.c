@@ -1,4 +1,4 @@
-/* The window: the part of the input that the loop may walk in without a call.
+/* The read window: the part of the input that the loop may walk without a call.
  *
  * The loop is shown a window of the first block (ap_conn_block) and walks in it
  * without calling C; how far it has come it reports with its next call (pos).

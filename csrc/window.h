@@ -1,4 +1,4 @@
-/* The window: the part of the input that the loop may walk in without a call. */
+/* The read window: the part of the input that the loop may walk without a call. */
 #ifndef ANYPOLL_WINDOW_H
 #define ANYPOLL_WINDOW_H
 

@@ -1,4 +1,4 @@
-/* Writing for the loop: sending, waiting until that is done, giving it up, a FIN. */
+/* The loop's write calls: sending, waiting for completion, giving up, a FIN. */
 #include "anypoll.h"
 
 #include "clock.h"

@@ -1,4 +1,4 @@
-"""What all tests share: the event loops they run on, and where the foreign programs are."""
+"""Shared pytest configuration: the event loops, and where the foreign programs are."""
 
 from __future__ import annotations
 

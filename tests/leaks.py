@@ -1,4 +1,4 @@
-"""What a test may leave behind: nothing. A snapshot before it, and what has grown since."""
+"""A leak detector: a snapshot before each test, and what has grown since. Nothing may remain."""
 
 from __future__ import annotations
 

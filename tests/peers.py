@@ -1,4 +1,4 @@
-"""Connections with a plain socket at their other end, so that a test decides on every segment."""
+"""Connections to a plain socket, so that a test controls every segment."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Programs that a test runs to their end. One that does not end says where it stands: a hang that
-shows up once in a thousand runs must explain itself, for nobody will see it again.
+"""A runner for subprocesses: one that does not end dumps its stacks.
+
+A hang that shows up once in a thousand runs must explain itself, for nobody will see it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of servers share: their clients, and an account of everything that is logged."""
+"""Shared helpers for server tests: clients, and a record of everything that is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TLS client that is not ours, over a plain socket."""
+"""A TLS client independent of anypoll, over a plain socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""httpcore over anypoll: a network backend for its connection pools, and so for httpx.
+"""An httpcore network backend: anypoll below its connection pools, and so below httpx.
 
 It serves ``httpcore`` and its fork ``httpcore2`` (below ``httpx2``) alike. Their interface is the
 same, but each knows only exceptions of its own, for which it retries or replaces a connection. So

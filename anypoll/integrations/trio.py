@@ -1,5 +1,7 @@
-"""Trio's stream interfaces over connections and listeners, for code that was written for those:
-``trio.SSLStream``, ``trio.serve_listeners``, and whatever takes a :class:`trio.abc.Stream`.
+"""Trio's stream interfaces over connections and listeners.
+
+For code written for those: ``trio.SSLStream``, ``trio.serve_listeners``, and whatever takes a
+:class:`trio.abc.Stream`.
 
 A stream here keeps Trio's contract to the letter. Every call is a checkpoint; a cancelled one has
 done nothing (``send_all`` and ``aclose`` apart, as Trio has it); the end of the stream is ``b""``;

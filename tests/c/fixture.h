@@ -1,5 +1,4 @@
-/*
- * fixture.h - a poller, a hub and connected sockets, without an event loop.
+/* Test fixtures: a poller, a hub and connected sockets, without an event loop.
  *
  * Most tests drive the poller themselves (ap_poller_step), so that one thread plays driver and
  * loop, and an interleaving is written down instead of hoped for. `world_start` starts the

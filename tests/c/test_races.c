@@ -1,6 +1,7 @@
-/*
- * Several threads at once: the poller's, the loop's (the test's own), peers, and a third one that
- * drops references as a garbage collector does.
+/* Race tests: several threads at once.
+ *
+ * The threads are the poller's, the loop's (the test's own), peers, and one that drops references
+ * as a garbage collector does.
  *
  * Each connection carries a pattern of its own, so that a byte of another one is noticed (L14). A
  * loop that waits has every link armed, so a wake-up that is lost ends the test.
