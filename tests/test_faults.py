@@ -391,7 +391,7 @@ print("whole")
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
 def test_few_descriptors_at_each_step(backend: str) -> None:
-    """RLIMIT_NOFILE leaves 0, 1, 2, ... descriptors for each step; the pool, the hub, sockets,
+    """L26: RLIMIT_NOFILE leaves 0, 1, 2, ... descriptors for each step; the pool, the hub, sockets,
     listeners, accepted connections and received descriptors all meet the limit.
     """
     if backend == "uvloop":
