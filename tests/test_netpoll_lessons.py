@@ -183,7 +183,7 @@ async def ask_each_other(first: Connection, second: Connection) -> None:
 
 async def test_a_ping_over_unix_and_an_immediate_close() -> None:
     """L32: the peer goes in the very moment in which the handler has answered."""
-    pings, count = 0, 400
+    pings, count = 0, 160
 
     async def handler(conn: Connection) -> None:
         nonlocal pings
