@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,6 +58,13 @@ def output_at_end(
         process.kill()
         process.wait()
         raise
+
+
+def python(code: str, *args: str) -> str:
+    """What a program in Python prints; it must end well and say nothing else."""
+    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args])
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
 
 
 @contextlib.contextmanager
