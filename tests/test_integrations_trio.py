@@ -130,8 +130,6 @@ async def test_conformance(check: Any, kind: str, clogged: bool) -> None:
 
 
 async def test_a_stream_is_over_a_connection() -> None:
-    with pytest.raises(TypeError, match=r"expected an anypoll\.Connection, got object"):
-        TrioStream(object())  # type: ignore[arg-type]
     async with opened() as (conn, _):
         assert repr(TrioStream(conn)) == f"<anypoll.integrations.trio.TrioStream over {conn!r}>"
 
@@ -209,17 +207,11 @@ async def test_the_end_comes_after_the_data_and_stays(kind: str) -> None:
         assert await read_all(peer, 11) == b"still there"
 
 
-async def test_arguments_that_are_none() -> None:
+async def test_any_number_and_any_bytes() -> None:
     async with opened() as (conn, peer):
         stream = TrioStream(conn)
         await arrive(conn, peer, b"intact")
-        for most in (0, -1, -(1 << 70)):
-            await raises(ValueError, stream.receive_some, most)
-        for wrong in (1.5, "1", b"1"):
-            await raises(TypeError, stream.receive_some, wrong)
         assert await stream.receive_some(1 << 70) == b"intact"
-        for wrong in ("text", 3, None, [1, 2]):
-            await raises(TypeError, stream.send_all, wrong)
         await stream.send_all(memoryview(b"-fine-")[1:5])
         assert peer.recv(100) == b"fine"
 
@@ -408,15 +400,11 @@ def sockets_of(listener: TrioListener) -> list[anypoll.SocketListener]:
     return list(listener._listeners)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "127.0.0.1", MultiListener([None])])  # type: ignore[list-item]
-async def test_a_listener_is_over_anypolls(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"expected an anypoll\.SocketListener"):
-        TrioListener(wrong)
-
-
 async def test_what_a_listener_is_over() -> None:
     with pytest.raises(ValueError, match="without any listener"):
         TrioListener(MultiListener([]))
+    with pytest.raises(TypeError, match=r"expected an anypoll\.SocketListener"):
+        TrioListener(MultiListener([None]))  # type: ignore[list-item]
     async with TrioListener(await tcp_listener()) as listener:
         assert repr(listener.listener) in repr(listener)
 
@@ -848,24 +836,6 @@ async def test_open_unix_socket(tmp_path: Path) -> None:
                 assert isinstance(stream.connection, anypoll.UNIXConnection)
                 await client.send_all(b"hello")
                 assert await stream.receive_some() == b"hello"
-
-
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        (lambda: open_tcp_stream(None, 80), ValueError),  # type: ignore[arg-type]
-        (lambda: open_tcp_stream("127.0.0.1", "80"), TypeError),  # type: ignore[arg-type]
-        (lambda: open_tcp_listeners("80"), TypeError),  # type: ignore[arg-type]
-        (lambda: open_tcp_listeners(-1), ValueError),
-        (lambda: open_tcp_listeners(65536), ValueError),
-        (lambda: open_tcp_listeners(0, host="127.0.0.1", backlog=1.5), TypeError),  # type: ignore[arg-type]
-    ],
-)
-async def test_nonsense_is_refused(
-    call: Callable[[], Awaitable[Any]], error: type[Exception]
-) -> None:
-    with pytest.raises(error, match="must be"):
-        await call()
 
 
 @pytest.mark.parametrize("host", ["é..b".encode(), b"::1%\xff", b"127.0.0.1\0", "\ud800"])

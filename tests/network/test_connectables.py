@@ -70,16 +70,6 @@ def test_constructors_are_those_of_anyio() -> None:
     assert anyio.as_connectable(one) is one
 
 
-def test_ports_that_are_none() -> None:
-    for wrong in (0, -1, 65536, 1 << 80):
-        for cls in (anyio.TCPConnectable, TCPConnectable):
-            with pytest.raises(ValueError, match=r"^TCP port number out of range$"):
-                cls("127.0.0.1", wrong)
-    for port in ("80", 80.0, None):
-        with pytest.raises(TypeError, match=r"^port must be an integer, not "):
-            TCPConnectable("127.0.0.1", port)  # type: ignore[arg-type]
-
-
 async def test_failures_are_those_of_anyio(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with socket.socket() as sock:  # bound and not listening: refuses

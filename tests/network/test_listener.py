@@ -495,20 +495,10 @@ async def test_reuse_port() -> None:
                 assert raw_of(listener).getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"local_port": -1}, ValueError),
-        ({"local_port": 65536}, ValueError),
-        ({"local_port": "80"}, TypeError),
-        ({"backlog": "many"}, TypeError),
-        ({"local_host": "no-such-host.invalid"}, OSError),
-        ({"local_host": "192.0.2.1"}, OSError),
-    ],
-)
-async def test_tcp_listeners_refuse_nonsense(options: Any, error: Any) -> None:
-    with pytest.raises(error):
-        await anypoll.create_tcp_listener(**{"local_host": "127.0.0.1", **options})
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+async def test_a_host_that_is_not_ours(host: str) -> None:
+    with pytest.raises(OSError, match=r"\w"):
+        await anypoll.create_tcp_listener(local_host=host)
 
 
 async def test_a_large_backlog_is_cut() -> None:
@@ -747,14 +737,6 @@ async def test_any_other_file_is_left_alone(tmp_path: Path, what: str) -> None:
 async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await anypoll.create_unix_listener(tmp_path / "no" / "socket")
-
-
-@pytest.mark.parametrize("kind_", [socket.SOCK_RAW, socket.SOCK_DGRAM])
-async def test_other_kinds_are_refused(tmp_path: Path, kind_: int) -> None:
-    path = tmp_path / "socket"
-    with pytest.raises(ValueError, match=socket.SocketKind(kind_).name):
-        await anypoll.create_unix_listener(path, kind=kind_)
-    assert not path.exists()
 
 
 # --- from_socket ---------------------------------------------------------------------------------
