@@ -115,6 +115,7 @@ async def complaint(cls: Any, make: Callable[[], Made]) -> str:
     ids=["Connection", "UNIXConnection", "SocketListener"],
 )
 async def test_from_socket_complains_as_anyio_does(ours: Any, theirs: Any, make: Any) -> None:
+    """L47."""
     assert await complaint(ours, make) == await complaint(theirs, make)
 
 
