@@ -45,18 +45,6 @@ HOST = "127.0.0.1"
 SMALL = 256 * KIB
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports one by its name, afresh, as another program in its directory would."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None) or ""
-        if file.startswith(str(EXAMPLES)):
-            del sys.modules[name]
-
-
 @contextlib.contextmanager
 def program(name: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A running example, and the port that it says it listens on."""
