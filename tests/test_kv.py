@@ -6,14 +6,13 @@ import contextlib
 import itertools
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import anyio
 import pytest
 from anyio.abc import ByteStream
-from peers import MIB
+from peers import MIB, resident
 
 import anypoll
 
@@ -364,11 +363,6 @@ async def check(stream: ByteStream, table: Table) -> None:
         else:
             expected = reply * len(line.split(";"))
         assert await exchange(stream, line) == expected, line
-
-
-def resident() -> int:
-    """The process's memory, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 # --- commands ------------------------------------------------------------------------------------
