@@ -45,7 +45,7 @@ from anyio import BrokenResourceError, ClosedResourceError
 
 from ._buffers.arguments import count
 from ._buffers.errors import IdleTimeout, WriteTimeout
-from ._buffers.message import UNKNOWN, accepted, gathered, size_of
+from ._buffers.gather import UNKNOWN, accepted, gathered, size_of
 from ._buffers.writer import Writer
 from ._loop import runtime
 
@@ -113,6 +113,8 @@ class ShardQueue:
 
     _hub: Hub
     _scope: anyio.CancelScope
+    _budget: int
+    _turns: int
 
     def __init__(self, conn: _HasWriter | Writer, *, shards: SupportsIndex = 1) -> None:
         writer: Any = conn if isinstance(conn, Writer) else getattr(conn, "writer", None)
@@ -135,7 +137,6 @@ class ShardQueue:
         self._ended: anyio.Event | None = None  # the sender has ended; None: never entered
         self._failure: BaseException | None = None
         self._lost = False  # messages that were queued have not been sent
-        self._budget = self._turns = 0
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.buffered} bytes"
@@ -327,7 +328,7 @@ class ShardQueue:
         """The sender has ended. If it was stopped, the connection gets what is left."""
         assert self._ended is not None
         self._shut()
-        if self._pieces and self._failure is None and not self._writer._shut:
+        if self._failure is None and not self._writer._shut:
             self._writer._extend(self._pieces)
         self._pieces = []
         self._size = self._reserved

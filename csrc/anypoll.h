@@ -311,10 +311,11 @@ AP_API int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size);
 /* The bytes queued and not yet taken by the kernel. */
 AP_API int64_t ap_conn_queued(ap_conn *conn);
 
-/* Nobody waits for what is queued now by reference: it goes out by itself. */
+/* Nobody waits for what is queued now by reference: it goes out by itself.
+ * Thread: loop. Returns 0; -EBADF. */
 AP_API int ap_conn_give_up(ap_conn *conn);
 
-/* The bytes queued, without those that were given up. */
+/* The bytes queued, without those that were given up. Thread: loop. */
 AP_API int64_t ap_conn_awaited(ap_conn *conn);
 
 /* Waits until queued output is gone; with until_writable also until the socket

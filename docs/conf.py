@@ -42,7 +42,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(trio|httpcore2?|collections|typing|typing_extensions|socket|ssl|os|io)(\..*)?"),
     (r"py:class", r"Buffer|HasFileno|IPv[46]Address|PathLike"),  # in annotations, unqualified
-    (r"py:class", r"_sockets\.Address|anypoll\.mux\._HasWriter"),  # private, in annotations
+    (r"py:class", r"Address|anypoll\.mux\._HasWriter"),  # private, in annotations
 ]
 
 ANYIO = "https://anyio.readthedocs.io/en/stable/api.html#anyio."
@@ -106,7 +106,8 @@ def read_private_modules() -> None:
     for home in ("anypoll", "anypoll.nocopy"):
         public = ModuleAnalyzer.for_module(home)
         public.analyze()
-        for path in Path(anypoll.__file__).parent.glob("_*.py"):
+        package = Path(anypoll.__file__).parent
+        for path in [package / "_epoll.py", *package.glob("_*/*.py")]:
             private = ModuleAnalyzer.for_file(str(path), path.stem)
             private.analyze()
             public.attr_docs.update(private.attr_docs)

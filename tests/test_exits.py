@@ -187,7 +187,7 @@ def named(value: Any) -> str:
 
 
 # asyncio.run() cancels tasks that have not begun, such as the end that follows upon on_prepare.
-@pytest.mark.filterwarnings("ignore:coroutine 'Lives._end' was never awaited")
+@pytest.mark.filterwarnings("ignore:coroutine 'Lifecycle._end' was never awaited")
 @pytest.mark.parametrize("place", [*UNAWAITED, *AWAITED], ids=named)
 @pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), Stop()], ids=named)
 def test_it_ends(

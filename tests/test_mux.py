@@ -32,11 +32,13 @@ from peers import (
     served,
     socket_pair,
     stalled,
+    suspends,
     within,
 )
 
 import anypoll
 from anypoll import IdleTimeout, WriteTimeout, mux
+from anypoll._loop import runtime as _runtime
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer, wrap_writer
 
@@ -221,6 +223,25 @@ async def test_other_tasks_run_while_one_adds_without_end() -> None:
             with anyio.fail_after(30):
                 while not ran.is_set():
                     await queue.add(b"x")
+
+
+@pytest.mark.loops("asyncio")
+async def test_a_checkpoint_comes_once_in_so_many_calls() -> None:
+    """The queue may have been closed in it."""
+    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
+        budget = _runtime.settings().checkpoint_budget
+        for _ in range(2):
+            for _ in range(budget):
+                at_once(queue.add(b"x"))
+            assert suspends(queue.add(b"x"))
+            await queue.add(b"x")
+        queue._turns = 0
+        adding = queue.add(b"never")
+        adding.send(None)
+        await queue.aclose()
+        with pytest.raises(ClosedResourceError):
+            adding.send(None)
+    assert conn.statistics().bytes_sent == 2 * (budget + 1)
 
 
 async def test_a_cancelled_task_stops_adding() -> None:
@@ -656,6 +677,17 @@ async def test_leaving_by_an_exception_before_the_sender_has_begun() -> None:
         assert arrived(peer) == 7
 
 
+async def test_leaving_by_an_exception_after_an_abort() -> None:
+    """The writer takes nothing any more."""
+    async with opened() as (conn, _peer):
+        with suppress(ZeroDivisionError):
+            async with ShardQueue(conn) as queue:
+                at_once(queue.add(b"lost"))
+                conn.abort()
+                raise ZeroDivisionError
+        assert repr(queue) == "<anypoll.mux.ShardQueue closed>"
+
+
 async def test_adding_shielded_in_a_cancelled_block() -> None:
     """Cancelling the block does not end the sender before the block ends."""
     async with narrow() as (conn, peer):
@@ -958,15 +990,18 @@ async def test_over_any_stream() -> None:
 
 
 async def test_a_stream_that_fails() -> None:
-    """Whatever it raises has broken it."""
+    """Whatever it raises has broken it; what was queued behind is dropped."""
     gate = Gate()
     gate.failure = OSError("no route")
-    gate.open.set()
+    writer = wrap_writer(gate)
     told: list[BaseException] = []
 
     async def block() -> None:
-        async with ShardQueue(wrap_writer(gate)) as queue:
+        async with ShardQueue(writer) as queue:
             await queue.add(b"x")
+            await anyio.wait_all_tasks_blocked()
+            await queue.add(b"behind")
+            gate.open.set()
             await holds(lambda: queue._closed)
             with pytest.raises(BrokenResourceError) as caught:
                 await queue.add(b"y")
@@ -976,6 +1011,7 @@ async def test_a_stream_that_fails() -> None:
         await block()
     assert [told[0].__cause__, caught.value.__cause__] == [gate.failure] * 2
     assert told[0] is not caught.value
+    assert len(writer) == 0
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -21,7 +21,7 @@ class PeerGoneError(Exception):
     """The handler was cancelled because the peer has gone."""
 
 
-class Departure:
+class DisconnectHook:
     """Of one connection.
 
     :param hook: runs ``on_disconnect``, and lets no exception out; ``None``: there is none

@@ -32,8 +32,8 @@ from .._connection.stream import Connection, new_connection
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
 from .._network.listener import SocketListener, nodelay_fd
-from .._tls.sessions import HandshakeError, Secure
-from .disconnect import Departure, PeerGoneError
+from .._tls.sessions import HandshakeError, TLSSessions
+from .disconnect import DisconnectHook, PeerGoneError
 from .options import Options
 from .statistics import ServerStatistics
 
@@ -57,7 +57,7 @@ def _own_context() -> Context:
     return context
 
 
-class Lives:
+class Lifecycle:
     """See the module. One for each server; an ``Owner`` of connections in request mode."""
 
     def __init__(self, server: Any, options: Options, admission: Admission, hub: Hub) -> None:
@@ -67,8 +67,8 @@ class Lives:
         self._group: anyio.abc.TaskGroup | None = None
         self.context = _own_context()
         self.workers = Workers(hub, self._begin)
-        self.connections: dict[Connection, Departure | None] = {}
-        self._secure = Secure(
+        self.connections: dict[Connection, DisconnectHook | None] = {}
+        self._sessions = TLSSessions(
             options.ssl_context, options.tls_handshake_timeout, options.on_request
         )
         self.on_leave: Callable[[], None] = lambda: None
@@ -101,7 +101,7 @@ class Lives:
         """The connections as their handlers get them. Any thread."""
         with self._lock:
             connections = list(self.connections)
-        return tuple(map(self._secure.face, connections))
+        return tuple(map(self._sessions.face, connections))
 
     # --- the tasks -------------------------------------------------------------------------------
 
@@ -231,19 +231,19 @@ class Lives:
         hook = None
         if self._options.on_disconnect is not None:
             hook = partial(self._disconnect, connection)
-        departure = Departure(connection._core, hook, self._begin)
-        self.connections[connection] = departure
-        connection._core.watch_peer(departure.notice)
+        disconnect = DisconnectHook(connection._core, hook, self._begin)
+        self.connections[connection] = disconnect
+        connection._core.watch_peer(disconnect.notice)
 
     def _connected(self, connection: Connection) -> None:
-        departure = self.connections[connection]
-        if departure is not None:
-            departure.open()
+        disconnect = self.connections[connection]
+        if disconnect is not None:
+            disconnect.open()
 
     async def _connect(self, connection: Connection) -> None:
-        await self._secure.open(connection)
+        await self._sessions.open(connection)
         if self._options.on_connect is not None:
-            await self._options.on_connect(self._secure.face(connection))
+            await self._options.on_connect(self._sessions.face(connection))
         self._connected(connection)
         if self._options.ssl_context is not None and self._options.on_request is not None:
             # requests that came together with the handshake: no ciphertext will tell of them
@@ -278,16 +278,16 @@ class Lives:
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls it, in a scope that ends with the peer if that was asked for."""
-        departure = self.connections[conn]
-        awaitable = self._secure.call(conn, function)
-        if departure is not None and self._options.cancel_on_disconnect:
-            return departure.scoped(awaitable)
+        disconnect = self.connections[conn]
+        awaitable = self._sessions.call(conn, function)
+        if disconnect is not None and self._options.cancel_on_disconnect:
+            return disconnect.scoped(awaitable)
         return awaitable
 
     async def _disconnect(self, connection: Connection) -> None:
         assert self._options.on_disconnect is not None
         try:
-            await self._options.on_disconnect(self._secure.face(connection))
+            await self._options.on_disconnect(self._sessions.face(connection))
         except BaseException as exc:  # as in the handler
             error = error_in(exc)
             if error is None:
@@ -303,12 +303,12 @@ class Lives:
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """The handler, or the last call, has ended, with that exception."""
         reason: Reason = "cancelled"
-        secure = self._secure
+        sessions = self._sessions
         try:
-            reason = await self._reason(conn, secure.explained(conn, exc))
-            departure = self.connections[conn]
-            if departure is not None and reason != "cancelled" and secure.is_open(conn):
-                await departure.settle(gone=secure.has_ended(conn))
+            reason = await self._reason(conn, sessions.explained(conn, exc))
+            disconnect = self.connections[conn]
+            if disconnect is not None and reason != "cancelled" and sessions.is_open(conn):
+                await disconnect.settle(gone=sessions.has_ended(conn))
             if reason in GRACEFUL:
                 await self._finish(conn)
         finally:
@@ -316,9 +316,9 @@ class Lives:
 
     async def _finish(self, connection: Connection) -> None:
         """What is pending goes out, and the peer gets the end of this side."""
-        own = self._secure.face(connection).write_timeout
+        own = self._sessions.face(connection).write_timeout
         timeout = self._options.shutdown_timeout if own is None else own
-        await self._secure.finish(connection, timeout)
+        await self._sessions.finish(connection, timeout)
 
     async def _reason(self, conn: Any, exc: BaseException | None) -> Reason:
         if exc is None:
@@ -335,11 +335,11 @@ class Lives:
     async def _end(self, connection: Connection, reason: Reason) -> None:
         """Closes; when this returns, nothing of the connection is left."""
         connection._core.close()
-        self._secure.shut(connection)
-        departure = self.connections[connection]
+        self._sessions.shut(connection)
+        disconnect = self.connections[connection]
         try:
-            if departure is not None:
-                await departure.over()
+            if disconnect is not None:
+                await disconnect.over()
         finally:
             try:
                 await connection._core.end()
@@ -357,7 +357,7 @@ class Lives:
         logger.error("The handler of %s has failed", name, exc_info=exc)
         if self._options.on_error is not None:
             try:
-                result = self._options.on_error(self._secure.face(connection), exc)
+                result = self._options.on_error(self._sessions.face(connection), exc)
                 if inspect.isawaitable(result):
                     await result
             except BaseException as failure:
@@ -378,7 +378,7 @@ class Lives:
             self._sent += statistics.bytes_sent
             self._closed[reason] += 1
             del self.connections[connection]
-        self._secure.forget(connection)
+        self._sessions.forget(connection)
         self._admission.leave(connection._core.peer)
         if not self._server.shutting_down:
             self._admission.grant(len(self.connections))
@@ -387,7 +387,7 @@ class Lives:
     def drain(self) -> None:
         """Those that are idle end now, and the others as soon as they are."""
         for connection in tuple(self.connections):
-            if not self._secure.postpone_end(connection):
+            if not self._sessions.postpone_end(connection):
                 connection._core.end_if_idle()
 
     async def end(self) -> None:
@@ -412,9 +412,9 @@ class Guests:
     context = None
     cut = False  # the handler's end is theirs
 
-    def __init__(self, lives: Lives) -> None:
-        self._lives = lives
-        self.workers = lives.workers
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+        self.workers = lifecycle.workers
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """See ``Owner``."""
@@ -423,5 +423,5 @@ class Guests:
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """An error closes it; that the peer has ended its side is the handler's affair."""
         if isinstance(exc, Exception) and not isinstance(exc, EndOfStream):
-            await self._lives._judge(conn, exc)
+            await self._lifecycle._judge(conn, exc)
             conn._core.close()

@@ -16,9 +16,9 @@ from .._buffers.arguments import Limits, count, flag, seconds
 from .._connection.requests import Function
 from .._connection.sockets import Keepalive, check_keepalive
 from .._loop.callbacks import wait_shielded
-from .addresses import Where, all_different, flat
 from .options import Options
 from .server import Server
+from .targets import ListenTargets, all_different, flat
 
 __all__ = ("serve", "serve_forever")
 
@@ -135,7 +135,7 @@ class serve:  # noqa: N801 -- it is used as a function
         write_high_water: int | None = None,
         read_limit: int | None = None,
     ) -> None:
-        self._where = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
+        self._targets = (host, port, path, path_mode, sock, listeners, backlog, reuse_port)
         limits = {
             "read_timeout": read_timeout,
             "write_timeout": write_timeout,
@@ -167,12 +167,12 @@ class serve:  # noqa: N801 -- it is used as a function
     async def _server(self) -> Server:
         """The server, listening; nothing is left open if it fails."""
         options = self._checked_options()
-        where = Where(*self._where)
+        targets = ListenTargets(*self._targets)
         server = Server(options)
-        if where.listeners is None:
-            server._open(await where.sockets())
+        if targets.listeners is None:
+            server._open(await targets.sockets())
         else:
-            server._adopt(all_different(list(flat(where.listeners))))
+            server._adopt(all_different(list(flat(targets.listeners))))
         return server
 
     def _checked_options(self) -> Options:

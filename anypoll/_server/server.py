@@ -1,7 +1,7 @@
 """The server behind ``serve()``: its listeners, what a user asks it, and its end.
 
 A server owns one task group. In it runs one task per listener, which takes batches of accepted
-descriptors and hands them to :class:`Lives`, and whatever that starts. Nothing that happens in
+descriptors and hands them to :class:`Lifecycle`, and whatever that starts. Nothing that happens in
 there reaches the task group.
 
 The end comes in one of two ways. Gracefully: listeners close, each idle connection's wait sees the
@@ -26,7 +26,7 @@ from .._connection.sockets import Address, plain_address
 from .._loop import runtime
 from .._network.listener import SocketListener, open_listeners
 from .admission import Admission
-from .lifecycle import Guests, Lives
+from .lifecycle import Guests, Lifecycle
 from .options import Options
 from .statistics import ServerStatistics
 
@@ -45,9 +45,9 @@ class Server:
         admission = Admission(options.max_connections, options.max_connections_per_peer)
         self._admission = admission
         self._hub = runtime.current_hub()
-        self._lives = Lives(self, options, admission, self._hub)
-        self._guests = Guests(self._lives)
-        self._lives.on_leave = self._check_idle
+        self._lifecycle = Lifecycle(self, options, admission, self._hub)
+        self._guests = Guests(self._lifecycle)
+        self._lifecycle.on_leave = self._check_idle
         self._listeners: list[SocketListener] = []
         self._addresses: tuple[Address, ...] = ()
         self._shutting_down = anyio.Event()
@@ -85,7 +85,7 @@ class Server:
         """Those whose hooks and close callbacks have not ended yet, as their handlers get them: a
         snapshot. Any thread.
         """
-        return self._lives.faces()
+        return self._lifecycle.faces()
 
     @property
     def shutting_down(self) -> bool:
@@ -104,7 +104,7 @@ class Server:
         """Counters of now; works after the end too. Any thread: the counters are of one moment, and
         ``accepted`` is ``active`` and the sum of ``closed``.
         """
-        return self._lives.statistics()
+        return self._lifecycle.statistics()
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """Ends the server gracefully; returns when all is done.
@@ -118,9 +118,9 @@ class Server:
         self._begin_shutdown(self._options.shutdown_timeout if timeout is None else timeout)
         await self._ended.wait()
 
-    def _owner_of_requests(self) -> Lives | Guests:
+    def _owner_of_requests(self) -> Lifecycle | Guests:
         """Who answers for a connection that goes into request mode."""
-        return self._guests if self._options.on_request is None else self._lives
+        return self._guests if self._options.on_request is None else self._lifecycle
 
     # --- accepting -------------------------------------------------------------------------------
 
@@ -141,8 +141,8 @@ class Server:
         try:
             while True:
                 batch = await listener.accept_batch()
-                self._lives.begin(listener, batch)
-                self._admission.taken(len(batch), len(self._lives.connections))
+                self._lifecycle.begin(listener, batch)
+                self._admission.taken(len(batch), len(self._lifecycle.connections))
         except ClosedResourceError:
             if not self.shutting_down:
                 logger.error("A listener was closed while its server was running")
@@ -156,7 +156,7 @@ class Server:
     # --- the end ---------------------------------------------------------------------------------
 
     def _check_idle(self) -> None:
-        if self.shutting_down and not self._lives.connections and not self._accepting:
+        if self.shutting_down and not self._lifecycle.connections and not self._accepting:
             self._idle.set()
 
     def _close_listeners(self) -> None:
@@ -171,7 +171,7 @@ class Server:
             return
         self._shutting_down.set()
         self._close_listeners()
-        self._lives.drain()
+        self._lifecycle.drain()
         self._check_idle()
 
     async def _wait_idle(self) -> None:
@@ -183,7 +183,7 @@ class Server:
         """Everything a server has runs inside of this."""
         try:
             async with anyio.create_task_group() as group:
-                self._lives.open(group)
+                self._lifecycle.open(group)
                 for listener in self._listeners:
                     group.start_soon(self._accept, listener)
                 self._admission.open(len(self._listeners))
@@ -195,7 +195,7 @@ class Server:
                     self._shutting_down.set()
                     self._close_listeners()
                     group.cancel_scope.cancel()
-                    await self._lives.end()
+                    await self._lifecycle.end()
         finally:
             self._shutting_down.set()
             self._close_listeners()

@@ -25,7 +25,7 @@ class HandshakeError(Exception):
     """A peer has not come to TLS; the cause says why."""
 
 
-class Secure:
+class TLSSessions:
     """The TLS sessions of one server.
 
     :param context: ``None``: it has none

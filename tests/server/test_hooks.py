@@ -1158,7 +1158,7 @@ def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
     """`asyncio.run()` cancels all tasks at its end, and one that has not begun never does: nobody
     may wait for it.
     """
-    never_begun = "ignore:coroutine 'Departure._run':RuntimeWarning"  # of AnyIO's task group
+    never_begun = "ignore:coroutine 'DisconnectHook._run':RuntimeWarning"  # of AnyIO's task group
     done = run_to_end(
         [sys.executable, "-W", "error", "-W", never_begun, "-c", textwrap.dedent(TEARDOWN)]
     )

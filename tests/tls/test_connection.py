@@ -650,6 +650,17 @@ async def test_what_is_written_while_another_task_sends_keeps_its_place() -> Non
         await peer.send(b"x")
 
 
+async def test_what_is_pending_goes_out_when_a_claim_ends() -> None:
+    """As a queue of many tasks makes one: see :mod:`anypoll.mux`."""
+    async with tls_and_peer() as (tls, peer):
+        tls._sink.claim()
+        with pytest.raises(BusyResourceError):
+            await tls.send(b"x")
+        tls.writer.write(b"pending")
+        tls._sink.release()
+        assert await peer.receive(7) == b"pending"
+
+
 async def test_output_above_high_water_drains_before_a_read() -> None:
     async with tls_and_peer() as (tls, peer):
         await peer.send(b"ab")
@@ -1340,6 +1351,9 @@ async def test_close_ends_the_waits_of_others(how: str) -> None:
                     tasks.start_soon(tls.aclose)  # waits for an answer
                     await holds(lambda: tls._sink.eof_sent)
                     await holds(lambda: raised)
+                    for call in (tls.receive, partial(tls.send, b"x")):
+                        with pytest.raises(ClosedResourceError):
+                            await within(call())
                 else:
                     tasks.start_soon(wait, partial(tls.send, bytes(8 * MIB)))
                     await holds(lambda: tls._sink._writing)

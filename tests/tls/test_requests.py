@@ -201,7 +201,7 @@ async def test_answers_go_out_together_or_when_a_call_waits() -> None:
         assert await peer.receive(5) == b"wait\n"
 
 
-@pytest.mark.parametrize("who", ["calls", "OpenSSL"])
+@pytest.mark.parametrize("who", ["calls", "OpenSSL", "OpenSSL, reset"])
 async def test_output_stays_bounded_while_the_peer_does_not_read(
     who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,12 +220,16 @@ async def test_output_stays_bounded_while_the_peer_does_not_read(
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
         raw_socket = stream.extra(SocketAttribute.raw_socket)
         raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
-        if who == "OpenSSL":
+        if who != "calls":
             engine = stream._engine
             monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
         await send_all(peer.sock, b"".join([peer.encrypted(b"x") for _ in range(15_000)]))
         await stalled(stream.connection)
         assert len(stream.writer) < 512 * KIB
+        if who == "OpenSSL, reset":
+            reset(peer.sock)
+            await ends(server, broken=1)
+            return
         read = peer.receive if who == "calls" else partial(read_all, peer.sock)
         answers = await within(read(1_500_000))  # raw ones come behind the tickets
         assert answers.endswith(bytes(1_400_000))

@@ -17,7 +17,7 @@ from .._network.listener import SocketListener
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class ListenTargets:
     """What to listen on; exactly one kind."""
 
     host: Any
