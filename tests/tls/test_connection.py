@@ -42,7 +42,7 @@ from peers import (
     suspends,
     within,
 )
-from tls_peers import NAME, Peer, both
+from tls_peers import NAME, Instead, Peer, accepted, both
 from tls_serving import secure
 
 import anypoll
@@ -105,14 +105,7 @@ async def tls_and_peer(
     """A server of ours, and its client. The tickets are read."""
     async with opened(kind) as (conn, sock):
         peer = Peer(sock)
-        made: list[TLSConnection] = []
-
-        async def wrap() -> None:
-            options: Any = {"server_side": True, "standard_compatible": compatible}
-            made.append(await TLSConnection.wrap(conn, ssl_context=server_context(), **options))
-
-        await both(wrap, peer.shake_hands)
-        [tls] = made
+        tls = await accepted(conn, peer, standard_compatible=compatible)
         for name, value in timeouts.items():
             setattr(tls, name, value)
         await tls.send(b"ready")
@@ -712,19 +705,17 @@ async def test_answers_of_openssl_cannot_grow_while_another_task_sends(
         tasks.cancel_scope.cancel()
 
 
-class Answering:
-    """An ``SSLObject`` that has much to say to each record."""
+class Answering(Instead):
+    """It has much to say to each record."""
 
     def __init__(self, ssl_object: ssl.SSLObject, outgoing: ssl.MemoryBIO) -> None:
-        self._ssl, self._outgoing = ssl_object, outgoing
+        super().__init__(ssl_object)
+        self._outgoing = outgoing
 
     def read(self, size: int) -> bytes:
         data = self._ssl.read(size)
         self._outgoing.write(bytes(10_000))
         return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ssl, name)
 
 
 async def test_a_write_that_must_read_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,22 +736,17 @@ async def test_a_write_that_must_read_first(monkeypatch: pytest.MonkeyPatch) -> 
                 assert bytes(await within(tls.next(4))) == b"more"
 
 
-class Refusing:
-    """An ``SSLObject`` that writes nothing before it has read, until it is told to."""
+class Refusing(Instead):
+    """It writes nothing before it has read, until it is told to."""
 
-    def __init__(self, ssl_object: ssl.SSLObject) -> None:
-        self._ssl = ssl_object
-        self.refused = 0
-        self.refuses = True
+    refused = 0
+    refuses = True
 
     def write(self, data: bytes) -> int:
         if self.refuses:
             self.refused += 1
             raise ssl.SSLWantReadError
         return self._ssl.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ssl, name)
 
 
 class Renegotiating(Refusing):
@@ -1179,10 +1165,12 @@ async def test_close_does_not_hang_on_a_silent_peer(
         assert await read_to_end(peer.sock) == b""
 
 
-@pytest.mark.parametrize("compatible", [True, False])
-@pytest.mark.parametrize("peer_ends", ["reset", "FIN", "data"])
+@pytest.mark.parametrize(
+    ("peer_ends", "compatible"),
+    [("reset", True), ("FIN", True), ("data", True), ("data", False)],
+)
 async def test_what_the_peer_does_in_a_closing_handshake_is_no_error(
-    compatible: bool, peer_ends: str
+    peer_ends: str, compatible: bool
 ) -> None:
     async with tls_and_peer("tcp", compatible=compatible) as (tls, peer):
 
