@@ -211,20 +211,6 @@ async def test_no_bytes_are_no_message() -> None:
     assert conn.statistics().bytes_sent == 1
 
 
-async def test_other_tasks_run_while_one_adds_without_end() -> None:
-    async with opened() as (conn, _peer), ShardQueue(conn) as queue:
-        ran = anyio.Event()
-
-        async def other() -> None:
-            ran.set()
-
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(other)
-            with anyio.fail_after(30):
-                while not ran.is_set():
-                    await queue.add(b"x")
-
-
 @pytest.mark.loops("asyncio")
 async def test_a_checkpoint_comes_once_in_so_many_calls() -> None:
     """The queue may have been closed in it."""
@@ -668,24 +654,17 @@ async def test_closing_waits_for_an_event() -> None:
         await conn.send_eof()
 
 
-async def test_leaving_by_an_exception_before_the_sender_has_begun() -> None:
+@pytest.mark.parametrize("aborted", [False, True])
+async def test_leaving_by_an_exception_before_the_sender_has_begun(aborted: bool) -> None:
+    """An aborted connection takes nothing any more."""
     async with opened() as (conn, peer):
         with suppress(ZeroDivisionError):
             async with ShardQueue(conn) as queue:
                 at_once(queue.add(b"at once"))
+                if aborted:
+                    conn.abort()
                 raise ZeroDivisionError
-        assert arrived(peer) == 7
-
-
-async def test_leaving_by_an_exception_after_an_abort() -> None:
-    """The writer takes nothing any more."""
-    async with opened() as (conn, _peer):
-        with suppress(ZeroDivisionError):
-            async with ShardQueue(conn) as queue:
-                at_once(queue.add(b"lost"))
-                conn.abort()
-                raise ZeroDivisionError
-        assert repr(queue) == "<anypoll.mux.ShardQueue closed>"
+        assert arrived(peer) == (0 if aborted else 7)
 
 
 async def test_adding_shielded_in_a_cancelled_block() -> None:
@@ -702,20 +681,6 @@ async def test_adding_shielded_in_a_cancelled_block() -> None:
                         await queue.add(b"goodbye" * HIGH)
                         got = await read_all(peer, 7 * HIGH)
         assert got == b"goodbye" * HIGH
-
-
-async def test_a_cancelled_task_takes_nothing_along() -> None:
-    """What its calls of add() have returned for is sent."""
-    async with opened() as (conn, peer), ShardQueue(conn) as queue:
-        async with anyio.create_task_group() as tg:
-
-            async def add() -> None:
-                await queue.add(b"sent")
-                tg.cancel_scope.cancel()
-                await anyio.sleep_forever()
-
-            tg.start_soon(add)
-        assert await read_all(peer, 4) == b"sent"
 
 
 def test_an_event_loop_that_ends_in_the_block(anyio_backend: tuple[str, dict[str, Any]]) -> None:
@@ -930,29 +895,24 @@ async def test_other_event_loops_are_refused(anyio_backend: tuple[str, dict[str,
         assert await read_all(peer, 10) == b"still open"
 
 
-@pytest.mark.parametrize("conn", [None, 5, b"x", object()])
-def test_what_has_no_writer(conn: Any) -> None:
-    with pytest.raises(TypeError, match="nocopy writer is required"):
-        ShardQueue(conn)
-
-
-async def test_shards_are_counted_and_change_nothing() -> None:
+async def test_its_parameters_and_its_repr() -> None:
+    for wrong in (None, 5, b"x", object()):
+        with pytest.raises(TypeError, match="nocopy writer is required"):
+            ShardQueue(wrong)  # type: ignore[arg-type]
     async with opened() as (conn, peer):
-        for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("4", TypeError)):
+        for shards, error in (
+            (0, ValueError),
+            (-1, ValueError),
+            (1.5, TypeError),
+            ("4", TypeError),
+        ):
             with pytest.raises(error, match="shards must be"):
-                ShardQueue(conn, shards=wrong)  # type: ignore[arg-type]
+                ShardQueue(conn, shards=shards)  # type: ignore[arg-type]
         async with ShardQueue(conn, shards=32) as queue:
-            for number in range(10):
-                await queue.add(b"%d" % number)
-        assert await read_all(peer, 10) == b"0123456789"
-
-
-async def test_its_repr_says_how_it_is() -> None:
-    async with opened() as (conn, _peer):
-        async with ShardQueue(conn) as queue:
             at_once(queue.add(b"12345"))
             assert repr(queue) == "<anypoll.mux.ShardQueue 5 bytes>"
         assert repr(queue) == "<anypoll.mux.ShardQueue closed>"
+        assert await read_all(peer, 5) == b"12345"
 
 
 # --- over other things ---------------------------------------------------------------------------
