@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -212,3 +213,16 @@ def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     trusts it.
     """
     return certificates.server_context(), certificates.client_context()
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports an example by its name, afresh, as another program in its directory would."""
+    folder = str(ROOT / "examples")
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith(folder):
+            del sys.modules[name]

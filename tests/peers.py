@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -26,6 +28,12 @@ MIB = 1024 * KIB
 def pattern(size: int, seed: int = 0) -> bytes:
     """Bytes that tell when any of them are lost, repeated or moved."""
     return random.Random(seed).randbytes(size)
+
+
+def resident() -> int:
+    """Bytes of memory this process really has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
 
 
 async def holds(condition: Callable[[], object], *, within: float = 60) -> None:

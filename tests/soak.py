@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import random
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import leaks
+from peers import resident
 from soak_scenarios import HOST, LIMIT, SCENARIOS, handler
 
 import anypoll
@@ -145,12 +145,6 @@ def watch(run: Run) -> None:
     logging.getLogger().addHandler(Handler(logging.WARNING))
     sys.unraisablehook = unraisable
     warnings.simplefilter("error")
-
-
-def resident() -> int:
-    """Bytes of memory this process really has."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def backend_of(loop: str) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ A scenario is `async def name(soak, rng)`, registered with its weight. All its d
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import socket
@@ -16,6 +17,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 import anyio
@@ -41,7 +43,6 @@ ENDS = (EndOfStream, IncompleteRead, BrokenResourceError, ClosedResourceError)
 
 Client: TypeAlias = "anypoll.Connection | anypoll.TLSConnection"
 
-_CONTEXTS: list[tuple[ssl.SSLContext, ssl.SSLContext]] = []
 _FRAME = struct.Struct("!cI")
 
 
@@ -160,13 +161,7 @@ async def half_close(soak: Soak, rng: random.Random) -> None:
         for request, _ in made:
             conn.writer.write(request)
         await conn.send_eof()
-        got = bytearray()
-        try:
-            while True:
-                got += await conn.receive()
-        except EndOfStream:
-            pass
-        same(bytes(got), b"".join(answer for _, answer in made))
+        same(b"".join([piece async for piece in conn]), b"".join(answer for _, answer in made))
 
 
 @scenario(4)
@@ -237,12 +232,13 @@ async def _until_the_end(port: int, rng: random.Random) -> None:
             raise
 
 
-@scenario(2)
+@scenario(4)
 async def shutdown(_soak: Soak, rng: random.Random) -> None:
-    """A server ends while its clients are at work."""
+    """A server ends while its clients are at work, idle, or have sent a part of a request."""
+    what: dict[str, Any] = rng.choice([{"handler": handler}, {"on_request": on_request}])
     async with (
         anyio.create_task_group() as group,
-        anypoll.serve(handler, host=HOST, port=0) as server,
+        anypoll.serve(**what, host=HOST, port=0) as server,
     ):
         for _ in range(rng.randint(1, 5)):
             group.start_soon(_until_the_end, server.port, random.Random(rng.random()))
@@ -253,11 +249,10 @@ async def shutdown(_soak: Soak, rng: random.Random) -> None:
         assert statistics.handler_errors == 0
 
 
+@functools.cache
 def _ssl_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A client's and a server's; made once, for it takes long."""
-    if not _CONTEXTS:
-        _CONTEXTS.append((certificates.client_context(), certificates.server_context()))
-    return _CONTEXTS[0]
+    return certificates.client_context(), certificates.server_context()
 
 
 async def _dial(port: int, context: ssl.SSLContext | None) -> Client:
@@ -305,9 +300,11 @@ async def _leave(port: int, context: ssl.SSLContext | None, rng: random.Random) 
         await _talk(port, context, rng)
 
 
-async def _serves(rng: random.Random, *, per_request: bool, tls: bool) -> None:
-    """A server with all hooks, limits, and clients that stay or leave; each hook once."""
-    client, context = _ssl_contexts() if tls else (None, None)
+@scenario(7)
+async def server(_soak: Soak, rng: random.Random) -> None:
+    """One with all hooks, limits, and clients that stay or leave; each hook once."""
+    client, context = _ssl_contexts() if rng.random() < 0.3 else (None, None)
+    what: dict[str, Any] = rng.choice([{"handler": handler}, {"on_request": on_request}])
     told: Counter[str] = Counter()
 
     async def on_connect(conn: Client) -> None:
@@ -317,7 +314,6 @@ async def _serves(rng: random.Random, *, per_request: bool, tls: bool) -> None:
     async def on_disconnect(_conn: Client) -> None:
         told["disconnect"] += 1
 
-    what: dict[str, Any] = {"on_request": on_request} if per_request else {"handler": handler}
     async with (
         anypoll.serve(
             **what,
@@ -330,48 +326,17 @@ async def _serves(rng: random.Random, *, per_request: bool, tls: bool) -> None:
             read_limit=LIMIT,
             idle_timeout=30,
             shutdown_timeout=5,
-        ) as server,
+        ) as serving,
         anyio.create_task_group() as group,
     ):
         for _ in range(rng.randint(1, 6)):
             kind = rng.choice([_talk, _leave])
-            group.start_soon(kind, server.port, client, random.Random(rng.random()))
-    statistics = server.statistics()
+            group.start_soon(kind, serving.port, client, random.Random(rng.random()))
+    statistics = serving.statistics()
     assert statistics.active == 0
     assert statistics.handler_errors == 0
     assert told["closed"] == told["connect"] <= statistics.accepted
     assert told["disconnect"] <= told["connect"]
-
-
-@scenario(3)
-async def request_mode(_soak: Soak, rng: random.Random) -> None:
-    await _serves(rng, per_request=True, tls=False)
-
-
-@scenario(2)
-async def hooks(_soak: Soak, rng: random.Random) -> None:
-    await _serves(rng, per_request=False, tls=False)
-
-
-@scenario(2)
-async def tls_server(_soak: Soak, rng: random.Random) -> None:
-    await _serves(rng, per_request=rng.random() < 0.5, tls=True)
-
-
-@scenario(2)
-async def shutdown_in_request_mode(_soak: Soak, rng: random.Random) -> None:
-    """While its clients are at work, idle, or have sent a part of a request."""
-    async with (
-        anyio.create_task_group() as group,
-        anypoll.serve(on_request=on_request, host=HOST, port=0) as server,
-    ):
-        for _ in range(rng.randint(1, 5)):
-            group.start_soon(_until_the_end, server.port, random.Random(rng.random()))
-        await anyio.sleep(rng.expovariate(50))
-        await server.shutdown(rng.choice([0, 0.01, 10]))
-        statistics = server.statistics()
-        assert statistics.active == 0
-        assert statistics.handler_errors == 0
 
 
 @scenario(2)
@@ -441,15 +406,8 @@ async def fork(soak: Soak, rng: random.Random) -> None:
 
 async def _ends(sock: socket.socket) -> None:
     """Until the server has ended the connection, in whichever way."""
-    try:
-        while True:
-            try:
-                if not sock.recv(64 * KIB):
-                    return
-            except BlockingIOError:
-                await wait_readable(sock)
-    except ConnectionError:
-        return
+    with suppress(ConnectionError):
+        await read_to_end(sock)
 
 
 @scenario(4)

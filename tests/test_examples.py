@@ -45,16 +45,9 @@ HOST = "127.0.0.1"
 SMALL = 256 * KIB
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports one by its name, afresh, as another program in its directory would."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None) or ""
-        if file.startswith(str(EXAMPLES)):
-            del sys.modules[name]
+def one_client(test: Any) -> Any:
+    """A test of a program with a loop of its own: on one loop here."""
+    return pytest.mark.unsanitized(pytest.mark.anyio(pytest.mark.loops("asyncio")(test)))
 
 
 @contextlib.contextmanager
@@ -95,24 +88,28 @@ async def echoed(port: int) -> None:
             assert await read_to_end(peer) == data
 
 
+@asynccontextmanager
+async def served(handler: Any = None, **options: Any) -> AsyncIterator[anypoll.Server]:
+    """In the end all of its connections have ended well."""
+    async with anypoll.serve(handler, host=HOST, port=0, **options) as server:
+        yield server
+        await holds(lambda: not server.connections)
+    assert server.statistics().handler_errors == 0
+
+
 # --- echo ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.anyio
 async def test_echo(example: Any) -> None:
-    async with anypoll.serve(example("echo").handler, host=HOST, port=0) as server:
+    async with served(example("echo").handler) as server:
         await echoed(server.port)
-        await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
 
 
 @pytest.mark.trio
 async def test_echo_in_a_nursery(example: Any) -> None:
-    handler = example("echo_trio").handler
-    async with anypoll.serve(handler, host=HOST, port=0) as server:
+    async with served(example("echo_trio").handler) as server:
         await echoed(server.port)
-        await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
 
 
 @pytest.mark.trio
@@ -125,10 +122,10 @@ async def test_echo_in_a_nursery_gives_up_on_who_is_silent(
     assert trio.current_time() == pytest.approx(60)
 
 
-@pytest.mark.unsanitized
-@pytest.mark.anyio
-@pytest.mark.parametrize("name", ["echo.py", "echo_trio.py"])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@one_client
+@pytest.mark.parametrize(
+    ("name", "signum"), [("echo.py", signal.SIGINT), ("echo_trio.py", signal.SIGTERM)]
+)
 async def test_the_echo_programs(name: str, signum: signal.Signals) -> None:
     with program(name, 0) as (process, port), connect(port) as idle:
         await echoed(port)
@@ -141,10 +138,8 @@ async def test_the_echo_programs(name: str, signum: signal.Signals) -> None:
 
 @asynccontextmanager
 async def rpc(example: Any) -> AsyncIterator[tuple[anypoll.Server, ModuleType]]:
-    async with anypoll.serve(example("rpc_server").handler, host=HOST, port=0) as server:
+    async with served(example("rpc_server").handler) as server:
         yield server, example("rpc_client")
-        await holds(lambda: not server.connections)
-    assert server.statistics().handler_errors == 0
 
 
 @pytest.mark.anyio
@@ -311,10 +306,8 @@ async def gateway(example: Any, **options: Any) -> AsyncIterator[tuple[anypoll.S
     with socket.create_server((HOST, 0)) as target:
         target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
         handler = example("gateway").Gateway(HOST, target.getsockname()[1]).handler
-        async with anypoll.serve(handler, host=HOST, port=0, **options) as server:
+        async with served(handler, **options) as server:
             yield server, target
-            await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
 
 
 async def accepted(target: socket.socket) -> socket.socket:
@@ -386,11 +379,9 @@ async def test_a_target_that_refuses(example: Any) -> None:
     with socket.create_server((HOST, 0)) as nobody:
         port = nobody.getsockname()[1]
     handler = example("gateway").Gateway(HOST, port).handler
-    async with anypoll.serve(handler, host=HOST, port=0) as server:
+    async with served(handler) as server:
         with connect(server.port) as client, pytest.raises(ConnectionResetError):
             await read_to_end(client)
-        await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
 
 
 @pytest.mark.anyio
@@ -414,8 +405,7 @@ async def test_an_end_that_takes_nothing(example: Any, monkeypatch: pytest.Monke
             await within(send_all(client, bytes(64 * MIB)))
 
 
-@pytest.mark.unsanitized
-@pytest.mark.anyio
+@one_client
 async def test_the_gateway_program() -> None:
     with socket.create_server((HOST, 0)) as target:
         port = target.getsockname()[1]
@@ -435,9 +425,7 @@ async def test_the_gateway_program() -> None:
 @pytest.mark.anyio
 async def test_sums_in_request_mode(example: Any) -> None:
     module = example("request_mode")
-    async with anypoll.serve(
-        on_request=module.on_request, on_prepare=module.on_prepare, host=HOST, port=0
-    ) as server:
+    async with served(on_request=module.on_request, on_prepare=module.on_prepare) as server:
         with connect(server.port) as one, connect(server.port) as other:
             await send_all(one, b"1\n2\n")
             assert await read_all(one, 4) == b"1\n3\n"
@@ -448,12 +436,9 @@ async def test_sums_in_request_mode(example: Any) -> None:
             await send_all(other, b"0\n")
             assert await read_all(other, 3) == b"15\n"
             assert {conn.idle_timeout for conn in server.connections} == {3600}
-        await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
 
 
-@pytest.mark.unsanitized
-@pytest.mark.anyio
+@one_client
 async def test_the_program_in_request_mode() -> None:
     with program("request_mode.py", 0) as (process, port), connect(port) as client:
         await send_all(client, b"7\n")

@@ -1,4 +1,4 @@
-"""A TLS client independent of anypoll, over a plain socket."""
+"""A TLS client independent of anypoll, over a plain socket, and helpers for tests of sessions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
-from certificates import client_context
+from certificates import client_context, server_context
 from peers import KIB, send_all
+
+from anypoll import Connection, TLSConnection
 
 #: What the certificate is for.
 NAME = "anypoll.test"
@@ -89,3 +91,30 @@ async def both(*functions: Callable[[], Awaitable[Any]]) -> None:
         async with anyio.create_task_group() as tasks:
             for function in functions:
                 tasks.start_soon(function)
+
+
+async def accepted(
+    conn: Connection, peer: Peer, context: ssl.SSLContext | None = None, **options: Any
+) -> TLSConnection:
+    """The server's end of a session, behind the handshake with the peer."""
+    made: list[TLSConnection] = []
+
+    async def wrap() -> None:
+        made.append(
+            await TLSConnection.wrap(
+                conn, server_side=True, ssl_context=context or server_context(), **options
+            )
+        )
+
+    await both(wrap, peer.shake_hands)
+    return made[0]
+
+
+class Instead:
+    """An ``SSLObject`` of which a test replaces some methods."""
+
+    def __init__(self, ssl_object: ssl.SSLObject) -> None:
+        self._ssl = ssl_object
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ssl, name)

@@ -16,7 +16,7 @@ from anyio import EndOfStream
 from certificates import server_context
 from hypothesis import HealthCheck, given, settings, strategies as st
 from peers import opened, send_all
-from tls_peers import Peer, both
+from tls_peers import Peer, accepted, both
 
 from anypoll import ReadTimeout, TLSConnection, WriteTimeout
 
@@ -196,15 +196,9 @@ def test_a_session(
             context = server_context()
             context.maximum_version = getattr(ssl.TLSVersion, version)
             peer = Peer(sock)
-            made: list[TLSConnection] = []
-
-            async def wrap() -> None:
-                made.append(await TLSConnection.wrap(conn, server_side=True, ssl_context=context))
-
             try:
                 with anyio.fail_after(60):
-                    await both(wrap, peer.shake_hands)
-                    model = Model(made[0], peer)
+                    model = Model(await accepted(conn, peer, context), peer)
                     for step in steps:
                         await model.step(*step)
                     await model.finish("aclose" if version == "TLSv1_2" else end)

@@ -13,8 +13,8 @@ import pytest
 from anyio.abc import SocketAttribute
 from peers import KIB, MIB, holds, pattern, read_all, reset, send_all, stalled, within
 from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
-from tls_peers import Peer
-from tls_serving import MODES, echo, ends, rest, secure, talking
+from tls_peers import Instead, Peer
+from tls_serving import MODES, echo, echo_line, ends, rest, secure, talking
 
 import anypoll
 from anypoll import TLSConnection
@@ -87,20 +87,22 @@ async def test_input_that_comes_with_the_end_is_answered(mode: str, end: str) ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("end", ["FIN", "RST", "a record cut off", "no TLS"])
-async def test_ends_without_a_close_notify(mode: str, end: str) -> None:
+@pytest.mark.parametrize("end", ["FIN", "RST", "a record cut off", "no TLS", "half a request"])
+async def test_ends_that_a_peer_can_cause(mode: str, end: str) -> None:
     async with secure(**echo(mode)) as server, talking(server) as peer:
         await peer.send(b"one\n")
         assert await peer.receive(4) == b"one\n"
         if end == "RST":
             reset(peer.sock)
         else:
-            if end != "FIN":
-                garbage = b"\x17\x03\x03\x00\x20" + bytes(32)
-                record = peer.encrypted(b"two\n")[:-1]
-                await send_all(peer.sock, garbage if end == "no TLS" else record)
+            if end == "no TLS":
+                await send_all(peer.sock, b"\x17\x03\x03\x00\x20" + bytes(32))
+            elif end == "a record cut off":
+                await send_all(peer.sock, peer.encrypted(b"two\n")[:-1])
+            elif end == "half a request":
+                await send_all(peer.sock, peer.encrypted(b"tw") + peer.close_notify())
             peer.sock.shutdown(socket.SHUT_WR)
-        await ends(server, broken=1)
+        await ends(server, **{"incomplete" if end == "half a request" else "broken": 1})
 
 
 async def test_a_call_that_consumes_nothing_is_made_again_only_for_more() -> None:
@@ -209,7 +211,7 @@ async def test_output_stays_bounded_while_the_peer_does_not_read(
 
     async def function(stream: TLSConnection) -> None:
         await stream.skip(1)
-        stream.writer.write(bytes(100))
+        stream.writer.write(bytes(300))
 
     async with (
         secure(on_request=function, write_high_water=64 * KIB) as server,
@@ -223,7 +225,8 @@ async def test_output_stays_bounded_while_the_peer_does_not_read(
         if who != "calls":
             engine = stream._engine
             monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
-        await send_all(peer.sock, b"".join([peer.encrypted(b"x") for _ in range(15_000)]))
+        count = 5_000 if who == "calls" else 15_000
+        await send_all(peer.sock, b"".join([peer.encrypted(b"x") for _ in range(count)]))
         await stalled(stream.connection)
         assert len(stream.writer) < 512 * KIB
         if who == "OpenSSL, reset":
@@ -253,19 +256,17 @@ async def test_what_is_unread_may_be_asked_while_it_waits_for_requests() -> None
         assert not stream.at_eof
 
 
-class Answering:
-    """An ``SSLObject`` to which all input is some message of TLS, which it answers at length."""
+class Answering(Instead):
+    """To it all input is some message of TLS, which it answers at length."""
 
     def __init__(self, ssl_object: ssl.SSLObject, outgoing: ssl.MemoryBIO) -> None:
-        self._ssl, self._outgoing = ssl_object, outgoing
+        super().__init__(ssl_object)
+        self._outgoing = outgoing
 
     def read(self, size: int) -> bytes:
         while True:
             self._ssl.read(size)
             self._outgoing.write(bytes(100))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ssl, name)
 
 
 async def test_others_get_their_turn_beside_calls_that_never_wait() -> None:
@@ -295,32 +296,35 @@ async def test_others_get_their_turn_beside_calls_that_never_wait() -> None:
         assert turns.index(2) < 1000
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("part", ["of a record", "of a request"])
-async def test_a_shutdown_leaves_half_a_request_its_time(part: str) -> None:
-    async def function(stream: TLSConnection) -> None:
+async def test_a_shutdown_leaves_half_a_request_its_time(mode: str, part: str) -> None:
+    async def only_whole_ones(stream: TLSConnection) -> None:
         if len(stream.reader) >= 4:
-            stream.writer.write(bytes(await stream.next(4)))
+            await echo_line(stream)
 
+    what: Any = echo(mode) if mode == "handler" else {mode: only_whole_ones}
     async with (
-        secure(on_request=function, shutdown_timeout=1000) as server,
+        secure(**what, shutdown_timeout=1000) as server,
         talking(server) as peer,
         anyio.create_task_group() as tasks,
     ):
-        await is_idle(server)
+        await peer.send(b"one\n")
+        assert await peer.receive(4) == b"one\n"
+        [stream] = server.connections
         if part == "of a record":
-            whole = peer.encrypted(b"abcd")
+            whole = peer.encrypted(b"two\n")
             first, second = whole[:9], whole[9:]
         else:
-            first, second = peer.encrypted(b"ab"), peer.encrypted(b"cd")
-        received = server.connections[0].statistics().bytes_received
+            first, second = peer.encrypted(b"tw"), peer.encrypted(b"o\n")
+        received = stream.statistics().bytes_received
         await send_all(peer.sock, first)
-        await holds(
-            lambda: server.connections[0].statistics().bytes_received == received + len(first)
-        )
-        await holds(lambda: server.connections[0]._engine.has_begun)
-        await is_idle(server)
+        await holds(lambda: stream.statistics().bytes_received == received + len(first))
+        await holds(lambda: stream._engine.has_begun)
+        if mode == "on_request":
+            await is_idle(server)
         tasks.start_soon(server.shutdown)
         await within(server.wait_shutting_down())
         await send_all(peer.sock, second)
-        assert await rest(peer) == b"abcd"
+        assert await rest(peer) == b"two\n"
     assert dict(server.statistics().closed) == {"eof": 1}

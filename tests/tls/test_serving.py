@@ -1,392 +1,322 @@
-"""TLS in a server: what handlers, hooks and requests see of it, and what becomes of those who
-cannot do it.
+"""TLS in a server: what handlers, hooks and requests see of it, how connections end, and what
+becomes of those who cannot do it.
 """
 
 from __future__ import annotations
 
-import functools
+import socket
 import ssl
-from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+import trustme
+from anyio import ClosedResourceError
 from certificates import client_context, server_context
-from peers import KIB, MIB, holds, pattern, send_all, stalled, within
-from serving import HOST, all_is_accounted_for, client, connected, errors  # noqa: F401
-from tls_peers import NAME
+from peers import MIB, holds, pattern, read_to_end, reset, send_all, within
+from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
+from tls_peers import NAME, Peer
+from tls_serving import MODES, Function, echo, echo_line, echo_lines, ends, rest, secure, talking
 
 import anypoll
-from anypoll import TLSConnection
+from anypoll import Connection, TLSConnection
 
 pytestmark = pytest.mark.anyio
 
 
-def local(handler: Any = None, **options: Any) -> anypoll.serve:
-    return anypoll.serve(handler, host=HOST, port=0, ssl_context=server_context(), **options)
+async def never(_stream: Any) -> None:
+    pytest.fail("called")
 
 
-async def connect(server: anypoll.Server, context: ssl.SSLContext | None = None) -> TLSConnection:
-    stream: Any = await anypoll.connect_tcp(
-        HOST, server.port, tls=True, ssl_context=context or client_context(), tls_hostname=NAME
-    )
-    return stream  # type: ignore[no-any-return]
+# --- handshakes ----------------------------------------------------------------------------------
 
 
-async def answer(conn: TLSConnection) -> None:
-    """One request: a byte that says how many follow, and these come back."""
-    n = await conn.reader.read_byte()
-    conn.writer.write(bytes(await conn.next(n)))
+async def garbage(sock: socket.socket) -> None:
+    await send_all(sock, b"GET / HTTP/1.1\r\n\r\n")
+    await read_to_end(sock)
 
 
-async def answers(conn: TLSConnection) -> None:
-    while True:
-        await answer(conn)
+async def leaves(sock: socket.socket) -> None:
+    sock.close()
 
 
-BOTH = pytest.mark.parametrize(
-    "mode", [{"handler": answers}, {"on_request": answer}], ids=["handler", "requests"]
+async def half_closes(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+    await read_to_end(sock)
+
+
+async def resets(sock: socket.socket) -> None:
+    reset(sock)
+
+
+async def is_silent(sock: socket.socket) -> None:
+    assert await read_to_end(sock) == b""
+
+
+async def stops(sock: socket.socket) -> None:
+    await send_all(sock, b"\x16\x03\x01\x01")
+    assert await read_to_end(sock) == b""
+
+
+async def distrusts(sock: socket.socket) -> None:
+    other = trustme.CA().cert_pem.bytes().decode()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await Peer(sock, ssl.create_default_context(cadata=other)).shake_hands()
+
+
+@pytest.mark.parametrize(
+    ("mode", "peer"),
+    [
+        ("handler", garbage),
+        ("handler", half_closes),
+        ("handler", is_silent),
+        ("handler", distrusts),
+        ("on_request", leaves),
+        ("on_request", resets),
+        ("on_request", is_silent),
+        ("on_request", stops),
+    ],
 )
+async def test_a_handshake_that_fails_is_only_counted(
+    mode: str, peer: Function, log: pytest.LogCaptureFixture
+) -> None:
+    """It is the peer's affair: nothing of the user's runs but what ``on_prepare`` has asked for."""
+    called: list[str] = []
+
+    def on_prepare(conn: Connection) -> None:
+        assert type(conn) is Connection
+        conn.add_close_callback(lambda: called.append("closed"))
+
+    context = server_context()
+    if peer is distrusts:  # below 1.3 a server learns of it within the handshake
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    timeout = 0.05 if peer in (is_silent, stops) else 30
+    hooks: dict[str, Any] = dict.fromkeys(("on_connect", "on_disconnect", mode), never)
+    async with local(
+        ssl_context=context,
+        tls_handshake_timeout=timeout,
+        read_timeout=30,
+        on_prepare=on_prepare,
+        **hooks,
+    ) as server:
+        with connected(server) as sock:
+            await within(peer(sock))
+            await ends(server, tls_handshake=1)
+    assert called == ["closed"]
+    assert server.statistics().handler_errors == 0
+    assert all(record.exc_info is None for record in log.records)
 
 
-# --- in both modes -------------------------------------------------------------------------------
+async def test_max_connections_counts_handshakes() -> None:
+    async with secure(**echo("handler"), max_connections=1) as server:
+        with connected(server) as silent:
+            await holds(lambda: server.connections)
+            with connected(server) as sock:
+                peer = Peer(sock)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(peer.shake_hands)
+                    await anyio.sleep(0)
+                    assert len(server.connections) == 1
+                    silent.close()
+                await peer.send(b"one\n")
+                assert await peer.receive(4) == b"one\n"
+        assert server.statistics().accepted == 2
 
 
-@BOTH
-async def test_requests_are_answered(mode: dict[str, Any]) -> None:
-    async with local(**mode) as server, await connect(server) as stream:
-        for text in (b"a", b"bcd", bytes(255)):
-            await stream.send(bytes([len(text)]) + text)
-            assert await stream.next(len(text)) == text
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("force", [False, True])
+async def test_an_end_during_a_handshake(mode: str, force: bool) -> None:
+    async with secure(**echo(mode), shutdown_timeout=1000) as server:
+        with connected(server) as silent:
+            await holds(lambda: server.connections)
+            with suppress(ConnectionError):
+                if force:
+                    await send_all(silent, b"\x16\x03\x01\x02\x00")  # it has begun
+                await within(server.shutdown(0 if force else None))
+                assert await read_to_end(silent) == b""
+    assert sum(server.statistics().closed.values()) == 1
+    assert server.statistics().handler_errors == 0
+
+
+# --- hooks and handlers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "RST"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_hooks_get_the_tls_connection(mode: str, end: str) -> None:
+    told: list[tuple[str, type]] = []
+
+    def tell(name: str, conn: Any) -> None:
+        told.append((name, type(conn)))
+
+    async def on_connect(stream: TLSConnection) -> None:
+        tell("on_connect", stream)
+        stream.state = "greeted"
+        stream.add_close_callback(partial(tell, "closed"))
+        await stream.send(b"hello\n")
+
+    async def work(stream: TLSConnection) -> None:
+        tell(mode, stream)
+        await (echo_lines if mode == "handler" else echo_line)(stream)
+
+    async def on_disconnect(stream: TLSConnection) -> None:
+        tell("on_disconnect", stream)
+
+    hooks = {"on_connect": on_connect, "on_disconnect": on_disconnect}
+    prepare = partial(tell, "on_prepare")
+    async with (
+        secure(on_prepare=prepare, **hooks, **{mode: work}) as server,
+        talking(server) as peer,
+    ):
+        await peer.send(b"one\n")
+        assert await peer.receive(10) == b"hello\none\n"
         [conn] = server.connections
-        assert type(conn) is TLSConnection
-        assert conn.server is server
-
-
-@BOTH
-async def test_requests_may_lie_in_records_as_they_like(mode: dict[str, Any]) -> None:
-    """Many in one record, and one over many records; byte by byte."""
-    async with local(**mode) as server, await connect(server) as stream:
-        await stream.send(b"\3abc\2de\0\1f")
-        assert await stream.next(6) == b"abcdef"
-        for byte in b"\4ghij":
-            await stream.send(bytes([byte]))
-        assert await stream.next(4) == b"ghij"
-        await stream.send(b"\1k\5lm")
-        assert await stream.next(1) == b"k"
-        await stream.send(b"nop")
-        assert await stream.next(5) == b"lmnop"
-
-
-@BOTH
-async def test_what_comes_with_the_end_is_answered(mode: dict[str, Any]) -> None:
-    async with local(**mode) as server:
-        async with await connect(server) as stream:
-            await stream.send(b"\3abc")
-            await stream.send(b"\2de")
-            await stream.send_eof()
-            assert await stream.next(5) == b"abcde"
-            with pytest.raises(EndOfStream):
-                await stream.receive()
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed == {"eof": 1}
-
-
-@BOTH
-@pytest.mark.parametrize("how", ["cut off", "reset", "half a request"])
-async def test_ends_that_a_peer_can_cause(mode: dict[str, Any], how: str) -> None:
-    """They are counted, and nothing is logged."""
-    async with local(**mode) as server:
-        stream = await connect(server)
-        await stream.send(b"\1a")
-        assert await stream.next(1) == b"a"
-        if how == "half a request":
-            await stream.send(b"\3ab")
-            await stream.send_eof()
-            with pytest.raises(EndOfStream):
-                await stream.receive()
-        elif how == "reset":
-            stream.abort()
+        assert (conn.server, conn.state) == (server, "greeted")
+        if end == "close_notify":
+            await send_all(peer.sock, peer.close_notify())
+            assert await rest(peer) == b""
+        elif end == "FIN":
+            peer.sock.shutdown(socket.SHUT_WR)
         else:
-            await stream.connection.send_eof()  # a FIN without a close_notify
-        await holds(lambda: not server.connections)
-        [(reason, count)] = server.statistics().closed.items()
-        assert count == 1
-        assert reason in ({"incomplete"} if how == "half a request" else {"broken"})
-        stream.abort()
+            reset(peer.sock)
+        await holds(lambda: sum(server.statistics().closed.values()))
+    assert told == [
+        ("on_prepare", Connection),
+        ("on_connect", TLSConnection),
+        (mode, TLSConnection),
+        ("on_disconnect", TLSConnection),
+        ("closed", TLSConnection),
+    ]
 
 
-@BOTH
-async def test_an_error_of_the_user(mode: dict[str, Any], log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_on_connect_may_refuse(mode: str) -> None:
+    async def on_connect(stream: TLSConnection) -> None:
+        await stream.aclose()
+
+    async with secure(on_connect=on_connect, **{mode: never}) as server, talking(server) as peer:
+        await send_all(peer.sock, peer.close_notify())
+        await holds(lambda: sum(server.statistics().closed.values()) == 1)
+    assert server.statistics().handler_errors == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_error_of_the_user(mode: str, log: pytest.LogCaptureFixture) -> None:
     told: list[Any] = []
 
-    async def fail(conn: TLSConnection) -> None:
-        await conn.next(1)
+    async def fail(stream: TLSConnection) -> None:
+        await stream.next(1)
         raise ValueError("mine")
 
-    options = dict.fromkeys(mode, fail)
-    async with local(
-        **options, on_error=lambda conn, exc: told.append((type(conn), exc))
-    ) as server:
-        async with await connect(server) as stream:
-            await stream.send(b"x")
-            with pytest.raises((EndOfStream, BrokenResourceError)):
-                await stream.receive()
-        await holds(lambda: not server.connections)
+    options: Any = {mode: fail, "on_error": lambda conn, exc: told.append((type(conn), exc))}
+    async with secure(**options) as server, talking(server) as peer:
+        await peer.send(b"x")
+        await ends(server, error=1)
     [record] = errors(log)
     assert "mine" in str(record.exc_info)
     [(kind, exc)] = told
     assert kind is TLSConnection
     assert isinstance(exc, ValueError)
-    assert server.statistics().closed == {"error": 1}
-
-
-@BOTH
-async def test_hooks_get_the_decrypted_connection(mode: dict[str, Any]) -> None:
-    seen: list[tuple[str, type]] = []
-
-    def note(name: str) -> Callable[[Any], None]:
-        return lambda conn: seen.append((name, type(conn)))
-
-    async def note_async(name: str, conn: Any) -> None:
-        seen.append((name, type(conn)))
-        if name == "connect":
-            conn.state = "greeted"
-            conn.add_close_callback(note("callback"))
-            await conn.send(b"hello")
-
-    async with local(
-        **mode,
-        on_prepare=note("prepare"),
-        on_connect=functools.partial(note_async, "connect"),
-        on_disconnect=functools.partial(note_async, "disconnect"),
-    ) as server:
-        async with await connect(server) as stream:
-            assert await stream.next(5) == b"hello"
-            assert server.connections[0].state == "greeted"
-        await holds(lambda: not server.connections)
-    assert seen == [
-        ("prepare", anypoll.Connection),
-        ("connect", TLSConnection),
-        ("disconnect", TLSConnection),
-        ("callback", TLSConnection),
-    ]
-
-
-@BOTH
-async def test_idle_connections_end_with_the_server(mode: dict[str, Any]) -> None:
-    async with local(**mode) as server:
-        streams = [await connect(server) for _ in range(5)]
-        for stream in streams:
-            await stream.send(b"\1x")
-            assert await stream.next(1) == b"x"
-        await within(server.shutdown())
-    for stream in streams:
-        with pytest.raises(EndOfStream):
-            await stream.receive()
-        await stream.aclose()
-    assert server.statistics().closed == {"eof": 5}
-
-
-@BOTH
-async def test_the_last_bytes_of_a_busy_one_arrive(mode: dict[str, Any]) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-    data = pattern(MIB)
-
-    async def slow(conn: TLSConnection) -> None:
-        await conn.next(1)
-        begun.set()
-        await go_on.wait()
-        conn.writer.write(data)
-        if "handler" in mode:
-            return
-        await conn.writer.flush()
-
-    async with local(**dict.fromkeys(mode, slow)) as server:
-        stream = await connect(server)
-        await stream.send(b"x")
-        await within(begun.wait())
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(server.shutdown)
-            await holds(lambda: server.shutting_down)
-            go_on.set()
-            assert b"".join(await stream.reader.next_parts(len(data))) == data
-            await stream.aclose()
-
-
-@BOTH
-async def test_over_a_unix_socket(mode: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    async with anypoll.serve(**mode, path=path, ssl_context=server_context()):
-        plain = await anypoll.connect_unix(path)
-        async with await TLSConnection.wrap(
-            plain, hostname=NAME, ssl_context=client_context()
-        ) as stream:
-            await stream.send(b"\2hi")
-            assert await stream.next(2) == b"hi"
-
-
-@BOTH
-async def test_a_peer_that_never_reads(mode: dict[str, Any]) -> None:
-    """What it has asked for is bounded; the others are served."""
-
-    async def flood(conn: TLSConnection) -> None:
-        while True:
-            await conn.next(1)
-            conn.writer.write(bytes(64 * KIB))
-            if "on_request" in mode:
-                return
-
-    async def other(server: anypoll.Server) -> None:
-        async with await connect(server) as stream:
-            await stream.send(b"x")
-            parts = await within(stream.reader.next_parts(64 * KIB))
-            assert sum(map(len, parts)) == 64 * KIB
-
-    async with local(**dict.fromkeys(mode, flood), write_high_water=256 * KIB) as server:
-        greedy = await connect(server)
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(greedy.send, bytes(64 * KIB))
-            await holds(lambda: [c for c in server.connections if isinstance(c, TLSConnection)])
-            [conn] = server.connections
-            await stalled(conn.connection)
-            await other(server)
-            assert 0 < len(conn.writer) < 2 * MIB
-            greedy.abort()
-            tg.cancel_scope.cancel()
-        await holds(lambda: not server.connections)
-
-
-# --- request mode --------------------------------------------------------------------------------
-
-
-async def test_requests_that_come_with_the_handshake() -> None:
-    """They lie in OpenSSL's hands, and no input will tell of them."""
-    async with local(on_request=answer) as server:
-        plain = await anypoll.connect_tcp(HOST, server.port)
-        stream = await TLSConnection.wrap(plain, hostname=NAME, ssl_context=client_context())
-        stream.writer.write(b"\2ab")
-        await stream.writer.flush()
-        assert await within(stream.next(2)) == b"ab"
-        await stream.aclose()
-
-
-async def test_a_call_that_consumes_nothing_is_made_again_only_for_more() -> None:
-    calls: list[int] = []
-
-    async def look(conn: TLSConnection) -> None:
-        calls.append(len(conn.reader))
-        if len(conn.reader) >= 3:
-            conn.writer.write(bytes(await conn.next(3)))
-
-    async with local(on_request=look) as server, await connect(server) as stream:
-        await stream.send(b"a")
-        await holds(lambda: calls == [1])
-        await stream.send(b"b")
-        await holds(lambda: calls == [1, 2])
-        await stream.send(b"c")
-        assert await stream.next(3) == b"abc"
-        assert calls == [1, 2, 3]
-
-
-# --- who cannot do it ----------------------------------------------------------------------------
-
-
-async def never(_conn: Any) -> None:
-    raise AssertionError("it was called")
-
-
-@pytest.mark.parametrize("option", ["handler", "on_request"])
-@pytest.mark.parametrize("how", ["no TLS", "leaves", "is silent", "distrusts"])
-async def test_a_handshake_that_fails_is_counted(option: str, how: str) -> None:
-    options: dict[str, Any] = {option: never, "on_connect": never, "on_disconnect": None}
-    if how == "is silent":
-        options["tls_handshake_timeout"] = 0.01
-    async with local(**options) as server:
-        if how == "distrusts":
-            with pytest.raises((ssl.SSLError, BrokenResourceError)):
-                await connect(server, ssl.create_default_context(cadata=None))
-        else:
-            async with client(server) as sock:
-                if how == "no TLS":
-                    await send_all(sock, b"GET / HTTP/1.1\r\n\r\n")
-                if how != "leaves":
-                    await holds(lambda: server.statistics().closed)
-        await holds(lambda: not server.connections and server.statistics().closed)
-    assert server.statistics().closed == {"tls_handshake": 1}
-    assert server.statistics().handler_errors == 0
-
-
-async def test_the_end_of_the_server_during_a_handshake() -> None:
-    for _ in range(2):
-        async with local(never, shutdown_timeout=240) as server:
-            sock = connected(server)
-            await holds(lambda: server.connections)
-            await within(server.shutdown())
-        sock.close()
-
-
-async def test_a_forced_end_during_a_handshake() -> None:
-    with anyio.CancelScope() as scope:
-        async with local(never) as server:
-            sock = connected(server)
-            await holds(lambda: server.connections)
-            scope.cancel()
-            await anyio.sleep_forever()
-    sock.close()
-    assert not server.connections
-
-
-async def test_a_kept_stream_is_closed_behind_its_handler() -> None:
-    kept: list[TLSConnection] = []
-
-    async def keep(conn: TLSConnection) -> None:
-        kept.append(conn)
-
-    async with local(keep) as server:
-        async with await connect(server) as stream:
-            with pytest.raises(EndOfStream):
-                await stream.receive()
-        await holds(lambda: not server.connections)
-        with pytest.raises(ClosedResourceError):
-            await kept[0].receive()
-        with pytest.raises(ClosedResourceError):
-            await kept[0].send(b"x")
-
-
-async def test_timeouts_of_serve() -> None:
-    seen: list[tuple[float | None, float | None, float | None]] = []
-
-    async def note(conn: TLSConnection) -> None:
-        seen.append((conn.read_timeout, conn.write_timeout, conn.idle_timeout))
-        await conn.next(1)
-
-    async with local(note, read_timeout=0.02, write_timeout=7, idle_timeout=50) as server:
-        async with await connect(server) as stream:
-            with pytest.raises((EndOfStream, BrokenResourceError)):
-                await stream.receive()
-        await holds(lambda: not server.connections)
-    assert seen == [(0.02, 7, 50)]
-    assert server.statistics().closed == {"read_timeout": 1}
 
 
 async def test_the_handler_is_cancelled_when_the_peer_goes() -> None:
-    begun = anyio.Event()
     ended: list[str] = []
 
-    async def wait(_conn: TLSConnection) -> None:
-        begun.set()
+    async def wait(stream: TLSConnection) -> None:
+        await stream.send(b"x")
         try:
             await anyio.sleep_forever()
         finally:
             ended.append("cancelled")
 
-    async with local(wait, cancel_on_disconnect=True) as server:
-        stream = await connect(server)
+    async with secure(handler=wait, cancel_on_disconnect=True) as server, talking(server) as peer:
+        assert await peer.receive(1) == b"x"
+        reset(peer.sock)
+        await ends(server, disconnected=1)
+    assert ended == ["cancelled"]
+
+
+async def test_timeouts_of_serve() -> None:
+    seen: list[tuple[float | None, float | None, float | None]] = []
+
+    async def note(stream: TLSConnection) -> None:
+        seen.append((stream.read_timeout, stream.write_timeout, stream.idle_timeout))
+        await stream.next(1)
+
+    timeouts = {"read_timeout": 0.02, "write_timeout": 7, "idle_timeout": 50}
+    async with secure(handler=note, **timeouts) as server, talking(server):
+        await ends(server, read_timeout=1)
+    assert seen == [(0.02, 7, 50)]
+
+
+async def test_over_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with anypoll.serve(**echo("on_request"), path=path, ssl_context=server_context()):
+        plain = await anypoll.connect_unix(path)
+        async with await TLSConnection.wrap(
+            plain, hostname=NAME, ssl_context=client_context()
+        ) as stream:
+            await stream.send(b"hi\n")
+            assert await stream.next(3) == b"hi\n"
+
+
+# --- ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_idle_connections_end_with_the_server(mode: str) -> None:
+    async with secure(**echo(mode)) as server, talking(server) as one, talking(server) as other:
+        for peer in (one, other):
+            await peer.send(b"x\n")
+            assert await peer.receive(2) == b"x\n"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.shutdown)
+            for peer in (one, other):
+                assert await rest(peer) == b""
+                await send_all(peer.sock, peer.close_notify())
+    assert server.statistics().closed == {"eof": 2}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_the_last_words_of_a_busy_one_arrive(mode: str) -> None:
+    """Though most of what the peer has sent is never read."""
+    begun, go_on = anyio.Event(), anyio.Event()
+
+    async def slow(stream: TLSConnection) -> None:
+        await stream.next(1)
+        begun.set()
+        await go_on.wait()
+        stream.writer.write(pattern(2 * MIB))
+        if mode == "on_request":
+            await stream.reader.next_parts(100_000)
+
+    async with secure(**{mode: slow}) as server, talking(server) as peer:
+        await peer.send(b"x" + bytes(100_000))
         await within(begun.wait())
-        stream.abort()
-        await holds(lambda: not server.connections)
-        assert ended == ["cancelled"]
-        assert server.statistics().closed == {"disconnected": 1}
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.shutdown)
+            await within(server.wait_shutting_down())
+            go_on.set()
+            assert await rest(peer) == pattern(2 * MIB)
+            await send_all(peer.sock, peer.close_notify())
+            peer.sock.close()
+    assert server.statistics().closed == {"done" if mode == "handler" else "eof": 1}
+
+
+async def test_a_kept_stream_is_closed_behind_its_handler() -> None:
+    kept: list[TLSConnection] = []
+
+    async def keep(stream: TLSConnection) -> None:
+        kept.append(stream)
+
+    async with secure(handler=keep) as server, talking(server) as peer:
+        assert await rest(peer) == b""
+        await send_all(peer.sock, peer.close_notify())
+        await ends(server, done=1)
+        with pytest.raises(ClosedResourceError):
+            await kept[0].receive()
+        with pytest.raises(ClosedResourceError):
+            await kept[0].send(b"x")
