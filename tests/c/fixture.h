@@ -399,13 +399,45 @@ static inline void peer_reset(struct link *l)
     l->peer = -1;
 }
 
+/* Once or again: a test may close what is closed for it anyway. */
 static inline void link_close(struct link *l)
 {
     link_drop_block(l);
-    ap_conn_release(l->conn);
+    if (l->conn)
+        ap_conn_release(l->conn);
     l->conn = NULL;
     peer_close(l);
 }
+
+enum {
+    TCP = 1 << AP_TCP,
+    UNIX = 1 << AP_UNIX,
+    MESSAGES = 1 << AP_SEQPACKET,
+    STREAMS = TCP | UNIX,
+};
+
+static inline void for_links(int kinds, uint32_t high, void (*run)(struct world *, struct link *))
+{
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        if (!(kinds & 1 << kind))
+            continue;
+        struct world *w = world_open();
+        struct link l = link_open(w, kind, high);
+        run(w, &l);
+        link_close(&l);
+        world_close(w);
+    }
+}
+
+/* A test of one connection, `l` in the world `w`: it runs once over each of the kinds, and finds
+ * nobody else there. */
+#define LINK_TEST(name_, kinds_, high_)                        \
+    static void name_##_over(struct world *w, struct link *l); \
+    TEST(name_)                                                \
+    {                                                          \
+        for_links(kinds_, high_, name_##_over);                \
+    }                                                          \
+    static void name_##_over(__attribute__((unused)) struct world *w, struct link *l)
 
 /* Takes over the window that the head of the input begins. */
 static inline void link_fetch(struct link *l)

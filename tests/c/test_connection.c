@@ -3,9 +3,6 @@
 
 #include <pthread.h>
 
-static const int kinds[] = {AP_TCP, AP_UNIX};
-#define EACH_KIND(kind) for (int i_ = 0, kind; i_ < 2 && (kind = kinds[i_], 1); i_++)
-
 /* ---- opening ---------------------------------------------------------- */
 
 TEST(connection_register_reports_each)
@@ -43,15 +40,13 @@ TEST(connection_new_without_memory)
     world_close(w);
 }
 
-TEST(connection_counts_itself)
+LINK_TEST(connection_counts_itself, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     int64_t before = ap_now_coarse();
-    peer_say(&l, 1, 0, 500);
-    expect(&l, 1, 0, 200);
-    CHECK_EQ(ap_conn_write(l.conn, "abc", 3), 0);
-    ap_conn_stats s = link_stats(&l);
+    peer_say(l, 1, 0, 500);
+    expect(l, 1, 0, 200);
+    CHECK_EQ(ap_conn_write(l->conn, "abc", 3), 0);
+    ap_conn_stats s = link_stats(l);
     CHECK_EQ(s.bytes_received, 500);
     CHECK_EQ(s.bytes_sent, 3);
     CHECK_EQ(s.writes, 1);
@@ -60,8 +55,6 @@ TEST(connection_counts_itself)
     CHECK(s.created_at <= ap_now() && s.last_activity >= before);
     CHECK_EQ(stats(w).bytes_received, 500);
     CHECK_EQ(stats(w).connections, 1);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- idleness --------------------------------------------------------- */
@@ -69,47 +62,36 @@ TEST(connection_counts_itself)
 #define COARSE (10 * MS) /* the coarse clock's resolution, at most */
 
 /* L48, O27: a live but silent peer; what was received stays readable, and the peer sees the end. */
-TEST(connection_idle_end)
+LINK_TEST(connection_idle_end, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        peer_say(&l, 1, 0, 100);
-        UNTIL(w, buffered(&l) == 100);
-        int64_t from = ap_now();
-        CHECK_OK(ap_conn_set_idle(l.conn, 30 * MS));
-        await(w, l.id, AP_MAIL_IDLE);
-        CHECK(ap_now() - from >= 30 * MS - COARSE);
-        CHECK(ap_conn_status(l.conn) & AP_IS_IDLE_END);
-        CHECK(ap_conn_status(l.conn) & AP_IS_BROKEN);
-        CHECK_EQ(ap_conn_write(l.conn, "x", 1), AP_EIDLE);
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), AP_EIDLE);
-        expect(&l, 1, 0, 100);
-        CHECK_EQ(want(&l, 1), AP_EIDLE);
-        peer_expect_eof(&l);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0); /* once */
-        link_close(&l);
-        world_close(w);
-    }
+    peer_say(l, 1, 0, 100);
+    UNTIL(w, buffered(l) == 100);
+    int64_t from = ap_now();
+    CHECK_OK(ap_conn_set_idle(l->conn, 30 * MS));
+    await(w, l->id, AP_MAIL_IDLE);
+    CHECK(ap_now() - from >= 30 * MS - COARSE);
+    CHECK(ap_conn_status(l->conn) & AP_IS_IDLE_END);
+    CHECK(ap_conn_status(l->conn) & AP_IS_BROKEN);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), AP_EIDLE);
+    CHECK_EQ(ap_conn_drain(l->conn, 0, 0), AP_EIDLE);
+    expect(l, 1, 0, 100);
+    CHECK_EQ(want(l, 1), AP_EIDLE);
+    peer_expect_eof(l);
+    settle(w);
+    CHECK_EQ(mail_of(w, l->id), 0); /* once */
 }
 
-TEST(connection_idle_end_wakes_everybody)
+LINK_TEST(connection_idle_end_wakes_everybody, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     char *data = calloc(1, 8 * MB);
-    CHECK(ap_conn_write(l.conn, data, 8 * MB) > 0);
+    CHECK(ap_conn_write(l->conn, data, 8 * MB) > 0);
     settle(w);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-    CHECK_OK(ap_conn_set_idle(l.conn, 10 * MS));
+    CHECK_EQ(want(l, 1), -EAGAIN);
+    CHECK_EQ(ap_conn_drain(l->conn, 0, 0), -EAGAIN);
+    CHECK_OK(ap_conn_set_idle(l->conn, 10 * MS));
     uint32_t all = AP_MAIL_IDLE | AP_MAIL_READ | AP_MAIL_WRITE | AP_MAIL_SENT;
-    UNTIL(w, (collect(w), (mail_at(w, l.id)->bits & all) == all));
+    UNTIL(w, (collect(w), (mail_at(w, l->id)->bits & all) == all));
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* Bytes in either direction postpone it, by an entry that is looked at and filed again. */
@@ -147,59 +129,44 @@ TEST(connection_writes_postpone_the_idle_end)
     stay_active(true);
 }
 
-TEST(connection_idle_can_be_taken_back)
+LINK_TEST(connection_idle_can_be_taken_back, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(ap_conn_set_idle(l.conn, -1), -EINVAL);
-    CHECK_OK(ap_conn_set_idle(l.conn, 5 * MS));
-    CHECK_OK(ap_conn_set_idle(l.conn, 0));
+    CHECK_EQ(ap_conn_set_idle(l->conn, -1), -EINVAL);
+    CHECK_OK(ap_conn_set_idle(l->conn, 5 * MS));
+    CHECK_OK(ap_conn_set_idle(l->conn, 0));
     for (int64_t end = ap_now() + 30 * MS; ap_now() < end;)
         step(w, 5);
-    CHECK_EQ(mail_of(w, l.id), 0);
+    CHECK_EQ(mail_of(w, l->id), 0);
     CHECK_EQ(w->poller->wheel.filed, 0); /* the entry was looked at and dropped */
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- lingering -------------------------------------------------------- */
 
-TEST(linger_has_nothing_to_do)
+LINK_TEST(linger_has_nothing_to_do, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(ap_conn_write(l.conn, "bye", 3), 0);
-        char got[3];
-        UNTIL(w, unread_in_kernel(l.peer) == 3);
-        CHECK_EQ(recv(l.peer, got, 3, 0), 3);
-        /* not 40 ms for the acknowledgement: SIOCOUTQNSD, and not SIOCOUTQ (measured) */
-        CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-        link_close(&l);
-        world_close(w);
-    }
+    CHECK_EQ(ap_conn_write(l->conn, "bye", 3), 0);
+    char got[3];
+    UNTIL(w, unread_in_kernel(l->peer) == 3);
+    CHECK_EQ(recv(l->peer, got, 3, 0), 3);
+    /* not 40 ms for the acknowledgement: SIOCOUTQNSD, and not SIOCOUTQ (measured) */
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0);
 }
 
 /* Measured: with SIOCOUTQ, which counts what only waits for its acknowledgement, every close took
  * 40 ms. */
-TEST(linger_does_not_wait_for_acknowledgements)
+LINK_TEST(linger_does_not_wait_for_acknowledgements, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     int off = 0, unacknowledged = 0;
     for (uint64_t i = 0; i < 200 && !unacknowledged; i++) {
-        peer_say(&l, 1, i * 10, 10); /* a peer that talks delays its acknowledgements */
-        expect(&l, 1, i * 10, 10);
-        setsockopt(l.peer, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof off);
-        CHECK_EQ(ap_conn_write(l.conn, "x", 1), 0);
-        ioctl(l.fd, TIOCOUTQ, &unacknowledged);
+        peer_say(l, 1, i * 10, 10); /* a peer that talks delays its acknowledgements */
+        expect(l, 1, i * 10, 10);
+        setsockopt(l->peer, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof off);
+        CHECK_EQ(ap_conn_write(l->conn, "x", 1), 0);
+        ioctl(l->fd, TIOCOUTQ, &unacknowledged);
     }
     if (!unacknowledged)
         SKIP("every byte is acknowledged at once here");
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0);
 }
 
 /* A peer that sends and sends before it reads. With a plain close its unread bytes turn into a
@@ -232,140 +199,109 @@ static void *talk_and_then_listen(void *arg)
     return NULL;
 }
 
-TEST(linger_loses_no_byte)
+LINK_TEST(linger_loses_no_byte, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     size_t n = MB;
     uint8_t *data = pattern_make(1, 0, n);
-    struct talker t = {.fd = l.peer};
+    struct talker t = {.fd = l->peer};
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, talk_and_then_listen, &t) == 0);
-    if (ap_conn_write(l.conn, (char *)data, n) > 0)
-        await(w, l.id, AP_MAIL_SENT);
-    arrived(&l, 1); /* something is unread */
-    int rc = ap_conn_linger(l.conn, l.pos, 0);
+    if (ap_conn_write(l->conn, (char *)data, n) > 0)
+        await(w, l->id, AP_MAIL_SENT);
+    arrived(l, 1); /* something is unread */
+    int rc = ap_conn_linger(l->conn, l->pos, 0);
     CHECK_EQ(rc, -EAGAIN);
-    CHECK_EQ(ap_conn_status(l.conn) & AP_IS_SHUT, AP_IS_SHUT);
-    await(w, l.id, AP_MAIL_READ); /* the peer closes after it has seen our end */
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
+    CHECK_EQ(ap_conn_status(l->conn) & AP_IS_SHUT, AP_IS_SHUT);
+    await(w, l->id, AP_MAIL_READ); /* the peer closes after it has seen our end */
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0);
     pthread_join(thread, NULL);
-    l.peer = -1;
+    l->peer = -1;
     CHECK_EQ(t.heard, n);
     CHECK(!t.reset);
     CHECK_EQ(bytes_in_use(w), 0); /* what was thrown away took no memory */
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* The rule breaks without it: the same with a plain close. If this fails, the test above proves
  * nothing. */
-TEST(linger_is_needed)
+LINK_TEST(linger_is_needed, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     uint8_t *data = pattern_make(1, 0, 300 * KB);
-    peer_say(&l, 2, 0, 100 * KB);
-    arrived(&l, 1);
-    if (ap_conn_write(l.conn, (char *)data, 300 * KB) > 0)
-        UNTIL(w, link_stats(&l).buffered_output < 300 * KB);
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    peer_say(l, 2, 0, 100 * KB);
+    arrived(l, 1);
+    if (ap_conn_write(l->conn, (char *)data, 300 * KB) > 0)
+        UNTIL(w, link_stats(l).buffered_output < 300 * KB);
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
     char buffer[16 * 1024];
     size_t heard = 0;
     ssize_t got;
     usleep(10000); /* the RST may take a softirq; what it destroys does not come back */
-    while ((got = recv(l.peer, buffer, sizeof buffer, 0)) > 0)
+    while ((got = recv(l->peer, buffer, sizeof buffer, 0)) > 0)
         heard += (size_t)got;
     CHECK(got < 0 && errno == ECONNRESET);
     CHECK(heard < 300 * KB);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
-TEST(linger_deadline)
+LINK_TEST(linger_deadline, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    arrived(&l, 100);
+    peer_say(l, 1, 0, 100);
+    arrived(l, 100);
     int64_t deadline = ap_now() + 5 * MS;
-    int rc = ap_conn_linger(l.conn, l.pos, deadline);
+    int rc = ap_conn_linger(l->conn, l->pos, deadline);
     CHECK_EQ(rc, -EAGAIN);
-    await(w, l.id, AP_MAIL_READ);
+    await(w, l->id, AP_MAIL_READ);
     CHECK(ap_now() >= deadline);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, deadline), AP_ELATE);
-    peer_expect_eof(&l);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, deadline), AP_ELATE);
+    peer_expect_eof(l);
 }
 
-TEST(linger_after_the_end)
+LINK_TEST(linger_after_the_end, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    peer_close(&l);
-    expect(&l, 1, 0, 50);
-    CHECK_EQ(want_wait(&l, 100), AP_EEOF);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0); /* all was read, and nothing more comes */
-    link_close(&l);
-    world_close(w);
+    peer_say(l, 1, 0, 100);
+    peer_close(l);
+    expect(l, 1, 0, 50);
+    CHECK_EQ(want_wait(l, 100), AP_EEOF);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0); /* all was read, and nothing more comes */
 }
 
-TEST(linger_ends_with_a_reset)
+LINK_TEST(linger_ends_with_a_reset, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    arrived(&l, 100);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
+    peer_say(l, 1, 0, 100);
+    arrived(l, 100);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EAGAIN);
     settle(w);
-    peer_reset(&l);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
+    peer_reset(l);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0);
 }
 
 /* A FIN in the middle of queued output would cut it off. */
-TEST(linger_does_not_cut_off_queued_output)
+LINK_TEST(linger_does_not_cut_off_queued_output, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     uint8_t *data = pattern_make(1, 0, 8 * MB);
-    CHECK(ap_conn_write(l.conn, (char *)data, 8 * MB) > 0);
+    CHECK(ap_conn_write(l->conn, (char *)data, 8 * MB) > 0);
     settle(w);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EBUSY);
-    peer_expect(&l, 1, 0, 8 * MB);
-    await(w, l.id, AP_MAIL_SENT);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EBUSY);
+    peer_expect(l, 1, 0, 8 * MB);
+    await(w, l->id, AP_MAIL_SENT);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- closing ---------------------------------------------------------- */
 
 /* AnyIO: the descriptor is closed when aclose() returns, and the peer sees it. */
-TEST(connection_close_is_immediate)
+LINK_TEST(connection_close_is_immediate, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(want_until(&l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
-        settle(w);
-        int fd = l.fd;
-        CHECK_OK(ap_conn_close(l.conn, 0, 0));
-        CHECK(fcntl(fd, F_GETFD) < 0);
-        peer_expect_eof(&l);
-        settle(w);
-        CHECK_EQ(w->poller->wheel.filed, 0); /* its deadline went with it */
-        CHECK_EQ(mail_of(w, l.id), 0);
-        link_close(&l);
-        world_close(w);
-    }
+    CHECK_EQ(want_until(l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
+    settle(w);
+    int fd = l->fd;
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
+    CHECK(fcntl(fd, F_GETFD) < 0);
+    peer_expect_eof(l);
+    settle(w);
+    CHECK_EQ(w->poller->wheel.filed, 0); /* its deadline went with it */
+    CHECK_EQ(mail_of(w, l->id), 0);
 }
 
 /* L13: a second close finds nothing to do, whoever has the number now (O4, L30). */
@@ -388,17 +324,13 @@ TEST(connection_closes_once)
     world_close(w);
 }
 
-TEST(connection_disowned_descriptor)
+LINK_TEST(connection_disowned_descriptor, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(ap_conn_fd(l.conn, 0), l.fd);
-    CHECK_EQ(ap_conn_fd(l.conn, 1), l.fd);
-    CHECK_EQ(ap_conn_close(l.conn, 0, 1), l.fd);
-    CHECK_EQ(ap_conn_fd(l.conn, 0), -EBADF);
-    close(l.fd);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(ap_conn_fd(l->conn, 0), l->fd);
+    CHECK_EQ(ap_conn_fd(l->conn, 1), l->fd);
+    CHECK_EQ(ap_conn_close(l->conn, 0, 1), l->fd);
+    CHECK_EQ(ap_conn_fd(l->conn, 0), -EBADF);
+    close(l->fd);
 }
 
 /* A handle that is dropped without a close leaves a disowned descriptor open. */
@@ -418,21 +350,17 @@ TEST(connection_release_keeps_a_disowned_descriptor)
 }
 
 /* What was consumed in the window counts for what is unread. */
-TEST(linger_knows_what_was_consumed)
+LINK_TEST(linger_knows_what_was_consumed, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    CHECK_EQ(want_wait(&l, 100), 0);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
-    link_close(&l);
+    peer_say(l, 1, 0, 100);
+    CHECK_EQ(want_wait(l, 100), 0);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EAGAIN);
+    link_close(l);
 
-    l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    expect(&l, 1, 0, 100);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
+    *l = link_open(w, AP_TCP, HIGH);
+    peer_say(l, 1, 0, 100);
+    expect(l, 1, 0, 100);
+    CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), 0);
 }
 
 /* The poller lives as long as its slots, whatever order they go in. */

@@ -275,17 +275,14 @@ static void spare_reused(void *arg)
     CHECK(is_open(*fd));
 }
 
-TEST(fork_child_spares_reused_numbers)
+LINK_TEST(fork_child_spares_reused_numbers, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    int fd = l.fd;
-    link_close(&l);
+    int fd = l->fd;
+    link_close(l);
     int mine = open("/dev/null", O_RDONLY | O_CLOEXEC);
     CHECK_EQ(mine, fd);
     in_child(spare_reused, &mine);
     close(mine);
-    world_close(w);
 }
 
 /* ---- starting afresh -------------------------------------------------- */
@@ -331,17 +328,14 @@ static void avoid_the_slot(void *arg)
 
 /* A free slot may be locked at the moment of the fork, by a driver with a late event: the child
  * does not use it. */
-TEST(fork_child_does_not_use_free_slots)
+LINK_TEST(fork_child_does_not_use_free_slots, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    struct locked_slot locked = {.index = (uint32_t)l.id};
-    link_close(&l);
+    struct locked_slot locked = {.index = (uint32_t)l->id};
+    link_close(l);
     settle(w);
     ap_slot_lock(ap_slot_at(locked.index));
     in_child(avoid_the_slot, &locked);
     ap_slot_unlock(ap_slot_at(locked.index));
-    world_close(w);
 }
 
 static void fork_again(void *arg)

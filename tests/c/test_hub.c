@@ -87,25 +87,21 @@ TEST(hub_post_between_two_takes_of_one_list)
 }
 
 /* Only waits that are met *now* are reported: a hint that was overtaken is not. */
-TEST(hub_looks_at_the_target_again)
+LINK_TEST(hub_looks_at_the_target_again, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(want(&l, 4), -EAGAIN);
-    peer_say(&l, 1, 0, 4);
+    CHECK_EQ(want(l, 4), -EAGAIN);
+    peer_say(l, 1, 0, 4);
     settle(w);
-    CHECK_OK(ap_conn_disarm_read(l.conn)); /* the waiter was cancelled */
-    CHECK_EQ(mail_of(w, l.id), 0);
+    CHECK_OK(ap_conn_disarm_read(l->conn)); /* the waiter was cancelled */
+    CHECK_EQ(mail_of(w, l->id), 0);
 
-    CHECK_EQ(want(&l, 8), -EAGAIN); /* a new and larger wait under an old token */
-    post(&l, AP_MAIL_READ);
-    CHECK_EQ(mail_of(w, l.id), 0);
-    peer_say(&l, 1, 4, 4);
+    CHECK_EQ(want(l, 8), -EAGAIN); /* a new and larger wait under an old token */
+    post(l, AP_MAIL_READ);
+    CHECK_EQ(mail_of(w, l->id), 0);
+    peer_say(l, 1, 4, 4);
     settle(w);
-    CHECK_EQ(mail_of(w, l.id), AP_MAIL_READ);
-    expect(&l, 1, 0, 8);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(mail_of(w, l->id), AP_MAIL_READ);
+    expect(l, 1, 0, 8);
 }
 
 /* ---- the end ---------------------------------------------------------- */
@@ -189,22 +185,18 @@ TEST(hub_kill_keeps_disowned_descriptors)
 }
 
 /* A dead hub is never signalled: its descriptor's number may be somebody else's. */
-TEST(hub_dead_is_not_signalled)
+LINK_TEST(hub_dead_is_not_signalled, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     int efd = ap_hub_fd(w->hub);
     CHECK_OK(ap_hub_kill(w->hub));
     int other = ap_sys_eventfd();
     CHECK_EQ(other, efd);
     /* a post that comes late, as if its driver had slept */
-    ap_hub_post(&l.conn->slot, AP_MAIL_READ);
+    ap_hub_post(&l->conn->slot, AP_MAIL_READ);
     uint64_t count;
     CHECK(read(other, &count, sizeof count) < 0 && errno == EAGAIN);
     CHECK_OK(ap_hub_kill(w->hub)); /* takes it out again */
     ap_sys_close(other);
-    link_close(&l);
-    world_close(w);
 }
 
 /* The hub's memory lives until the last slot that names it. */

@@ -41,18 +41,14 @@ TEST(poller_starts_and_stops)
 }
 
 /* L40: stopping is an event, not the next tick of something. */
-TEST(poller_stops_at_once)
+LINK_TEST(poller_stops_at_once, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     world_start(w);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
+    CHECK_EQ(want(l, 1), -EAGAIN);
     UNTIL(w, stats(w).waits > 0);
     int64_t before = ap_now();
     world_stop(w);
     CHECK(ap_now() - before < PATIENCE); /* it would be for ever */
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- the lease -------------------------------------------------------- */
@@ -87,20 +83,16 @@ TEST(poller_has_one_driver_at_a_time)
 }
 
 /* Whoever drives, the work is the same: the seam for lending the lease. */
-TEST(poller_may_change_its_driver)
+LINK_TEST(poller_may_change_its_driver, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     for (uint64_t i = 0; i < 20; i++) {
         if (i % 2)
             world_start(w);
-        peer_say(&l, 1, i * 1000, 1000);
-        expect(&l, 1, i * 1000, 1000);
+        peer_say(l, 1, i * 1000, 1000);
+        expect(l, 1, i * 1000, 1000);
         if (i % 2)
             world_stop(w);
     }
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- sleeping and being woken ----------------------------------------- */
@@ -147,17 +139,14 @@ TEST(poller_is_woken_only_for_what_is_due_earlier)
     world_close(w);
 }
 
-TEST(poller_nudged_recycles_what_was_retired)
+LINK_TEST(poller_nudged_recycles_what_was_retired, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     world_start(w);
     wait_asleep(w);
-    link_close(&l);
+    link_close(l);
     CHECK_EQ(stats(w).slots, 1);
     CHECK_OK(ap_poller_nudge(w->poller));
     UNTIL(w, stats(w).slots == 0);
-    world_close(w);
 }
 
 /* Litmus: a push never finds the driver asleep beyond it. The driver has nothing else to do, and
@@ -187,10 +176,8 @@ static void await_box_empty(struct link *l, int round)
     }
 }
 
-TEST(poller_litmus_no_push_is_missed)
+LINK_TEST(poller_litmus_no_push_is_missed, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     uint64_t seed = 3;
     int64_t delay = 1000;
     w->poller->sweep_at = AP_FOREVER - 1; /* no sweep, which would wake it after a second */
@@ -200,13 +187,11 @@ TEST(poller_litmus_no_push_is_missed)
         for (volatile int64_t i = delay + (int64_t)random_below(&seed, 64); i > 0; i--)
             ;
         bool asleep = sleeps_until(w) != 0;
-        push_work(&l);
+        push_work(l);
         delay += asleep ? -(int64_t)random_below(&seed, 16) : (int64_t)random_below(&seed, 16);
         delay = delay < 0 ? 0 : delay > 20000 ? 20000 : delay;
-        await_box_empty(&l, round);
+        await_box_empty(l, round);
     }
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- the run list ----------------------------------------------------- */
@@ -220,49 +205,41 @@ static int unsent_in_kernel(int fd)
 
 /* Measured: 256 KiB accepted whole, and no EPOLLOUT ever. What is beyond the bound goes on
  * without an event (O17). */
-TEST(poller_finishes_what_stopped_at_the_bound)
+LINK_TEST(poller_finishes_what_stopped_at_the_bound, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     int size = 4 * 1024 * 1024;
-    setsockopt(l.fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
-    setsockopt(l.peer, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
+    setsockopt(l->fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
+    setsockopt(l->peer, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
     uint8_t *data = pattern_make(1, 0, MB);
     settle(w);
-    int64_t left = ap_conn_write(l.conn, (char *)data, MB);
+    int64_t left = ap_conn_write(l->conn, (char *)data, MB);
     CHECK(left > 0);
-    peer_expect(&l, 1, 0, MB); /* breathes: the driver does it, with or without events */
-    CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-    CHECK_EQ(unsent_in_kernel(l.fd) >= 0, 1);
+    peer_expect(l, 1, 0, MB); /* breathes: the driver does it, with or without events */
+    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+    CHECK_EQ(unsent_in_kernel(l->fd) >= 0, 1);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* A write that was cut by the bound (256 KiB), not by the kernel, asks for no event. */
-TEST(poller_bound_needs_no_edge)
+LINK_TEST(poller_bound_needs_no_edge, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     int size = 4 * 1024 * 1024;
-    if (setsockopt(l.fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
+    if (setsockopt(l->fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
         SKIP("no right to a large socket buffer");
     uint8_t *data = pattern_make(1, 0, MB);
     settle(w);
     uint64_t events = stats(w).events;
-    CHECK_EQ(ap_conn_write(l.conn, (char *)data, MB), MB - AP_BOUND);
+    CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB - AP_BOUND);
     step(w, 0); /* each turn is bounded as well: what is done under the mutex, and fairness */
-    CHECK_EQ(link_stats(&l).buffered_output, MB - 2 * AP_BOUND);
+    CHECK_EQ(link_stats(l).buffered_output, MB - 2 * AP_BOUND);
     for (int i = 0; i < 10; i++)
         step(w, 0);
-    CHECK_EQ(link_stats(&l).buffered_output, 0);
+    CHECK_EQ(link_stats(l).buffered_output, 0);
     CHECK_EQ(stats(w).events, events);
     CHECK_EQ(stats(w).stalls, 0);
-    CHECK_EQ(mail_of(w, l.id), AP_MAIL_SENT);
-    peer_expect(&l, 1, 0, MB);
+    CHECK_EQ(mail_of(w, l->id), AP_MAIL_SENT);
+    peer_expect(l, 1, 0, MB);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* Work left over keeps epoll_wait from blocking, and a budget does not lose it. */
@@ -342,13 +319,11 @@ TEST(poller_survives_a_failing_wait)
 }
 
 /* Events 5: after a wait that found something it polls once more before it blocks. */
-TEST(poller_polls_once_more_before_it_blocks)
+LINK_TEST(poller_polls_once_more_before_it_blocks, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     settle(w);
-    peer_say(&l, 1, 0, 1);
-    arrived(&l, 1);
+    peer_say(l, 1, 0, 1);
+    arrived(l, 1);
     CHECK(step(w, 0) > 0);
     ap_poller_stats before = stats(w);
     CHECK_EQ(step(w, 1), 0);
@@ -356,16 +331,12 @@ TEST(poller_polls_once_more_before_it_blocks)
     CHECK_EQ(stats(w).waits, before.waits + 1);
     CHECK_EQ(step(w, 1), 0); /* and only then */
     CHECK_EQ(stats(w).polls, before.polls + 3);
-    link_close(&l);
-    world_close(w);
 }
 
 /* An idle poller costs nothing: it neither wakes nor polls (O15). */
-TEST(poller_idle_does_not_wake)
+LINK_TEST(poller_idle_does_not_wake, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want_until(&l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
+    CHECK_EQ(want_until(l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
     settle(w);
     world_start(w);
     wait_asleep(w);
@@ -376,6 +347,4 @@ TEST(poller_idle_does_not_wake)
     usleep(100 * 1000);
     polls = stats(w).polls - polls;
     CHECK(polls == 0 || ap_now() >= until);
-    link_close(&l);
-    world_close(w);
 }

@@ -627,11 +627,9 @@ static void *toss(void *arg)
 }
 
 /* L02, L31, L41: a wait ends with the bytes or with the timeout, never without either. */
-TEST(races_deadlines_against_data)
+LINK_TEST(races_deadlines_against_data, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    struct tosser t = {.fd = l.peer};
+    struct tosser t = {.fd = l->peer};
     pthread_t thread;
     uint64_t seed = seed_of(32), read = 0, timeouts = 0;
     world_start(w);
@@ -639,10 +637,10 @@ TEST(races_deadlines_against_data)
     for (int i = 0; i < ROUNDS(20000); i++) {
         size_t n = 1 + random_below(&seed, 30);
         int64_t deadline = ap_now() + 1 + (int64_t)random_below(&seed, 2000000);
-        int64_t rc = want_until(&l, n, deadline);
+        int64_t rc = want_until(l, n, deadline);
         if (rc == -EAGAIN) {
-            await(w, l.id, AP_MAIL_READ);
-            rc = want_until(&l, n, deadline);
+            await(w, l->id, AP_MAIL_READ);
+            rc = want_until(l, n, deadline);
         }
         if (rc == AP_ELATE) {
             CHECK(ap_now() >= deadline);
@@ -650,15 +648,13 @@ TEST(races_deadlines_against_data)
             continue;
         }
         CHECK_EQ(rc, 0);
-        pattern_check(link_at(&l), 6, read, n);
-        l.pos += (uint32_t)n;
+        pattern_check(link_at(l), 6, read, n);
+        l->pos += (uint32_t)n;
         read += n;
     }
     atomic_store(&t.over, true);
     pthread_join(thread, NULL);
     CHECK_EQ(stats(w).timeouts, timeouts);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- output that is held while the driver sends ------------------------ */
@@ -829,26 +825,22 @@ TEST(races_listener_closes_while_accepting)
 /* ---- the lease -------------------------------------------------------- */
 
 /* A loop that steps the poller by itself while the thread is there: one of them drives. */
-TEST(races_two_drivers)
+LINK_TEST(races_two_drivers, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    struct speaker s = {.fd = l.peer, .total = SANITIZED ? 3 * MB : 50 * MB};
+    struct speaker s = {.fd = l->peer, .total = SANITIZED ? 3 * MB : 50 * MB};
     pthread_t thread;
     world_start(w);
     spawn(&thread, speak, &s);
     for (size_t read = 0; read < s.total;) {
         size_t n = s.total - read < 10000 ? s.total - read : 10000;
-        while (want(&l, n) == -EAGAIN) {
+        while (want(l, n) == -EAGAIN) {
             int rc = ap_poller_step(w->poller, 0, 10);
             CHECK(rc >= 0 || rc == -EBUSY);
             breathe(w);
             collect(w);
         }
-        expect(&l, 5, read, n);
+        expect(l, 5, read, n);
         read += n;
     }
     pthread_join(thread, NULL);
-    link_close(&l);
-    world_close(w);
 }

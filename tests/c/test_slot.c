@@ -164,24 +164,21 @@ TEST(slot_closed_refuses_every_verb)
 }
 
 /* A slot is free when the handle *and* the driver have let go, in either order. */
-TEST(slot_is_free_when_handle_and_driver_let_go)
+LINK_TEST(slot_is_free_when_handle_and_driver_let_go, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    uint32_t index = (uint32_t)l.id;
-    link_close(&l);
+    uint32_t index = (uint32_t)l->id;
+    link_close(l);
     CHECK_EQ(stats(w).slots, 1); /* the driver has not seen it */
     settle(w);
     CHECK_EQ(stats(w).slots, 0);
 
-    l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ((uint32_t)l.id, index); /* reused, and told apart */
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    *l = link_open(w, AP_UNIX, HIGH);
+    CHECK_EQ((uint32_t)l->id, index); /* reused, and told apart */
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
     settle(w);
     CHECK_EQ(stats(w).slots, 1); /* the handle has not let go */
-    link_close(&l);
+    link_close(l);
     CHECK_EQ(stats(w).slots, 0);
-    world_close(w);
 }
 
 TEST(slot_generation_grows_with_each_life)
@@ -328,29 +325,21 @@ TEST(slot_descriptor_zero)
     world_close(w);
 }
 
-TEST(slot_close_can_keep_the_descriptor)
+LINK_TEST(slot_close_can_keep_the_descriptor, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    int fd = l.fd;
-    CHECK_EQ(ap_conn_close(l.conn, 0, 1), fd);
+    int fd = l->fd;
+    CHECK_EQ(ap_conn_close(l->conn, 0, 1), fd);
     CHECK_EQ(send(fd, "still", 5, MSG_NOSIGNAL), 5);
     close(fd);
-    link_close(&l);
-    world_close(w);
 }
 
-TEST(slot_close_with_reset)
+LINK_TEST(slot_close_with_reset, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     char byte;
-    CHECK_OK(ap_conn_close(l.conn, 1, 0));
+    CHECK_OK(ap_conn_close(l->conn, 1, 0));
     ssize_t got;
-    UNTIL(w, (got = recv(l.peer, &byte, 1, MSG_DONTWAIT)) >= 0 || errno != EAGAIN);
+    UNTIL(w, (got = recv(l->peer, &byte, 1, MSG_DONTWAIT)) >= 0 || errno != EAGAIN);
     CHECK(got < 0 && errno == ECONNRESET);
-    link_close(&l);
-    world_close(w);
 }
 
 /* More slots than one chunk, many at once, reused in any order. */
@@ -388,25 +377,22 @@ TEST(slot_new_refuses_nonsense)
 }
 
 /* A slot that views keep alive is not used again, and ends with the last view (O14). */
-TEST(slot_lives_as_long_as_its_pinned_blocks)
+LINK_TEST(slot_lives_as_long_as_its_pinned_blocks, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    peer_say(&l, 3, 0, 1000);
-    CHECK_EQ(want_wait(&l, 1000), 0);
-    ap_block *view = l.block;
-    uint32_t at = l.pos;
-    l.block = NULL;
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    peer_say(l, 3, 0, 1000);
+    CHECK_EQ(want_wait(l, 1000), 0);
+    ap_block *view = l->block;
+    uint32_t at = l->pos;
+    l->block = NULL;
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
     CHECK_EQ(bytes_pinned(w), view->size);
-    link_close(&l);
+    link_close(l);
     settle(w);
     CHECK_EQ(stats(w).slots, 1);
     pattern_check(ap_block_at(view, at), 3, 0, 1000);
     ap_block_unref(view);
     CHECK_EQ(stats(w).slots, 0);
     CHECK_EQ(bytes_pinned(w), 0);
-    world_close(w);
 }
 
 /* The same when the chain is dropped only with the slot: a detached connection. */
