@@ -603,6 +603,19 @@ static inline void arrived_event(struct link *l, short events)
     }
 }
 
+/* ---- much output ------------------------------------------------------ */
+
+#define MUCH (8 * MB) /* more than the kernel takes for one connection */
+
+/* MUCH bytes of stream 1. They stay: for a test in which the memory matters, they are not. */
+static inline uint8_t *much(void)
+{
+    static uint8_t *bytes;
+    if (!bytes)
+        bytes = pattern_make(1, 0, MUCH);
+    return bytes;
+}
+
 /* ---- a look inside ---------------------------------------------------- */
 
 static inline uint8_t ready_flags(struct link *l)
@@ -611,6 +624,13 @@ static inline uint8_t ready_flags(struct link *l)
     uint8_t ready = l->conn->slot.ready;
     ap_slot_unlock(&l->conn->slot);
     return ready;
+}
+
+/* Sends MUCH bytes, of which the kernel takes a part. */
+static inline void stall(struct link *l, const uint8_t *data)
+{
+    CHECK(ap_conn_write(l->conn, (const char *)data, MUCH) > 0);
+    UNTIL(l->w, !(ready_flags(l) & AP_WRITABLE));
 }
 
 static inline bool is_paused(struct link *l)

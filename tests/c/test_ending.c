@@ -48,7 +48,7 @@ TEST(ending_errors_that_are_final)
     }
 }
 
-/* Tried again; what needs no event is done meanwhile. */
+/* Tried again; what needs no event is done meanwhile (O18). */
 TEST(ending_errors_that_may_pass)
 {
     static const int errors[] = {ENOMEM, ENOBUFS, EAGAIN};

@@ -196,31 +196,7 @@ LINK_TEST(poller_litmus_no_push_is_missed, UNIX, HIGH)
 
 /* ---- the run list ----------------------------------------------------- */
 
-static int unsent_in_kernel(int fd)
-{
-    int n = 0;
-    ioctl(fd, TIOCOUTQ, &n);
-    return n;
-}
-
-/* Measured: 256 KiB accepted whole, and no EPOLLOUT ever. What is beyond the bound goes on
- * without an event (O17). */
-LINK_TEST(poller_finishes_what_stopped_at_the_bound, TCP, HIGH)
-{
-    int size = 4 * 1024 * 1024;
-    setsockopt(l->fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
-    setsockopt(l->peer, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
-    uint8_t *data = pattern_make(1, 0, MB);
-    settle(w);
-    int64_t left = ap_conn_write(l->conn, (char *)data, MB);
-    CHECK(left > 0);
-    peer_expect(l, 1, 0, MB); /* breathes: the driver does it, with or without events */
-    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
-    CHECK_EQ(unsent_in_kernel(l->fd) >= 0, 1);
-    free(data);
-}
-
-/* A write that was cut by the bound (256 KiB), not by the kernel, asks for no event. */
+/* A write that was cut by the bound (256 KiB), not by the kernel, asks for no event (O17). */
 LINK_TEST(poller_bound_needs_no_edge, UNIX, HIGH)
 {
     int size = 4 * 1024 * 1024;
@@ -301,20 +277,6 @@ TEST(poller_is_fair)
     CHECK_EQ(stats(w).events, events);
     link_close(&flood);
     link_close(&other);
-    world_close(w);
-}
-
-/* O18 */
-TEST(poller_survives_a_failing_wait)
-{
-    struct world *w = world_open();
-    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, ENOMEM, 0, 1, 0));
-    CHECK_EQ(ap_poller_step(w->poller, 0, BUDGET), -ENOMEM);
-    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, EINTR, 0, 5, 0));
-    for (int i = 0; i < 5; i++)
-        CHECK_EQ(ap_poller_step(w->poller, -1, BUDGET), 0);
-    ap_fault_clear();
-    CHECK_OK(ap_poller_step(w->poller, 0, BUDGET)); /* the lease is free again */
     world_close(w);
 }
 

@@ -186,20 +186,12 @@ static void merge(size_t n)
     world_close(w);
 }
 
+/* Also in more than one hold of the mutex (256 KiB each). */
 TEST(read_merges_across_blocks)
 {
-    merge(10000);
-    merge(200 * KB);
-}
-
-TEST(read_merges_more_than_one_hold_of_the_mutex)
-{
-    merge(700 * KB); /* copied in portions of 256 KiB */
-}
-
-TEST(read_merges_more_than_the_largest_block)
-{
-    merge(SANITIZED ? 8 * MB + 1000 : 20 * MB);
+    static const size_t sizes[] = {10000, 200 * KB, 700 * KB, SANITIZED ? 8 * MB + 1000 : 20 * MB};
+    for (size_t i = 0; i < AP_ARRAY_SIZE(sizes); i++)
+        merge(sizes[i]);
 }
 
 /* An awaited message of a usual size lies in one block, and is not copied together. */
@@ -300,26 +292,6 @@ LINK_TEST(read_same_block_is_handed_out_once, UNIX, HIGH)
 }
 
 /* ---- searching -------------------------------------------------------- */
-
-LINK_TEST(find_lines, TCP, HIGH)
-{
-    peer_send(l, "one\r\ntwo\r\n\r\nthree", 17);
-    CHECK_EQ(find_wait(l, "\r\n", 100), 5);
-    CHECK_BYTES(link_at(l), "one\r\n", 5);
-    l->pos += 5;
-    CHECK_EQ(find_wait(l, "\r\n", 100), 5);
-    l->pos += 5;
-    CHECK_EQ(find_wait(l, "\r\n", 100), 2);
-    l->pos += 2;
-    CHECK_EQ(find(l, "\r\n", 100), -EAGAIN);
-    peer_send(l, "\r", 1);
-    settle(w);
-    CHECK_EQ(mail_of(w, l->id), 0);
-    peer_send(l, "\n", 1);
-    await(w, l->id, AP_MAIL_READ);
-    CHECK_EQ(find(l, "\r\n", 100), 7);
-    CHECK_BYTES(link_at(l), "three\r\n", 7);
-}
 
 /* The memory of how far it was searched belongs to one delimiter and to unread bytes. */
 LINK_TEST(find_another_delimiter_begins_anew, TCP, HIGH)
@@ -555,14 +527,4 @@ LINK_TEST(read_rest_of_a_detached_connection, TCP, HIGH)
     pattern_check(rest, 1, 30000, 10);
     close(l->fd);
     free(rest);
-}
-
-LINK_TEST(read_detach_with_queued_output_is_refused, UNIX, HIGH)
-{
-    char *data = calloc(1, 4 * MB);
-    CHECK(ap_conn_write(l->conn, data, 4 * MB) > 0);
-    CHECK_EQ(ap_conn_detach(l->conn, 0), -EBUSY);
-    CHECK_EQ(ap_conn_status(l->conn), 0);
-    link_close(l);
-    free(data);
 }

@@ -325,14 +325,6 @@ TEST(slot_descriptor_zero)
     world_close(w);
 }
 
-LINK_TEST(slot_close_can_keep_the_descriptor, TCP, HIGH)
-{
-    int fd = l->fd;
-    CHECK_EQ(ap_conn_close(l->conn, 0, 1), fd);
-    CHECK_EQ(send(fd, "still", 5, MSG_NOSIGNAL), 5);
-    close(fd);
-}
-
 LINK_TEST(slot_close_with_reset, TCP, HIGH)
 {
     char byte;
