@@ -1,5 +1,5 @@
 /* fork.c: the child touches nothing that it inherited, and can start afresh. */
-#include "fixture.h"
+#include "verbs.h"
 
 /* Runs body(arg) in a child, with checks; the parent takes its result. */
 static void in_child(void (*body)(void *), void *arg)
@@ -98,30 +98,9 @@ static void conn_refuses(struct family *f)
 {
     ap_conn *c = f->l.conn;
     ap_conn_stats s;
-    ap_view view;
-    ap_piece piece = {"x", 1};
     char byte;
-    int result;
-    CHECK_EQ(ap_conn_register(&c, &result, 1), 1);
-    CHECK_EQ(result, -ECHILD);
+    verbs_all_fail(c, -ECHILD);
     CHECK_EQ(ap_conn_id(c), f->l.id);
-    CHECK_EQ(ap_conn_read(c, 0, 1, 0, 0, NULL, 0), -ECHILD);
-    CHECK_EQ(ap_conn_find(c, 0, "x", 1, 1, 0, 0, NULL, 0), -ECHILD);
-    CHECK_EQ(ap_conn_block(c, 0, &view), -ECHILD);
-    CHECK_EQ(ap_conn_consume(c, 0, 1), -ECHILD);
-    CHECK_EQ(ap_conn_buffered(c, 0), -ECHILD);
-    CHECK_EQ(ap_conn_disarm_read(c), -ECHILD);
-    CHECK_EQ(ap_conn_disarm_write(c), -ECHILD);
-    CHECK_EQ(ap_conn_send(c, &piece, 1), -ECHILD);
-    CHECK_EQ(ap_conn_write(c, "x", 1), -ECHILD);
-    CHECK_EQ(ap_conn_drain(c, 0, 0), -ECHILD);
-    CHECK_EQ(ap_conn_hold(c), -ECHILD);
-    CHECK_EQ(ap_conn_requeue(c, &piece, 1), -ECHILD);
-    CHECK_EQ(ap_conn_shutdown(c), -ECHILD);
-    CHECK_EQ(ap_conn_linger(c, 0, 0), -ECHILD);
-    CHECK_EQ(ap_conn_set_idle(c, 1), -ECHILD);
-    CHECK_EQ(ap_conn_close(c, 1, 0), -ECHILD);
-    CHECK_EQ(ap_conn_detach(c, 0), -ECHILD);
     CHECK_EQ(ap_conn_rest(c, &byte, 1), -ECHILD);
     CHECK_EQ(ap_conn_fd(c, 1), -ECHILD);
     CHECK_EQ(ap_conn_status(c) & AP_IS_CLOSED, AP_IS_CLOSED);

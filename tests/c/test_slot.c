@@ -1,115 +1,7 @@
 /* slot.c: every (state, verb) of its table, generations, and events that come late. */
-#include "fixture.h"
+#include "verbs.h"
 
 /* ---- every (state, verb) ---------------------------------------------- */
-
-struct verb {
-    const char *name;
-    int64_t (*call)(ap_conn *conn);
-};
-
-static int64_t do_register(ap_conn *c)
-{
-    int result;
-    int failed = ap_conn_register(&c, &result, 1);
-    CHECK_EQ(failed, result < 0);
-    return result;
-}
-static int64_t do_read(ap_conn *c)
-{
-    return ap_conn_read(c, 0, 1, 0, 0, NULL, 0);
-}
-static int64_t do_find(ap_conn *c)
-{
-    return ap_conn_find(c, 0, "\n", 1, 100, 0, 0, NULL, 0);
-}
-static int64_t do_block(ap_conn *c)
-{
-    ap_view view;
-    return ap_conn_block(c, 0, &view);
-}
-static int64_t do_consume(ap_conn *c)
-{
-    return ap_conn_consume(c, 0, 0);
-}
-static int64_t do_buffered(ap_conn *c)
-{
-    return ap_conn_buffered(c, 0);
-}
-static int64_t do_disarm_read(ap_conn *c)
-{
-    return ap_conn_disarm_read(c);
-}
-static int64_t do_disarm_write(ap_conn *c)
-{
-    return ap_conn_disarm_write(c);
-}
-static int64_t do_write(ap_conn *c)
-{
-    return ap_conn_write(c, "x", 1);
-}
-static int64_t do_send_nothing(ap_conn *c)
-{
-    return ap_conn_send(c, NULL, 0);
-}
-static int64_t do_drain(ap_conn *c)
-{
-    return ap_conn_drain(c, 0, 0);
-}
-static int64_t do_hold(ap_conn *c)
-{
-    return ap_conn_hold(c);
-}
-static int64_t do_requeue(ap_conn *c)
-{
-    return ap_conn_requeue(c, NULL, 0);
-}
-static int64_t do_idle(ap_conn *c)
-{
-    return ap_conn_set_idle(c, 0);
-}
-static int64_t do_fd(ap_conn *c)
-{
-    return ap_conn_fd(c, 0) < 0 ? -EBADF : 0;
-}
-static int64_t do_linger(ap_conn *c)
-{
-    return ap_conn_linger(c, 0, 0);
-}
-static int64_t do_shutdown(ap_conn *c)
-{
-    return ap_conn_shutdown(c);
-}
-static int64_t do_detach(ap_conn *c)
-{
-    return ap_conn_detach(c, 0);
-}
-static int64_t do_close(ap_conn *c)
-{
-    return ap_conn_close(c, 0, 0);
-}
-
-static const struct verb verbs[] = {
-    {"register", do_register},
-    {"read", do_read},
-    {"find", do_find},
-    {"block", do_block},
-    {"consume", do_consume},
-    {"buffered", do_buffered},
-    {"disarm_read", do_disarm_read},
-    {"disarm_write", do_disarm_write},
-    {"write", do_write},
-    {"send nothing", do_send_nothing},
-    {"drain", do_drain},
-    {"hold", do_hold},
-    {"requeue", do_requeue},
-    {"set_idle", do_idle},
-    {"fd", do_fd},
-    {"linger", do_linger},
-    {"shutdown", do_shutdown},
-};
-
-static const struct verb endings[] = {{"close", do_close}, {"detach", do_detach}};
 
 /* Each verb on an open slot does what it does, and is no crash in any order (L04, L05). */
 TEST(slot_open_takes_every_verb)
@@ -119,10 +11,9 @@ TEST(slot_open_takes_every_verb)
         int fds[2];
         sockets_of(kind, fds);
         struct link l = link_fd(w, kind, HIGH, fds[0], fds[1]);
-        for (size_t i = 0; i < AP_ARRAY_SIZE(verbs); i++) {
-            int64_t rc = verbs[i].call(l.conn);
-            if (rc == -EBADF)
-                CHECK_FAIL("%s on an open slot: %lld", verbs[i].name, (long long)rc);
+        for (enum verb verb = 0; verb < VERB_detach; verb++) {
+            if (verb_call(verb, l.conn) == -EBADF)
+                CHECK_FAIL("%s on an open slot", verb_names[verb]);
             settle(w);
         }
         link_close(&l);
@@ -130,36 +21,26 @@ TEST(slot_open_takes_every_verb)
     world_close(w);
 }
 
-static void end_with(struct world *w, const struct verb *ending)
-{
-    struct link l = link_open(w, AP_TCP, HIGH);
-    int fd = l.fd;
-    int64_t rc = ending->call(l.conn);
-    CHECK_EQ(rc, ending->call == do_detach ? fd : 0);
-    for (size_t i = 0; i < AP_ARRAY_SIZE(verbs); i++) {
-        int64_t got = verbs[i].call(l.conn);
-        if (got != -EBADF)
-            CHECK_FAIL("%s after %s: %lld", verbs[i].name, ending->name, (long long)got);
-    }
-    CHECK_EQ(do_close(l.conn), -EBADF);
-    CHECK_EQ(do_detach(l.conn), -EBADF);
-    CHECK_EQ(ap_conn_status(l.conn) & AP_IS_CLOSED, AP_IS_CLOSED);
-    CHECK_EQ(ap_conn_id(l.conn), l.id);
-    link_stats(&l);
-    if (ending->call == do_detach)
-        close(fd);
-    settle(w);
-    CHECK_EQ(stats(w).slots, 1); /* the handle is still there */
-    link_close(&l);
-    CHECK_EQ(stats(w).slots, 0);
-}
-
 /* L04, L12: after any end every verb says so and touches nothing. */
 TEST(slot_closed_refuses_every_verb)
 {
+    static const enum verb ends[] = {VERB_detach, VERB_close};
     struct world *w = world_open();
-    for (size_t i = 0; i < AP_ARRAY_SIZE(endings); i++)
-        end_with(w, &endings[i]);
+    for (size_t i = 0; i < AP_ARRAY_SIZE(ends); i++) {
+        struct link l = link_open(w, AP_TCP, HIGH);
+        bool detach = ends[i] == VERB_detach;
+        CHECK_EQ(verb_call(ends[i], l.conn), detach ? l.fd : 0);
+        verbs_all_fail(l.conn, -EBADF);
+        CHECK_EQ(ap_conn_status(l.conn) & AP_IS_CLOSED, AP_IS_CLOSED);
+        CHECK_EQ(ap_conn_id(l.conn), l.id);
+        link_stats(&l);
+        if (detach)
+            close(l.fd);
+        settle(w);
+        CHECK_EQ(stats(w).slots, 1); /* the handle is still there */
+        link_close(&l);
+        CHECK_EQ(stats(w).slots, 0);
+    }
     world_close(w);
 }
 
