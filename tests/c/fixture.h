@@ -416,28 +416,35 @@ enum {
     STREAMS = TCP | UNIX,
 };
 
-static inline void for_links(int kinds, uint32_t high, void (*run)(struct world *, struct link *))
+static inline void for_links(int kinds, uint32_t high, int count,
+                             void (*run)(struct world *, struct link *))
 {
     for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
         if (!(kinds & 1 << kind))
             continue;
         struct world *w = world_open();
-        struct link l = link_open(w, kind, high);
-        run(w, &l);
-        link_close(&l);
+        struct link *links = calloc((size_t)count, sizeof *links);
+        CHECK(links != NULL);
+        for (int i = 0; i < count; i++)
+            links[i] = link_open(w, kind, high);
+        run(w, links);
+        for (int i = 0; i < count; i++)
+            link_close(&links[i]);
+        free(links);
         world_close(w);
     }
 }
 
-/* A test of one connection, `l` in the world `w`: it runs once over each of the kinds, and finds
- * nobody else there. */
-#define LINK_TEST(name_, kinds_, high_)                        \
+/* A test of so many connections, `l`, in a world of their own, `w`: it runs once over each kind. */
+#define LINKS_TEST(name_, kinds_, high_, count_)               \
     static void name_##_over(struct world *w, struct link *l); \
     TEST(name_)                                                \
     {                                                          \
-        for_links(kinds_, high_, name_##_over);                \
+        for_links(kinds_, high_, count_, name_##_over);        \
     }                                                          \
     static void name_##_over(__attribute__((unused)) struct world *w, struct link *l)
+
+#define LINK_TEST(name_, kinds_, high_) LINKS_TEST(name_, kinds_, high_, 1)
 
 /* Takes over the window that the head of the input begins. */
 static inline void link_fetch(struct link *l)

@@ -361,34 +361,18 @@ LINK_TEST(output_requeue_after_failure, TCP, HIGH)
 
 #define BUSY 6
 
-/* Connections that were ready together, so that the loop counts as busy. */
-struct busy {
-    struct world *w;
-    struct link links[BUSY];
-};
-
-static struct busy busy_open(int kind)
+/* Makes connections ready together, so that the loop counts as busy. */
+static void make_busy(struct world *w, struct link *links)
 {
-    struct busy b = {.w = world_open()};
     for (int i = 0; i < BUSY; i++) {
-        b.links[i] = link_open(b.w, kind, HIGH);
-        CHECK_EQ(want(&b.links[i], 10), -EAGAIN);
-        peer_say(&b.links[i], 1, 0, 10);
-        arrived(&b.links[i], 1);
+        CHECK_EQ(want(&links[i], 10), -EAGAIN);
+        peer_say(&links[i], 1, 0, 10);
+        arrived(&links[i], 1);
     }
-    settle(b.w);
-    CHECK_EQ(collect(b.w), BUSY);
+    settle(w);
+    CHECK_EQ(collect(w), BUSY);
     for (int i = 0; i < BUSY; i++)
-        expect(&b.links[i], 1, 0, 10);
-    return b;
-}
-
-static void busy_close(struct busy *b)
-{
-    CHECK_EQ(hub_blocks(b->w).blocks_in_use, 0); /* each copy has gone back */
-    for (int i = 0; i < BUSY; i++)
-        link_close(&b->links[i]);
-    world_close(b->w);
+        expect(&links[i], 1, 0, 10);
 }
 
 /* Asks for input, with n bytes of stream 9 as output, from memory that is gone right after. */
@@ -401,54 +385,48 @@ static int64_t ask(struct link *l, uint64_t from, size_t n)
     return rc;
 }
 
-TEST(output_handed_over_is_sent_by_the_driver)
+LINKS_TEST(output_handed_over_is_sent_by_the_driver, STREAMS, HIGH, BUSY)
 {
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct busy b = busy_open(kind);
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(ask(&b.links[i], 0, 500), -EAGAIN); /* Python keeps nothing */
-        CHECK_EQ(stats(b.w).writes, 0);
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(ap_conn_queued(b.links[i].conn), 500);
-        for (int i = 0; i < BUSY; i++) {
-            peer_expect(&b.links[i], 9, 0, 500);
-            CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
-            peer_say(&b.links[i], 1, 10, 10);
-            expect(&b.links[i], 1, 10, 10);
-        }
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(mail_of(b.w, b.links[i].id) & AP_MAIL_SENT, 0); /* nothing is owed */
-        busy_close(&b);
+    make_busy(w, l);
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(ask(&l[i], 0, 500), -EAGAIN); /* Python keeps nothing */
+    CHECK_EQ(stats(w).writes, 0);
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(ap_conn_queued(l[i].conn), 500);
+    for (int i = 0; i < BUSY; i++) {
+        peer_expect(&l[i], 9, 0, 500);
+        CHECK_EQ(ap_conn_queued(l[i].conn), 0);
+        peer_say(&l[i], 1, 10, 10);
+        expect(&l[i], 1, 10, 10);
     }
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(mail_of(w, l[i].id) & AP_MAIL_SENT, 0); /* nothing is owed */
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0);            /* the copies have gone back */
 }
 
 /* What follows it goes behind it, and only that is held and put back. */
-TEST(output_handed_over_stays_in_front)
+LINKS_TEST(output_handed_over_stays_in_front, STREAMS, HIGH, BUSY)
 {
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct busy b = busy_open(kind);
-        struct link *l = &b.links[0];
-        uint8_t *data = pattern_make(9, 500, MB), *copy = pattern_make(9, 500, MB);
-        CHECK_EQ(ask(l, 0, 500), -EAGAIN);
-        CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB + 500);
-        CHECK_EQ(ap_conn_hold(l->conn), MB);
-        settle(b.w);
-        memset(data, 0, MB);
-        ap_piece pieces[2] = {{copy, 1000}, {copy + 1000, MB - 1000}};
-        CHECK_EQ(ap_conn_requeue(l->conn, pieces, 2), MB + 500);
-        free(data);
-        peer_expect(l, 9, 0, 500 + MB);
-        CHECK_EQ(await(b.w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
-        free(copy);
-        busy_close(&b);
-    }
+    make_busy(w, l);
+    uint8_t *data = pattern_make(9, 500, MB), *copy = pattern_make(9, 500, MB);
+    CHECK_EQ(ask(l, 0, 500), -EAGAIN);
+    CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB + 500);
+    CHECK_EQ(ap_conn_hold(l->conn), MB);
+    settle(w);
+    memset(data, 0, MB);
+    ap_piece pieces[2] = {{copy, 1000}, {copy + 1000, MB - 1000}};
+    CHECK_EQ(ap_conn_requeue(l->conn, pieces, 2), MB + 500);
+    free(data);
+    peer_expect(l, 9, 0, 500 + MB);
+    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+    free(copy);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* A cancelled send that had queued nothing of its own leaves the answer before it alone. */
-TEST(output_handed_over_survives_an_empty_requeue)
+LINKS_TEST(output_handed_over_survives_an_empty_requeue, TCP, HIGH, BUSY)
 {
-    struct busy b = busy_open(AP_TCP);
-    struct link *l = &b.links[0];
+    make_busy(w, l);
     CHECK_EQ(ask(l, 0, 500), -EAGAIN);
     CHECK_EQ(ap_conn_hold(l->conn), 0);
     CHECK_EQ(ap_conn_requeue(l->conn, NULL, 0), 500);
@@ -457,67 +435,62 @@ TEST(output_handed_over_survives_an_empty_requeue)
     CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EBUSY);
     CHECK_EQ(ap_conn_drain(l->conn, 0, 0), -EAGAIN);
     peer_expect(l, 9, 0, 500);
-    await(b.w, l->id, AP_MAIL_WRITE);
+    await(w, l->id, AP_MAIL_WRITE);
     CHECK_OK(ap_conn_shutdown(l->conn));
-    busy_close(&b);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
-TEST(output_handed_over_may_stall)
+LINKS_TEST(output_handed_over_may_stall, STREAMS, HIGH, BUSY)
 {
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct busy b = busy_open(kind);
-        struct link *l = &b.links[0];
-        CHECK_OK(ap_fault_set(AP_CALL_WRITE, 0, 0, 3, 100)); /* in portions */
-        CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
-        step(b.w, 0);
-        CHECK_OK(ap_fault_set(AP_CALL_WRITE, EAGAIN, 0, 1, 0));
-        ap_fault_clear();
-        peer_expect(l, 9, 0, 1000);
-        busy_close(&b);
-    }
+    make_busy(w, l);
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, 0, 0, 3, 100)); /* in portions */
+    CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
+    step(w, 0);
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, EAGAIN, 0, 1, 0));
+    ap_fault_clear();
+    peer_expect(l, 9, 0, 1000);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* The connection breaks, or is closed, with it under way: its block goes back. */
-TEST(output_handed_over_and_broken)
+LINKS_TEST(output_handed_over_and_broken, STREAMS, HIGH, BUSY)
 {
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct busy b = busy_open(kind);
-        for (int i = 0; i < BUSY; i++) {
-            struct link *l = &b.links[i];
-            CHECK_OK(ap_fault_set(AP_CALL_WRITE, ECONNRESET, 0, 1, 0));
-            CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
-            if (i % 2)
-                settle(b.w);
-            else
-                CHECK_OK(ap_conn_close(l->conn, 0, 0));
-            CHECK_EQ(ap_conn_queued(l->conn), i % 2 ? 0 : -EBADF);
-            if (i % 2)
-                CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
-            ap_fault_clear();
-        }
-        busy_close(&b);
+    make_busy(w, l);
+    for (int i = 0; i < BUSY; i++) {
+        struct link *one = &l[i];
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, ECONNRESET, 0, 1, 0));
+        CHECK_EQ(ask(one, 0, 1000), -EAGAIN);
+        if (i % 2)
+            settle(w);
+        else
+            CHECK_OK(ap_conn_close(one->conn, 0, 0));
+        CHECK_EQ(ap_conn_queued(one->conn), i % 2 ? 0 : -EBADF);
+        if (i % 2)
+            CHECK_EQ(ap_conn_write(one->conn, "x", 1), -ECONNRESET);
+        ap_fault_clear();
     }
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* Without memory for a copy the caller sends it by itself. */
-TEST(output_not_handed_over)
+LINKS_TEST(output_not_handed_over, TCP, HIGH, BUSY)
 {
-    struct busy b = busy_open(AP_TCP);
+    make_busy(w, l);
     CHECK_OK(ap_fault_set(AP_CALL_MAP, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ask(&b.links[0], 0, 1000), -EAGAIN);
+    CHECK_EQ(ask(&l[0], 0, 1000), -EAGAIN);
     ap_fault_clear();
     CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ask(&b.links[1], 0, 1000), -EAGAIN);
+    CHECK_EQ(ask(&l[1], 0, 1000), -EAGAIN);
     ap_fault_clear();
-    CHECK_EQ(ask(&b.links[2], 0, 32 * KB), -EAGAIN); /* too large to be copied */
-    CHECK_OK(ap_conn_shutdown(b.links[3].conn));
-    CHECK_EQ(ask(&b.links[3], 0, 10), -EAGAIN); /* nothing may be sent: not even tried */
+    CHECK_EQ(ask(&l[2], 0, 32 * KB), -EAGAIN); /* too large to be copied */
+    CHECK_OK(ap_conn_shutdown(l[3].conn));
+    CHECK_EQ(ask(&l[3], 0, 10), -EAGAIN); /* nothing may be sent: not even tried */
     for (int i = 0; i < 3; i++) {
-        CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
-        peer_expect(&b.links[i], 9, 0, i == 2 ? 32 * KB : 1000);
+        CHECK_EQ(ap_conn_queued(l[i].conn), 0);
+        peer_expect(&l[i], 9, 0, i == 2 ? 32 * KB : 1000);
     }
-    CHECK_EQ(stats(b.w).writes, 3);
-    busy_close(&b);
+    CHECK_EQ(stats(w).writes, 3);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* ---- the mask --------------------------------------------------------- */
@@ -627,34 +600,26 @@ LINK_TEST(output_close_drops_the_queue, STREAMS, HIGH)
 
 /* ---- faults ----------------------------------------------------------- */
 
-TEST(output_survives_faults_of_send)
+LINK_TEST(output_survives_faults_of_send, STREAMS, HIGH)
 {
     static const int errors[] = {EINTR, EAGAIN, 0};
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t at = 0, seed = 4;
-        uint8_t *data = pattern_make(1, 0, 2 * MB);
-        for (int i = 0; i < 200; i++) {
-            size_t n = 1 + random_below(&seed, 8000);
-            CHECK_OK(ap_fault_set(AP_CALL_WRITE, errors[i % 3], (int)random_below(&seed, 2),
-                                  1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
-            ap_piece pieces[2] = {{data + at, n / 3}, {data + at + n / 3, n - n / 3}};
-            int64_t left = ap_conn_send(l.conn, pieces, 2);
-            CHECK_OK(left);
-            while (link_stats(&l).buffered_output) {
-                kick(&l);
-                step(w, 0);
-            }
-            if (left)
-                CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-            ap_fault_clear();
-            peer_expect(&l, 1, at, n);
-            at += n;
+    uint64_t at = 0, seed = 4;
+    for (int i = 0; i < 200; i++) {
+        size_t n = 1 + random_below(&seed, 8000);
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, errors[i % 3], (int)random_below(&seed, 2),
+                              1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
+        ap_piece pieces[2] = {{much() + at, n / 3}, {much() + at + n / 3, n - n / 3}};
+        int64_t left = ap_conn_send(l->conn, pieces, 2);
+        CHECK_OK(left);
+        while (link_stats(l).buffered_output) {
+            kick(l);
+            step(w, 0);
         }
-        free(data);
-        link_close(&l);
-        world_close(w);
+        if (left)
+            CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+        ap_fault_clear();
+        peer_expect(l, 1, at, n);
+        at += n;
     }
 }
 

@@ -111,12 +111,11 @@ static void wait_asleep(struct world *w)
 }
 
 /* What a driver that is asleep is woken for: what is due before it would wake by itself. */
-TEST(poller_is_woken_only_for_what_is_due_earlier)
+LINKS_TEST(poller_is_woken_only_for_what_is_due_earlier, UNIX, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(want_until(&a, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
-    CHECK_EQ(want(&b, 1), -EAGAIN);
+    struct link *a = &l[0], *b = &l[1];
+    CHECK_EQ(want_until(a, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
+    CHECK_EQ(want(b, 1), -EAGAIN);
     settle(w);
     world_start(w);
     wait_asleep(w);
@@ -124,19 +123,17 @@ TEST(poller_is_woken_only_for_what_is_due_earlier)
     uint64_t events = stats(w).events, polls = stats(w).polls;
     CHECK(until != AP_FOREVER);
 
-    CHECK_EQ(want_until(&b, 1, ap_now() + 7200 * 1000 * MS), -EAGAIN); /* later: no wake */
-    link_close(&a);                                                    /* retired: never due */
+    CHECK_EQ(want_until(b, 1, ap_now() + 7200 * 1000 * MS), -EAGAIN); /* later: no wake */
+    link_close(a);                                                    /* retired: never due */
     CHECK_EQ(sleeps_until(w), until);
     CHECK_EQ(stats(w).polls, polls);
 
     /* Earlier than it would wake, which may be long before the deadline: the wheel files anew. */
-    CHECK_EQ(want_until(&b, 1, ap_now() + (until - ap_now()) / 2), -EAGAIN);
+    CHECK_EQ(want_until(b, 1, ap_now() + (until - ap_now()) / 2), -EAGAIN);
     UNTIL(w, stats(w).events > events);
     UNTIL(w, stats(w).slots == 1); /* and then it takes what was retired */
     wait_asleep(w);
     CHECK(sleeps_until(w) < until);
-    link_close(&b);
-    world_close(w);
 }
 
 LINK_TEST(poller_nudged_recycles_what_was_retired, UNIX, HIGH)

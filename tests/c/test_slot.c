@@ -145,24 +145,21 @@ TEST(slot_drops_events_of_an_earlier_generation)
 }
 
 /* Closed between remembering the batch and serving it: the driver still has its reference. */
-TEST(slot_closed_while_on_the_run_list)
+LINKS_TEST(slot_closed_while_on_the_run_list, TCP, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_TCP, HIGH), b = link_open(w, AP_TCP, HIGH);
-    peer_say(&a, 1, 0, 10);
-    peer_say(&b, 1, 0, 10);
-    arrived(&a, 10);
-    arrived(&b, 10);
+    struct link *a = &l[0], *b = &l[1];
+    peer_say(a, 1, 0, 10);
+    peer_say(b, 1, 0, 10);
+    arrived(a, 10);
+    arrived(b, 10);
     CHECK_EQ(ap_poller_step(w->poller, 0, 0), 0); /* remembered, none served */
-    CHECK(a.conn->slot.on_run && b.conn->slot.on_run);
-    link_close(&a);
+    CHECK(a->conn->slot.on_run && b->conn->slot.on_run);
+    link_close(a);
     CHECK_EQ(ap_poller_step(w->poller, 0, 0), 0); /* takes the message: still on the list */
     CHECK_EQ(stats(w).slots, 2);
     settle(w);
     CHECK_EQ(stats(w).slots, 1);
-    expect(&b, 1, 0, 10);
-    link_close(&b);
-    world_close(w);
+    expect(b, 1, 0, 10);
 }
 
 /* L17: a closed descriptor leaves the epoll set, also when somebody else still has the socket. */
