@@ -419,6 +419,7 @@ enum {
 static inline void for_links(int kinds, uint32_t high, int count,
                              void (*run)(struct world *, struct link *))
 {
+    CHECK(kinds && !(kinds & ~(STREAMS | MESSAGES)));
     for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
         if (!(kinds & 1 << kind))
             continue;

@@ -573,7 +573,7 @@ LINK_TEST(unix_an_empty_message_is_not_the_end_for_ever, MESSAGES, HIGH)
     CHECK(ap_conn_status(l->conn) & AP_IS_EOF);
 }
 
-#define MESSAGES ROUNDS(60000)
+#define MANY ROUNDS(60000)
 
 struct sender {
     int peer;
@@ -584,7 +584,7 @@ struct sender {
 static void *send_messages(void *arg)
 {
     struct sender *s = arg;
-    for (int i = 0; i < MESSAGES; i++) {
+    for (int i = 0; i < MANY; i++) {
         while (atomic_load(&s->received) < i)
             ;
         for (volatile int moment = 0; moment < i % 1000; moment++)
@@ -602,7 +602,7 @@ LINK_TEST(unix_a_message_that_comes_at_any_moment_is_whole, MESSAGES, HIGH)
     world_start(w);
     pthread_t sender;
     CHECK(pthread_create(&sender, NULL, send_messages, &s) == 0);
-    while (s.received < MESSAGES) {
+    while (s.received < MANY) {
         int64_t size = receive(l, MB);
         if (size == -EAGAIN)
             await(w, l->id, AP_MAIL_READ);
