@@ -1,4 +1,4 @@
-/* ap_conn_request: is a call due, does it wait, or has the input ended? And ap_conn_watch_peer. */
+/* read.c, ap_conn_request: is a call due, does it wait, or has the input ended? */
 #include "fixture.h"
 
 /* What the loop's side does with the answer: a window that is open, or nothing. */
@@ -201,15 +201,6 @@ LINK_TEST(request_takes_output_along, UNIX, HIGH)
     CHECK_EQ(recv(l->peer, got, sizeof got, MSG_DONTWAIT), -1);
 }
 
-static int64_t by_reading(struct link *l)
-{
-    if (l->conn->type != AP_SEQPACKET)
-        return want(l, 1);
-    ap_view view;
-    int none = 0;
-    return ap_conn_receive(l->conn, 1, 0, &view, &none, &none);
-}
-
 /* ---- messages --------------------------------------------------------- */
 
 LINK_TEST(request_messages, MESSAGES, HIGH)
@@ -243,6 +234,8 @@ LINK_TEST(request_messages, MESSAGES, HIGH)
 /* FIONREAD does not count it, and neither do reads. */
 LINK_TEST(request_an_empty_message, MESSAGES, HIGH)
 {
+    ap_view view;
+    int none = 0;
     settle(w);
     CHECK_EQ(request(l, 0), -EAGAIN);
     for (int i = 0; i < 3; i++) {
@@ -251,7 +244,7 @@ LINK_TEST(request_an_empty_message, MESSAGES, HIGH)
         CHECK_EQ(request(l, 0), 0);
         CHECK_EQ(request(l, 0), -EAGAIN); /* that call has taken nothing */
         CHECK_EQ(request(l, 1), 0);
-        CHECK_EQ(by_reading(l), AP_EEOF);
+        CHECK_EQ(ap_conn_receive(l->conn, 1, 0, &view, &none, &none), AP_EEOF);
         CHECK_EQ(request(l, 0), -EAGAIN); /* and now nothing is there */
         settle(w);
         CHECK_EQ(mail_of(w, l->id), 0);
@@ -299,177 +292,6 @@ LINK_TEST(request_messages_that_cannot_be_counted, MESSAGES, HIGH)
     CHECK_EQ(request(l, 1), -EINVAL); /* else it would wait for what is there */
     ap_fault_clear();
     CHECK_EQ(request(l, 1), 0);
-}
-
-/* ---- the peer has gone ------------------------------------------------ */
-
-static void gone_once(struct link *l)
-{
-    await(l->w, l->id, AP_MAIL_GONE);
-    settle(l->w);
-    CHECK_EQ(mail_of(l->w, l->id) & AP_MAIL_GONE, 0);
-    CHECK(ap_conn_status(l->conn) & AP_IS_GONE);
-}
-
-static void gone_after(int kind, uint32_t high, size_t unread, void (*end)(struct link *))
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, high);
-    CHECK_OK(ap_conn_watch_peer(l.conn));
-    peer_push(&l, 1, 0, unread);
-    settle(w);
-    CHECK_EQ(is_paused(&l), unread >= high);
-    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, 0);
-    CHECK(!(ap_conn_status(l.conn) & AP_IS_GONE));
-    end(&l);
-    gone_once(&l);
-    link_close(&l);
-    world_close(w);
-}
-
-static void shut_down(struct link *l)
-{
-    CHECK_OK(shutdown(l->peer, SHUT_WR));
-}
-
-TEST(watch_fin)
-{
-    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
-        gone_after(kind, HIGH, 0, peer_close);
-        gone_after(kind, HIGH, 0, shut_down);
-    }
-}
-
-TEST(watch_fin_behind_paused_input)
-{
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        gone_after(kind, 4 * KB, 100 * KB, shut_down);
-        gone_after(kind, 4 * KB, 100 * KB, peer_close);
-    }
-}
-
-TEST(watch_reset)
-{
-    gone_after(AP_TCP, HIGH, 0, peer_reset);
-    gone_after(AP_TCP, HIGH, 10, peer_reset);
-    gone_after(AP_TCP, 4 * KB, 100 * KB, peer_reset);
-}
-
-/* One that begins to watch afterwards is told too. */
-LINK_TEST(watch_too_late, TCP, HIGH)
-{
-    settle(w);
-    peer_close(l);
-    UNTIL(w, ap_conn_status(l->conn) & AP_IS_GONE);
-    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0); /* nobody has asked */
-    CHECK_OK(ap_conn_watch_peer(l->conn));
-    gone_once(l);
-}
-
-/* What this side has done is no departure: the end of its output, an idle end. */
-LINK_TEST(watch_own_ends, TCP, HIGH)
-{
-    CHECK_OK(ap_conn_watch_peer(l->conn));
-    CHECK_OK(shutdown(l->fd, SHUT_WR));
-    settle(w);
-    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0);
-    CHECK_OK(ap_conn_set_idle(l->conn, MS));
-    await(w, l->id, AP_MAIL_IDLE);
-    settle(w);
-    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0);
-    CHECK(!(ap_conn_status(l->conn) & AP_IS_GONE));
-}
-
-/* What was known before an own end is known behind it. */
-LINK_TEST(watch_own_ends_hide_nothing, TCP, HIGH)
-{
-    CHECK_OK(ap_conn_set_idle(l->conn, MS));
-    CHECK_OK(ap_conn_watch_peer(l->conn));
-    peer_close(l);
-    gone_once(l);
-    await(w, l->id, AP_MAIL_IDLE);
-    CHECK(ap_conn_status(l->conn) & AP_IS_GONE);
-}
-
-/* By the loop alone: no event has come to the driver, and perhaps none does before the handler has
- * ended. And exactly once, when the events do come. */
-static void learned_by(int kind, void (*end)(struct link *), int64_t (*learn)(struct link *),
-                       bool gone)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, HIGH);
-    CHECK_OK(ap_conn_watch_peer(l.conn));
-    if (end)
-        end(&l);
-    CHECK(learn(&l) < 0);
-    ap_fault_clear();
-    CHECK_EQ(stats(w).polls, 0);
-    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
-    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, gone ? AP_MAIL_GONE : 0);
-    settle(w);
-    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, 0);
-    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone); /* behind our own shutdown, too */
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
-    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
-    link_close(&l);
-    world_close(w);
-}
-
-static int64_t by_writing(struct link *l)
-{
-    if (l->conn->type == AP_SEQPACKET)
-        return ap_conn_send_fds(l->conn, "x", 1, NULL, 0);
-    return ap_conn_write(l->conn, "x", 1);
-}
-
-static int fault;
-
-static int64_t by_a_fault_of_writing(struct link *l)
-{
-    CHECK_OK(ap_fault_set(AP_CALL_WRITE, fault, 0, 1, 0));
-    return ap_conn_write(l->conn, "x", 1);
-}
-
-static int64_t by_a_fault_of_reading(struct link *l)
-{
-    CHECK_OK(ap_fault_set(AP_CALL_READ, fault, 0, 1, 0));
-    return want(l, 1);
-}
-
-TEST(watch_learned_by_the_loop)
-{
-    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
-        learned_by(kind, peer_close, by_reading, true);
-        if (kind != AP_TCP) /* which takes one more */
-            learned_by(kind, peer_close, by_writing, true);
-    }
-    learned_by(AP_TCP, peer_reset, by_reading, true);
-    learned_by(AP_TCP, peer_reset, by_writing, true);
-}
-
-static void stop_reading(struct link *l)
-{
-    CHECK_OK(shutdown(l->peer, SHUT_RD));
-}
-
-/* EPIPE says no more than that over UNIX sockets: the peer may still send. */
-TEST(watch_a_peer_that_only_stops_reading)
-{
-    learned_by(AP_UNIX, stop_reading, by_writing, false);
-    learned_by(AP_SEQPACKET, stop_reading, by_writing, false);
-}
-
-TEST(watch_errors_of_either_side)
-{
-    static const int peers[] = {ECONNRESET, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETDOWN, ECONNABORTED};
-    static const int own[] = {ENOBUFS, ENOMEM, EPERM, EACCES, EINVAL, EFAULT, EMSGSIZE};
-    for (size_t i = 0; i < AP_ARRAY_SIZE(peers) + AP_ARRAY_SIZE(own); i++) {
-        bool gone = i < AP_ARRAY_SIZE(peers);
-        fault = gone ? peers[i] : own[i - AP_ARRAY_SIZE(peers)];
-        learned_by(AP_TCP, NULL, by_a_fault_of_writing, gone);
-        learned_by(AP_TCP, NULL, by_a_fault_of_reading, gone);
-        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked first */
-    }
 }
 
 /* A driver of its own, and calls that take some, all, or nothing: no byte is lost, and the wait is

@@ -1,4 +1,5 @@
-/* poller.c: driving, sleeping and being woken, the run list. */
+/* driver.c, with poller.c, inbox.c and runlist.c: driving, sleeping and being woken, the run list.
+ */
 #include "fixture.h"
 
 #include <sys/resource.h>
