@@ -66,6 +66,15 @@ static void parent_goes_on(struct family *f)
     close(peer);
 }
 
+/* The child does as it likes with a family of its parent's, which goes on. */
+static void fork_family(void (*child)(void *))
+{
+    struct family f = family_open();
+    in_child(child, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
 /* ---- every entry ------------------------------------------------------ */
 
 static void poller_refuses(struct family *f)
@@ -145,10 +154,7 @@ static void touch_everything(void *arg)
 /* Measured: an EPOLL_CTL_DEL of the child silenced the parent's connection. */
 TEST(fork_child_touches_nothing)
 {
-    struct family f = family_open();
-    in_child(touch_everything, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(touch_everything);
 }
 
 /* A poller's thread, and a mutex that somebody held at the moment of the fork. */
@@ -191,10 +197,7 @@ static void close_inherited(void *arg)
 
 TEST(fork_child_closes_what_the_core_owned)
 {
-    struct family f = family_open();
-    in_child(close_inherited, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(close_inherited);
 }
 
 struct accepted_fds {
@@ -284,23 +287,16 @@ static void start_afresh(void *arg)
 
 TEST(fork_child_starts_afresh)
 {
-    struct family f = family_open();
-    in_child(start_afresh, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(start_afresh);
 }
-
-struct locked_slot {
-    uint32_t index;
-};
 
 static void avoid_the_slot(void *arg)
 {
-    struct locked_slot *locked = arg;
+    const uint32_t *locked = arg;
     CHECK_OK(ap_fork_child());
     struct world *w = world_open();
     struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK((uint32_t)l.id != locked->index);
+    CHECK((uint32_t)l.id != *locked);
     link_close(&l);
     world_close(w);
 }
@@ -309,12 +305,12 @@ static void avoid_the_slot(void *arg)
  * does not use it. */
 LINK_TEST(fork_child_does_not_use_free_slots, UNIX, HIGH)
 {
-    struct locked_slot locked = {.index = (uint32_t)l->id};
+    uint32_t locked = (uint32_t)l->id;
     link_close(l);
     settle(w);
-    ap_slot_lock(ap_slot_at(locked.index));
+    ap_slot_lock(ap_slot_at(locked));
     in_child(avoid_the_slot, &locked);
-    ap_slot_unlock(ap_slot_at(locked.index));
+    ap_slot_unlock(ap_slot_at(locked));
 }
 
 static void fork_again(void *arg)
@@ -330,10 +326,7 @@ static void fork_again(void *arg)
 
 TEST(fork_grandchild)
 {
-    struct family f = family_open();
-    in_child(fork_again, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(fork_again);
 }
 
 /* With the poller's thread at work: the child has no such thread, and needs none of its locks. */

@@ -472,44 +472,30 @@ LINK_TEST(input_blocks_grow_with_what_arrives, TCP, HIGH)
 }
 
 /* Measured rule: a block is never rewound or moved while a view of it may exist. */
-TEST(input_views_stay_as_they_are)
+LINK_TEST(input_views_stay_as_they_are, STREAMS, HIGH)
 {
     enum { VIEWS = 64 };
-    struct world *w = world_open();
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct link l = link_open(w, kind, HIGH);
-        struct {
-            ap_block *block;
-            uint32_t pos;
-            uint64_t from;
-            size_t n;
-        } views[VIEWS];
-        uint64_t from = 0, seed = 17;
-        for (int i = 0; i < VIEWS; i++) {
-            size_t n = 1 + random_below(&seed, 40 * KB);
-            peer_say(&l, 1, from, n);
-            CHECK_EQ(want_wait(&l, n), 0);
-            ap_block_ref(l.block);
-            views[i].block = l.block;
-            views[i].pos = l.pos;
-            views[i].from = from;
-            views[i].n = n;
-            l.pos += (uint32_t)n;
-            from += n;
-        }
-        peer_say(&l, 1, from, 100 * KB);
-        expect_stream(&l, 1, from, 100 * KB);
-        for (int i = 0; i < VIEWS; i++)
-            pattern_check(ap_block_at(views[i].block, views[i].pos), 1, views[i].from, views[i].n);
-        link_drop_block(&l);
-        CHECK(link_stats(&l).pinned > 0);
-        for (int i = 0; i < VIEWS; i++)
-            ap_block_unref(views[i].block);
-        CHECK_EQ(bytes_pinned(w), 0);
-        CHECK_EQ(link_stats(&l).pinned, 0);
-        link_close(&l);
+    struct link views[VIEWS];
+    uint64_t begins[VIEWS + 1] = {0}, seed = 17;
+    for (int i = 0; i < VIEWS; i++) {
+        size_t n = 1 + random_below(&seed, 40 * KB);
+        peer_say(l, 1, begins[i], n);
+        CHECK_EQ(want_wait(l, n), 0);
+        ap_block_ref(l->block);
+        views[i] = *l;
+        l->pos += (uint32_t)n;
+        begins[i + 1] = begins[i] + n;
     }
-    world_close(w);
+    peer_say(l, 1, begins[VIEWS], 100 * KB);
+    expect_stream(l, 1, begins[VIEWS], 100 * KB);
+    for (int i = 0; i < VIEWS; i++)
+        pattern_check(link_at(&views[i]), 1, begins[i], begins[i + 1] - begins[i]);
+    link_drop_block(l);
+    CHECK(link_stats(l).pinned > 0);
+    for (int i = 0; i < VIEWS; i++)
+        ap_block_unref(views[i].block);
+    CHECK_EQ(bytes_pinned(w), 0);
+    CHECK_EQ(link_stats(l).pinned, 0);
 }
 
 /* L28, L37: a request at a time in one place: no more memory than the first block. */
@@ -573,30 +559,24 @@ TEST(input_empty_block_is_taken_back)
 /* ---- faults ----------------------------------------------------------- */
 
 /* L21: interruptions, false EAGAINs and short reads between them lose nothing. */
-TEST(input_survives_faults_of_recv)
+LINK_TEST(input_survives_faults_of_recv, STREAMS, HIGH)
 {
     static const int errors[] = {EINTR, EAGAIN, 0};
-    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t from = 0, seed = 99;
-        for (int i = 0; i < 200; i++) {
-            size_t n = 1 + random_below(&seed, 5000);
-            CHECK_OK(ap_fault_set(AP_CALL_READ, errors[i % 3], (int)random_below(&seed, 3),
-                                  1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
-            peer_say(&l, 1, from, n);
-            while (want(&l, n) == -EAGAIN) {
-                kick(&l);
-                breathe(w);
-                collect(w);
-            }
-            expect(&l, 1, from, n);
-            from += n;
+    uint64_t from = 0, seed = 99;
+    for (int i = 0; i < 200; i++) {
+        size_t n = 1 + random_below(&seed, 5000);
+        CHECK_OK(ap_fault_set(AP_CALL_READ, errors[i % 3], (int)random_below(&seed, 3),
+                              1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
+        peer_say(l, 1, from, n);
+        while (want(l, n) == -EAGAIN) {
+            kick(l);
+            breathe(w);
+            collect(w);
         }
-        ap_fault_clear();
-        link_close(&l);
-        world_close(w);
+        expect(l, 1, from, n);
+        from += n;
     }
+    ap_fault_clear();
 }
 
 LINK_TEST(input_error_of_recv_is_reported, TCP, HIGH)
