@@ -904,7 +904,7 @@ NAME = r"`([\w/]+\.(?:py|c))::(\w+)`"
 def texts_of(name: str) -> dict[str, str]:
     """The functions and classes of a file, in C with the comments in front of them."""
     text = (ROOT / "tests" / name).read_text()
-    head = r"TEST\((\w+)\)" if name.endswith(".c") else r"(?:async def|def|class) (\w+)[(:]"
+    head = r"\w*TEST\((\w+)[,)]" if name.endswith(".c") else r"(?:async def|def|class) (\w+)[(:]"
     starts = list(re.finditer(rf"^{head}", text, re.MULTILINE))
     before = [0, *(text.find("\n}\n", m.start()) for m in starts[:-1])]
     if name.endswith(".py"):  # there the comment is within the function

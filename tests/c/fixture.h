@@ -398,13 +398,53 @@ static inline void peer_reset(struct link *l)
     l->peer = -1;
 }
 
+/* Once or again: a test may close what is closed for it anyway. */
 static inline void link_close(struct link *l)
 {
     link_drop_block(l);
-    ap_conn_release(l->conn);
+    if (l->conn)
+        ap_conn_release(l->conn);
     l->conn = NULL;
     peer_close(l);
 }
+
+enum {
+    TCP = 1 << AP_TCP,
+    UNIX = 1 << AP_UNIX,
+    MESSAGES = 1 << AP_SEQPACKET,
+    STREAMS = TCP | UNIX,
+};
+
+static inline void for_links(int kinds, uint32_t high, int count,
+                             void (*run)(struct world *, struct link *))
+{
+    CHECK(kinds && !(kinds & ~(STREAMS | MESSAGES)));
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        if (!(kinds & 1 << kind))
+            continue;
+        struct world *w = world_open();
+        struct link *links = calloc((size_t)count, sizeof *links);
+        CHECK(links != NULL);
+        for (int i = 0; i < count; i++)
+            links[i] = link_open(w, kind, high);
+        run(w, links);
+        for (int i = 0; i < count; i++)
+            link_close(&links[i]);
+        free(links);
+        world_close(w);
+    }
+}
+
+/* A test of so many connections, `l`, in a world of their own, `w`: it runs once over each kind. */
+#define LINKS_TEST(name_, kinds_, high_, count_)               \
+    static void name_##_over(struct world *w, struct link *l); \
+    TEST(name_)                                                \
+    {                                                          \
+        for_links(kinds_, high_, count_, name_##_over);        \
+    }                                                          \
+    static void name_##_over(__attribute__((unused)) struct world *w, struct link *l)
+
+#define LINK_TEST(name_, kinds_, high_) LINKS_TEST(name_, kinds_, high_, 1)
 
 /* Takes over the window that the head of the input begins. */
 static inline void link_fetch(struct link *l)
@@ -570,6 +610,19 @@ static inline void arrived_event(struct link *l, short events)
     }
 }
 
+/* ---- much output ------------------------------------------------------ */
+
+#define MUCH (8 * MB) /* more than the kernel takes for one connection */
+
+/* MUCH bytes of stream 1. They stay: for a test in which the memory matters, they are not. */
+static inline uint8_t *much(void)
+{
+    static uint8_t *bytes;
+    if (!bytes)
+        bytes = pattern_make(1, 0, MUCH);
+    return bytes;
+}
+
 /* ---- a look inside ---------------------------------------------------- */
 
 static inline uint8_t ready_flags(struct link *l)
@@ -578,6 +631,13 @@ static inline uint8_t ready_flags(struct link *l)
     uint8_t ready = l->conn->slot.ready;
     ap_slot_unlock(&l->conn->slot);
     return ready;
+}
+
+/* Sends MUCH bytes, of which the kernel takes a part. */
+static inline void stall(struct link *l, const uint8_t *data)
+{
+    CHECK(ap_conn_write(l->conn, (const char *)data, MUCH) > 0);
+    UNTIL(l->w, !(ready_flags(l) & AP_WRITABLE));
 }
 
 static inline bool is_paused(struct link *l)

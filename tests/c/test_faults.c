@@ -155,18 +155,14 @@ TEST(faults_no_memory_beside_a_thread)
 }
 
 /* The idle timeout ends a connection whose socket does not let itself be shut down. */
-TEST(faults_of_the_idle_end)
+LINK_TEST(faults_of_the_idle_end, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     CHECK_OK(ap_fault_set(AP_CALL_SHUTDOWN, ENOTCONN, 0, 1, 0));
-    CHECK_OK(ap_conn_set_idle(l.conn, MS));
-    await(w, l.id, AP_MAIL_IDLE);
+    CHECK_OK(ap_conn_set_idle(l->conn, MS));
+    await(w, l->id, AP_MAIL_IDLE);
     CHECK_EQ(ap_fault_hits(AP_CALL_SHUTDOWN), 1);
     ap_fault_clear();
-    CHECK_EQ(want(&l, 1), AP_EIDLE);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(want(l, 1), AP_EIDLE);
 }
 
 TEST(faults_are_counted)

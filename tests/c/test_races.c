@@ -452,13 +452,11 @@ static void *speak(void *arg)
 }
 
 /* Blocks are returned, and rewound, while the driver appends; what a view shows never changes. */
-static void views_die_elsewhere(int kind)
+LINK_TEST(races_views_die_in_another_thread, STREAMS, 64 * KB)
 {
     static struct viewers v;
     memset(&v, 0, sizeof v);
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, 64 * KB);
-    struct speaker s = {.fd = l.peer, .total = SANITIZED ? 5 * MB : 100 * MB};
+    struct speaker s = {.fd = l->peer, .total = SANITIZED ? 5 * MB : 100 * MB};
     pthread_t threads[2];
     uint64_t seed = seed_of(9);
     world_start(w);
@@ -467,24 +465,17 @@ static void views_die_elsewhere(int kind)
     for (size_t read = 0; read < s.total;) {
         size_t n = 1 + random_below(&seed, 20000);
         n = n < s.total - read ? n : s.total - read;
-        CHECK_EQ(want_wait(&l, n), 0);
-        keep_view(&v, &l, n, read);
-        l.pos += (uint32_t)n;
+        CHECK_EQ(want_wait(l, n), 0);
+        keep_view(&v, l, n, read);
+        l->pos += (uint32_t)n;
         read += n;
         if (random_below(&seed, 4) == 0)
-            link_drop_block(&l);
+            link_drop_block(l);
     }
-    link_close(&l);
+    link_close(l);
     atomic_store(&v.over, true);
     for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
-    world_close(w);
-}
-
-TEST(races_views_die_in_another_thread)
-{
-    views_die_elsewhere(AP_TCP);
-    views_die_elsewhere(AP_UNIX);
 }
 
 /* The last view dies while the connection is closed and its slot freed. */
@@ -628,11 +619,9 @@ static void *toss(void *arg)
 }
 
 /* L02, L31, L41: a wait ends with the bytes or with the timeout, never without either. */
-TEST(races_deadlines_against_data)
+LINK_TEST(races_deadlines_against_data, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    struct tosser t = {.fd = l.peer};
+    struct tosser t = {.fd = l->peer};
     pthread_t thread;
     uint64_t seed = seed_of(32), read = 0, timeouts = 0;
     world_start(w);
@@ -640,10 +629,10 @@ TEST(races_deadlines_against_data)
     for (int i = 0; i < ROUNDS(20000); i++) {
         size_t n = 1 + random_below(&seed, 30);
         int64_t deadline = ap_now() + 1 + (int64_t)random_below(&seed, 2000000);
-        int64_t rc = want_until(&l, n, deadline);
+        int64_t rc = want_until(l, n, deadline);
         if (rc == -EAGAIN) {
-            await(w, l.id, AP_MAIL_READ);
-            rc = want_until(&l, n, deadline);
+            await(w, l->id, AP_MAIL_READ);
+            rc = want_until(l, n, deadline);
         }
         if (rc == AP_ELATE) {
             CHECK(ap_now() >= deadline);
@@ -651,15 +640,13 @@ TEST(races_deadlines_against_data)
             continue;
         }
         CHECK_EQ(rc, 0);
-        pattern_check(link_at(&l), 6, read, n);
-        l.pos += (uint32_t)n;
+        pattern_check(link_at(l), 6, read, n);
+        l->pos += (uint32_t)n;
         read += n;
     }
     atomic_store(&t.over, true);
     pthread_join(thread, NULL);
     CHECK_EQ(stats(w).timeouts, timeouts);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- output that is held while the driver sends ------------------------ */
@@ -685,11 +672,9 @@ static void *hear_all(void *arg)
 }
 
 /* A cancelled send takes its memory back at any moment: nothing is sent twice or left out. */
-static void hold_while_sending(int kind)
+LINK_TEST(races_output_is_held_while_it_is_sent, STREAMS, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, HIGH);
-    struct listener_thread t = {.fd = l.peer, .total = SANITIZED ? 4 * MB : 60 * MB};
+    struct listener_thread t = {.fd = l->peer, .total = SANITIZED ? 4 * MB : 60 * MB};
     pthread_t thread;
     uint64_t seed = seed_of(42);
     world_start(w);
@@ -697,33 +682,25 @@ static void hold_while_sending(int kind)
     for (size_t done = 0; done < t.total;) {
         size_t n = t.total - done < MB ? t.total - done : MB;
         uint8_t *data = pattern_make(8, done, n), *rest = NULL;
-        int64_t left = ap_conn_write(l.conn, (char *)data, n);
+        int64_t left = ap_conn_write(l->conn, (char *)data, n);
         CHECK_OK(left);
         for (uint64_t i = random_below(&seed, 20); i > 0; i--)
             pause_a_little(&seed);
         if (left > 0 && random_below(&seed, 2)) {
-            left = ap_conn_hold(l.conn);
+            left = ap_conn_hold(l->conn);
             rest = malloc((size_t)left + 1);
             memcpy(rest, data + n - (size_t)left, (size_t)left);
             memset(data, 0, n);
             ap_piece piece = {rest, (size_t)left};
-            CHECK_EQ(ap_conn_requeue(l.conn, &piece, left > 0), left);
+            CHECK_EQ(ap_conn_requeue(l->conn, &piece, left > 0), left);
         }
-        while (ap_conn_drain(l.conn, 0, 0) == -EAGAIN)
-            await(w, l.id, AP_MAIL_WRITE);
+        while (ap_conn_drain(l->conn, 0, 0) == -EAGAIN)
+            await(w, l->id, AP_MAIL_WRITE);
         free(rest);
         free(data);
         done += n;
     }
     pthread_join(thread, NULL);
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(races_output_is_held_while_it_is_sent)
-{
-    hold_while_sending(AP_UNIX);
-    hold_while_sending(AP_TCP);
 }
 
 /* ---- listeners -------------------------------------------------------- */
@@ -830,26 +807,22 @@ TEST(races_listener_closes_while_accepting)
 /* ---- the lease -------------------------------------------------------- */
 
 /* A loop that steps the poller by itself while the thread is there: one of them drives. */
-TEST(races_two_drivers)
+LINK_TEST(races_two_drivers, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    struct speaker s = {.fd = l.peer, .total = SANITIZED ? 3 * MB : 50 * MB};
+    struct speaker s = {.fd = l->peer, .total = SANITIZED ? 3 * MB : 50 * MB};
     pthread_t thread;
     world_start(w);
     spawn(&thread, speak, &s);
     for (size_t read = 0; read < s.total;) {
         size_t n = s.total - read < 10000 ? s.total - read : 10000;
-        while (want(&l, n) == -EAGAIN) {
+        while (want(l, n) == -EAGAIN) {
             int rc = ap_poller_step(w->poller, 0, 10);
             CHECK(rc >= 0 || rc == -EBUSY);
             breathe(w);
             collect(w);
         }
-        expect(&l, 5, read, n);
+        expect(l, 5, read, n);
         read += n;
     }
     pthread_join(thread, NULL);
-    link_close(&l);
-    world_close(w);
 }
