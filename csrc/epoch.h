@@ -11,7 +11,7 @@ static inline uint32_t ap_epoch_now(void)
     return atomic_load_explicit(&ap_epoch, memory_order_relaxed);
 }
 
-/* Has the epoch move on in every child from now on. 0; -errno. */
+/* Makes the epoch advance in every child from now on. 0; -errno. */
 AP_MUST_CHECK int ap_epoch_watch(void);
 
 #endif
