@@ -88,6 +88,32 @@ async def given_up(
         group.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def blocked(
+    call: Callable[[], Awaitable[Any]], *, cancel: bool = False
+) -> AsyncIterator[list[Any]]:
+    """Runs the call in a task. The block begins when that waits, and behind it the task has ended;
+    the list gets its result or exception. With ``cancel``, it is given up at the end of the block.
+    """
+    outcome: list[Any] = []
+
+    async def run() -> None:
+        try:
+            outcome.append(await call())
+        except Exception as exc:  # noqa: BLE001 -- the test looks at it
+            outcome.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await settle()
+        assert outcome == []
+        yield outcome
+        if cancel:
+            group.cancel_scope.cancel()
+        else:
+            await holds(lambda: outcome)
+
+
 def at_once(awaitable: Awaitable[T]) -> T:
     """What the coroutine returns, or raises, without suspending its task."""
     assert inspect.iscoroutine(awaitable)
