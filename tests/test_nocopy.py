@@ -18,7 +18,7 @@ from anyio import (
     IncompleteRead,
     WouldBlock,
 )
-from calls import Index, called
+from calls import Index, all_raise, called
 from peers import (
     KIB,
     MIB,
@@ -46,9 +46,6 @@ import anypoll
 from anypoll import MessageTooLarge, ReadTimeout, WriteTimeout
 
 pytestmark = pytest.mark.anyio
-
-Reader = anypoll.nocopy.Reader
-Writer = anypoll.nocopy.Writer
 
 both_kinds = pytest.mark.parametrize("kind", ["tcp", "unix"])
 
@@ -196,35 +193,28 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize("method", COUNTED)
-async def test_a_wrong_count_changes_nothing(method: str) -> None:
+async def test_a_wrong_count_changes_nothing() -> None:
     """L05."""
     async with opened() as (conn, peer):
-        call = getattr(conn.reader, method)
+        calls = {method: getattr(conn.reader, method) for method in COUNTED}
+        await arrive(conn, peer, b"abcd")
         for window in (False, True):
-            await arrive(conn, peer, b"abcd")
             if window:
                 assert await conn.reader.peek(1) == b"a"
             for wrong in (-1, -(2**70), 2**70, 2**63, 2**64 + 1, Index(-1)):
-                with pytest.raises(ValueError):  # of which MessageTooLarge is one
-                    await called(call, wrong)
+                await all_raise(calls, ValueError, wrong)  # of which MessageTooLarge is one
             for wrong in (1.0, 1.5, float("nan"), "1", b"1", None, [1], 1j):
-                with pytest.raises(TypeError):
-                    await called(call, wrong)
-            with pytest.raises(TypeError):
-                await called(call)
+                await all_raise(calls, TypeError, wrong)
+            await all_raise(calls, TypeError)
             assert len(conn.reader) == 4
-            assert await conn.reader.next(4) == b"abcd"
+        assert await conn.reader.next(4) == b"abcd"
 
 
-@pytest.mark.parametrize("method", COUNTED)
-async def test_whatever_is_an_index_will_do(method: str) -> None:
+async def test_whatever_is_an_index_will_do() -> None:
     async with opened() as (conn, peer):
-        for one in (1, True, Index(1)):
-            for window in (False, True):
+        for method in COUNTED:
+            for one in (1, True, Index(1)):
                 await arrive(conn, peer, b"ab")
-                if window:
-                    assert await conn.reader.peek(2) == b"ab"
                 given = await called(getattr(conn.reader, method), one)
                 if method.startswith("peek"):
                     await conn.reader.skip(1)
@@ -403,22 +393,6 @@ def test_a_view_outlives_its_event_loop(anyio_backend: tuple[str, dict[str, Any]
     assert b"".join(kept_open) == data
 
 
-async def test_messages_that_lie_in_many_blocks() -> None:
-    """Segments of odd sizes, so that block borders fall anywhere; each method crosses them."""
-    data = pattern(60_000)
-    async with opened() as (conn, peer):
-        for first in range(0, len(data), 997):
-            await arrive(conn, peer, data[first : first + 997])
-        reader = conn.reader
-        views = [await reader.peek(n) for n in (1, 30_000, 59_999, 60_000)]
-        assert views == [data[:n] for n in (1, 30_000, 59_999, 60_000)]
-        assert await reader.next(2500) == data[:2500]
-        await reader.skip(10_000)
-        assert await reader.read_bytes(2500) == data[12_500:15_000]
-        assert b"".join(await reader.next_parts(45_000)) == data[15_000:]
-        assert views == [data[:n] for n in (1, 30_000, 59_999, 60_000)]
-
-
 async def test_parts_are_the_blocks_themselves() -> None:
     data = pattern(40_000)
     async with opened() as (conn, peer):
@@ -435,7 +409,7 @@ async def test_parts_are_the_blocks_themselves() -> None:
 # --- until ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delimiter", [b"\n", b"\r\n", b"\r\n\r\n", b"abcab", b"aaaa"])
+@pytest.mark.parametrize("delimiter", [b"\n", b"\r\n\r\n", b"abcab"])
 @pytest.mark.parametrize("waiting", [False, True])
 async def test_a_delimiter_may_be_split_anywhere(delimiter: bytes, waiting: bool) -> None:
     message = b"ab\ra\r\rabca" + delimiter
@@ -540,7 +514,7 @@ async def test_the_whole_of_a_long_line() -> None:
             assert await within(conn.reader.until(b"\n", max_bytes=300_001)) == line
 
 
-@pytest.mark.parametrize("size", [401, 2500, 4096, 100_000])
+@pytest.mark.parametrize("size", [401, 4096, 100_000])
 @pytest.mark.parametrize("failure", ["nowait", "scattered nowait", "timeout", "end", "cancel"])
 async def test_a_request_that_fails_leaves_everything_in_place(size: int, failure: str) -> None:
     """Although the input may have been moved to a larger block meanwhile."""
@@ -610,7 +584,7 @@ async def test_the_limit_is_64_mib() -> None:
         assert suspends(conn.reader.next(64 * MIB))
 
 
-@pytest.mark.parametrize("method", ["next", "skip", "next_parts", "read_bytes"])
+@pytest.mark.parametrize("method", ["next", "skip"])
 async def test_a_length_prefix_costs_no_memory(method: str) -> None:
     def memory() -> int:
         return sum(p.bytes_in_use for p in anypoll.statistics().pollers)
@@ -647,7 +621,7 @@ async def test_reading_ahead_stops_at_high_water(kind: str) -> None:
 
 
 @both_kinds
-@pytest.mark.parametrize("method", ["next", "skip", "next_parts", "until"])
+@pytest.mark.parametrize("method", ["next", "skip", "until"])
 async def test_a_wait_lifts_the_high_water_mark(kind: str, method: str) -> None:
     """Paused at 256 KiB and consumed to 100 KiB, which is above the low mark: who waits for 200,000
     bytes gets them all the same.
@@ -693,7 +667,7 @@ async def test_own_marks() -> None:
 
 
 @both_kinds
-@pytest.mark.parametrize("method", ["peek", "next", "skip", "next_parts", "until", "read_bytes"])
+@pytest.mark.parametrize("method", ["next", "skip", "until"])
 async def test_one_wake_up_for_a_request(kind: str, method: str) -> None:
     """L02: and not one for each segment."""
     async with opened(kind) as (conn, peer):
@@ -728,22 +702,6 @@ async def test_the_budget_of_calls_without_suspension(method: str) -> None:
         for _ in range(63):
             at_once(call(*arguments))
         assert suspends(call(*arguments)) or suspends(call(*arguments))
-
-
-async def test_other_tasks_run_meanwhile() -> None:
-    async with opened() as (conn, peer), anyio.create_task_group() as group:
-        await arrive(conn, peer, b"x")
-        ran = []
-
-        async def other() -> None:
-            ran.append(True)
-
-        group.start_soon(other)
-        for _ in range(65 * 50):  # in what order a loop runs its tasks is up to it
-            await conn.reader.peek(1)
-            if ran:
-                break
-        assert ran
 
 
 async def test_flushes_count_as_well() -> None:
@@ -992,24 +950,6 @@ async def test_a_buffer_may_be_changed_after_write() -> None:
                 assert await read_all(peer, 2 * size) == pattern(size) * 2
 
 
-async def test_large_bytes_are_sent_by_reference() -> None:
-    """L15: and let go of as soon as they have been sent."""
-    data, small = pattern(1 * MIB), pattern(4096, 1)
-    baseline = sys.getrefcount(data)
-    async with opened() as (conn, peer):
-        conn.writer.write(small)
-        conn.writer.write(data)
-        assert sys.getrefcount(data) == baseline + 1
-        async with blocked(conn.writer.flush):
-            await holds(lambda: arrived(peer) > 0)
-            assert sys.getrefcount(data) == baseline + 1  # the kernel has not got all of it
-            assert await read_all(peer, MIB + 4096) == small + data
-        await holds(lambda: sys.getrefcount(data) == baseline)
-        conn.writer.write(data)
-        conn.abort()
-        assert sys.getrefcount(data) == baseline
-
-
 @pytest.mark.parametrize("end", ["abort", "reset", "cancelled aclose"])
 async def test_output_that_is_given_up_is_let_go_of(end: str) -> None:
     """L15."""
@@ -1052,7 +992,7 @@ async def test_a_cancelled_flush_keeps_the_order(kind: str) -> None:
 # --- the flush that happens by itself ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["peek", "next", "skip", "next_parts", "until", "receive"])
+@pytest.mark.parametrize("method", ["next", "until", "receive"])
 async def test_output_goes_out_when_the_reader_waits(method: str) -> None:
     """One system call for a whole batch of answers."""
     arguments = {"until": (b"\n",), "receive": ()}.get(method, (1,))
@@ -1066,8 +1006,6 @@ async def test_output_goes_out_when_the_reader_waits(method: str) -> None:
                 assert len(conn.writer) == 0
                 assert not outcome
                 peer.send(b"\n")
-            if method == "peek":
-                await conn.reader.skip(1)
             assert conn.statistics().writes == round_
             assert peer.recv(1000) == b"".join(b"answer %d " % i for i in range(10))
 
@@ -1202,7 +1140,7 @@ async def test_a_flush_beside_a_read(kind: str) -> None:
 
 
 @both_kinds
-@pytest.mark.parametrize("method", ["peek", "next", "skip", "next_parts", "until", "receive"])
+@pytest.mark.parametrize("method", ["next", "until", "receive"])
 async def test_a_peer_that_does_not_read_stops_the_reader(kind: str, method: str) -> None:
     """L44: also a call that finds its bytes; it goes on when the output has drained."""
     arguments = {"until": (b"x",), "receive": ()}.get(method, (1,))
@@ -1273,28 +1211,6 @@ async def test_duplex_protocols_do_not_deadlock(kind: str, how: str) -> None:
         assert outcome == [None]
 
 
-@both_kinds
-async def test_two_of_ours_that_flood_each_other(kind: str) -> None:
-    """Each writes and reads at the same time, in tasks of its own."""
-    data = pattern(4 * MIB)
-    async with opened(kind) as (one, peer):
-        other = await anypoll.Connection.from_socket(peer.dup())
-
-        async def read(conn: anypoll.Connection) -> None:
-            place = 0
-            while place < len(data):
-                n = min(50_001, len(data) - place)
-                assert await conn.reader.next(n) == data[place : place + n]
-                place += n
-
-        async with other:
-            with anyio.fail_after(30):
-                async with anyio.create_task_group() as group:
-                    for conn in (one, other):
-                        group.start_soon(conn.send, data)
-                        group.start_soon(read, conn)
-
-
 async def test_a_reader_that_waits_for_output_times_out_as_a_reader() -> None:
     async with opened() as (conn, peer):
         await arrive(conn, peer, b"x")
@@ -1315,7 +1231,7 @@ async def test_a_reader_that_waits_for_output_times_out_as_a_reader() -> None:
 
 async def test_half_close_is_not_close() -> None:
     """O1: the peer has ended its side, and gets its answer."""
-    data = pattern(2 * MIB)
+    data = pattern(16 * MIB)
     async with opened("tcp") as (conn, peer):
         peer.shutdown(socket.SHUT_WR)
         with pytest.raises(EndOfStream):
