@@ -8,9 +8,7 @@ import contextvars
 import functools
 import gc
 import os
-import resource
 import socket
-import subprocess
 import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -1409,90 +1407,3 @@ async def test_eager_tasks() -> None:
             assert await read_all(peer, 6) == b"1\n2\n3\n"
     finally:
         loop.set_task_factory(None)
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-MANY = """
-import gc, resource, sys
-import anyio, anypoll
-
-_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-def rss():
-    gc.collect()
-    with open("/proc/self/smaps_rollup") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
-
-async def function(conn):
-    conn.writer.write(bytes(await conn.next(2)))
-
-async def main():
-    async with anypoll.serve(on_request=function, host="127.0.0.1", port=0) as server:
-        print(server.port, flush=True)
-        while await anyio.to_thread.run_sync(sys.stdin.readline):
-            print(rss(), len(server.connections), flush=True)
-
-backend, options = {
-    "asyncio": ("asyncio", {}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {})
-}[sys.argv[1]]
-anyio.run(main, backend=backend, backend_options=options)
-"""
-
-
-def idle_kib(loop: str, count: int) -> float:
-    """What each of so many idle connections takes, that have each made a request, as the kernel
-    counts a new process.
-    """
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-c", MANY, loop],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-        stack.callback(server.kill)
-        assert server.stdin is not None
-        assert server.stdout is not None
-        port = int(server.stdout.readline())
-
-        def connect(count: int) -> None:
-            for _ in range(count):
-                sock = stack.enter_context(socket.create_connection((HOST, port)))
-                sock.sendall(b"x\n")
-                assert sock.recv(2, socket.MSG_WAITALL) == b"x\n"
-
-        def rss(connections: int) -> int:
-            assert server.stdin is not None
-            assert server.stdout is not None
-            server.stdin.write("\n")
-            server.stdin.flush()
-            kib, connected = map(int, server.stdout.readline().split())
-            assert connected == connections
-            return kib
-
-        connect(100)
-        base = rss(100)
-        connect(count)
-        return (rss(100 + count) - base) / count
-
-
-@pytest.mark.slow
-@pytest.mark.unsanitized
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
-@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="")])
-async def test_an_idle_connection_takes_two_kib(loop: str) -> None:
-    """The least of three processes: what an allocator happens to keep free comes on top."""
-    count = 5000
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] != resource.RLIM_INFINITY and limits[1] < count + 500:
-        pytest.skip("no right to so many descriptors")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    try:
-        taken = min(idle_kib(loop, count) for _ in range(3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert taken <= 2.0, f"{taken:.2f} KiB"
