@@ -15,6 +15,7 @@ import anyio
 import pytest
 
 import anypoll
+from anypoll._connection.stream import open_socket
 from anypoll._loop import runtime as _runtime
 
 T = TypeVar("T")
@@ -137,9 +138,11 @@ def suspends(awaitable: Awaitable[Any]) -> bool:
 
 
 def socket_pair(kind: str) -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets, "tcp" or "unix"."""
-    if kind == "unix":
-        return socket.socketpair()
+    """Two connected sockets: "tcp", "unix", or "messages", which are UNIX sockets that keep them."""
+    if kind != "tcp":
+        return socket.socketpair(
+            type=socket.SOCK_SEQPACKET if kind == "messages" else socket.SOCK_STREAM
+        )
     with socket.create_server(("127.0.0.1", 0)) as listening:
         first = socket.create_connection(listening.getsockname())
         second, _ = listening.accept()
@@ -153,9 +156,10 @@ async def opened(
 ) -> AsyncIterator[tuple[anypoll.Connection, socket.socket]]:
     """A connection, and the non-blocking socket at its other end."""
     ours, peer = socket_pair(kind)
+    ours.setblocking(False)
     peer.setblocking(False)
     with peer:
-        async with await anypoll.Connection.from_socket(ours) as conn:
+        async with open_socket(ours) as conn:
             yield conn, peer
 
 

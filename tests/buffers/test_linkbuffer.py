@@ -183,7 +183,7 @@ def test_peeks_across_blocks_take_constant_memory() -> None:
     """L37, netpoll's TestLinkBufferPeekOutOfMemory."""
     buffer = filled(*[pattern(100, i) for i in range(50)])
     data = buffer.to_bytes()
-    for i in range(10_000):
+    for i in range(1000):
         n = 4000 + i % 1000
         assert buffer.peek(n) == data[:n]
     held = {id(part.obj): len(part.obj) for part in buffer.parts()}  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ import os
 import socket
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -43,7 +42,6 @@ from serving import HOST, all_is_accounted_for, client, errors, local  # noqa: F
 
 import anypoll
 from anypoll import Connection, IdleTimeout
-from anypoll._connection.stream import open_socket
 
 pytestmark = pytest.mark.anyio
 
@@ -1030,23 +1028,12 @@ async def test_descriptors_in_a_call() -> None:
     assert got == [(b"with", 1), (b"none", 0), *[(b"with", 2), (b"none", 0)] * 2, (b"left", 1)]
 
 
-@asynccontextmanager
-async def messages() -> AsyncIterator[tuple[Any, socket.socket]]:
-    ours, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    peer.setblocking(False)
-    conn: Any = open_socket(ours)
-    with peer:
-        async with conn:
-            yield conn, peer
-
-
 async def test_messages() -> None:
     async def function(conn: Any) -> None:
         await conn.send(await conn.receive())
 
     calls = Calls(function)
-    async with messages() as (conn, peer):
+    async with opened("messages") as (conn, peer):
         conn.set_on_request(calls)
         for size in (1, 3000, 2, 10_000):
             peer.send(bytes(size))
@@ -1068,7 +1055,7 @@ async def test_a_message_that_no_call_receives() -> None:
             await conn.send(bytes(50_000))
 
     calls = Calls(function)
-    async with messages() as (conn, peer):
+    async with opened("messages") as (conn, peer):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         conn.set_on_request(calls)
         peer.send(b"first")

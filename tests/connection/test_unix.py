@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import calls
 import pytest
 from anyio import (
     BrokenResourceError,
@@ -23,7 +24,7 @@ from anyio import (
     EndOfStream,
 )
 from anyio.abc import SocketAttribute
-from peers import KIB, MIB, given_up, holds, pattern, read_all, suspends, within
+from peers import KIB, MIB, blocked, given_up, holds, pattern, read_all, suspends, within
 
 import anypoll
 from anypoll import ReadTimeout, UNIXConnection, WriteTimeout, _epoll
@@ -428,28 +429,16 @@ async def test_a_read_timeout(kind: int) -> None:
 
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
 async def test_two_that_receive_and_a_close(kind: int) -> None:
-    seen: list[type[BaseException]] = []
-
     async with pair(kind) as (conn, _):
-
-        async def wait() -> None:
-            with pytest.raises(ClosedResourceError):
-                await conn.receive_fds(9, 9)
-            seen.append(ClosedResourceError)
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: conn._core.number in conn._core.hub.readers)
-            with pytest.raises(BusyResourceError, match="reading from"):
-                await conn.receive_fds(9, 9)
-            with pytest.raises(BusyResourceError, match="reading from"):
-                await conn.receive()
+        async with blocked(lambda: conn.receive_fds(9, 9)) as outcome:
+            for call in (lambda: conn.receive_fds(9, 9), conn.receive):
+                with pytest.raises(BusyResourceError, match="reading from"):
+                    await call()
             await conn.aclose()
-        assert seen == [ClosedResourceError]
-        with pytest.raises(ClosedResourceError):
-            await conn.receive_fds(9, 9)
-        with pytest.raises(ClosedResourceError):
-            await conn.send_fds(b"x", [0])
+        assert type(outcome[0]) is ClosedResourceError
+        for call in (lambda: conn.receive_fds(9, 9), lambda: conn.send_fds(b"x", [0])):
+            with pytest.raises(ClosedResourceError):
+                await call()
 
 
 @pytest.mark.loops("asyncio", "uvloop")
@@ -558,19 +547,12 @@ async def test_the_rest_of_a_message_that_was_given_up_goes_out(timed: bool) -> 
 
 
 async def test_two_that_send_and_a_close() -> None:
-    async with pair() as (conn, peer):
-        del peer
-
-        async def wait() -> None:
-            with pytest.raises(ClosedResourceError):
-                await conn.send_fds(b"x" * 8 * MIB, [0])
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: conn._core.number in conn._core.hub.writers)
+    async with pair() as (conn, _):
+        async with blocked(lambda: conn.send_fds(b"x" * 8 * MIB, [0])) as outcome:
             with pytest.raises(BusyResourceError, match="writing to"):
                 await conn.send_fds(b"x", [0])
             await conn.aclose()
+        assert type(outcome[0]) is ClosedResourceError
 
 
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
@@ -780,17 +762,10 @@ async def test_messages_to_and_from_anyio(tmp_path: Path) -> None:
 
 async def test_messages_are_never_read_ahead(tmp_path: Path) -> None:
     async with message_pair(tmp_path) as (client, accepted):
-        received_messages: list[bytes] = []
-
-        async def wait() -> None:
-            received_messages.append(await client.receive())
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: client._core.number in client._core.hub.readers)
+        async with blocked(client.receive) as outcome:
             for message in (b"first", b"second", b"third"):
                 await accepted.send(message)
-        assert received_messages == [b"first"]
+        assert outcome == [b"first"]
         assert len(client.reader) == 0
         sock, rest = client.detach()
         with sock:
@@ -885,27 +860,14 @@ async def test_an_empty_message_is_the_end_once() -> None:
 async def test_reader_and_writer_refuse_messages() -> None:
     async with pair(SEQPACKET) as (conn, peer):
         peer.send(b"message")
-        reader, writer = conn.reader, conn.writer
-        reads: list[Awaitable[Any]] = [
-            conn.peek(1), conn.next(0), conn.skip(0), conn.until(b"\n"), reader.next_parts(1),
-            reader.read_bytes(1), reader.read_str(1), reader.read_byte(),
-            reader.readinto(bytearray(9)),
-        ]  # fmt: skip
-        for read in reads:
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                await read
-        for call in (reader.peek_nowait, reader.next_nowait, reader.skip_nowait):
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                call(1)
-        with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-            reader.until_nowait(b"\n")
-        writes: list[Callable[[], Any]] = [
-            lambda: writer.write(b"x"), lambda: writer.write_str("x"), lambda: writer.malloc(1),
-        ]  # fmt: skip
-        for write in writes:
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                write()
-        await writer.flush()
+        refused = {
+            name: call for name, call in calls.READS.items() if name not in ("receive", "iteration")
+        }
+        refused |= calls.NOWAIT | {
+            name: calls.SENDS[name] for name in ("write", "write_str", "malloc")
+        }
+        await calls.all_raise(refused, ValueError, conn, match="SOCK_SEQPACKET")
+        await conn.writer.flush()
         assert await conn.receive() == b"message"
         await conn.send(b"answer")
         assert peer.recv(99) == b"answer"
