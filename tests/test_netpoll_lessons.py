@@ -323,16 +323,21 @@ async def test_no_byte_of_another_connection(kind: str) -> None:
 
 
 async def test_reading_and_releasing_beside_a_steady_writer(kind: str) -> None:
-    """L03: the reader lets go after each message while the poller appends behind it."""
+    """L03: the reader lets go after each message while the poller appends behind it. Messages are
+    of every size, from 4 MiB down to a byte, and then of any.
+    """
     random_ = random.Random(3)
-    messages = [pattern(random_.choice([1, 30, 900, 5000]), n) for n in range(500)]
+    sizes = [2**power for power in range(22, -1, -1)]
+    sizes += random_.choices([1, 30, 900, 5000], k=500)
+    data = pattern(sizes[0])
 
     async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
-        stream = b"".join(len(m).to_bytes(4, "big") + m for m in messages)
+        stream = b"".join(size.to_bytes(4, "big") + data[:size] for size in sizes)
         group.start_soon(send_all, peer, stream)
-        for message in messages:
+        for expected in sizes:
             size = int.from_bytes(await within(conn.next(4)), "big")
-            assert await within(conn.next(size)) == message
+            assert size == expected
+            assert await within(conn.next(size)) == memoryview(data)[:size]
             conn.reader.release()
 
 
@@ -667,21 +672,6 @@ async def test_a_large_request_that_comes_in_small_segments() -> None:
         assert most <= 4 * MIB
 
 
-async def test_messages_of_every_size(kind: str) -> None:
-    """From 4 MiB down to a byte, one after the other over the same connection."""
-    sizes = [2**power for power in range(22, -1, -1)]
-    data = pattern(sizes[0])
-    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
-
-        async def send() -> None:
-            for size in sizes:
-                await send_all(peer, data[:size])
-
-        group.start_soon(send)
-        for size in sizes:
-            assert await within(conn.next(size)) == memoryview(data)[:size]
-
-
 async def test_thousands_of_lines_and_a_rest(kind: str) -> None:
     """The rest without a delimiter stays readable behind the end."""
     async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
@@ -771,13 +761,6 @@ async def test_a_server_that_nobody_refers_to() -> None:
             for conn in conns:
                 await conn.aclose()
         group.cancel_scope.cancel()
-
-
-async def test_any_number_of_questions_and_answers(kind: str) -> None:
-    """A handler is a loop like any other."""
-    async with served_at(echo, kind) as server, await connect(server.addresses[0]) as conn:
-        for number in range(100):
-            await ask(conn, b"%d" % number)
 
 
 async def test_the_server_speaks_first(kind: str) -> None:
