@@ -255,7 +255,7 @@ print("parent")
     # whatever is locked at that moment
     "in a thread while pollers work": """
 def fork_often(pairs):
-    for _ in range(10):
+    for _ in range(5):
         ended(forked(in_thread, on_its_own, pairs))
 
 async def main():
