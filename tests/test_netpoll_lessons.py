@@ -44,7 +44,7 @@ from peers import (
     socket_pair,
     within,
 )
-from programs import python
+from programs import LOOPS, python
 from serving import HOST, all_is_accounted_for, connected, local  # noqa: F401 -- a fixture
 
 import anypoll
@@ -577,7 +577,8 @@ async def test_every_descriptor_is_closed_on_exec(kind: str) -> None:
 
 
 FIRST_THREE = """
-import os, anyio, anypoll, socket, sys
+import os
+import anypoll
 
 async def echo(conn):
     async for data in conn:
@@ -605,17 +606,14 @@ async def main():
             os.dup2(said, fd)
     os.write(said, b"%r %r" % (numbers, free))
 
-backend, uvloop = sys.argv[1], sys.argv[2] == "uvloop"
-anyio.run(main, backend=backend, backend_options={"use_uvloop": True} if uvloop else {})
+run(main)
 """
 
 
-def test_the_first_three_descriptors(
-    anyio_backend_name: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_first_three_descriptors(loop: str) -> None:
     """L24: 0, 1 and 2 may be sockets like others, and are closed like others."""
-    uvloop = "uvloop" if "uvloop" in request.node.name else "-"
-    numbers, free = python(FIRST_THREE, anyio_backend_name, uvloop).split("] ")
+    numbers, free = python(FIRST_THREE, loop).split("] ")
     assert "0" in numbers
     assert free == "[0, 1, 2]"
 
