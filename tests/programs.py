@@ -25,6 +25,21 @@ _PATIENCE_WITH_TOOLS = 30
 
 Process = subprocess.Popen[str]
 
+LOOPS = ["asyncio", "uvloop", "trio"]
+#: The beginning of a program that is given the name of one of these.
+ON_LOOP = """
+import sys
+import anyio
+
+def run(function, *args):
+    options = {}
+    if sys.argv[1] == "uvloop":
+        import uvloop
+        options["loop_factory"] = uvloop.new_event_loop
+    backend = "trio" if sys.argv[1] == "trio" else "asyncio"
+    return anyio.run(function, *args, backend=backend, backend_options=options)
+"""
+
 
 def run_to_end(
     command: Sequence[str | os.PathLike[str]], *, fed: str | None = None, **options: Any
@@ -60,9 +75,15 @@ def output_at_end(
         raise
 
 
-def python(code: str, *args: str) -> str:
-    """What a program in Python prints; it must end well and say nothing else."""
-    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args])
+def python(code: str, loop: str = "") -> str:
+    """What a program in Python prints; it must end well and say nothing else.
+
+    :param loop: what its `run()` runs functions on
+    """
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    code = ON_LOOP + code if loop else textwrap.dedent(code)
+    done = run_to_end([sys.executable, "-W", "error", "-c", code, loop])
     assert (done.stderr, done.returncode) == ("", 0)
     return done.stdout
 

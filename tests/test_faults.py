@@ -28,7 +28,7 @@ from peers import (
     socket_pair,
     within,
 )
-from programs import python
+from programs import LOOPS, python
 
 import anypoll
 from anypoll import _epoll
@@ -400,8 +400,8 @@ async def test_a_listener_of_a_server_that_fails_for_good(caplog: pytest.LogCapt
 
 
 POOL = """
-import os, sys, threading, time
-import anyio, anypoll
+import os, threading, time
+import anypoll
 from anypoll import _epoll
 
 def threads_are(number):
@@ -437,26 +437,20 @@ async def main():
         await a.send(b"at last")
         print(await b.receive())
 
-anyio.run(main, backend=sys.argv[1])
+run(main)
 """
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_pool_of_several_that_cannot_be_started(backend: str) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_pool_of_several_that_cannot_be_started(loop: str) -> None:
     """L26. Those that run already end with it."""
-    assert python(POOL, backend) == "b'at last'\n"
+    assert python(POOL, loop) == "b'at last'\n"
 
 
 LIMITS = """
-import logging, os, resource, signal, socket, sys
-import anyio, anypoll
-from anyio import BrokenResourceError, EndOfStream
+import logging, os, resource, signal
+import anypoll
 
-backend = sys.argv[1]
-options = {}
-if backend == "uvloop":
-    import uvloop
-    backend, options = "asyncio", {"loop_factory": uvloop.new_event_loop}
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 HOST = "127.0.0.1"
 
@@ -544,7 +538,7 @@ async def main(more):
 def child(more):
     logging.getLogger("anypoll").addHandler(Paused())
     signal.alarm(60)
-    anyio.run(main, more, backend=backend, backend_options=options)
+    run(main, more)
 
 for more in range(12):
     sys.stdout.flush()
@@ -565,11 +559,9 @@ print("whole")
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
-def test_few_descriptors_at_each_step(backend: str) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_few_descriptors_at_each_step(loop: str) -> None:
     """L26: RLIMIT_NOFILE leaves 0, 1, 2, ... descriptors for each step; the pool, the hub, sockets,
     listeners, accepted connections and received descriptors all meet the limit.
     """
-    if backend == "uvloop":
-        pytest.importorskip("uvloop")
-    assert python(LIMITS, backend) == "whole\n"
+    assert python(LIMITS, loop) == "whole\n"

@@ -44,7 +44,7 @@ from peers import (
     socket_pair,
     within,
 )
-from programs import python
+from programs import LOOPS, python
 from serving import HOST, all_is_accounted_for, connected, local  # noqa: F401 -- a fixture
 
 import anypoll
@@ -323,16 +323,21 @@ async def test_no_byte_of_another_connection(kind: str) -> None:
 
 
 async def test_reading_and_releasing_beside_a_steady_writer(kind: str) -> None:
-    """L03: the reader lets go after each message while the poller appends behind it."""
+    """L03: the reader lets go after each message while the poller appends behind it. Messages are
+    of every size, from 4 MiB down to a byte, and then of any.
+    """
     random_ = random.Random(3)
-    messages = [pattern(random_.choice([1, 30, 900, 5000]), n) for n in range(500)]
+    sizes = [2**power for power in range(22, -1, -1)]
+    sizes += random_.choices([1, 30, 900, 5000], k=500)
+    data = pattern(sizes[0])
 
     async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
-        stream = b"".join(len(m).to_bytes(4, "big") + m for m in messages)
+        stream = b"".join(size.to_bytes(4, "big") + data[:size] for size in sizes)
         group.start_soon(send_all, peer, stream)
-        for message in messages:
+        for expected in sizes:
             size = int.from_bytes(await within(conn.next(4)), "big")
-            assert await within(conn.next(size)) == message
+            assert size == expected
+            assert await within(conn.next(size)) == memoryview(data)[:size]
             conn.reader.release()
 
 
@@ -572,7 +577,8 @@ async def test_every_descriptor_is_closed_on_exec(kind: str) -> None:
 
 
 FIRST_THREE = """
-import os, anyio, anypoll, socket, sys
+import os
+import anypoll
 
 async def echo(conn):
     async for data in conn:
@@ -600,17 +606,14 @@ async def main():
             os.dup2(said, fd)
     os.write(said, b"%r %r" % (numbers, free))
 
-backend, uvloop = sys.argv[1], sys.argv[2] == "uvloop"
-anyio.run(main, backend=backend, backend_options={"use_uvloop": True} if uvloop else {})
+run(main)
 """
 
 
-def test_the_first_three_descriptors(
-    anyio_backend_name: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_first_three_descriptors(loop: str) -> None:
     """L24: 0, 1 and 2 may be sockets like others, and are closed like others."""
-    uvloop = "uvloop" if "uvloop" in request.node.name else "-"
-    numbers, free = python(FIRST_THREE, anyio_backend_name, uvloop).split("] ")
+    numbers, free = python(FIRST_THREE, loop).split("] ")
     assert "0" in numbers
     assert free == "[0, 1, 2]"
 
@@ -665,21 +668,6 @@ async def test_a_large_request_that_comes_in_small_segments() -> None:
         await holds(lambda: got)
         assert got.pop() == data
         assert most <= 4 * MIB
-
-
-async def test_messages_of_every_size(kind: str) -> None:
-    """From 4 MiB down to a byte, one after the other over the same connection."""
-    sizes = [2**power for power in range(22, -1, -1)]
-    data = pattern(sizes[0])
-    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
-
-        async def send() -> None:
-            for size in sizes:
-                await send_all(peer, data[:size])
-
-        group.start_soon(send)
-        for size in sizes:
-            assert await within(conn.next(size)) == memoryview(data)[:size]
 
 
 async def test_thousands_of_lines_and_a_rest(kind: str) -> None:
@@ -771,13 +759,6 @@ async def test_a_server_that_nobody_refers_to() -> None:
             for conn in conns:
                 await conn.aclose()
         group.cancel_scope.cancel()
-
-
-async def test_any_number_of_questions_and_answers(kind: str) -> None:
-    """A handler is a loop like any other."""
-    async with served_at(echo, kind) as server, await connect(server.addresses[0]) as conn:
-        for number in range(100):
-            await ask(conn, b"%d" % number)
 
 
 async def test_the_server_speaks_first(kind: str) -> None:

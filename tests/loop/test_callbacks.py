@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -18,13 +18,13 @@ import anyio
 import pytest
 from anyio import ClosedResourceError
 from peers import holds, opened, reset, served, settle, within
+from serving import HOST, all_is_accounted_for, errors, local  # noqa: F401 -- a fixture
 
 import anypoll
 from anypoll import Connection
 
 pytestmark = pytest.mark.anyio
 
-HOST = "127.0.0.1"
 Notes = list[Any]
 
 
@@ -34,21 +34,9 @@ async def conn() -> AsyncIterator[Connection]:
         yield conn
 
 
-@pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Whatever is logged above debug level must have been expected: a test clears it."""
-    caplog.set_level(logging.DEBUG, "anypoll")
-    yield caplog
-    found = logged(caplog)
-    caplog.get_records("call").clear()  # records hold connections
-    assert found == []
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(log: pytest.LogCaptureFixture) -> list[str]:
     """The messages above debug level, which are accounted for now."""
-    found = [f"{r.name}: {r.getMessage()}" for r in caplog.records if r.levelno > logging.DEBUG]
-    caplog.clear()
-    return found
+    return [f"{record.name}: {record.getMessage()}" for record in errors(log)]
 
 
 def plain(notes: Notes, what: Any) -> Callable[[], None]:
@@ -102,7 +90,7 @@ async def close(conn: Connection, how: str) -> None:
 @asynccontextmanager
 async def visited(handler: Any, **options: Any) -> AsyncIterator[anypoll.Server]:
     """A server with one client, until its connection has been closed."""
-    async with anypoll.serve(handler, host=HOST, port=0, **options) as server:
+    async with local(handler, **options) as server:
         with socket.create_connection((HOST, server.port)) as client:
             await holds(lambda: server.connections or server.statistics().closed)
             yield server
@@ -588,7 +576,7 @@ async def test_a_connection_is_active_until_they_have_run() -> None:
         conn.add_close_callback(go.wait)
         conns.append(conn)
 
-    async with anypoll.serve(handler, host=HOST, port=0) as server:
+    async with local(handler) as server:
         with socket.create_connection((HOST, server.port)):
             await holds(lambda: conns and not conns[0].is_active)
             assert server.connections == tuple(conns)

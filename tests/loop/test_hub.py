@@ -587,11 +587,9 @@ async def test_a_wake_up_without_news_is_a_hint() -> None:
 
         group.start_soon(read)
         for _ in range(5):
-            for _ in range(5):
-                await anyio.sleep(0)
+            await settle()
             conn._core.hub.wake_reader(conn._core.number)
-        for _ in range(5):
-            await anyio.sleep(0)
+        await settle()
         assert got == []
         peer.send(b"x")
         await holds(lambda: got)

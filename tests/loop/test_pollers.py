@@ -527,6 +527,12 @@ def is_broken(exc: BaseException, error: int) -> bool:
     )
 
 
+async def breaks(error: int, call: Any, *args: Any) -> None:
+    with pytest.raises(BrokenResourceError) as caught:
+        await within(call(*args))
+    assert is_broken(caught.value, error)
+
+
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
@@ -566,17 +572,11 @@ async def test_a_failing_poller_breaks_its_connections(
     assert len(failures) == 3
     assert all(is_broken(exc, error) for exc in failures), failures
     for conn in (reads, peer, writes, stuck):
-        with pytest.raises(BrokenResourceError) as caught:
-            await conn.send(b"x")
-        assert is_broken(caught.value, error)
+        await breaks(error, conn.send, b"x")
         assert not conn.is_active
-    with pytest.raises(BrokenResourceError) as caught:
-        await peer.receive()
-    assert is_broken(caught.value, error)
+    await breaks(error, peer.receive)
     for _ in range(2):  # and again
-        with pytest.raises(BrokenResourceError) as caught:
-            await within(multi.listeners[0].accept())
-        assert is_broken(caught.value, error)
+        await breaks(error, multi.listeners[0].accept)
     pairs = [anypoll.socketpair()]
     await works(pairs)
     assert counts() == [2]
@@ -596,9 +596,7 @@ async def test_bytes_that_had_come_stay_readable() -> None:
         await holds(lambda: not conn.is_active)
         assert await conn.next(8) == b"received"
         assert await conn.receive() == b" before"
-        with pytest.raises(BrokenResourceError) as caught:
-            await conn.receive()
-        assert is_broken(caught.value, errno.EBADF)
+        await breaks(errno.EBADF, conn.receive)
 
 
 async def test_waits_that_fail_for_a_while(caplog: pytest.LogCaptureFixture) -> None:

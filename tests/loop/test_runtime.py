@@ -6,26 +6,17 @@ import sys
 import textwrap
 
 import pytest
-from programs import run_to_end
+from programs import LOOPS, ON_LOOP, run_to_end
 
 BACKENDS = ["asyncio", "trio"]
-ALL_LOOPS = [*BACKENDS, "uvloop"]
 
-PRELUDE = """
-import os, signal, socket, sys, threading, warnings
-import anyio, anypoll
+PRELUDE = (
+    ON_LOOP
+    + """
+import os, signal, socket, threading, warnings
+import anypoll
 from anyio import ClosedResourceError
 warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-name = sys.argv[1]
-
-def run(function, *args):
-    options = {}
-    if name == "uvloop":
-        import uvloop
-        options["loop_factory"] = uvloop.new_event_loop
-    backend = "trio" if name == "trio" else "asyncio"
-    return anyio.run(function, *args, backend=backend, backend_options=options)
-
 async def echo(conn):
     async for piece in conn:
         await conn.send(piece)
@@ -89,6 +80,7 @@ def forked(function, *args):
 def ended(pid):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
+)
 
 
 def python(code: str, backend: str = "asyncio", *, status: int = 0) -> tuple[str, str]:
@@ -142,7 +134,7 @@ def test_importing_starts_nothing() -> None:
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("backend", ALL_LOOPS)
+@pytest.mark.parametrize("backend", LOOPS)
 def test_fork(backend: str) -> None:
     """The child has the settings and none of what is open here: some pollers drain, bytes are
     unread, output is stalled. The parent goes on byte for byte.
@@ -255,7 +247,7 @@ print("parent")
     # whatever is locked at that moment
     "in a thread while pollers work": """
 def fork_often(pairs):
-    for _ in range(10):
+    for _ in range(5):
         ended(forked(in_thread, on_its_own, pairs))
 
 async def main():
