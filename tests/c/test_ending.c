@@ -477,7 +477,8 @@ static void drain(struct world *w)
 TEST(ending_races_opening_against_draining)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(3000); round++) {
+    RACE(round, 3000)
+    {
         race(round, &o, drain);
         CHECK_EQ(o.opened + o.refused, 5);
         CHECK_EQ(o.broken, 0);
@@ -501,7 +502,8 @@ static void drain_and_keep(struct world *w)
 TEST(ending_races_opening_against_keeping)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(1000); round++) {
+    RACE(round, 1000)
+    {
         race(round, &o, drain_and_keep);
         CHECK_EQ(o.opened + o.refused, 5);
         CHECK_EQ(o.broken, 0);
@@ -518,8 +520,8 @@ static void break_down(struct world *w)
 TEST(ending_races_everything_against_failing)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(3000); round++)
-        race(round, &o, break_down);
+    RACE(round, 3000)
+    race(round, &o, break_down);
 }
 
 static void *break_down_some_time(void *arg)
@@ -535,7 +537,8 @@ static void *break_down_some_time(void *arg)
  * same time. The thread is gone in any case, and nothing is left. */
 TEST(ending_races_stopping_against_failing)
 {
-    for (int round = 0; round < ROUNDS(1000); round++) {
+    RACE(round, 1000)
+    {
         struct world *w = world_open();
         struct link a = link_open(w, AP_TCP, HIGH), b = link_open(w, AP_UNIX, HIGH);
         struct opener o = {.w = w, .seed = (uint64_t)round + 1};

@@ -388,7 +388,8 @@ LINK_TEST(fds_driver_and_loop_with_descriptors, UNIX, HIGH)
 TEST(fds_closed_while_descriptors_come)
 {
     int before = check_open_files();
-    for (int round = 0; round < ROUNDS(200); round++) {
+    RACE(round, 200)
+    {
         struct world *w = world_open();
         struct link l = link_open(w, AP_UNIX, HIGH);
         world_start(w);

@@ -212,6 +212,7 @@ TEST(hub_new_unwinds)
  */
 
 #define SLOTS 3
+#define ALL_SLOTS ((1u << SLOTS) - 1)
 #define NO_MORE INT32_MAX
 
 struct rivals {
@@ -282,36 +283,42 @@ static void arm_again(struct link *l)
     ap_slot_unlock(&l->conn->slot);
 }
 
-static int collect_ends(struct rivals *r)
+/* Which slots ended, as bits. */
+static unsigned collect_ends(struct rivals *r)
 {
-    int ends = 0;
+    unsigned ended = 0;
     collect(r->w);
-    for (int k = 0; k < SLOTS; k++) {
+    for (unsigned k = 0; k < SLOTS; k++) {
         if (mail_of_quietly(r->w, r->links[k].id) & AP_MAIL_READ) {
             arm_again(&r->links[k]);
-            ends++;
+            ended |= 1u << k;
         }
     }
-    return ends;
+    return ended;
+}
+
+/* Without anything but the descriptor to depend on. */
+static void await_ends(struct rivals *r, int round, unsigned seen)
+{
+    while (seen != ALL_SLOTS) {
+        struct pollfd door = {.fd = ap_hub_fd(r->w->hub), .events = POLLIN};
+        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
+            CHECK_FAIL("round %d: only %x was seen, and no wake-up", round, seen);
+        seen |= collect_ends(r);
+    }
 }
 
 /* Mostly takes without being woken, to meet the driver at any step; when it does that no longer it
  * depends on the descriptor. */
 static void play_loop(struct rivals *r, int round, uint64_t *seed)
 {
-    int seen = 0;
+    unsigned seen = 0;
     atomic_store(&r->begun, round);
-    for (uint64_t busy = random_below(seed, 12); busy > 0 && seen < SLOTS; busy--) {
-        seen += collect_ends(r);
+    for (uint64_t busy = random_below(seed, 12); busy > 0 && seen != ALL_SLOTS; busy--) {
+        seen |= collect_ends(r);
         spin(seed, 20);
     }
-    while (seen < SLOTS) {
-        struct pollfd door = {.fd = ap_hub_fd(r->w->hub), .events = POLLIN};
-        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
-            CHECK_FAIL("round %d: %d of %d were seen, and no wake-up", round, seen, SLOTS);
-        seen += collect_ends(r);
-    }
-    CHECK_EQ(seen, SLOTS);
+    await_ends(r, round, seen);
 }
 
 /* L02 */
@@ -378,36 +385,17 @@ static void *aiming_driver(void *arg)
     return NULL;
 }
 
-/* Which slots ended, as bits. */
-static unsigned collect_which(struct rivals *r)
-{
-    unsigned ended = 0;
-    collect(r->w);
-    for (unsigned k = 0; k < SLOTS; k++) {
-        if (mail_of_quietly(r->w, r->links[k].id) & AP_MAIL_READ) {
-            arm_again(&r->links[k]);
-            ended |= 1u << k;
-        }
-    }
-    return ended;
-}
-
 static void duel_round(struct duel *d, int round)
 {
     enum aim aim = (enum aim)(round % AIMS);
     atomic_store_explicit(&d->r.begun, round, memory_order_release);
     wait_for(&d->ready, round);
     atomic_store_explicit(&d->go, round, memory_order_release);
-    unsigned seen = collect_which(&d->r);
+    unsigned seen = collect_ends(&d->r);
     bool early = seen & 1u << (aim == AT_LIST ? OUTSIDE : FIRST);
     int delay = atomic_load(&d->delay[aim]) + (early ? 3 : -3);
     atomic_store(&d->delay[aim], delay < 0 ? 0 : delay > 5000 ? 5000 : delay);
-    while (seen != (1u << SLOTS) - 1) {
-        struct pollfd door = {.fd = ap_hub_fd(d->r.w->hub), .events = POLLIN};
-        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
-            CHECK_FAIL("round %d: only %x was seen, and no wake-up", round, seen);
-        seen |= collect_which(&d->r);
-    }
+    await_ends(&d->r, round, seen);
 }
 
 TEST(hub_litmus_aimed)
