@@ -183,40 +183,6 @@ async def test_they_run_in_order_and_once(mode: str, end: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hooks", [*itertools.product([False, True], repeat=3)])
-async def test_the_end_is_told_whatever_hooks_there_are(
-    hooks: tuple[bool, bool, bool], mode: str
-) -> None:
-    """L07: each that there is, and each close callback, exactly once."""
-    names = ("on_prepare", "on_connect", "on_disconnect")
-    left_out = [name for name, there in zip(names, hooks, strict=True) if not there]
-
-    async def wait_for_the_end(conn: Connection) -> None:
-        with pytest.raises((EndOfStream, BrokenResourceError)):
-            await conn.next(1)
-
-    story = Story(mode, handler=wait_for_the_end)
-    async with local(**story.options(*left_out)) as server:
-        with connected(server) as peer:
-            await holds(lambda: server.connections)
-            [conn] = server.connections
-            calls: list[str] = []
-            conn.add_close_callback(partial(calls.append, "plain"))
-            if mode == "handler":
-                await holds(lambda: "handler" in story.told)
-            else:
-                await holds(lambda: conn._core.requests is None or conn._core.requests.idle)
-            (peer.close if hooks[0] else partial(reset, peer))()
-        await holds(lambda: not server.connections)
-        assert calls == ["plain"]
-    expected = [name for name in names if name not in left_out]
-    if mode == "handler":
-        expected.insert(len(expected) - hooks[2], "handler")
-    assert story.told == expected + ["on_close"] * hooks[0]
-    story.forget()
-
-
-@pytest.mark.parametrize("mode", MODES)
 async def test_nothing_is_read_before_on_prepare_has_returned(mode: str) -> None:
     """No poller watches the descriptor yet, and the input lies in the kernel."""
 
