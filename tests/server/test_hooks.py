@@ -4,6 +4,7 @@ cancellation can do to them.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import itertools
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio import BrokenResourceError, EndOfStream
 from certificates import client_context, server_context
 from peers import KIB, holds, pattern, read_to_end, reset, send_all, within
@@ -942,8 +944,6 @@ async def test_a_native_cancel_during_each_of_them(
     where: str, log: pytest.LogCaptureFixture
 ) -> None:
     """Of the task that serves, by asyncio's own `Task.cancel()`."""
-    import asyncio
-
     stuck = anyio.Event()
     story = stuck_story("handler", where, stuck)
     servers: list[anypoll.Server] = []
@@ -1014,7 +1014,7 @@ def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_under_the_run_function_of_each_loop(
-    mode: str, anyio_backend: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+    mode: str, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:
     """Not `anyio.run()`, which tells everybody in which event loop they are. Tasks begin from its
     callbacks, too.
@@ -1036,17 +1036,11 @@ def test_under_the_run_function_of_each_loop(
             await story.ends(server)
 
     story: Story
-    if anyio_backend[0] == "trio":
-        import trio
-
+    name, options = anyio_backend
+    if name == "trio":
         trio.run(main)
-    elif "uvloop" in request.node.name:
-        import uvloop
-
-        uvloop.run(main())
     else:
-        import asyncio
-
-        asyncio.run(main())
+        with asyncio.Runner(**options) as runner:  # which is what their run functions use
+            runner.run(main())
     assert story.told == ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
     story.forget()
