@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import os
@@ -9,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def directory(tmp_path: Path) -> Path:
 def called(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    """Calls the command's main function in that directory, which it does not leave to serve: gives
-    the status and both outputs.
+    """Calls the command's main function in that directory, to do what needs no serving: gives the
+    status and both outputs.
     """
     monkeypatch.chdir(directory)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -255,6 +256,18 @@ def test_a_path_that_is_a_file_stays_one(called: Run, directory: Path) -> None:
     assert (directory / "targets.py").read_text() == TARGETS
 
 
+class Hello:
+    """A connection on which that has come, as far as the targets need one."""
+
+    sent = b""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"hello"
+
+    async def send(self, data: bytes) -> None:
+        self.sent += data
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -267,11 +280,19 @@ def test_a_path_that_is_a_file_stays_one(called: Run, directory: Path) -> None:
         "targets:instance.method",
     ],
 )
-def test_targets(called: Run, target: str) -> None:
-    """They are found, and may be called with a connection."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cli.anyio, "run", lambda _serve, arguments, **_: 7)
-        assert called("serve", target) == (7, "", "")
+def test_targets(called: Run, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    handlers = []
+
+    def run(_serve: Any, arguments: dict[str, Any], **_: Any) -> int:
+        handlers.append(arguments["handler"])
+        return 0
+
+    monkeypatch.setattr(_cli.anyio, "run", run)
+    assert called("serve", target) == (0, "", "")
+    [handler] = handlers
+    conn = Hello()
+    asyncio.run(handler(conn))
+    assert conn.sent == b"hello"
 
 
 @pytest.mark.parametrize("target", ["targets:echo", "{}/targets.py:echo"])

@@ -58,7 +58,7 @@ async def tcp(host: str | None = "127.0.0.1", **options: Any) -> AsyncIterator[S
 async def listener(kind: str, tmp_path: Path) -> AsyncIterator[SocketListener]:
     made: Any = tcp() if kind == "tcp" else await anypoll.create_unix_listener(tmp_path / "socket")
     async with made as listening:
-        yield listening if kind == "tcp" else made
+        yield listening
 
 
 def client_of(listener: Any) -> socket.socket:

@@ -189,18 +189,6 @@ async def test_a_place_is_taken_until_the_last_callback_has_ended() -> None:
         assert await greeted(second)
 
 
-async def test_a_server_that_is_full_ends_at_once() -> None:
-    """Those that wait are reset."""
-    async with local(greet, max_connections=1) as server:
-        first, *others = [connected(server) for _ in range(5)]
-        assert await greeted(first)
-    for sock in others:
-        assert await turned_away(sock)
-        sock.close()
-    first.close()
-    assert server.statistics().accepted == 1
-
-
 async def test_what_is_accepted_ahead_is_little() -> None:
     """While Python does something else, the rest stays in the backlog."""
     async with local(greet) as server:

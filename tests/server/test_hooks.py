@@ -4,6 +4,7 @@ cancellation can do to them.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import itertools
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio import BrokenResourceError, EndOfStream
 from certificates import client_context, server_context
 from peers import KIB, holds, pattern, read_to_end, reset, send_all, within
@@ -179,40 +181,6 @@ async def test_they_run_in_order_and_once(mode: str, end: str) -> None:
             ENDS[end](peer)
         await story.ends(server)
     assert story.told == ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
-    story.forget()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hooks", [*itertools.product([False, True], repeat=3)])
-async def test_the_end_is_told_whatever_hooks_there_are(
-    hooks: tuple[bool, bool, bool], mode: str
-) -> None:
-    """L07: each that there is, and each close callback, exactly once."""
-    names = ("on_prepare", "on_connect", "on_disconnect")
-    left_out = [name for name, there in zip(names, hooks, strict=True) if not there]
-
-    async def wait_for_the_end(conn: Connection) -> None:
-        with pytest.raises((EndOfStream, BrokenResourceError)):
-            await conn.next(1)
-
-    story = Story(mode, handler=wait_for_the_end)
-    async with local(**story.options(*left_out)) as server:
-        with connected(server) as peer:
-            await holds(lambda: server.connections)
-            [conn] = server.connections
-            calls: list[str] = []
-            conn.add_close_callback(partial(calls.append, "plain"))
-            if mode == "handler":
-                await holds(lambda: "handler" in story.told)
-            else:
-                await holds(lambda: conn._core.requests is None or conn._core.requests.idle)
-            (peer.close if hooks[0] else partial(reset, peer))()
-        await holds(lambda: not server.connections)
-        assert calls == ["plain"]
-    expected = [name for name in names if name not in left_out]
-    if mode == "handler":
-        expected.insert(len(expected) - hooks[2], "handler")
-    assert story.told == expected + ["on_close"] * hooks[0]
     story.forget()
 
 
@@ -976,8 +944,6 @@ async def test_a_native_cancel_during_each_of_them(
     where: str, log: pytest.LogCaptureFixture
 ) -> None:
     """Of the task that serves, by asyncio's own `Task.cancel()`."""
-    import asyncio
-
     stuck = anyio.Event()
     story = stuck_story("handler", where, stuck)
     servers: list[anypoll.Server] = []
@@ -1048,7 +1014,7 @@ def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_under_the_run_function_of_each_loop(
-    mode: str, anyio_backend: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+    mode: str, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:
     """Not `anyio.run()`, which tells everybody in which event loop they are. Tasks begin from its
     callbacks, too.
@@ -1070,17 +1036,11 @@ def test_under_the_run_function_of_each_loop(
             await story.ends(server)
 
     story: Story
-    if anyio_backend[0] == "trio":
-        import trio
-
+    name, options = anyio_backend
+    if name == "trio":
         trio.run(main)
-    elif "uvloop" in request.node.name:
-        import uvloop
-
-        uvloop.run(main())
     else:
-        import asyncio
-
-        asyncio.run(main())
+        with asyncio.Runner(**options) as runner:  # which is what their run functions use
+            runner.run(main())
     assert story.told == ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
     story.forget()

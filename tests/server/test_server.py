@@ -901,22 +901,20 @@ async def test_a_cancelled_shutdown_goes_on() -> None:
 # --- serve_forever() -----------------------------------------------------------------------------
 
 
-async def test_serving_in_a_task_group() -> None:
-    async with anyio.create_task_group() as group:
-        server = await group.start(forever)
-        assert isinstance(server, anypoll.Server)
-        async with client(server) as sock:
-            await is_served(sock)
-        group.cancel_scope.cancel()
-    assert server.connections == ()
-    nobody_listens((HOST, server.port))
-
-
-async def test_serving_forever_ends_with_a_shutdown() -> None:
+@pytest.mark.parametrize("how", ["cancelled", "shutdown"])
+async def test_serving_in_a_task_group(how: str) -> None:
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
             server = await group.start(forever)
-            await server.shutdown()
+            assert isinstance(server, anypoll.Server)
+            async with client(server) as sock:
+                await is_served(sock)
+            if how == "cancelled":
+                group.cancel_scope.cancel()
+            else:
+                await server.shutdown()
+    assert server.connections == ()
+    nobody_listens((HOST, server.port))
 
 
 async def test_serving_forever_tells_of_misuse() -> None:

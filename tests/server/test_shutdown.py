@@ -217,7 +217,7 @@ async def test_hooks_that_run_are_waited_for(mode: str, where: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_full_servers_end_with_those_that_are_in(mode: str) -> None:
-    """No place that becomes free is given to anybody then."""
+    """At once. No place that becomes free is given to anybody then: those that wait are reset."""
     async with serving(mode, max_connections=5) as server:
         socks = [connected(server) for _ in range(20)]
         for sock in socks[:5]:
