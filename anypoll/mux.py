@@ -270,7 +270,7 @@ class ShardQueue:
         try:
             with self._scope:
                 await self._send_all()
-        except Exception as exc:  # noqa: BLE001 -- told to whoever adds
+        except Exception as exc:  # noqa: BLE001 -- every add() reports it
             self._lost = True
             self._fail(exc)
         except GeneratorExit:  # there may be no event loop any more

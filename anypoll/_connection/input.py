@@ -122,7 +122,7 @@ class Input(Output):
                 if self.closed:
                     raise self._own(ClosedResourceError())
                 reader._budget = self.budget
-                if end and not flags and reader._view is not EMPTY:  # a release() may intervene
+                if end and not flags and reader._view is not EMPTY:  # unless a release() intervened
                     reader._end = end
                     return True
                 suspended = True

@@ -65,7 +65,7 @@ class _Callback:
             raise TypeError(f"a close callback must be callable, not {function!r}")
         self.function = function
         self.with_conn = _needs_an_argument(function)
-        called = getattr(function, "__call__", None)  # noqa: B004 -- of an object of some class
+        called = getattr(function, "__call__", None)  # noqa: B004 -- of a callable object
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
     def call(self, conn: Any) -> Any:

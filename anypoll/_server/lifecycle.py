@@ -199,7 +199,7 @@ class Lifecycle:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise TypeError("on_prepare must be a plain function: it has returned an awaitable")
-        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+        except Exception as exc:  # noqa: BLE001 -- as promised: it stops nothing else
             self._end_early(connection, self.conclude, exc)
             return False
         except BaseException:
