@@ -490,7 +490,7 @@ async def test_aclose_does_not_wait_for_a_send_that_was_given_up(wire: Wire) -> 
 async def test_aclose_waits_for_what_comes_behind_a_send_that_was_given_up(wire: Wire) -> None:
     """However little of the rest is left by then."""
     conn, peer = wire
-    core, later = conn._core, pattern(MIB)
+    core, later = conn._core, pattern(HUGE)  # more than the kernel takes while nobody looks
     data = await fill(conn)
     rest = core.queued()
     conn.writer.write(later)
