@@ -138,7 +138,7 @@ def suspends(awaitable: Awaitable[Any]) -> bool:
 
 
 def socket_pair(kind: str) -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets: "tcp", "unix", or "messages", which are UNIX sockets that keep them."""
+    """Two connected sockets: "tcp", "unix", or "messages" (UNIX sockets that keep them apart)."""
     if kind != "tcp":
         return socket.socketpair(
             type=socket.SOCK_SEQPACKET if kind == "messages" else socket.SOCK_STREAM
