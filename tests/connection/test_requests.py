@@ -407,12 +407,12 @@ async def test_a_peer_that_never_reads_is_not_answered_for_ever() -> None:
         client(server) as sock,
     ):
         conn = await one_of(server)
-        await send_all(sock, bytes(2000))
+        await send_all(sock, bytes(300))
         await holds(lambda: conn._core.number in conn._core.hub.writers)
         await rounds()
         assert conn.statistics().buffered_output <= 256 * KIB
-        assert len(await read_all(sock, 2000 * 64 * KIB)) == 2000 * 64 * KIB
-        assert answers == 2000
+        assert len(await read_all(sock, 300 * 64 * KIB)) == 300 * 64 * KIB
+        assert answers == 300
 
 
 async def test_nobody_else_reads_between_the_calls() -> None:
@@ -1324,7 +1324,7 @@ print("ended")
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
-@pytest.mark.parametrize("states", ["idle", "busy", "late", "idle,busy,busy,late"])
+@pytest.mark.parametrize("states", ["idle", "idle,busy,busy,late"])
 @pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="")])
 async def test_the_loop_ends(loop: str, states: str) -> None:
     """Nothing hangs, nothing is said, and everything is closed."""

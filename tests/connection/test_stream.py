@@ -20,7 +20,6 @@ import anyio
 import anyio.abc
 import pytest
 from anyio import (
-    BrokenResourceError,
     BusyResourceError,
     ClosedResourceError,
     EndOfStream,
@@ -753,39 +752,6 @@ async def test_cancellation_races_of_send(pair: Pair, seed: int) -> None:
     assert rest == b""
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_closing_races(kind: str, seed: int) -> None:
-    """One end is closed at a random moment of traffic in both directions: nobody hangs."""
-    random_ = random.Random(seed)
-    for _ in range(15):
-        async with connected(kind) as (first, second), anyio.create_task_group() as group:
-
-            async def receive(conn: Connection) -> None:
-                try:
-                    async for _ in conn:
-                        pass
-                except (ClosedResourceError, BrokenResourceError):
-                    pass
-
-            async def send(conn: Connection) -> None:
-                try:
-                    while True:
-                        await conn.send(bytes(random_.choice([10, 300 * KIB])))
-                except (ClosedResourceError, BrokenResourceError):
-                    pass
-
-            with anyio.fail_after(30):
-                for conn in (first, second):
-                    group.start_soon(receive, conn)
-                    group.start_soon(send, conn)
-                for _ in range(random_.randrange(10)):
-                    await anyio.sleep(0)
-                if random_.random() < 0.5:
-                    first.abort()
-                else:
-                    await first.aclose()
-
-
 # --- timeouts ------------------------------------------------------------------------------------
 
 
@@ -1164,24 +1130,6 @@ async def test_output_that_is_being_sent_outlives_the_connection(kind: str) -> N
 
 
 # --- with AnyIO's wrappers -----------------------------------------------------------------------
-
-
-async def test_many_connections_at_once(kind: str) -> None:
-    count = 30
-
-    async def talk(n: int) -> None:
-        async with connected(kind) as (first, second):
-            for i in range(5):
-                message = b"%d-%d" % (n, i)
-                await first.send(message)
-                assert await second.receive() == message
-                await second.send(message[::-1])
-                assert await first.receive() == message[::-1]
-
-    with anyio.fail_after(30):
-        async with anyio.create_task_group() as group:
-            for n in range(count):
-                group.start_soon(talk, n)
 
 
 async def test_two_sends_that_were_given_up_do_not_deadlock(pair: Pair) -> None:
