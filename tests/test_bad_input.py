@@ -811,7 +811,7 @@ async def at_random(steps: list[Any]) -> None:
         await live.still_works()
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(RIGHT | st.integers(0, len(WRONG) - 1), min_size=20, max_size=60))
 def test_nonsense_at_random(anyio_backend: tuple[str, dict[str, Any]], steps: list[Any]) -> None:
     """Whatever is buffered, pending or reserved meanwhile."""

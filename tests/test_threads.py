@@ -94,7 +94,7 @@ class Monitor:
 @pytest.mark.usefixtures("often")
 async def test_looking_while_connections_come_and_go(tls: bool, tls_contexts: Any) -> None:
     """Pollers, too."""
-    rounds, clients = (4, 4) if tls else (25, 8)
+    rounds, clients = (4, 4) if tls else (10, 8)
 
     async def echo(conn: Any) -> None:
         async for chunk in conn:
