@@ -50,18 +50,18 @@ from .streams import (
 
 @_dataclass(frozen=True, slots=True)
 class Statistics:
-    """What :func:`statistics` gives."""
+    """The process-wide counters returned by :func:`statistics`."""
 
     pollers: tuple[PollerStatistics, ...]
-    """one entry per poller; empty before first use. Those that get connections come first; behind
-    them are those that end with their last connection.
+    """one entry per poller; empty before first use. Those that get connections come first, followed
+    by those that end with their last connection.
     """
     memory: MemoryStatistics
-    """received bytes: those of all pollers and event loops, and what only views keep"""
+    """blocks of received bytes: those of all pollers and event loops, and those only views keep"""
 
 
 def statistics() -> Statistics:
-    """Counters of the process's pollers, and its blocks of received bytes. Any thread."""
+    """Counters of the process's pollers, and of its blocks of received bytes. Any thread."""
     return Statistics(pollers=runtime.poller_statistics(), memory=runtime.memory_statistics())
 
 
@@ -72,25 +72,25 @@ def configure(
     block_size: int | None = None,
     checkpoint_budget: int | None = None,
 ) -> None:
-    """Sets options of the process; ``None`` leaves one as it is.
+    """Sets process-wide options; ``None`` leaves an option unchanged.
 
-    Before first use this only records. Afterwards the number of pollers grows at once; when it
-    shrinks, the pollers beyond it get no new connections, serve those they have (and the listeners,
-    whose connections go to others), and end with the last of them.
+    Before first use this only records them. Afterwards the number of pollers grows at once; when it
+    shrinks, the surplus pollers get no new connections, keep serving those they have (and their
+    listeners, whose connections go to others), and end with the last of them.
 
-    :param pollers: threads that read and write, 1 at first
+    :param pollers: threads that read and write, initially 1
     :param load_balance: which poller gets a new connection: ``"round_robin"``, ``"random"``,
-        ``"least_connections"``, or a callable that is given the pollers' statistics and returns an
-        index. It is called in the thread that opens the connection. One that fails, or returns a
-        wrong index, is logged (logger ``anypoll.pollers``), and round robin chooses.
-    :param block_size: bytes of the first block that a connection's input is put into, 2048 at
-        first, and the least of later ones, which grow with what arrives. From 2048 to 1 MiB;
-        rounded up to a power of two, and no more than the connection's ``read_high_water``. Holds
-        for connections made from then on
-    :param checkpoint_budget: how many reads and flushes in a row may do without a checkpoint; holds
-        for connections made from then on
-    :raises ValueError, TypeError: for nonsense; nothing is changed then
-    :raises OSError: if there are no resources for more pollers; nothing is changed then
+        ``"least_connections"``, or a callable that takes the pollers' statistics and returns an
+        index. It is called in the thread that opens the connection. If it raises, or returns a
+        wrong index, that is logged (logger ``anypoll.pollers``), and round robin chooses.
+    :param block_size: bytes of the first block for a connection's input, initially 2048, and the
+        minimum for later ones, which grow with the input. From 2048 to 1 MiB; rounded up to a power
+        of two, and limited by the connection's ``read_high_water``. Applies to connections created
+        from then on
+    :param checkpoint_budget: how many reads and flushes in a row may go without a checkpoint;
+        applies to connections created from then on
+    :raises ValueError, TypeError: for invalid values; nothing is changed then
+    :raises OSError: if resources for more pollers are exhausted; nothing is changed then
     """
     runtime.configure(
         pollers=pollers,
@@ -133,7 +133,7 @@ __all__ = (
     "statistics",
 )
 
-# Tracebacks and reprs name the public home of a thing, not the file it lies in.
+# Tracebacks and reprs should name an object's public home, not the file that defines it.
 for _name in __all__:
     _thing = globals()[_name]
     if getattr(_thing, "__module__", "").startswith("anypoll._"):

@@ -1,12 +1,12 @@
-"""The command `anypoll`: serve a handler without writing a program around it.
+"""The command line: ``anypoll serve`` runs a handler without a program around it.
 
-`anypoll serve TARGET` says on which addresses it listens, and calls TARGET for each connection.
+`anypoll serve TARGET` prints the addresses it listens on, and calls TARGET for each connection.
 SIGINT or SIGTERM stops it gracefully, a second one at once. The exit status is 0 after a stop, 1 if
-it cannot listen, and 2 if it was called wrongly; an error is one line on stderr.
+it cannot listen, and 2 after a usage error; an error is one line on stderr.
 
-Started by systemd for its sockets, or by anything else that speaks the protocol of
-sd_listen_fds(3), it serves those. An address beside them is an error: one of the two would be
-forgotten without a word, and clients of a socket that nobody serves wait for ever.
+Socket-activated by systemd, or by anything else that follows the sd_listen_fds(3) protocol, it
+serves the sockets it was passed. An address as well is an error: one of the two would be silently
+ignored, and clients of a socket that nobody serves wait forever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import anyio
 
 import anypoll
 
-_GRACE = 0.8  # seconds; with what closing takes, a stop is over within about one
+_GRACE = 0.8  # seconds; with the time that closing takes, a stop is over within about one
 
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
@@ -47,7 +47,7 @@ _Handler = Callable[[anypoll.Connection], Awaitable[Any]]
 
 
 class _UsageError(Exception):
-    """The command was called wrongly; the message says how."""
+    """A usage error; the message explains it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _passed_sockets() -> list[int]:
-    """The descriptors that were passed to this process, as sd_listen_fds(3) finds them. Children
-    get neither these nor the variables that speak of them.
+    """The descriptors passed to this process, as sd_listen_fds(3) finds them. Children get neither
+    these nor the variables that describe them.
     """
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (os.environ.pop(name, None) for name in names)
@@ -122,7 +122,7 @@ def _passed_sockets() -> list[int]:
 
 
 def _endpoint(options: argparse.Namespace, passed: list[int]) -> dict[str, Any]:
-    """What to listen on, as arguments of `anypoll.serve`."""
+    """Where to listen, as arguments for `anypoll.serve`."""
     tcp = options.host is not None or options.port is not None
     if passed:
         if tcp or options.path is not None:
@@ -140,7 +140,7 @@ def _endpoint(options: argparse.Namespace, passed: list[int]) -> dict[str, Any]:
 
 
 def _limits(options: argparse.Namespace) -> dict[str, Any]:
-    """The limits, as arguments of `anypoll.serve`."""
+    """The limits, as arguments for `anypoll.serve`."""
     most = options.max_connections
     if most is not None and most < 1:
         raise _UsageError(f"--max-connections must be at least 1, not {most}")
@@ -148,7 +148,7 @@ def _limits(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _backend(name: str) -> tuple[str, dict[str, Any]]:
-    """The backend and its options, as arguments of `anyio.run`."""
+    """The backend and its options, as arguments for `anyio.run`."""
     if name != "asyncio" and importlib.util.find_spec(name) is None:
         raise _UsageError(f"--backend {name}: {name} is not installed")
     return _BACKENDS[name]
@@ -184,7 +184,7 @@ def _load_handler(target: str) -> _Handler:
 
 
 def _is_coroutine_function(handler: Any) -> bool:
-    """Whether a call returns a coroutine: of functions, decorated ones, objects with `__call__`."""
+    """Whether a call returns a coroutine: covers functions, decorated ones, and `__call__`."""
     call = type(handler).__call__ if callable(handler) else None
     return any(map(inspect.iscoroutinefunction, (inspect.unwrap(handler), call)))
 
@@ -209,7 +209,7 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _describe(error: Exception) -> str:
-    """One line on what a module raised, and where."""
+    """One line that says what a module raised, and where."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, (ImportError, SyntaxError)):  # these say where
         return text
@@ -218,7 +218,7 @@ def _describe(error: Exception) -> str:
 
 
 async def _serve(arguments: dict[str, Any]) -> int:
-    """Serves until a signal comes; returns the exit status."""
+    """Serves until a signal arrives; returns the exit status."""
     async with anyio.create_task_group() as tasks, AsyncExitStack() as stack:
         stack.callback(tasks.cancel_scope.cancel)
         signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
@@ -226,7 +226,10 @@ async def _serve(arguments: dict[str, Any]) -> int:
         try:
             server = await stack.enter_async_context(serving)
         except (OSError, ValueError) as error:
-            return _fail(1, f"cannot listen on {_show_endpoint(arguments)}: {error}")
+            endpoint = _show_endpoint(arguments)
+            why = getattr(error, "strerror", None) or str(error)
+            named = why.startswith(f"{endpoint}: ")  # an error of binding names the address itself
+            return _fail(1, f"cannot listen on {why if named else f'{endpoint}: {why}'}")
         for address in server.addresses:
             print(f"listening on {_show(address)}", flush=True)
         await anext(signals)
@@ -240,14 +243,14 @@ async def _cancel_at_next(signals: AsyncIterator[signal.Signals], scope: anyio.C
 
 
 def _show_endpoint(arguments: dict[str, Any]) -> str:
-    """What was to be listened on, as people write it."""
+    """The requested endpoint, in its usual notation."""
     if "sock" in arguments:
         return "the sockets of LISTEN_FDS"
     return arguments.get("path") or _show((arguments["host"] or "*", arguments["port"]))
 
 
 def _show(address: Any) -> str:
-    """An address as people write it; an abstract UNIX socket's name begins with `@`."""
+    """An address in its usual notation; the name of an abstract UNIX socket begins with `@`."""
     if isinstance(address, tuple):
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,13 +1,13 @@
-"""The compiled core, typed: the only module that imports it.
+"""Typed bindings to the compiled core; the only module that imports it.
 
-Functions of the core that a request goes through are handed on as they are, under their names
-without the ``ap_`` (``conn_read``, ``conn_write``, ...): a wrapper would cost as much as the call.
-What they return is a number, or a negative errno, or one of the ``E*`` codes; csrc/anypoll.h has
-the prose. Everything else is wrapped here, and goes through :func:`check`.
+Core functions on the path of a request are passed through as they are, under their names without
+the ``ap_`` (``conn_read``, ``conn_write``, ...): a wrapper would cost as much as the call. They
+return a number, a negative errno, or one of the ``E*`` codes; csrc/anypoll.h has the prose. All
+others are wrapped here, and go through :func:`check`.
 
 Handles are cffi pointers with a destructor: the core counts references, and a handle that is
-collected gives its own back, in whatever thread that happens. Calls that are made for every request
-take a bare pointer (:func:`bare`) beside it: cffi converts that in half the time.
+collected drops its own, in whichever thread that happens. Functions called for every request take a
+bare pointer (:func:`bare`) instead, which cffi converts in half the time.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
 
 NULL = ffi.NULL
-#: The type behind the views of blocks.
+#: The type of the memory behind the views of blocks.
 BlockMemory = ffi.buffer
 
-# What files below this one know by number.
+# Numbers that files below this one repeat.
 assert (SCATTER, POLLER_ENDED) == (lib.AP_SCATTER, lib.AP_EPOLLER)
 
 EEOF = lib.AP_EEOF
@@ -109,7 +109,7 @@ TOKEN_SIZE = 16
 
 
 def check(code: int) -> int:
-    """``code``, if it is not negative.
+    """Returns ``code`` if it is not negative.
 
     :raises OSError: for a negative errno
     """
@@ -119,11 +119,11 @@ def check(code: int) -> int:
 
 
 class PollerEndedError(Exception):
-    """The poller that was picked takes no connections any more: another one does."""
+    """The chosen poller takes no more connections; another one does."""
 
 
 def _check_open(code: int) -> None:
-    """:raises PollerEndedError, OSError: for what opening a connection or a listener returns"""
+    """:raises PollerEndedError, OSError: for a failure to open a connection or listener"""
     if code <= POLLER_ENDED:
         raise PollerEndedError
     check(code)
@@ -134,12 +134,12 @@ def _check_open(code: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PollerStatistics:
-    """Counters of one poller since its start, and gauges of now."""
+    """Counters of one poller since its start, and current gauges."""
 
     connections: int
-    """what is assigned to it: open connections and listeners"""
+    """open connections and listeners assigned to it"""
     waits: int
-    """calls of ``epoll_wait`` that blocked"""
+    """``epoll_wait`` calls that blocked"""
     events: int
     reads: int
     writes: int
@@ -148,9 +148,9 @@ class PollerStatistics:
     wakeups: int
     """how often it woke an event loop"""
     wakeups_coalesced: int
-    """news for an event loop that had been woken already"""
+    """notifications for an event loop that had already been woken"""
     stale_tokens: int
-    """events and news of connections that were closed meanwhile"""
+    """events and notifications for connections closed meanwhile"""
     stalls: int
     """writes that the kernel took only in part, or not at all"""
     timeouts: int
@@ -159,14 +159,14 @@ class PollerStatistics:
     bytes_in_use: int
     bytes_free: int
     bytes_pinned: int
-    """in blocks that are read to their end, but kept by views"""
+    """in blocks that are fully read, but kept by views"""
     polls: int
-    """calls of ``epoll_wait``, all of them"""
+    """all ``epoll_wait`` calls"""
     again: int
-    """reads, writes and accepts for which there was nothing to do"""
+    """reads, writes and accepts that found nothing to do"""
     accepts: int
     slots: int
-    """connections and listeners, closed ones included that something still refers to"""
+    """connections and listeners, including closed ones that something still refers to"""
 
 
 _STATISTICS = tuple(PollerStatistics.__dataclass_fields__)
@@ -175,7 +175,7 @@ _STATISTICS = tuple(PollerStatistics.__dataclass_fields__)
 def open_poller() -> Poller:
     """A new poller with a running thread.
 
-    :raises OSError: for a lack of descriptors, memory or threads
+    :raises OSError: if descriptors, memory or threads are exhausted
     """
     out = ffi.new("ap_poller **")
     check(lib.ap_poller_new(out))
@@ -190,17 +190,17 @@ def stop_poller(poller: Poller) -> None:
 
 
 def drain_poller(poller: Poller) -> None:
-    """Has the poller and its thread end with the last connection and listener."""
+    """Lets the poller and its thread end with the last connection and listener."""
     lib.ap_poller_drain(poller, 1)
 
 
 def keep_poller(poller: Poller) -> bool:
-    """Takes :func:`drain_poller` back. False: it has ended already."""
+    """Undoes :func:`drain_poller`. False: the poller has already ended."""
     return lib.ap_poller_drain(poller, 0) == 0
 
 
 def poller_ended(poller: Poller) -> int | None:
-    """``None`` while it runs; 0 if it has ended as it was told to; the errno it has failed with."""
+    """``None`` while it runs; 0 if it has ended as requested; the errno with which it failed."""
     state = lib.ap_poller_state(poller)
     if state > POLLER_ENDED:
         return None
@@ -209,12 +209,12 @@ def poller_ended(poller: Poller) -> int | None:
 
 
 def nudge_poller(poller: Poller) -> None:
-    """Makes the poller look at once for what it may recycle."""
+    """Makes the poller check at once for memory to recycle."""
     lib.ap_poller_nudge(poller)
 
 
 def poller_statistics(poller: Poller) -> PollerStatistics:
-    """What the poller has counted.
+    """The poller's counters.
 
     :raises OSError: ``ECHILD`` in the child of a fork
     """
@@ -226,8 +226,8 @@ def poller_statistics(poller: Poller) -> PollerStatistics:
 @dataclass(frozen=True, slots=True)
 class MemoryStatistics:
     """The blocks of received bytes in the whole process: those of the pollers, those of the event
-    loops (what a loop has read by itself, and what was merged for a request), and those that views
-    keep of pollers and loops that have ended.
+    loops (read by a loop itself, or merged for a request), and those of ended pollers and loops
+    that views keep.
     """
 
     blocks_in_use: int
@@ -235,14 +235,14 @@ class MemoryStatistics:
     bytes_in_use: int
     bytes_free: int
     bytes_pinned: int
-    """in blocks that are read to their end, but kept by views"""
+    """in blocks that are fully read, but kept by views"""
 
 
 _MEMORY = tuple(MemoryStatistics.__dataclass_fields__)
 
 
 def memory_statistics() -> MemoryStatistics:
-    """Of now."""
+    """The current values."""
     out = ffi.new("ap_poller_stats *")
     lib.ap_memory_statistics(out)
     return MemoryStatistics(**{name: getattr(out, name) for name in _MEMORY})
@@ -254,7 +254,7 @@ def memory_statistics() -> MemoryStatistics:
 def open_hub() -> Hub:
     """A new hub.
 
-    :raises OSError: for a lack of descriptors or memory
+    :raises OSError: if descriptors or memory are exhausted
     """
     out = ffi.new("ap_hub **")
     check(lib.ap_hub_new(out))
@@ -263,7 +263,7 @@ def open_hub() -> Hub:
 
 
 def hub_fd(hub: Hub) -> int:
-    """The descriptor that is readable when the hub has tokens."""
+    """The descriptor that is readable while the hub has tokens."""
     return check(lib.ap_hub_fd(hub))
 
 
@@ -292,7 +292,7 @@ def bare(handle: Handle) -> Handle:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStatistics:
-    """What has passed through one connection; works after its end too."""
+    """Counters of one connection; they work after its end too."""
 
     bytes_received: int
     bytes_sent: int
@@ -301,7 +301,7 @@ class ConnectionStatistics:
     writes: int
     """system calls that wrote something"""
     wakeups: int
-    """how often the event loop was told of it"""
+    """how often the event loop was notified about it"""
     buffered_input: int
     """bytes received and not consumed"""
     buffered_output: int
@@ -311,14 +311,14 @@ class ConnectionStatistics:
     created_at: float
     """seconds, as ``time.monotonic()``"""
     last_activity: float
-    """likewise, to about 4 ms: when a byte last went in or out"""
+    """likewise, to within about 4 ms: when a byte last went in or out"""
 
 
 def open_connection(poller: Poller, hub: Hub, fd: int, kind: int, high_water: int) -> Conn:
-    """Takes a connected, non-blocking socket; owns ``fd`` when it returns.
+    """Takes over a connected, non-blocking socket; owns ``fd`` when it returns.
 
     :raises OSError: ``ENOMEM``; ``EBADF`` if the hub's loop has ended
-    :raises PollerEndedError: if the poller has
+    :raises PollerEndedError: if the poller has ended
     """
     out = ffi.new("ap_conn **")
     _check_open(lib.ap_conn_new(poller, hub, fd, kind, high_water, out))
@@ -332,7 +332,7 @@ def conn_id(conn: Conn) -> int:
 
 
 def register(conns: Sequence[Conn]) -> list[int]:
-    """Has the connections watched; for each 0 or a negative errno."""
+    """Has the connections watched; returns 0 or a negative errno for each."""
     array = ffi.new("ap_conn *[]", conns)
     results = ffi.new("int[]", len(conns))
     lib.ap_conn_register(array, results, len(conns))
@@ -348,9 +348,9 @@ def new_view() -> View:
 def show_block(conn: Conn, pos: int, view: View) -> memoryview | None:
     """Fills ``view`` with the window at the first unread byte.
 
-    Returns the block's memory if the caller has not got it yet. The memory lives as long as
+    Returns the block's memory if the caller does not have it yet. The memory lives as long as
     anything refers to it: ``ffi.buffer`` keeps the owning pointer alive, which holds a reference
-    to the block. (A buffer of a member of the block would not.)
+    to the block. (A buffer over a member of the block would not.)
 
     :raises OSError: ``EBADF`` after the close
     """
@@ -367,22 +367,22 @@ def _pieces(pieces: Sequence[Piece]) -> tuple[object, object]:
 
 
 def conn_send(conn: Conn, pieces: Sequence[Piece]) -> int:
-    """Sends the pieces; the number of bytes queued, or a negative errno.
+    """Sends the pieces; returns the number of bytes queued, or a negative errno.
 
-    The caller keeps the objects alive and unchanged until ``MAIL_SENT`` if any are queued.
+    If any are queued, the caller keeps the objects alive and unchanged until ``MAIL_SENT``.
     """
     array, _keep = _pieces(pieces)
     return lib.ap_conn_send(conn, array, len(pieces))
 
 
 def conn_requeue(conn: Conn, pieces: Sequence[Piece]) -> int:
-    """Puts ``pieces`` in the place of what is queued, after ``conn_hold``."""
+    """Replaces the queue with ``pieces``, after ``conn_hold``."""
     array, _keep = _pieces(pieces)
     return lib.ap_conn_requeue(conn, array, len(pieces))
 
 
 def conn_rest(conn: Conn) -> bytes:
-    """What a detached connection had read ahead."""
+    """The bytes that a detached connection had read ahead."""
     parts = []
     room = ffi.new("char[]", 65536)
     while n := check(lib.ap_conn_rest(conn, room, 65536)):
@@ -397,7 +397,7 @@ _BYTES_AT_ONCE = 256 * 1024
 
 def take_fds(conn: Conn, pos: int, size: int, most: int) -> tuple[bytes, list[int]]:
     """Consumes at most ``size`` unread bytes, and takes at most ``most`` of the descriptors that
-    came with them; others are closed.
+    came with them; any others are closed.
 
     :raises OSError: ``EBADF`` after the close
     """
@@ -411,8 +411,8 @@ def take_fds(conn: Conn, pos: int, size: int, most: int) -> tuple[bytes, list[in
 def receive_message(
     conn: Conn, size: int, most: int, deadline: int
 ) -> tuple[bytes, list[int]] | int:
-    """The next message, cut off behind ``size`` bytes, and at most ``most`` of its descriptors;
-    or a negative code.
+    """The next message, truncated to ``size`` bytes, and at most ``most`` of its descriptors; or a
+    negative code.
     """
     view, fds = new_view(), ffi.new("int[]", max(min(most, FDS_MOST), 1))
     count = ffi.new("int *", min(most, FDS_MOST))
@@ -425,15 +425,15 @@ def receive_message(
 
 
 def send_fds(conn: Conn, message: Piece, fds: Sequence[int]) -> int:
-    """Sends as much of ``message`` as one system call takes, with copies of the descriptors; the
-    bytes taken, or a negative code.
+    """Sends as much of ``message`` as one system call takes, with copies of the descriptors;
+    returns the bytes taken, or a negative code.
     """
     data = ffi.from_buffer("char[]", message)
     return lib.ap_conn_send_fds(conn, data, len(data), list(fds), len(fds))
 
 
 def connection_statistics(conn: Conn, pos: int, output: int) -> ConnectionStatistics:
-    """What the connection has counted; ``output``: bytes that Python still holds."""
+    """The connection's counters; ``output``: bytes that Python still holds."""
     out = ffi.new("ap_conn_stats *")
     check(lib.ap_conn_statistics(conn, pos, out))
     return ConnectionStatistics(
@@ -454,7 +454,7 @@ def connection_statistics(conn: Conn, pos: int, output: int) -> ConnectionStatis
 
 
 def open_account() -> Account:
-    """Credits for accepting, to be shared by listeners.
+    """An account of accept credits, to be shared by listeners.
 
     :raises OSError: ``ENOMEM``
     """
@@ -465,20 +465,20 @@ def open_account() -> Account:
 
 
 def add_credits(account: Account, credits: int) -> None:
-    """Lets the account's listeners accept as many connections more."""
+    """Lets the account's listeners accept that many more connections."""
     check(lib.ap_account_add(account, credits))
 
 
 def take_back_credit(account: Account) -> bool:
-    """Whether a credit was still there to be taken back."""
+    """Takes back a credit; returns whether there was one left."""
     return lib.ap_account_take_back(account) == 1
 
 
 def open_listener(poller: Poller, hub: Hub, fd: int, account: Account) -> Listener:
-    """Takes a listening, non-blocking socket; owns ``fd`` when it returns.
+    """Takes over a listening, non-blocking socket; owns ``fd`` when it returns.
 
     :raises OSError: ``ENOMEM``, ``ENOSPC``; ``EBADF`` if the hub's loop has ended
-    :raises PollerEndedError: if the poller has
+    :raises PollerEndedError: if the poller has ended
     """
     out = ffi.new("ap_listener **")
     _check_open(lib.ap_listener_new(poller, hub, fd, account, out))
@@ -496,8 +496,8 @@ _ACCEPT_MOST = 64
 
 
 def take_accepted(listener: Listener) -> list[tuple[int, bytes]]:
-    """Descriptors of accepted connections, which are the caller's then, each with the peer's
-    address for :func:`peer_address`.
+    """Descriptors of accepted connections, which the caller then owns, each with the peer's address
+    for :func:`peer_address`.
 
     :raises OSError: for an error of ``accept4``; ``EBADF`` after the close
     :raises BrokenResourceError: if the poller has failed
@@ -513,8 +513,8 @@ def take_accepted(listener: Listener) -> list[tuple[int, bytes]]:
 
 
 def peer_address(record: bytes) -> tuple[str, int] | str | None:
-    """The address as AnyIO gives it: host (with ``%scope``, if there is one) and port; ``""`` for
-    a UNIX socket without a name, and ``None`` for one whose name the socket has to be asked for.
+    """The address as AnyIO gives it: host (with ``%scope``, if any) and port; ``""`` for a UNIX
+    socket without a name, and ``None`` for one with a name, for which the socket must be asked.
     """
     _fd, family, port, scope, address = _ACCEPTED.unpack(record)
     if family == socket.AF_INET:
@@ -525,7 +525,7 @@ def peer_address(record: bytes) -> tuple[str, int] | str | None:
     return None if port else ""
 
 
-# --- faults, for tests ---------------------------------------------------------------------------
+# --- fault injection, for tests ------------------------------------------------------------------
 
 
 def set_fault(call: str, error: int = 0, *, skip: int = 0, times: int = 1, limit: int = 0) -> None:
@@ -542,5 +542,5 @@ def fault_hits(call: str) -> int:
 
 
 def clear_faults() -> None:
-    """Ends all faults."""
+    """Removes all faults."""
     lib.ap_fault_clear()

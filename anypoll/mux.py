@@ -1,8 +1,8 @@
-r"""Many tasks, one connection: whole messages, merged and flushed together.
+r"""A shared message queue on one connection: many tasks write, whole messages are merged and sent.
 
 A client that multiplexes calls over one connection, or a server that answers them out of order, has
 many tasks with small messages and one socket. A :class:`ShardQueue` takes the messages of all of
-them, and one task of its own sends what has gathered::
+them, and a single task sends what has gathered::
 
     import anyio
     import anypoll
@@ -14,25 +14,25 @@ them, and one task of its own sends what has gathered::
             async with ShardQueue(client) as queue, anyio.create_task_group() as tg:
                 for number in range(100):
                     tg.start_soon(queue.add, b"%03d: " % number, b"hello\n")
-            # here everything is sent, in a handful of system calls
+            # here everything has been sent, in a handful of system calls
             for _ in range(100):
                 print(str(await server.until(b"\n"), "ascii"), end="")
 
     anyio.run(main)
 
-How it works. ``add()`` puts a message behind the others and does not suspend its task. The first
-one into an empty queue wakes the sender, which runs when the tasks that are ready now have had
-their turn, takes all that they have added, and flushes it; what is added meanwhile is the next
+How it works. ``add()`` appends a message to the queue and does not suspend its task. The first
+message in an empty queue wakes the sender, which runs once the tasks that are ready now have had
+their turn, takes everything they have added, and flushes it; messages added meanwhile form the next
 batch. The busier the connection, the larger the batches: nothing is held back to wait for more.
 
-What it guarantees:
-  - A message is sent whole or not at all, and never mixed with another one. Those of one task are
-    sent in the order of its calls.
-  - The bytes that the kernel has not taken are at most ``write_high_water`` and one message. Above
-    that ``add()`` waits, and whoever has waited longest goes on first.
-  - A message that ``add()`` has returned for is sent, whoever is cancelled afterwards, or its loss
-    is told: by every ``add()`` from then on, and by the end of the block.
-  - An ``add()`` that raises, or that is cancelled, has queued nothing.
+It guarantees:
+  - A message is sent whole or not at all, and never interleaved with another. The messages of one
+    task are sent in the order of its calls.
+  - The bytes that the kernel has not taken yet are at most ``write_high_water`` plus one message.
+    Above that ``add()`` waits, and the longest waiter goes first.
+  - A message for which ``add()`` has returned is sent, whoever is cancelled afterwards; or else its
+    loss is reported, by every later ``add()`` and by the end of the block.
+  - An ``add()`` that raises or is cancelled has queued nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = ("ShardQueue",)
 
-#: What an ``add()`` raises as the connection itself would; anything else has broken it.
+#: Errors that ``add()`` raises as the connection would; any other means the connection is broken.
 _KINDS: tuple[type[Exception], ...] = (
     BrokenResourceError,
     ClosedResourceError,
@@ -77,7 +77,7 @@ class _HasWriter(Protocol):
 
 
 class _Waiter:
-    """An ``add()`` that waits for room. The wake-up is a hint; what it was given is ``granted``."""
+    """An ``add()`` that waits for room. The wake-up is only a hint; ``granted`` is its share."""
 
     __slots__ = ("event", "granted", "size")
 
@@ -90,24 +90,24 @@ class _Waiter:
 class ShardQueue:
     """A queue of messages to one connection, for many tasks; see the module.
 
-    Used as ``async with ShardQueue(conn) as queue``. Inside of the block the queue is the only one
-    that sends on the connection: ``send()``, ``flush()``, ``send_eof()`` and the like raise
-    ``BusyResourceError`` there, and its ``writer`` is to be left alone. Reading is not affected.
+    Use it as ``async with ShardQueue(conn) as queue``. Inside the block, only the queue may send on
+    the connection: ``send()``, ``flush()``, ``send_eof()`` and the like raise
+    ``BusyResourceError``, and the ``writer`` must be left alone. Reading is not affected.
 
     Leaving the block normally sends what is queued, then closes the queue; the connection stays
-    open, and can be used as before. Leaving by an exception or a cancellation waits for nothing: a
-    connection sends what it can at once, and keeps the rest as pending output, behind which later
-    output goes. (Over another stream, all is kept but what its ``send()`` was just being given:
-    that is as the stream leaves it when it is cancelled.)
+    open, and can be used as before. Leaving by an exception or a cancellation does not wait: a
+    connection sends what it can at once, and keeps the rest as pending output, which precedes later
+    output. (Another stream keeps everything except the piece its ``send()`` was working on: that is
+    as the stream leaves it when cancelled.)
 
-    It belongs to the event loop in which it was entered: other loops get ``RuntimeError``.
+    The queue belongs to the event loop in which it was entered: other loops get ``RuntimeError``.
 
     :param conn: a connection, or anything else with a nocopy ``writer``, such as a TLS connection;
-        or such a writer itself, made by :func:`anypoll.nocopy.wrap_writer`
-    :param shards: at least 1, and of no effect. netpoll's queue has parts, each with a lock of its
-        own; here one event loop has the whole queue and there is no lock, so there is nothing to
-        divide. It is taken so that code that comes from there can be carried over.
-    :raises TypeError: if ``conn`` has no nocopy writer, or ``shards`` is no integer
+        or such a writer itself, from :func:`anypoll.nocopy.wrap_writer`
+    :param shards: at least 1; has no effect. netpoll's queue has shards, each with its own lock;
+        here the whole queue belongs to one event loop and has no lock, so there is nothing to
+        divide. It is accepted so that code from there can be ported.
+    :raises TypeError: if ``conn`` has no nocopy writer, or ``shards`` is not an integer
     :raises ValueError: if ``shards`` is below 1
     """
 
@@ -127,16 +127,16 @@ class ShardQueue:
         self._writer = writer
         self._sink = writer._core
         self._high_water = writer._high_water
-        self._pieces: list[Piece] = []  # what is queued
-        self._size = 0  # bytes queued, under way and reserved
+        self._pieces: list[Piece] = []  # the queue
+        self._size = 0  # bytes queued, being sent, and reserved
         self._reserved = 0  # bytes granted to waiters that have not run yet
         self._waiting: deque[_Waiter] = deque()
-        self._closed = True  # no message is taken; _refusal() says why
+        self._closed = True  # no more messages are accepted; _refusal() says why
         self._stopped = False  # the sender is to end without waiting
         self._idle: anyio.Event | None = None  # what the sender waits for when nothing is queued
-        self._ended: anyio.Event | None = None  # the sender has ended; None: never entered
+        self._ended: anyio.Event | None = None  # set when the sender has ended; None: never entered
         self._failure: BaseException | None = None
-        self._lost = False  # messages that were queued have not been sent
+        self._lost = False  # some queued messages were not sent
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.buffered} bytes"
@@ -144,7 +144,7 @@ class ShardQueue:
 
     @property
     def buffered(self) -> int:
-        """Bytes that were added and that the kernel has not taken yet; 0 after the end."""
+        """Bytes added that the kernel has not taken yet; 0 after the end."""
         return self._size - self._reserved
 
     # --- adding ----------------------------------------------------------------------------------
@@ -152,20 +152,20 @@ class ShardQueue:
     async def add(self, *buffers: Buffer | LinkBuffer | Callable[[], Buffer | LinkBuffer]) -> None:
         """Queues ``buffers`` as one message; returns when that is done.
 
-        The call does not suspend its task while there is room, but for a checkpoint once in
+        While there is room the call does not suspend its task, except for a checkpoint once in
         ``configure(checkpoint_budget=...)`` calls.
 
-        :param buffers: ``bytes`` above 4 KiB are referenced until they are sent, and other
-            bytes-like objects are copied at once, so that they may be changed when the call has
-            returned. The blocks of a ``LinkBuffer`` are moved, as by
-            :meth:`anypoll.nocopy.Writer.append`. A callable returns one of these; it is called when
-            the turn of the message has come, so in the order in which messages are sent, and what
-            it raises comes out of ``add()``.
+        :param buffers: ``bytes`` above 4 KiB are referenced until they are sent; other bytes-like
+            objects are copied at once, so they may be changed when the call has returned. The
+            blocks of a ``LinkBuffer`` are moved, as by :meth:`anypoll.nocopy.Writer.append`. A
+            callable returns one of these. It is called when its message's turn has come, so in the
+            order in which messages are sent, and what it raises comes out of ``add()``.
         :raises TypeError: if a buffer is none of these; nothing is queued then
-        :raises ClosedResourceError: if the queue or the connection was or is closed
+        :raises ClosedResourceError: if the queue or the connection is closed, before or during the
+            call
         :raises BrokenResourceError: if a flush has failed, with the ``OSError`` as its cause
-        :raises WriteTimeout, IdleTimeout: if that was how it failed
-        :raises RuntimeError: outside of ``async with``, or in another event loop
+        :raises WriteTimeout, IdleTimeout: if that is how it failed
+        :raises RuntimeError: outside ``async with``, or in another event loop
         """
         if self._closed or not self._size:
             self._check()
@@ -176,7 +176,7 @@ class ShardQueue:
             await self._hub.checkpoint()
             self._turns = self._budget
             self._check()
-        if self._size >= self._high_water:  # so it is whenever anybody waits
+        if self._size >= self._high_water:  # always so while anyone is waiting
             size = size_of(parts)
             if size:
                 self._put(parts, await self._turn(size))
@@ -186,14 +186,14 @@ class ShardQueue:
     def _check(self) -> None:
         if self._closed:
             raise self._refusal()
-        if not self._size:  # or the sender is about to find out
+        if not self._size:  # otherwise the sender is about to find out
             failure = self._sink.why_broken()
             if failure is not None:
                 self._fail(failure)
                 raise self._refusal()
 
     def _refusal(self) -> Exception:
-        """A new exception for each caller: it will get a traceback of its own."""
+        """A new exception for each caller, because each gets its own traceback."""
         failure = self._failure
         if failure is None:
             if self._ended is None:
@@ -210,7 +210,7 @@ class ShardQueue:
         return told
 
     def _put(self, parts: Sequence[Any], reserved: int) -> None:
-        """Queues a message, for which ``reserved`` bytes were kept."""
+        """Queues a message for which ``reserved`` bytes were set aside."""
         pieces, size = parts, 0
         try:
             size = size_of(parts)
@@ -240,7 +240,6 @@ class ShardQueue:
         except BaseException:
             self._give_up(waiter)
             raise
-        self._turns = self._budget
         if self._closed:
             raise self._refusal()
         return waiter.size
@@ -254,8 +253,8 @@ class ShardQueue:
             self._waiting.remove(waiter)
 
     def _grant(self) -> None:
-        """Lets those go on who have waited longest. All at once, so that they are sent together;
-        their room is reserved, so that nobody else takes it before they run.
+        """Resumes the longest waiters. All at once, so that their messages are sent together; their
+        room is reserved, so that nobody else takes it before they run.
         """
         while self._waiting and self._size < self._high_water:
             waiter = self._waiting.popleft()
@@ -267,18 +266,18 @@ class ShardQueue:
     # --- sending ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        """The sender. Cancelling the block does not cancel it: :meth:`_stop` does."""
+        """The sender. Cancelling the block does not cancel it; :meth:`_stop` does."""
         try:
             with self._scope:
                 await self._send_all()
-        except Exception as exc:  # noqa: BLE001 -- told to whoever adds
+        except Exception as exc:  # noqa: BLE001 -- every add() reports it
             self._lost = True
             self._fail(exc)
         except GeneratorExit:  # there may be no event loop any more
             raise
         except anyio.get_cancelled_exc_class():  # it is ending
             raise
-        except BaseException as exc:  # told likewise; and the hub ends the event loop with it
+        except BaseException as exc:  # reported likewise; and the hub ends the event loop with it
             self._lost = True
             self._fail(exc)
             raise
@@ -304,10 +303,10 @@ class ShardQueue:
         self._size -= size
         self._grant()
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def _shut(self) -> None:
-        """No message is taken any more; who waits is told."""
+        """Accepts no more messages, and tells the waiters."""
         self._closed = True
         waiting, self._waiting = self._waiting, deque()
         for waiter in waiting:
@@ -338,10 +337,10 @@ class ShardQueue:
     async def aclose(self) -> None:
         """Sends what is queued, then closes the queue; the connection stays open. A checkpoint.
 
-        Every ``add()`` raises ``ClosedResourceError`` from now on, also one that is waiting. A
-        second call waits for the same end. If the call is cancelled, the queue is closed at once,
-        and what is left stays with the connection as pending output. Leaving the block normally
-        does the same.
+        From now on every ``add()`` raises ``ClosedResourceError``, including calls that are
+        waiting. A second ``aclose()`` waits for the same end. If the call is cancelled, the queue
+        is closed at once, and what is left stays with the connection as pending output. Leaving the
+        block normally does the same.
 
         :raises BrokenResourceError: if messages were lost, as for :meth:`add`
         :raises RuntimeError: in another event loop

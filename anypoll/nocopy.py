@@ -1,13 +1,12 @@
-"""Nocopy reading and writing: views into received blocks, and output that is sent in one call.
+"""Nocopy reading and writing: views into received blocks, and gathered output.
 
-A :class:`Reader` hands out read-only memoryviews of exactly the bytes that were asked for. A view
-stays valid and unchanged for as long as it is held; the block it lies in is recycled when the last
-view of it is gone. A small view keeps its whole block alive: copy with ``bytes()`` what is to be
-kept for long.
+A :class:`Reader` hands out read-only memoryviews of exactly the bytes requested. A view stays valid
+and unchanged for as long as it is held; the block it lies in is recycled when the last view of it
+is gone. A small view keeps its whole block alive: use ``bytes()`` to copy what you keep for long.
 
-A :class:`Writer` gathers output; ``flush()`` sends it in as few system calls as it takes.
+A :class:`Writer` gathers output; ``flush()`` sends it in as few system calls as possible.
 
-Every connection has both. A :class:`LinkBuffer` is both by itself, without any I/O. And both can be
+Every connection has both. A :class:`LinkBuffer` is both in one, without any I/O. Both can also be
 put on any AnyIO byte stream (a ``TLSStream``, say) with :func:`wrap_reader` and
 :func:`wrap_writer`, or be turned into one with :func:`as_receive_stream` and
 :func:`as_send_stream`.
@@ -48,11 +47,11 @@ __all__ = (
 
 
 def wrap_reader(stream: ByteReceiveStream) -> Reader:
-    """A nocopy reader over ``stream``, which must have no other reader from now on: what it gives
-    is read ahead, up to 64 KiB more than was asked for.
+    """A nocopy reader over ``stream``, which must have no other reader from now on: its bytes are
+    read ahead, up to 64 KiB beyond the request.
 
-    Exceptions of the stream come through as they are, and nothing that has arrived is lost. A
-    request above 64 MiB is a ``MessageTooLarge``. There are no timeouts but those around the call.
+    Exceptions from the stream propagate unchanged, and nothing that has arrived is lost. A request
+    above 64 MiB raises ``MessageTooLarge``. There are no timeouts but those around the call.
 
     :raises TypeError: if it is not a ``ByteReceiveStream``
     """
@@ -64,8 +63,8 @@ def wrap_reader(stream: ByteReceiveStream) -> Reader:
 def wrap_writer(stream: ByteSendStream) -> Writer:
     """A nocopy writer over ``stream``. ``flush()`` returns when the stream has taken everything.
 
-    If a ``flush()`` fails or is cancelled, the pieces that the stream has not been given are still
-    pending. Nothing is flushed by itself.
+    If a ``flush()`` fails or is cancelled, the pieces not yet passed to the stream are still
+    pending. Nothing is flushed automatically.
 
     :raises TypeError: if it is not a ``ByteSendStream``
     """
@@ -75,7 +74,7 @@ def wrap_writer(stream: ByteSendStream) -> Writer:
 
 
 def as_receive_stream(reader: Reader) -> ByteReceiveStream:
-    """An AnyIO stream that takes its bytes from ``reader``, first those that it has read ahead.
+    """An AnyIO stream that takes its bytes from ``reader``, those already read ahead first.
 
     Closing it closes what the reader belongs to: the connection, or the stream it was put on.
 
@@ -87,7 +86,7 @@ def as_receive_stream(reader: Reader) -> ByteReceiveStream:
 
 
 def as_send_stream(writer: Writer) -> ByteSendStream:
-    """An AnyIO stream that sends through ``writer``, behind what that has pending.
+    """An AnyIO stream that sends through ``writer``, after the writer's pending output.
 
     Closing it closes what the writer belongs to: the connection, or the stream it was put on.
 
@@ -99,8 +98,8 @@ def as_send_stream(writer: Writer) -> ByteSendStream:
 
 
 def as_raw_io(buffer: LinkBuffer) -> io.RawIOBase:
-    """A raw file over ``buffer``: reading takes from it, and finds the end of the file when it is
-    empty; writing adds to it, and flushes. Closing the file leaves the buffer as it is.
+    """A raw file over ``buffer``: reading takes bytes from it, and reaches the end of the file when
+    it is empty; writing adds to it, and flushes. Closing the file leaves the buffer as it is.
 
     :raises TypeError: if it is not a :class:`LinkBuffer`
     """

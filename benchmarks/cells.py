@@ -1,4 +1,4 @@
-"""One measurement: a freshly started server process, and a load generator against it."""
+"""One benchmark cell: a freshly started server process, and a load generator against it."""
 
 from __future__ import annotations
 

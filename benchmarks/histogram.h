@@ -1,5 +1,7 @@
-/* A log-linear histogram of nanoseconds: constant memory, constant time to record, and a relative
- * error below 1/64 at every magnitude, so that one run may span a microsecond and ten seconds.
+/* A log-linear latency histogram, in nanoseconds.
+ *
+ * Constant memory, constant time to record, and a relative error below 1/64 at every magnitude, so
+ * one run may span a microsecond and ten seconds.
  *
  * Values below 64 have a bucket each. Above that every power of two is cut into 64 equal buckets:
  * the six bits after the leading one select the bucket, the position of the leading one the row.

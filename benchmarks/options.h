@@ -1,4 +1,4 @@
-/* The load generator's command line. Every option has a default but the port. */
+/* The load generator's command-line parser. Every option but the port has a default. */
 #ifndef BENCH_OPTIONS_H
 #define BENCH_OPTIONS_H
 

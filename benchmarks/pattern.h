@@ -1,4 +1,4 @@
-/* Payloads that differ per connection and per request, at the price of one copy.
+/* Verifiable payloads: they differ per connection and per request, at the price of one copy.
  *
  * One random pattern is made at the start. A payload is a piece of it, at an offset that depends on
  * its stamp, with the stamp itself in front: a mixed-up, lost or repeated answer differs from what

@@ -1,4 +1,4 @@
-"""What the kernel says about another process: CPU time, per thread too, memory, wake-ups."""
+"""A /proc reader: another process's CPU time (also per thread), memory and wake-ups."""
 
 from __future__ import annotations
 

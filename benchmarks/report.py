@@ -1,4 +1,4 @@
-"""Medians, ratios and goals of many measurements, as text."""
+"""The benchmark report: medians, ratios and goals of many measurements, as text."""
 
 from __future__ import annotations
 

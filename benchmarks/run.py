@@ -1,4 +1,4 @@
-"""Measure anypoll and its peers, interleaved, and print medians, ratios and goals.
+"""The benchmark runner: measures anypoll and its peers, interleaved, and prints a report.
 
     python benchmarks/run.py
     python benchmarks/run.py --workloads rpc100 --servers anypoll,anyio --loops trio --threads

@@ -1,4 +1,4 @@
-/* The load generator's client sockets. Both calls return what the system call does. */
+/* The load generator's client sockets. Both functions return what the system call does. */
 #ifndef BENCH_SOCKETS_H
 #define BENCH_SOCKETS_H
 

@@ -1,16 +1,16 @@
-/* The native core of anypoll: what Python may call.
+/* The native core's public interface: what Python may call.
  *
- * This header is included by every C file and, run through the preprocessor
- * with ANYPOLL_CDEF defined, is the cdef that cffi compiles. So a signature
+ * Every C file includes this header. Run through the preprocessor with
+ * ANYPOLL_CDEF defined, it is also the cdef that cffi compiles, so a signature
  * that differs from its definition does not compile.
  *
  * Conventions. A function returns >= 0, or -errno, or one of the AP_E* codes
- * below; out-parameters are untouched on failure. errno never crosses this
- * border. Nothing here prints, aborts or exits. Times are nanoseconds of
+ * below; on failure, out-parameters are untouched. errno never crosses this
+ * boundary. Nothing here prints, aborts or exits. Times are nanoseconds of
  * CLOCK_MONOTONIC; a deadline of 0 means none.
  *
  * Threads. "loop" means the thread of the event loop whose hub the object was
- * opened with; "any" means every thread at any time. A call on an object that
+ * opened with; "any" means any thread at any time. A call on an object that
  * was inherited through fork() returns -ECHILD and touches nothing.
  */
 #ifndef ANYPOLL_H
@@ -33,65 +33,65 @@ typedef struct ap_listener ap_listener;
 typedef struct ap_account ap_account;
 typedef struct ap_block ap_block;
 
-/* Codes beside -errno. They lie below every errno. */
+/* Codes other than -errno. They lie below every errno. */
 enum {
     AP_EEOF = -5001,    /* the peer has ended its side, and too little is buffered */
-    AP_EQUEUED = -5002, /* as -EAGAIN (the wait is armed), and some of the output handed
-                         * over with the call was queued: keep it until AP_MAIL_SENT */
+    AP_EQUEUED = -5002, /* like -EAGAIN (the wait is armed), and some of the output passed
+                         * with the call was queued: keep it until AP_MAIL_SENT */
     AP_EDELIM = -5003,  /* no delimiter within the first max_bytes */
-    AP_EIDLE = -5004,   /* the connection was ended by its idle timeout */
-    AP_ELATE = -5005,   /* the deadline of the call has passed; -ETIMEDOUT is the socket's */
+    AP_EIDLE = -5004,   /* the idle timeout has ended the connection */
+    AP_ELATE = -5005,   /* the call's deadline has passed; -ETIMEDOUT is the socket's */
     AP_EPOLLER = -7000  /* AP_EPOLLER - errno: the poller has failed with that errno;
-                         * AP_EPOLLER - ECANCELED: it has ended, as it was told to */
+                         * AP_EPOLLER - ECANCELED: it has ended as requested */
 };
 
-/* Kinds of sockets: TCP, UNIX streams, and UNIX sockets with messages (SOCK_SEQPACKET). */
+/* Kinds of sockets: TCP, UNIX streams, and UNIX message sockets (SOCK_SEQPACKET). */
 enum { AP_TCP = 1, AP_UNIX = 2, AP_SEQPACKET = 3 };
 
 /* Descriptors that one message can carry: the kernel's SCM_MAX_FD. */
 enum { AP_FDS_MOST = 253 };
 
-/* Bits of a token: why the loop is told about a slot. */
+/* Bits of a token: why the loop is notified about a slot. */
 enum {
     AP_MAIL_READ = 1,     /* the armed read wait is over: look again */
     AP_MAIL_WRITE = 2,    /* the armed write wait is over: look again */
-    AP_MAIL_SENT = 4,     /* no queued output is referenced any more */
+    AP_MAIL_SENT = 4,     /* queued output is no longer referenced */
     AP_MAIL_TRIM = 8,     /* the empty block was taken back: drop the wrapper */
-    AP_MAIL_ACCEPT = 16,  /* accepted descriptors, or an error, wait to be taken */
-    AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once an episode */
+    AP_MAIL_ACCEPT = 16,  /* accepted descriptors, or an error, are waiting to be taken */
+    AP_MAIL_STARVED = 32, /* a listener has paused for lack of resources; once per episode */
     AP_MAIL_IDLE = 64,    /* the idle timeout has ended the connection */
     AP_MAIL_FDS = 128,    /* descriptors go with bytes that were shown: ap_conn_report */
     AP_MAIL_GONE = 256,   /* the peer has gone: ap_conn_watch_peer; once */
-    AP_MAIL_FAILED = 512  /* the poller has failed, and so has the slot */
+    AP_MAIL_FAILED = 512  /* the poller has failed, and the slot with it */
 };
 
 /* Flags of ap_conn_read and ap_conn_find. */
 enum {
-    AP_NOWAIT = 1, /* do not arm a wait: -EAGAIN only says that too little is there */
+    AP_NOWAIT = 1, /* do not arm a wait: -EAGAIN only says that too little is buffered */
     AP_SCATTER = 2 /* the bytes need not be contiguous */
 };
 
-/* In the result of ap_conn_read: the window lies in a block that was not
- * handed out yet; fetch it with ap_conn_block. */
+/* In the result of ap_conn_read: the window lies in a block not handed out
+ * yet; fetch it with ap_conn_block. */
 enum { AP_NEW_BLOCK_SHIFT = 40 };
 
 /* Bits of ap_conn_status. */
 enum {
     AP_IS_CLOSED = 1,   /* closed by its owner (or by the end of its loop) */
-    AP_IS_BROKEN = 2,   /* known to be dead: RST, failed write, idle end */
+    AP_IS_BROKEN = 2,   /* known to be dead: an RST, a failed write, an idle end */
     AP_IS_EOF = 4,      /* the peer's FIN was read */
     AP_IS_IDLE_END = 8, /* broken by the idle timeout */
     AP_IS_SHUT = 16,    /* ap_conn_shutdown was called */
-    AP_IS_GONE = 32     /* the peer has gone, by a FIN or a RST, whether that was read or not */
+    AP_IS_GONE = 32     /* the peer has gone, by a FIN or an RST, whether that was read or not */
 };
 
 /* One entry of the mailbox as the loop sees it. */
 typedef struct {
-    uint64_t id;   /* generation << 32 | slot, as ap_conn_id gives it */
+    uint64_t id;   /* generation << 32 | slot, as from ap_conn_id */
     uint32_t bits; /* AP_MAIL_* */
     int32_t value; /* AP_MAIL_FAILED: AP_EPOLLER - errno. AP_MAIL_STARVED: the errno. AP_MAIL_READ:
-                    * the end of the window, if what was waited for lies in the block that was shown
-                    * last; else 0 */
+                    * the end of the window, if the awaited bytes lie in the block shown last;
+                    * otherwise 0 */
 } ap_token;
 
 /* A readable window of a block. Offsets count from the block's own address,
@@ -100,7 +100,7 @@ typedef struct {
     ap_block *block;
     uint32_t size;  /* of the whole block, header included */
     uint32_t start; /* the first unread byte */
-    uint32_t end;   /* behind the last byte that may be looked at */
+    uint32_t end;   /* after the last byte that may be looked at */
 } ap_view;
 
 typedef struct {
@@ -108,8 +108,8 @@ typedef struct {
     size_t size;
 } ap_piece;
 
-/* An accepted descriptor. address is in network order; port in host order. Of a
- * UNIX socket there is only the family, and in port whether the peer has a name. */
+/* An accepted descriptor. address is in network order, port in host order. For a
+ * UNIX socket there is only the family, and port says whether the peer has a name. */
 typedef struct {
     int32_t fd;
     uint16_t family;
@@ -119,22 +119,22 @@ typedef struct {
 } ap_accepted;
 
 typedef struct {
-    uint64_t connections; /* open slots assigned to this poller, listeners too */
+    uint64_t connections; /* open slots assigned to this poller, including listeners */
     uint64_t waits;       /* epoll_wait calls that blocked */
-    uint64_t polls;       /* epoll_wait calls, all of them */
+    uint64_t polls;       /* all epoll_wait calls */
     uint64_t events;
     uint64_t reads;
     uint64_t writes;
-    uint64_t again; /* EAGAIN of reads, writes and accepts */
+    uint64_t again; /* EAGAIN from reads, writes and accepts */
     uint64_t accepts;
     uint64_t bytes_received;
     uint64_t bytes_sent;
     uint64_t wakeups;           /* eventfd writes to hubs */
     uint64_t wakeups_coalesced; /* tokens that needed none */
-    uint64_t stale_tokens;      /* events and tokens of slots that had been reused */
+    uint64_t stale_tokens;      /* events and tokens of slots reused meanwhile */
     uint64_t stalls;            /* writes that took less than was offered */
     uint64_t timeouts;
-    uint64_t slots; /* in use, closed ones that are still referenced included */
+    uint64_t slots; /* in use, including closed ones that are still referenced */
     uint64_t blocks_in_use;
     uint64_t blocks_free;
     uint64_t bytes_in_use;
@@ -150,19 +150,19 @@ typedef struct {
     uint64_t wakeups;
     uint64_t buffered_input;
     uint64_t buffered_output;
-    uint64_t pinned;       /* bytes of blocks the reader has left that views still hold */
+    uint64_t pinned;       /* bytes of blocks the reader has left but views still hold */
     int64_t created_at;    /* CLOCK_MONOTONIC, ns */
     int64_t last_activity; /* likewise, at the coarse clock's resolution */
 } ap_conn_stats;
 
 /* ---- pollers ---------------------------------------------------------- */
 
-/* Makes a poller (epoll and event descriptors, no thread yet).
+/* Creates a poller (epoll and event descriptors, no thread yet).
  * Thread: any. Returns 0; -EMFILE, -ENFILE, -ENOMEM. */
 AP_API int ap_poller_new(ap_poller **out) AP_MUST_CHECK;
 
 /* Starts the thread that drives the poller, with all signals blocked.
- * Thread: any, once. Returns 0; -EAGAIN if no thread could be had; AP_EPOLLER. */
+ * Thread: any, once. Returns 0; -EAGAIN if no thread can be created; AP_EPOLLER. */
 AP_API int ap_poller_start(ap_poller *poller) AP_MUST_CHECK;
 
 /* Drives the poller once: drains its inbox, fires what is due, waits at most
@@ -175,46 +175,46 @@ AP_API int ap_poller_step(ap_poller *poller, int timeout_ms, int budget);
  * nothing moves any more. Thread: any but the poller's own. Returns 0. */
 AP_API int ap_poller_stop(ap_poller *poller);
 
-/* on: lets the poller end, and its thread, as soon as it has no connection and no listener; those
+/* on: lets the poller and its thread end as soon as it has no connection and no listener; those
  * that it has are served, and more may be opened. Not on: it stays after all. Thread: any.
  * Returns 0; AP_EPOLLER if it has ended. */
 AP_API int ap_poller_drain(ap_poller *poller, int on);
 
-/* 0: it runs. 1: it will end with its last connection. AP_EPOLLER: it has ended. */
+/* 0: it is running. 1: it will end with its last connection. AP_EPOLLER: it has ended. */
 AP_API int ap_poller_state(ap_poller *poller);
 
 /* Drops the caller's reference; the memory goes with the last slot and block. */
 AP_API void ap_poller_unref(ap_poller *poller);
 
-/* Makes the driver run once, so that what was retired is recycled now. */
+/* Makes the driver run once, so that retired memory is recycled now. */
 AP_API int ap_poller_nudge(ap_poller *poller);
 
 AP_API int ap_poller_statistics(ap_poller *poller, ap_poller_stats *out);
 
-/* The blocks of the process: of pollers, of hubs, and of those that have gone. Only those fields
- * are set. Thread: any. Returns 0. */
+/* The blocks of the process: of pollers, of hubs, and of those that have ended. Sets only those
+ * fields. Thread: any. Returns 0. */
 AP_API int ap_memory_statistics(ap_poller_stats *out);
 
 /* ---- hubs ------------------------------------------------------------- */
 
-/* Makes a hub for one event loop. Thread: any. Returns 0; -errno. */
+/* Creates a hub for one event loop. Thread: any. Returns 0; -errno. */
 AP_API int ap_hub_new(ap_hub **out) AP_MUST_CHECK;
 
-/* The descriptor that becomes readable when tokens wait. */
+/* The descriptor that is readable while tokens wait. */
 AP_API int ap_hub_fd(ap_hub *hub);
 
-/* Takes up to max tokens, oldest first. Every wait reported is over and
- * disarmed. Thread: loop. Returns their number; when it is max, call again. */
+/* Takes up to max tokens, oldest first. Every wait they report is over and
+ * disarmed. Thread: loop. Returns their number; if that is max, call again. */
 AP_API int ap_hub_take(ap_hub *hub, ap_token *tokens, int max);
 
-/* Gives free memory of the hub's back to the system. Thread: loop. */
+/* Returns the hub's free memory to the system. Thread: loop. */
 AP_API int ap_hub_trim(ap_hub *hub);
 
-/* The blocks of the hub: only those fields are set. Thread: any. */
+/* The blocks of the hub; sets only those fields. Thread: any. */
 AP_API int ap_hub_statistics(ap_hub *hub, ap_poller_stats *out);
 
-/* The loop has ended: closes all its connections and listeners (of disowned
- * ones the descriptor stays); signallers find it dead. Idempotent. Thread: any, when the loop no
+/* The loop has ended: closes all its connections and listeners (if disowned,
+ * the descriptor stays open); signallers find it dead. Idempotent. Thread: any, once the loop no
  * longer runs. */
 AP_API int ap_hub_kill(ap_hub *hub);
 
@@ -223,7 +223,7 @@ AP_API void ap_hub_unref(ap_hub *hub);
 
 /* ---- connections ------------------------------------------------------ */
 
-/* Takes a connected, non-blocking socket with a stream or messages into a slot. It is not watched
+/* Takes a connected, non-blocking stream or message socket into a slot. It is not watched
  * before ap_conn_register. high_water bounds what is read ahead, in bytes.
  * Owns fd from success on. Thread: loop. Returns 0; -ENOMEM, -EBADF (the hub is dead), AP_EPOLLER.
  */
@@ -231,17 +231,17 @@ AP_API int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_
                        ap_conn **out) AP_MUST_CHECK;
 
 /* Watches count connections; results[i] is 0 or -errno.
- * Thread: loop. Returns the number of those that failed. */
+ * Thread: loop. Returns how many failed. */
 AP_API int ap_conn_register(ap_conn **conns, int *results, int count) AP_MUST_CHECK;
 
 /* The identity in tokens, constant for the life of the handle. Thread: any. */
 AP_API uint64_t ap_conn_id(ap_conn *conn);
 
-/* All calls with a parameter pos first consume: pos is the caller's place in
+/* All calls with a parameter pos first consume: pos is the caller's position in
  * the window it was handed last. */
 
 /* Wants n unread bytes, contiguous unless AP_SCATTER. If they are not there, a
- * readable socket is read at once; if that does not do, the output given is
+ * readable socket is read at once; if that is not enough, the given output is
  * sent (here, or a copy by the poller; what is not taken at once is queued) and
  * the wait is armed.
  * Thread: loop. Returns the end of the window, with bit AP_NEW_BLOCK_SHIFT set
@@ -250,58 +250,58 @@ AP_API uint64_t ap_conn_id(ap_conn *conn);
 AP_API int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
                             const char *output, size_t output_size);
 
-/* The same without flags, deadline and output: most requests have none. */
+/* The same without flags, deadline and output, as most requests are. */
 AP_API int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n);
 
-/* Wants the delimiter within the first max_bytes unread bytes. The search goes
- * on where the last one for the same delimiter stopped.
+/* Wants the delimiter within the first max_bytes unread bytes. The search
+ * resumes where the last one for the same delimiter stopped.
  * Thread: loop. Returns the number of bytes through the delimiter, which are
- * contiguous then, with bit AP_NEW_BLOCK_SHIFT as in ap_conn_read; otherwise as
+ * then contiguous, with bit AP_NEW_BLOCK_SHIFT as in ap_conn_read; otherwise as
  * ap_conn_read, or AP_EDELIM. */
 AP_API int64_t ap_conn_find(ap_conn *conn, uint32_t pos, const char *delimiter, size_t size,
                             size_t max_bytes, int flags, int64_t deadline, const char *output,
                             size_t output_size);
 
-/* Request mode: the next call, or a wait for it. It is due when anything is
- * unread; but if the last call has consumed nothing (and not with fresh), only
- * when more has come than was there when it began. The output goes as in
- * ap_conn_read. A connection that waits with nothing unread keeps no block, and the window
+/* Request mode: the next call, or a wait for it. A call is due when anything is
+ * unread; but if the last call consumed nothing (and fresh is not set), only
+ * when more has come than was there when it began. The output is treated as in
+ * ap_conn_read. A connection that waits with nothing unread keeps no block, and its window
  * is closed: what was shown will be shown anew.
- * Thread: loop. Returns as ap_conn_read: the window on what is unread; 0 if the
- * last call had consumed nothing; -EAGAIN or AP_EQUEUED (armed); AP_EEOF when no
- * call will ever be due; the others. */
+ * Thread: loop. Returns as ap_conn_read: the window on the unread bytes; 0 if the
+ * last call consumed nothing; -EAGAIN or AP_EQUEUED (armed); AP_EEOF if no call
+ * will ever be due; the others. */
 AP_API int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *output,
                                size_t output_size);
 
-/* Fills view with the window at the first unread byte. When its block was not
+/* Fills view with the window at the first unread byte. If its block was not
  * handed out yet, the caller gets a reference and owes one ap_block_unref:
- * returns 1 then, 0 if the caller has the block already.
+ * the result is then 1, or 0 if the caller already has the block.
  * Thread: loop. -ENODATA if nothing is unread; -EBADF. */
 AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHECK;
 
-/* How many bytes a window shows beyond what was asked for, 64 KiB at first. */
+/* How many bytes a window shows beyond the request, initially 64 KiB. */
 AP_API int ap_conn_set_window(ap_conn *conn, uint32_t size);
 
-/* The size of the first block of input, and the least of later ones, header included; at most the
- * high water mark. Before there is any. Returns 0; -EINVAL. */
+/* The size of the first block of input, and the minimum for later ones, header included; at most
+ * the high water mark. Call it before there is any input. Returns 0; -EINVAL. */
 AP_API int ap_conn_set_block(ap_conn *conn, uint32_t size);
 
 /* Consumes n more unread bytes, across blocks, and forgets that a window was
- * handed out: the next one is new. Returns 0; -EINVAL if fewer are there. */
+ * handed out: the next one is new. Returns 0; -EINVAL if there are fewer. */
 AP_API int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n) AP_MUST_CHECK;
 
-/* The unread bytes, those included that were read ahead. */
+/* The unread bytes, including those read ahead. */
 AP_API int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos);
 
-/* The same, and those that have arrived and that nobody has read from the socket. */
+/* The same, plus the bytes that have arrived but were not read from the socket yet. */
 AP_API int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos);
 
-/* Takes back the wait that ap_conn_read, ap_conn_find or ap_conn_linger armed
- * (which the next such call does too); that for writing, for all who wait. */
+/* Takes back the wait armed by ap_conn_read, ap_conn_find or ap_conn_linger
+ * (which the next such call does too); the write wait, for all who wait. */
 AP_API int ap_conn_disarm_read(ap_conn *conn);
 AP_API int ap_conn_disarm_write(ap_conn *conn);
 
-/* Sends pieces in order, behind what is queued: one system call now, the rest
+/* Sends pieces in order, after what is queued: one system call now, the rest
  * by the poller. Thread: loop. Returns the bytes now queued: 0 means that the
  * kernel has everything; above 0 the pieces must stay until AP_MAIL_SENT.
  * -EBADF when closed, -EPIPE after ap_conn_shutdown, -ENOMEM, the socket's error. */
@@ -311,11 +311,11 @@ AP_API int64_t ap_conn_write(ap_conn *conn, const char *data, size_t size);
 /* The bytes queued and not yet taken by the kernel. */
 AP_API int64_t ap_conn_queued(ap_conn *conn);
 
-/* Nobody waits for what is queued now by reference: it goes out by itself.
+/* Nobody waits any more for what is queued by reference now: it goes out by itself.
  * Thread: loop. Returns 0; -EBADF. */
 AP_API int ap_conn_give_up(ap_conn *conn);
 
-/* The bytes queued, without those that were given up. Thread: loop. */
+/* The bytes queued, without those given up. Thread: loop. */
 AP_API int64_t ap_conn_awaited(ap_conn *conn);
 
 /* Waits until queued output is gone; with until_writable also until the socket
@@ -324,40 +324,40 @@ AP_API int64_t ap_conn_awaited(ap_conn *conn);
  * Thread: loop. Returns 0; -EAGAIN (armed); AP_ELATE; errors. */
 AP_API int ap_conn_drain(ap_conn *conn, int until_writable, int64_t deadline);
 
-/* Stops the poller from sending and says how many queued bytes are left (of
- * what was given by reference; copies stay before them); then
- * ap_conn_requeue puts pieces in their place. Between them the caller may copy
- * or free the memory. Thread: loop. */
+/* Stops the poller from sending and returns how many queued bytes are left (of
+ * those given by reference; copies stay before them). ap_conn_requeue then
+ * replaces them with pieces. In between, the caller may copy or free the
+ * memory. Thread: loop. */
 AP_API int64_t ap_conn_hold(ap_conn *conn);
 AP_API int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count);
 
 /* ---- UNIX sockets ----------------------------------------------------- */
 
-/* Says how far the loop has come, so that descriptors of bytes that are consumed
+/* Reports the loop's position, so that descriptors whose bytes were consumed
  * are closed. Thread: loop. Returns 1 if some still wait for their bytes to be
- * taken or consumed, else 0; -EBADF. */
+ * taken or consumed, otherwise 0; -EBADF. */
 AP_API int ap_conn_report(ap_conn *conn, uint32_t pos);
 
 /* Moves up to size unread bytes (256 KiB at most) into buffer, but none beyond
- * those that descriptors came with; and if it is any of these, or size is 0 and
- * the next one is, the descriptors into fds, which are the caller's then: *count
- * says how many have room, and then how many there are. Others are closed. No window
- * is handed out afterwards.
+ * those that descriptors came with. If it moves any of these, or if size is 0
+ * and the next byte is one, it moves the descriptors into fds, and the caller
+ * owns them: *count is the room, and on return their number. Others are closed.
+ * Afterwards no window is handed out.
  * Thread: loop. Returns the number of bytes; -EBADF. */
 AP_API int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size, int *fds,
                                 int *count);
 
-/* Sends as much of data as one system call takes, of a message all, with copies
- * of the descriptors: of a connection without messages, the rest goes out without
- * them. Nothing is queued. Thread: loop. Returns the bytes taken; -EAGAIN with queued output or
+/* Sends as much of data as one system call takes (a message: all), with copies
+ * of the descriptors; the rest of a stream's data goes out without them.
+ * Nothing is queued. Thread: loop. Returns the bytes taken; -EAGAIN with queued output or
  * without room (ap_conn_drain waits for both to end); errors as ap_conn_send, and
  * those of the arguments (EMSGSIZE, EBADF, ETOOMANYREFS, ...), after which the
  * connection goes on. */
 AP_API int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int *fds,
                                 int count);
 
-/* Receives the next message of an AP_SEQPACKET connection, cut off behind max
- * bytes, into a block that is the caller's then. Descriptors as ap_conn_take_fds.
+/* Receives the next message of an AP_SEQPACKET connection, truncated to max
+ * bytes, into a block that the caller then owns. Descriptors as in ap_conn_take_fds.
  * Thread: loop. Returns the number of bytes; -EAGAIN (a wait is armed); AP_EEOF,
  * also for an empty message without descriptors; AP_ELATE; -EBADF; -ENOMEM; the
  * socket's error. */
@@ -370,16 +370,16 @@ AP_API int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_v
  * queued output; the socket's error. */
 AP_API int ap_conn_shutdown(ap_conn *conn);
 
-/* Behind the last byte of a handler: SHUT_WR, then what still arrives is read
- * and thrown away until the peer's FIN, because a close with unread input is a
- * RST that destroys what was sent. Thread: loop. Returns 0 when the socket can
- * be closed (at once, if nothing is unread and nothing unsent); -EAGAIN
- * (armed); AP_ELATE; -EBUSY with queued output. */
+/* After the last byte of a handler: SHUT_WR, then input is read and discarded
+ * until the peer's FIN, because a close with unread input sends an RST, which
+ * destroys what was sent. Thread: loop. Returns 0 when the socket can be closed
+ * (at once, if nothing is unread and nothing unsent); -EAGAIN (armed);
+ * AP_ELATE; -EBUSY with queued output. */
 AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
 
-/* Asks for AP_MAIL_GONE, once, when the peer has ended its side or has reset the
- * connection, noticed also behind unread and paused input, or by a write that has
- * failed; an idle end is none, nor an error that is this side's own (ENOBUFS).
+/* Asks for AP_MAIL_GONE, once, when the peer has ended its side or reset the
+ * connection. This is noticed even behind unread and paused input, or by a failed
+ * write; an idle end does not count, nor an error of this side's own (ENOBUFS).
  * Thread: loop. Returns 0; -EBADF. */
 AP_API int ap_conn_watch_peer(ap_conn *conn);
 
@@ -387,26 +387,26 @@ AP_API int ap_conn_watch_peer(ap_conn *conn);
 AP_API int ap_conn_set_idle(ap_conn *conn, int64_t nanoseconds);
 
 /* Ends the connection: unwatched, its generation bumped, its queues dropped,
- * and the descriptor closed last (reset: with a RST). With keep_fd it stays
+ * and the descriptor closed last (reset: with an RST). With keep_fd it stays
  * open and is the caller's. Thread: any. Returns the descriptor, if kept, or
- * 0; -EBADF if it was closed before. */
+ * 0; -EBADF if it was already closed. */
 AP_API int ap_conn_close(ap_conn *conn, int reset, int keep_fd);
 
-/* As ap_conn_close with keep_fd, but what was read ahead stays for
+/* Like ap_conn_close with keep_fd, but bytes read ahead stay for
  * ap_conn_rest. -EBUSY with queued output. */
 AP_API int ap_conn_detach(ap_conn *conn, uint32_t pos);
 
 /* Moves up to size bytes that were read ahead out of a detached connection. */
 AP_API int64_t ap_conn_rest(ap_conn *conn, char *buffer, size_t size);
 
-/* The descriptor, or -EBADF. With disown, closing it becomes the caller's
- * business in ap_conn_close(keep_fd) and after fork(). */
+/* The descriptor, or -EBADF. With disown, the caller becomes responsible for
+ * closing it in ap_conn_close(keep_fd) and after fork(). */
 AP_API int ap_conn_fd(ap_conn *conn, int disown);
 
 AP_API int ap_conn_status(ap_conn *conn);
 AP_API int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out);
 
-/* Gives the handle back, closing the connection if it is open. Thread: any. */
+/* Returns the handle, closing the connection if it is open. Thread: any. */
 AP_API void ap_conn_release(ap_conn *conn);
 
 /* ---- blocks ----------------------------------------------------------- */
@@ -415,37 +415,37 @@ AP_API void ap_block_unref(ap_block *block);
 
 /* ---- accepting -------------------------------------------------------- */
 
-/* Credits for accepting, shared by listeners. Thread of all calls: loop. */
+/* Accept credits, shared by listeners. Thread of all calls: loop. */
 AP_API int ap_account_new(ap_account **out) AP_MUST_CHECK;
 AP_API void ap_account_unref(ap_account *account);
 
-/* Adds credits and accepts at once where connections wait. */
+/* Adds credits, and accepts at once where connections wait. */
 AP_API int ap_account_add(ap_account *account, int credits);
 
-/* Takes a credit back. Returns 1, or 0 if it has been spent. */
+/* Takes back a credit. Returns 1, or 0 if it has been spent. */
 AP_API int ap_account_take_back(ap_account *account);
 
-/* Takes a listening, non-blocking socket; as ap_conn_new, and watched at once. */
+/* Takes over a listening, non-blocking socket; like ap_conn_new, and watched at once. */
 AP_API int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account,
                            ap_listener **out) AP_MUST_CHECK;
 AP_API uint64_t ap_listener_id(ap_listener *listener);
 
 /* Takes accepted descriptors. Thread: loop. Returns their number, 0 if none
- * wait; -EBADF when closed; an error of accept4 that is not worth ignoring. */
+ * wait; -EBADF when closed; an error of accept4 that must not be ignored. */
 AP_API int ap_listener_take(ap_listener *listener, ap_accepted *out, int max);
 
-/* As for connections; descriptors that were not taken are closed. */
+/* As for connections; descriptors not taken are closed. */
 AP_API int ap_listener_close(ap_listener *listener, int keep_fd);
 AP_API int ap_listener_fd(ap_listener *listener, int disown);
 AP_API void ap_listener_release(ap_listener *listener);
 
 /* ---- process ---------------------------------------------------------- */
 
-/* To be called in the child of a fork(), once: closes every descriptor the
- * core owned and forgets all of the parent's objects. */
+/* Call this once, in the child of a fork(): closes every descriptor the core
+ * owned, and forgets all of the parent's objects. */
 AP_API int ap_fork_child(void);
 
-/* Closes a descriptor that the core had accepted and nobody has opened yet.
+/* Closes a descriptor that the core accepted and that has not been opened yet.
  * -EBADF if it is not the core's. */
 AP_API int ap_fd_close(int fd);
 
@@ -470,13 +470,13 @@ enum {
     AP_CALL_IOCTL,   /* FIONREAD, SIOCOUTQNSD */
     AP_CALL_POLL,
     AP_CALL_ERRQUEUE, /* recvmsg(2) with MSG_ERRQUEUE */
-    AP_CALL_CLOSE,    /* is made all the same: the descriptor is gone whatever it says */
+    AP_CALL_CLOSE,    /* is still made: the descriptor is gone whatever it returns */
     AP_CALL_UNMAP,
     AP_CALLS
 };
 
 /* After skip calls, the next times calls of that kind fail with error (> 0),
- * or, when error is 0, transfer at most limit bytes. times < 0: for ever. */
+ * or, if error is 0, transfer at most limit bytes. times < 0: forever. */
 AP_API int ap_fault_set(int call, int error, int skip, int times, size_t limit);
 /* How many calls of that kind have failed since then. */
 AP_API int ap_fault_hits(int call);

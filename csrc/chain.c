@@ -1,7 +1,7 @@
 /* A buffer chain: the blocks that hold unread input, oldest first.
  *
- * Pure: no locks, no system calls. A byte that was appended never moves, so a
- * view of it stays right however the chain goes on: bytes are only added behind
+ * Pure: no locks, no system calls. A byte once appended never moves, so a view
+ * of it stays valid whatever happens to the chain: bytes are only added after
  * block->end, and consuming only moves block->start.
  */
 #include "chain.h"
@@ -18,8 +18,8 @@ void ap_chain_append(ap_chain *chain, ap_block *block)
     chain->tail = block;
 }
 
-/* A block that was read to its end leaves, unless it is the last with room to
- * go on in: that one stays for what arrives next. */
+/* A block that was read to its end is removed, unless it is the last and still
+ * has room: then it stays for what arrives next. */
 void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins)
 {
     AP_ASSERT(n <= chain->size);
@@ -67,7 +67,7 @@ size_t ap_chain_copy(const ap_chain *chain, size_t skip, uint8_t *out, size_t n)
     return done;
 }
 
-/* Whether the delimiter stands at offset at of block, going on into the next ones. */
+/* Whether the delimiter is at offset at of block, continuing into the next ones. */
 static bool matches(const ap_block *block, size_t at, const uint8_t *delimiter, size_t size)
 {
     while (block && size > 0) {
@@ -83,7 +83,7 @@ static bool matches(const ap_block *block, size_t at, const uint8_t *delimiter, 
     return size == 0;
 }
 
-/* Within one block memmem is quicker than anything by hand; only the last
+/* Within one block memmem is faster than any loop of ours; only the last
  * size - 1 positions of a block need the slow comparison across blocks. */
 size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size, size_t max_bytes,
                      size_t *searched)

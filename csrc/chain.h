@@ -5,20 +5,20 @@
 #include "pool.h"
 
 typedef struct {
-    ap_block *head; /* the oldest unread byte is in it */
-    ap_block *tail; /* received bytes are appended to it */
+    ap_block *head; /* holds the oldest unread byte */
+    ap_block *tail; /* received bytes are appended here */
     size_t size;    /* unread bytes */
 } ap_chain;
 
 /* The caller adds the unread bytes of the block to size. */
 void ap_chain_append(ap_chain *chain, ap_block *block);
-/* Blocks that leave are counted in pins as long as views hold them: see ap_block_leave. */
+/* Removed blocks are counted in pins for as long as views hold them: see ap_block_leave. */
 void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins);
 void ap_chain_drop(ap_chain *chain, ap_pins *pins);
-/* Copies up to n unread bytes behind the first skip. Returns how many. */
+/* Copies up to n unread bytes after the first skip. Returns how many. */
 size_t ap_chain_copy(const ap_chain *chain, size_t skip, uint8_t *out, size_t n);
-/* Finds the delimiter at or behind *searched and within max_bytes. Returns the
- * length through it, or 0 and moves *searched. */
+/* Finds the delimiter at or after *searched and within max_bytes. Returns the
+ * length through it, or 0 and advances *searched. */
 size_t ap_chain_find(const ap_chain *chain, const uint8_t *delimiter, size_t size, size_t max_bytes,
                      size_t *searched);
 

@@ -20,7 +20,7 @@ static inline int64_t ap_now(void)
     return ap_clock_read(CLOCK_MONOTONIC);
 }
 
-/* Cheaper, and behind by up to a tick of the kernel's (1 to 10 ms). */
+/* Cheaper, and behind by up to a kernel tick (1 to 10 ms). */
 static inline int64_t ap_now_coarse(void)
 {
     return ap_clock_read(CLOCK_MONOTONIC_COARSE);

@@ -1,6 +1,6 @@
-/* What every file of the core rests on: whose each field is, the order of locks, macros, counters.
+/* Definitions shared by the whole core: field ownership, lock order, macros, counters.
  *
- * Every field of a struct has the letter of its owner:
+ * Every struct field is marked with the letter of its owner:
  *   (c) constant while the slot is open: any thread reads, nobody writes
  *   (m) under the slot's mutex
  *   (d) the driver only: whoever holds the poller's lease
@@ -12,11 +12,11 @@
  *
  * Locks are taken in this order: lease, account, slot, hub. The mutexes of the slot
  * table and of the list of pools are leaves, and atomics need no order. Nobody takes a
- * slot's mutex under a hub's: a dying hub unlinks its slots under its mutex, and closes
- * them after it.
+ * slot's mutex while holding a hub's: a dying hub unlinks its slots under its mutex, and
+ * closes them afterwards.
  *
- * Which file may include which is drawn in docs/internals/README.md, and
- * scripts/check-includes.py holds the files to it.
+ * docs/internals/README.md shows which file may include which, and
+ * scripts/check-includes.py enforces it.
  */
 #ifndef ANYPOLL_COMMON_H
 #define ANYPOLL_COMMON_H

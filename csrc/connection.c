@@ -1,4 +1,4 @@
-/* A connection: its state, and what can be asked about it. */
+/* A connection's state, and the queries about it. */
 #include "connection.h"
 
 #include "clock.h"
@@ -10,12 +10,12 @@
 #include "slot.h"
 #include "sysio.h"
 
-/* ---- what all parts do ------------------------------------------------ */
+/* ---- shared by all parts ---------------------------------------------- */
 
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline)
 {
     if (deadline >= conn->slot.timer_at)
-        return; /* the entry that is there, or under way, comes first and files again */
+        return; /* the entry that exists, or is under way, comes first and files again */
     conn->slot.timer_at = deadline;
     ap_inbox_push(&conn->slot, AP_BOX_DEADLINE, deadline);
 }
@@ -36,22 +36,22 @@ size_t ap_conn_left(const ap_conn *conn, uint32_t pos)
 
 /* ---- the peer ---------------------------------------------------------- */
 
-/* The end of the peer is learned in several ways, and each of them may be the only one:
+/* There are several ways to learn of the peer's end, and each may be the only one:
  *
- *   events     EPOLLRDHUP and EPOLLHUP, of a FIN or a RST that nobody has read. The driver
- *              may be long in coming to them.
- *   reading    recvmsg says 0, or has the socket's error.
- *   writing    sendmsg has the error. That takes it away from the reader, and the handler
- *              that gets it may end before any event comes.
- *   asking     before this side ends the socket itself (an idle end, a write that has failed
- *              for want of memory): all that it shows afterwards is of our own making.
+ *   events     EPOLLRDHUP and EPOLLHUP, for a FIN or an RST that nobody has read. The
+ *              driver may be slow to get to them.
+ *   reading    recvmsg returns 0, or the socket's error.
+ *   writing    sendmsg returns the error. That takes it away from the reader, and the
+ *              handler that gets it may end before any event comes.
+ *   asking     before this side ends the socket itself (an idle end, a write that failed
+ *              for lack of memory): everything it shows afterwards is of our own making.
  *
- * So whoever learns something calls ap_conn_learn, in either thread; what is known stays
- * known; and behind the cut nothing is learned any more.
+ * So whoever learns something calls ap_conn_learn, in either thread. What is known stays
+ * known, and after the cut nothing more is learned.
  */
 
-/* What reaches the socket from the network, or from the other process. ENOBUFS, ENOMEM, EPERM
- * and the like tell of this side only. */
+/* Errors that reach the socket from the network, or from the other process. ENOBUFS, ENOMEM,
+ * EPERM and the like concern this side only. */
 bool ap_is_of_peer(int error)
 {
     switch (-error) {
@@ -107,7 +107,7 @@ int ap_conn_watch_peer(ap_conn *conn)
     return 0;
 }
 
-/* ---- asking ----------------------------------------------------------- */
+/* ---- queries ---------------------------------------------------------- */
 
 uint64_t ap_conn_id(ap_conn *conn)
 {

@@ -1,16 +1,16 @@
-/* A connection: its state, and what can be asked about it.
+/* A connection's state, and the queries about it.
  *
  * Two sides work on it, the driver (serve.c) and the loop, each under the slot's mutex.
- * The loop consumes and the driver only appends, so whatever the loop was handed stays as
- * it is.
+ * The loop consumes and the driver only appends, so whatever the loop was handed stays
+ * unchanged.
  *
- * A connection's ends are independent of one another:
+ * The ways a connection can end are independent of one another:
  *   read_end     nothing more will be received: FIN (AP_EEOF), an error, or
- *                idleness. What is buffered stays readable.
+ *                idleness. Buffered input stays readable.
  *   write_error  nothing more can be sent.
  *   shut         this side has sent its FIN.
  *   slot.closed  the owner has closed it: everything else is moot.
- * Half-close is not close: read_end of AP_EEOF leaves writing as it was.
+ * Half-close is not close: a read_end of AP_EEOF leaves writing unaffected.
  */
 #ifndef ANYPOLL_CONNECTION_H
 #define ANYPOLL_CONNECTION_H
@@ -19,7 +19,7 @@
 #include "slot.h"
 
 #define AP_BOUND (256u * 1024) /* bytes moved under one hold of a slot's mutex */
-#define AP_WINDOW (64u * 1024) /* what is shown beyond a request, at first */
+#define AP_WINDOW (64u * 1024) /* shown beyond a request, initially */
 #define AP_DELIMITER_INLINE 16
 
 enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_MESSAGE, AP_WANT_END };
@@ -31,15 +31,15 @@ struct ap_conn {
     /* input, all (m) */
     ap_chain input;
     ap_block *shown;        /* the block that was handed out; always input.head or NULL */
-    uint32_t window;        /* what is shown beyond a request: bounds unreported consumption */
+    uint32_t window;        /* shown beyond a request: bounds unreported consumption */
     uint64_t consumed;      /* bytes, since the beginning */
     uint32_t high, low;     /* water marks */
     uint32_t grow;          /* size of the next block */
-    uint32_t base;          /* at least; also that of the first one */
+    uint32_t base;          /* minimum block size; also that of the first block */
     uint32_t recent;        /* bytes that the last read brought */
     int read_end;           /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
     bool paused;            /* above high water, until below low */
-    bool discarding;        /* what arrives is thrown away */
+    bool discarding;        /* input is thrown away */
     bool was_reset;         /* RST noticed behind input that nobody reads */
     struct ap_fds *carried; /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
@@ -57,19 +57,19 @@ struct ap_conn {
     int64_t trim_at;   /* when to take an empty block back; AP_FOREVER: never */
     bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
 
-    /* request mode, all (m): how things were when the last call began */
+    /* request mode, all (m): the state when the last call began */
     bool any_more;         /* a wait for one byte more may read on beyond high water */
-    uint64_t request_at;   /* what was consumed; of messages: how many were received */
-    uint64_t request_seen; /* what had arrived; of messages: the bytes of those that waited */
+    uint64_t request_at;   /* bytes consumed; for messages: how many were received */
+    uint64_t request_seen; /* bytes arrived; for messages: the bytes of those waiting */
 
     /* the peer, all (m); see ap_conn_learn */
     bool watching_peer; /* AP_MAIL_GONE is wanted */
-    bool peer_gone;     /* it is known to have gone, whoever has learned it */
-    bool cut;           /* what the socket shows from now on is this side's own doing */
+    bool peer_gone;     /* known to have gone, whoever learned it */
+    bool cut;           /* from now on what the socket shows is this side's own doing */
 
     /* output, all (m) */
     struct iovec *out; /* queued pieces: first our own copies, then Python's memory */
-    ap_block *own;     /* what the first own_count pieces lie in */
+    ap_block *own;     /* holds the first own_count pieces */
     uint32_t own_count;
     size_t own_bytes;
     uint32_t out_first, out_count, out_capacity;
@@ -89,7 +89,7 @@ struct ap_conn {
     int64_t idle, idle_from, created_at;
     _Atomic int64_t last_activity; /* (a) relaxed: for statistics */
     ap_counter reads, writes, bytes_received, bytes_sent, wakeups;
-    ap_pins pins; /* of blocks that were left; each holds a reference to the slot */
+    ap_pins pins; /* of blocks left to views; each holds a reference to the slot */
 };
 
 static inline ap_conn *ap_conn_of(ap_slot *slot)
@@ -97,17 +97,17 @@ static inline ap_conn *ap_conn_of(ap_slot *slot)
     return AP_CONTAINER(slot, ap_conn, slot);
 }
 
-/* Makes sure that the slot is looked at when deadline has come. */
+/* Makes sure that the slot is looked at when the deadline comes. */
 void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 /* A byte has come or gone. */
 void ap_conn_note_activity(ap_conn *conn);
-/* After anything that may say that the peer has gone: remembers it, and tells the hub, once. */
+/* After anything that may show that the peer has gone: remembers it, and tells the hub, once. */
 void ap_conn_learn(ap_conn *conn);
-/* This side is about to end the socket, or will not look at it any more. */
+/* This side is about to end the socket, or to stop watching it. */
 void ap_conn_cut(ap_conn *conn);
-/* Whether an error of the socket (-errno) says that nobody is at the other end any more. */
+/* Whether a socket error (-errno) means that nobody is at the other end any more. */
 bool ap_is_of_peer(int error);
-/* What is unread, when the loop has come to pos in the block that is shown. */
+/* The unread bytes, with the loop at pos in the block that is shown. */
 size_t ap_conn_left(const ap_conn *conn, uint32_t pos);
 
 #endif

@@ -1,7 +1,7 @@
-/* What a reader of sockets allocates with: a pool of blocks, and a scratch buffer.
+/* An allocation context for reading sockets: a block pool and a scratch buffer.
  *
- * Input of unknown size is received into the scratch buffer first, so that a block can be
- * taken that fits what has come (input.c).
+ * Input of unknown size is first received into the scratch buffer, so that a block of
+ * the right size can be taken for it (input.c).
  */
 #include "context.h"
 

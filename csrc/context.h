@@ -1,6 +1,6 @@
-/* What a reader of sockets allocates with: a pool of blocks, and a scratch buffer.
+/* An allocation context for reading sockets: a block pool and a scratch buffer.
  *
- * Readers are the driver of a poller and the loop of a hub: each has a context of its own.
+ * The readers are each poller's driver and each hub's loop; each has a context of its own.
  */
 #ifndef ANYPOLL_CONTEXT_H
 #define ANYPOLL_CONTEXT_H

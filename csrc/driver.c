@@ -1,13 +1,13 @@
-/* The event loop of a poller: one step of it, and the thread that steps again and again.
+/* A poller's event loop: one step of it, and the thread that keeps stepping.
  *
  * Whoever holds the lease drives, and nothing below assumes which thread that
  * is. Today it is the poller's own, which steps again at once: between two steps
  * blocked_until is 0, "running". An event loop that drives by watching the epoll
- * descriptor would have to leave there what it sleeps until.
+ * descriptor would have to store there the time it sleeps until.
  *
- * A step: the inbox (what loops want), then one epoll_wait, whose events are
- * all remembered in their slots before any is served, then the run list, then
- * the timers. Timers come last so that at a tie data wins.
+ * A step: the inbox (requests from the loops), then one epoll_wait, whose events
+ * are all recorded in their slots before any is served, then the run list, then
+ * the timers. Timers come last so that data wins a tie.
  */
 #include "anypoll.h"
 
@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #define EVENTS 256
-#define THREAD_BUDGET 1024 /* slots in one step: bounds how long events, inbox and timers wait */
+#define THREAD_BUDGET 1024 /* slots per step: bounds how long events, inbox and timers wait */
 #define PAUSE_MOST 6       /* the pause is 2^n ms */
 
 /* ---- waiting ---------------------------------------------------------- */
@@ -35,7 +35,7 @@ static int64_t earlier(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* Rounded up: waking before the tick would be waking for nothing. */
+/* Rounded up: a wake-up before the tick would be in vain. */
 static int milliseconds(int64_t nanoseconds)
 {
     int64_t ms = (nanoseconds + 999999) / 1000000;
@@ -64,9 +64,9 @@ static int block(ap_poller *poller, struct epoll_event *events, int64_t until)
     return n;
 }
 
-/* After a wait that found something it polls once more before it blocks: one
- * wake-up of a sleeping thread costs 30 µs on a virtual machine, a system call
- * on a busy one 1 µs. */
+/* After a wait that found something it polls once more before it blocks: waking
+ * a sleeping thread costs 30 µs on a virtual machine, a system call on a busy
+ * one 1 µs. */
 static int wait_events(ap_poller *poller, struct epoll_event *events, int timeout_ms)
 {
     if (poller->run_head || timeout_ms == 0)
@@ -185,7 +185,7 @@ static void *drive(void *arg)
             break;
         if (rc >= 0 || rc == -EBUSY)
             failures = 0;
-        if (rc < 0) /* somebody else drives, or epoll_wait has failed: not a spin */
+        if (rc < 0) /* someone else drives, or epoll_wait has failed: do not spin */
             usleep(1000u << (failures < PAUSE_MOST ? failures++ : PAUSE_MOST));
     }
     return NULL;
@@ -215,8 +215,8 @@ int ap_poller_stop(ap_poller *poller)
     ap_sys_signal(poller->efd);
     pthread_join(poller->thread, NULL);
     atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
-    /* What was closed meanwhile is let go of. What is closed later stays until
-     * somebody steps: at the end of the process nobody misses it. */
+    /* Lets go of what was closed meanwhile. What is closed later stays until
+     * someone steps: at the end of the process nobody misses it. */
     ap_poller_step(poller, 0, THREAD_BUDGET);
     return 0;
 }

@@ -1,13 +1,13 @@
-/* How a poller ends: a state machine, drained or failed.
+/* A poller's shutdown: a state machine that ends in drained or failed.
  *
  * States, and who may change them:
  *
  *   ACTIVE    it serves what it has, and gets more
  *   DRAINING  it ends with its last connection or listener (ap_poller_drain, any
  *             thread; back to ACTIVE likewise)
- *   ENDING    the driver has found that there is none, and looks once more; back to
- *             ACTIVE as from DRAINING
- *   < 0       it has ended, for ever: AP_EPOLLER - ECANCELED if drained, or the
+ *   ENDING    the driver has found none left, and looks once more; back to ACTIVE
+ *             as from DRAINING
+ *   < 0       it has ended, for good: AP_EPOLLER - ECANCELED if drained, or the
  *             errno of epoll_wait (the driver)
  *
  * Drained, against a connection that is being opened:
@@ -16,14 +16,14 @@
  *   driver: change DRAINING to ENDING, then load the count, and change back unless
  *           it is 0.
  *   All of it is seq_cst, so one of the two sees the other. Whoever takes the count
- *   to 0 while the poller drains wakes the driver, which sleeps perhaps.
+ *   to 0 while the poller drains wakes the driver, which may be asleep.
  *
  * Failed: nothing that is open can be served any more. Each slot is ended with
- * the error, so that whoever waits is told, and orphaned: from then on its poller
- * is not pushed to, and whoever closes it drops the driver's reference too. A
- * slot that is taken meanwhile finds that the poller has ended, under its mutex,
- * or is found by ap_slot_each. Descriptors of a poller are closed with the last
- * reference, since loops may be in the middle of a call with them.
+ * the error, so that its waiters are told, and orphaned: from then on nothing is
+ * pushed to its poller, and whoever closes it drops the driver's reference too. A
+ * slot that is taken meanwhile finds, under its mutex, that the poller has ended,
+ * or is found by ap_slot_each. A poller's descriptors are closed with the last
+ * reference, because loops may be in the middle of a call with them.
  */
 #include "ending.h"
 
@@ -34,7 +34,7 @@
 #include "sysio.h"
 #include "timer.h"
 
-#define TRIES 20 /* of an epoll_wait that may work again: about a second */
+#define TRIES 20 /* of an epoll_wait that may recover: about a second */
 #define DRAINED (AP_EPOLLER - ECANCELED)
 
 /* ---- counting --------------------------------------------------------- */
@@ -76,7 +76,7 @@ int ap_poller_drain(ap_poller *poller, int on)
         int state = ap_state(poller);
         return state < 0 && state != DRAINED ? state : 0;
     }
-    /* Also out of ENDING: the driver may find a connection yet, and go on. */
+    /* Out of ENDING too: the driver may still find a connection, and go on. */
     int state;
     while ((state = ap_state(poller)) > AP_ACTIVE)
         change(poller, state, AP_ACTIVE);
@@ -106,8 +106,8 @@ void ap_poller_end_drained(ap_poller *poller)
         change(poller, AP_ENDING, AP_DRAINING);
         return;
     }
-    if (change(poller, AP_ENDING, DRAINED)) /* else it is to stay after all */
-        ap_run_clear(poller); /* what was closed is in the inbox, since that comes first */
+    if (change(poller, AP_ENDING, DRAINED)) /* otherwise it is to stay after all */
+        ap_run_clear(poller); /* closed slots are in the inbox, because that comes first */
 }
 
 /* ---- failing ---------------------------------------------------------- */
@@ -138,7 +138,7 @@ static void fail(ap_poller *poller, int error)
 {
     failure f = {.poller = poller, .error = error};
     atomic_store_explicit(&poller->state, error, memory_order_seq_cst);
-    ap_run_clear(poller); /* the run list, which uses run_next too */
+    ap_run_clear(poller); /* the run list, which also uses run_next */
     ap_slot_each(end_slot, &f);
     ap_run_clear(poller); /* what was closed or pushed before it was orphaned */
     while (f.orphans) {

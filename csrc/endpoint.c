@@ -1,10 +1,10 @@
-/* A registered descriptor: a slot with its poller and its hub.
+/* An endpoint: a registered descriptor's slot, with its poller and its hub.
  *
- * Closing is done by the caller at once, because AnyIO demands that the descriptor is
- * closed when aclose() returns, and a driver may be in the middle of a batch with it.
- * The order: mark closed, EPOLL_CTL_DEL, bump the generation, close(2) last, since that
- * is what lets the number be used again. An event for the descriptor that epoll_wait had
- * already returned carries the old generation.
+ * The caller closes at once, because AnyIO demands that the descriptor is closed when
+ * aclose() returns, although a driver may be in the middle of a batch that contains it.
+ * The order: mark closed, EPOLL_CTL_DEL, bump the generation, and close(2) last, because
+ * that lets the number be reused. An event for the descriptor that epoll_wait had already
+ * returned carries the old generation.
  */
 #include "endpoint.h"
 
@@ -32,7 +32,7 @@ int ap_endpoint_open(const ap_slot_ops *ops, ap_poller *poller, ap_hub *hub, int
     }
     slot->poller = poller;
     slot->hub = hub;
-    slot->orphaned = ap_has_ended(poller); /* ap_slot_each has been here already */
+    slot->orphaned = ap_has_ended(poller); /* ap_slot_each has already been here */
     atomic_init(&slot->refs, 2);           /* the handle and the driver */
     ap_slot_unlock(slot);
     ap_poller_ref(poller);
@@ -72,7 +72,7 @@ int ap_endpoint_close(ap_slot *slot)
     int fd = slot->fd;
     slot->closed = true;
     slot->fd = -1;
-    /* Fails with ENOENT for one that was never registered: as good. */
+    /* Fails with ENOENT if it was never registered, which is just as good. */
     int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_DEL, fd, 0, 0);
     (void)rc;
     atomic_fetch_add_explicit(&slot->generation, 1, memory_order_relaxed);
@@ -91,6 +91,6 @@ int ap_endpoint_closed(ap_slot *slot, int fd, bool reset, bool keep_fd)
     else
         ap_fd_disown(fd);
     if (slot->orphaned)      /* constant from the close on */
-        ap_slot_unref(slot); /* for the driver, which is no more */
+        ap_slot_unref(slot); /* for the driver, which no longer exists */
     return keep_fd ? fd : 0;
 }

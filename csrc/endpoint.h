@@ -1,7 +1,7 @@
-/* A registered descriptor: a slot with its poller and its hub.
+/* An endpoint: a registered descriptor's slot, with its poller and its hub.
  *
- * Connections and listeners have this in common, and add what they do with it
- * (ap_slot_ops).
+ * This is the common part of connections and listeners, which add what they do
+ * with it (ap_slot_ops).
  */
 #ifndef ANYPOLL_ENDPOINT_H
 #define ANYPOLL_ENDPOINT_H
@@ -15,13 +15,13 @@ AP_MUST_CHECK int ap_endpoint_open(const ap_slot_ops *ops, ap_poller *poller, ap
 /* Has epoll watch the slot, under its mutex. 0; -errno; AP_EPOLLER. */
 AP_MUST_CHECK int ap_endpoint_watch(ap_slot *slot, uint32_t events);
 
-/* The first part of closing, under the slot's mutex: out of epoll, the generation
- * bumped. Returns the descriptor. */
+/* The first part of closing, under the slot's mutex: removes it from epoll, and bumps
+ * the generation. Returns the descriptor. */
 int ap_endpoint_close(ap_slot *slot);
-/* The second, without the mutex: out of the hub, and the descriptor closed
- * last, since that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
+/* The second part, without the mutex: removes it from the hub, and closes the descriptor
+ * last, because that may block (SO_LINGER). Returns the descriptor, if kept, or 0. */
 int ap_endpoint_closed(ap_slot *slot, int fd, bool reset, bool keep_fd);
-/* The last reference has gone, and so has what only the connection or the listener had. */
+/* Called when the last reference, and with it the connection's or listener's own part, is gone. */
 void ap_endpoint_free(ap_slot *slot);
 
 #endif

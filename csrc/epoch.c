@@ -1,10 +1,10 @@
-/* The fork epoch: a generation count of the process.
+/* The fork epoch: a generation counter of the process.
  *
  * The child has one thread. A mutex that a poller or another loop held at the
- * moment of the fork is locked there for ever, and epoll and event descriptors
+ * moment of the fork stays locked there forever, and epoll and event descriptors
  * are shared with the parent: an EPOLL_CTL_DEL in the child silences the
- * parent's connection. So every object carries the epoch it was made in, and each
- * entry compares it before anything else and returns -ECHILD.
+ * parent's connection. So every object carries the epoch it was created in, and
+ * each entry point first compares that, and returns -ECHILD on a mismatch.
  */
 #include "epoch.h"
 
@@ -12,7 +12,7 @@
 
 _Atomic uint32_t ap_epoch = 1;
 
-/* Runs in the child before fork() returns, so also where Python's hooks do not. */
+/* Runs in the child before fork() returns, so even where Python's hooks do not run. */
 static void in_child(void)
 {
     atomic_fetch_add_explicit(&ap_epoch, 1, memory_order_relaxed);

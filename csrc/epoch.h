@@ -1,4 +1,4 @@
-/* The fork epoch: a generation count of the process. */
+/* The fork epoch: a generation counter of the process. */
 #ifndef ANYPOLL_EPOCH_H
 #define ANYPOLL_EPOCH_H
 
@@ -11,7 +11,7 @@ static inline uint32_t ap_epoch_now(void)
     return atomic_load_explicit(&ap_epoch, memory_order_relaxed);
 }
 
-/* Has the epoch move on in every child from now on. 0; -errno. */
+/* Makes the epoch advance in every child from now on. 0; -errno. */
 AP_MUST_CHECK int ap_epoch_watch(void);
 
 #endif

@@ -1,7 +1,7 @@
 /* Fault injection: system calls that tests make fail.
  *
  * A fault belongs to a kind of call, AP_CALL_*: it lets some calls pass, then fails
- * some, and counts those. Faults are of the process: calls of all threads count.
+ * some, and counts those. Faults are process-wide: calls of all threads count.
  */
 #include "faults.h"
 
@@ -41,7 +41,7 @@ void ap_fault_clear(void)
         atomic_store_explicit(&faults[i].times, 0, memory_order_relaxed);
 }
 
-/* Counts down *n unless it is 0; a negative one stays as it is. True: it was not 0. */
+/* Counts down *n unless it is 0; a negative value stays. True: it was not 0. */
 static bool count_down(_Atomic int *n)
 {
     int old = atomic_load_explicit(n, memory_order_relaxed);

@@ -1,20 +1,20 @@
-/* Descriptors that came with the bytes of a UNIX stream (SCM_RIGHTS), until they are taken.
+/* Descriptor passing (SCM_RIGHTS): descriptors received with a UNIX stream's bytes, until taken.
  *
- * A plain recv would close those that lie between the bytes, so a stream is read
- * with room for as many as a message can carry. One recvmsg ends
- * behind a message with descriptors but glues earlier bytes in front (measured),
- * so they belong to the span of bytes of that call: carried_from to carried_to.
- * A call that asks for descriptors and takes any byte of the span gets them; any
- * other that consumes its last byte closes them. While some are carried input is
- * paused, so there are never more: a peer must not be able to fill our table of
- * descriptors. The exception is a wait for bytes beyond the span, which would not
- * end otherwise. Should that bring others, the first ones go: whoever waits for
- * bytes across a message with descriptors does not want them.
+ * A plain recv would close descriptors that come between the bytes, so a stream is
+ * read with room for as many as a message can carry. One recvmsg stops after a
+ * message with descriptors but prepends earlier bytes to it (measured), so the
+ * descriptors belong to the whole span of bytes of that call: carried_from to
+ * carried_to. A call that asks for descriptors and takes any byte of the span gets
+ * them; any other call that consumes its last byte closes them. While some are
+ * carried, input is paused, so there are never more: a peer must not be able to
+ * fill our descriptor table. The exception is a wait for bytes beyond the span,
+ * which would not end otherwise. If it brings others, the first ones are closed:
+ * whoever waits for bytes across a message with descriptors does not want them.
  *
- * The loop walks in its window without telling. So when it is shown the last byte
- * of the span, it gets a token with it (AP_MAIL_FDS), and reports then.
+ * The loop moves through its window without telling C. So when it is shown the last
+ * byte of the span, it gets a token with it (AP_MAIL_FDS), and then reports.
  *
- * They are closed without the slot's mutex: close(2) may block.
+ * Descriptors are closed without the slot's mutex: close(2) may block.
  */
 #include "fds.h"
 
@@ -46,7 +46,7 @@ void ap_fds_doom(ap_conn *conn)
     conn->carried = NULL;
     fds->next = conn->doomed;
     conn->doomed = fds;
-    if (conn->slot.ready & AP_READABLE) /* input goes on */
+    if (conn->slot.ready & AP_READABLE) /* input resumes */
         ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
 }
 
@@ -59,7 +59,7 @@ bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got)
             ap_sys_close(rights->fds[i]);
         return false;
     }
-    ap_fds_doom(conn); /* of a span that somebody waits beyond */
+    ap_fds_doom(conn); /* of a span beyond which someone waits */
     fds->count = rights->count;
     memcpy(fds->numbers, rights->fds, (size_t)rights->count * sizeof(int));
     conn->carried = fds;

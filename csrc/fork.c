@@ -1,7 +1,7 @@
-/* What the child of a fork() does: it closes what it inherited, and begins anew.
+/* Fork handling: the child closes the descriptors it inherited, and starts afresh.
  *
- * Nothing else may be done with it (epoch.c), so the child only closes descriptors,
- * which it finds in a bitmap (owned.c), and forgets the parent's slots and pools.
+ * Nothing else may be done with them (epoch.c). The child finds the descriptors in a
+ * bitmap (owned.c), and forgets the parent's slots and pools.
  */
 #include "anypoll.h"
 
@@ -18,7 +18,7 @@ int ap_fork_child(void)
     return 0;
 }
 
-/* Only if it is (still) the core's: in a child the number may be somebody else's. */
+/* Only if it is (still) the core's: in a child the number may be someone else's. */
 int ap_fd_close(int fd)
 {
     if (!ap_fd_disown(fd))

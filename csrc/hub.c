@@ -1,24 +1,24 @@
-/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop.
+/* A hub: an event loop's mailbox with an event descriptor, the one way pollers reach the loop.
  *
  * The mailbox is an intrusive list that any thread pushes to and the loop takes
- * whole. A slot has bits and stands in it at most once, so it cannot overflow.
- * The event descriptor is written only when the loop was not already signalled.
+ * whole. A slot has bits and is in it at most once, so it cannot overflow. The
+ * event descriptor is written only if the loop was not already signalled.
  *
- * Orders that were measured; any other loses wake-ups:
+ * The order of the steps was measured; any other loses wake-ups:
  *   post: bits, then (if they were 0) the push, then exchange `signalled` for 1,
  *         and write the descriptor if it was 0;
  *   take: read the descriptor, then *exchange* `signalled` for 0, then take the
  *         list. A poster that finds 1 pushed before that exchange, so its slot
  *         is in the list; one that finds 0 writes a descriptor that was read
- *         before. A release store in place of the exchange may move behind the
+ *         before. A release store instead of the exchange may move after the
  *         taking of the list: 200 to 1,100 of 12 million wake-ups were lost.
  *   per slot: read `next`, then exchange the bits for 0, then look at what the
  *         slot waits for. Once the bits are 0 the slot may be pushed again,
  *         which overwrites `next`; and whatever happened before a poster found
  *         the bits set is seen by the look that follows.
  *
- * A wake-up is a hint. What is reported was true under the slot's mutex, but
- * the task that is woken looks again.
+ * A wake-up is a hint. What is reported was true under the slot's mutex, but the
+ * woken task looks again.
  */
 #include "hub.h"
 
@@ -68,7 +68,7 @@ void ap_hub_ref(ap_hub *hub)
 }
 
 /* Under the mutex that signallers hold around their write, so that none writes
- * into somebody else's file. */
+ * to someone else's file. */
 static void close_signal(ap_hub *hub)
 {
     pthread_mutex_lock(&hub->mutex);
@@ -134,7 +134,7 @@ void ap_hub_unlink(ap_slot *slot)
 /* ---- posting ---------------------------------------------------------- */
 
 /* The mutex is held around the write: a dying hub waits for it, so the
- * descriptor that is written to is still the hub's. */
+ * descriptor being written to is still the hub's. */
 static void signal_hub(ap_hub *hub, ap_poller *poller)
 {
     pthread_mutex_lock(&hub->mutex);
@@ -190,7 +190,7 @@ static ap_slot *take_list(ap_hub *hub)
     return list;
 }
 
-/* Takes the first of the list; the caller inherits the mailbox's reference. */
+/* Takes the first slot of the list; the caller inherits the mailbox's reference. */
 static ap_slot *take_one(ap_hub *hub, uint32_t *bits)
 {
     ap_slot *slot = hub->taken;
@@ -217,7 +217,7 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
         return -ECHILD;
     if (!hub->taken) {
         hub->taken = take_list(hub);
-        hub->batch = 0; /* else this call goes on with a list */
+        hub->batch = 0; /* otherwise this call continues with a list */
     }
     int n = 0;
     while (hub->taken && n < max) {

@@ -1,4 +1,4 @@
-/* A hub: a mailbox with an event descriptor, the one door from pollers to an event loop. */
+/* A hub: an event loop's mailbox with an event descriptor, the one way pollers reach the loop. */
 #ifndef ANYPOLL_HUB_H
 #define ANYPOLL_HUB_H
 
@@ -17,15 +17,15 @@ struct ap_hub {
     ap_slot *_Atomic mailbox;   /* (a) see ap_hub_post */
     _Atomic uint32_t signalled; /* (a) see ap_hub_post */
     ap_slot *taken;             /* (l) the rest of a list that was taken */
-    int batch;                  /* (l) how many tokens the last list gave */
+    int batch;                  /* (l) how many tokens the last list yielded */
     ap_context context;         /* (l) */
 };
 
 void ap_hub_ref(ap_hub *hub);
-/* Tells the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
+/* Notifies the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
 void ap_hub_post(ap_slot *slot, uint32_t bits);
-/* Puts the slot among the open ones of its hub, which closes them when it dies. 0; -EBADF: it
- * has died. */
+/* Adds the slot to the open slots of its hub, which closes them when it dies. 0; -EBADF: it
+ * is dead. */
 AP_MUST_CHECK int ap_hub_link(ap_slot *slot);
 void ap_hub_unlink(ap_slot *slot);
 

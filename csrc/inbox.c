@@ -1,7 +1,7 @@
-/* The inbox of a poller: a lock-free list of slots, from many threads to the driver.
+/* A poller's inbox: a lock-free MPSC list of slots, from many threads to the driver.
  *
- * Any thread pushes, under the slot's mutex, and the driver takes the list whole. A slot
- * has bits and stands in the list at most once, so it cannot overflow.
+ * Any thread pushes, under the slot's mutex, and the driver takes the whole list. A slot
+ * has bits and is in the list at most once, so it cannot overflow.
  *
  * Sleeping and being woken (push against sleep):
  *   pusher: push (seq_cst), then load blocked_until (seq_cst), and write the
@@ -21,7 +21,7 @@ static void wake_driver(ap_poller *poller, int64_t due)
 {
     /* seq_cst; pairs with the exchange in ap_inbox_sleep */
     int64_t until = atomic_load_explicit(&poller->blocked_until, memory_order_seq_cst);
-    /* the one who turns it to 0 writes, the others need not */
+    /* whoever turns it to 0 writes, the others need not */
     if (until != 0 && due < until &&
         atomic_compare_exchange_strong_explicit(&poller->blocked_until, &until, 0,
                                                 memory_order_seq_cst, memory_order_relaxed))

@@ -1,11 +1,11 @@
-/* The inbox of a poller: a lock-free list of slots, from many threads to the driver. */
+/* A poller's inbox: a lock-free MPSC list of slots, from many threads to the driver. */
 #ifndef ANYPOLL_INBOX_H
 #define ANYPOLL_INBOX_H
 
 #include "poller.h"
 #include "slot.h"
 
-/* What a slot wants of its driver. */
+/* What a slot wants from its driver. */
 enum {
     AP_BOX_QUEUED = 1,
     AP_BOX_WORK = 2,     /* serve the slot: due now */
@@ -20,10 +20,10 @@ void ap_inbox_push(ap_slot *slot, uint32_t bits, int64_t due);
 
 /* The rest is the driver's. Takes the whole list. */
 ap_slot *ap_inbox_take(ap_poller *poller);
-/* Takes the first slot out of a list that was taken, and what it wants. */
+/* Removes the first slot from a list that was taken, and returns what it wants. */
 ap_slot *ap_inbox_pop(ap_slot **list, uint32_t *bits);
 
-/* Says until when the driver is about to sleep. False: it may not, something is in the inbox. */
+/* Says until when the driver is about to sleep. False: it must not, the inbox is not empty. */
 AP_MUST_CHECK bool ap_inbox_sleep(ap_poller *poller, int64_t until);
 void ap_inbox_awake(ap_poller *poller);
 

@@ -1,21 +1,21 @@
-/* The receive side of a connection: when it is read, how much, and into what.
+/* A connection's receive side: when it is read, how much, and into what.
  *
- * When. With edge-triggered events AP_READABLE is remembered and cleared only
- * by EAGAIN, on TCP also by a short read as long as nothing but plain input was
- * ever reported (measured: recv stops at an urgent byte, and on UNIX sockets
- * behind a message with descriptors, and no further edge comes). On UNIX sockets
+ * When. With edge-triggered events AP_READABLE is remembered and cleared only by
+ * EAGAIN, and on TCP also by a short read, as long as nothing but plain input was
+ * ever reported (measured: recv stops at an urgent byte, and on UNIX sockets after
+ * a message with descriptors, and no further edge comes). On UNIX sockets
  * descriptors are received too (fds.c).
  *
- * How much. Input that nobody waits for is read up to high water, and again
- * once it has fallen to low water. While a wait is armed and not over, reading
- * is on up to what is waited for, whatever the level: else input paused at
- * 256 KiB, consumed to 100 KiB, and a wait for 200,000 bytes would never end.
+ * How much. Input that nobody waits for is read up to high water, and again once
+ * it has fallen to low water. While a wait is armed and not over, reading goes on
+ * up to what is awaited, whatever the level. Otherwise input paused at 256 KiB and
+ * consumed down to 100 KiB would never satisfy a wait for 200,000 bytes.
  *
  * Into what. First into the rest of the last block, then into a scratch buffer,
- * from which it is copied to a block of a fitting size: so an idle connection
- * needs no block, and memory follows what has arrived and never what a length
- * prefix promised. A connection that has shown to receive much, or waits for
- * much, reads into a block of its own instead, without the copy.
+ * from which it is copied to a block of a suitable size. So an idle connection
+ * needs no block, and memory follows what has arrived, never what a length prefix
+ * promised. A connection that has been receiving much, or waits for much, reads
+ * into a block of its own instead, without the copy.
  */
 #include "input.h"
 
@@ -63,15 +63,15 @@ bool ap_input_over(ap_conn *conn)
     return conn->want_expired || conn->read_end != 0 || target_met(conn);
 }
 
-/* Whether there is memory that nobody needs: an empty block, ours or, read to its
- * end and out of the chain already, only the loop's. */
+/* Whether there is memory that nobody needs: an empty block, either ours or, if it was read
+ * to its end and has left the chain, only the loop's. */
 bool ap_input_idle(const ap_conn *conn)
 {
     return conn->input.size == 0 && (conn->input.tail || conn->lent);
 }
 
-/* Publishes what is waited for. The socket has been read before, if it was
- * known to be readable, so the target is not met now. */
+/* Publishes what is awaited. If the socket was known to be readable it has been
+ * read, so the target is not met now. */
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
 {
     conn->want = (uint8_t)want;
@@ -90,7 +90,7 @@ void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
 
 /* ---- how much --------------------------------------------------------- */
 
-/* How many unread bytes there may be now. */
+/* How many unread bytes are allowed now. */
 static size_t level_allowed(ap_conn *conn, bool waiting)
 {
     if (conn->discarding)
@@ -100,13 +100,13 @@ static size_t level_allowed(ap_conn *conn, bool waiting)
     return conn->high;
 }
 
-/* A wait that is armed and met does not lift the mark: the loop may be long in coming. */
+/* A wait that is armed and met does not lift the mark: the loop may be slow to come. */
 static bool waiting(ap_conn *conn)
 {
     return (conn->want == AP_WANT_BYTES || conn->want == AP_WANT_DELIMITER) && !target_met(conn);
 }
 
-/* Behind bytes that carry descriptors only what somebody waits for is read: one
+/* Beyond bytes that carry descriptors, only what someone waits for is read: one
  * batch of them is enough. Messages are never read ahead. */
 bool ap_input_wanted(ap_conn *conn)
 {
@@ -137,7 +137,7 @@ static size_t most(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* A last block that was read to its end and that no view needs begins anew. */
+/* Restarts a last block that was read to its end and that no view needs. */
 void ap_input_rewind(ap_conn *conn)
 {
     ap_block *tail = conn->input.tail;
@@ -151,7 +151,7 @@ void ap_input_rewind(ap_conn *conn)
         conn->shown = NULL;
 }
 
-/* The size of a block to read to directly; 0: the scratch buffer will do. */
+/* The size of a block to read into directly; 0: the scratch buffer will do. */
 static size_t fresh_size(const ap_conn *conn, size_t tail_room, size_t max)
 {
     size_t missing = conn->want == AP_WANT_BYTES && conn->want_bytes > conn->input.size
@@ -191,7 +191,7 @@ static void choose_target(ap_context *context, ap_conn *conn, size_t max, target
         add(into, context->scratch, least(AP_SCRATCH, rest));
 }
 
-/* Files got received bytes. False: there was no memory for what was read. */
+/* Files got received bytes. False: there was no memory for them. */
 static bool file_received(ap_context *context, ap_conn *conn, target *into, size_t got)
 {
     if (conn->discarding)
@@ -210,7 +210,7 @@ static bool file_received(ap_context *context, ap_conn *conn, target *into, size
     }
     into->fresh->end += (uint32_t)rest;
     ap_chain_append(&conn->input, into->fresh);
-    ap_chain_consume(&conn->input, 0, &conn->pins); /* an empty head in front of it leaves */
+    ap_chain_consume(&conn->input, 0, &conn->pins); /* removes an empty head in front of it */
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
     into->fresh = NULL;
@@ -218,8 +218,8 @@ static bool file_received(ap_context *context, ap_conn *conn, target *into, size
     return true;
 }
 
-/* The next block is as large as what arrives at once, so that a message lies in
- * one block if it can; it shrinks more slowly than it grows. */
+/* The next block is as large as what arrives at once, so that a message fits in one
+ * block if possible; it shrinks more slowly than it grows. */
 static void adapt(ap_conn *conn, size_t got)
 {
     conn->recent = (uint32_t)got;
@@ -232,9 +232,9 @@ static void adapt(ap_conn *conn, size_t got)
 
 /* ---- reading ---------------------------------------------------------- */
 
-/* Read first, and ask SO_ERROR only if that says nothing: asking clears the
- * error, and a RST would look like a FIN. What was received before the RST is
- * still readable then. */
+/* Read first, and ask for SO_ERROR only if that yields nothing: asking clears the
+ * error, and an RST would then look like a FIN. What was received before the RST
+ * is still readable. */
 void ap_input_nothing(ap_conn *conn)
 {
     ap_slot *slot = &conn->slot;
@@ -261,8 +261,8 @@ void ap_input_note(ap_conn *conn, size_t got)
     adapt(conn, got);
 }
 
-/* A write that fails takes the socket's error with it, or ends the socket itself: recv
- * says 0 then. */
+/* A failed write takes the socket's error with it, or ends the socket itself: recv then
+ * returns 0. */
 int ap_input_end(const ap_conn *conn)
 {
     int error = conn->send_error;
@@ -321,8 +321,8 @@ bool ap_input_read(ap_context *context, ap_conn *conn)
     return (conn->slot.ready & AP_READABLE) && ap_input_wanted(conn);
 }
 
-/* Behind paused input only the events tell: an error with a hang-up is a RST,
- * an error alone is something in the error queue. */
+/* Behind paused input only events show the peer's end: an error with a hang-up is an
+ * RST, an error alone is something in the error queue. */
 void ap_input_probe(ap_conn *conn)
 {
     ap_slot *slot = &conn->slot;

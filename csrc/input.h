@@ -1,4 +1,4 @@
-/* The receive side of a connection: when it is read, how much, and into what. */
+/* A connection's receive side: when it is read, how much, and into what. */
 #ifndef ANYPOLL_INPUT_H
 #define ANYPOLL_INPUT_H
 
@@ -11,11 +11,11 @@
 bool ap_input_wanted(ap_conn *conn);
 /* Receives what is wanted, at most AP_BOUND. True: there may be more. */
 bool ap_input_read(ap_context *context, ap_conn *conn);
-/* Nothing is to be received now: looks at what events alone tell. */
+/* Nothing is to be received now: checks what only events show. */
 void ap_input_probe(ap_conn *conn);
-/* recvmsg said EAGAIN. */
+/* Handles EAGAIN from recvmsg. */
 void ap_input_nothing(ap_conn *conn);
-/* recvmsg said 0: AP_EEOF, or the error that somebody else was told. */
+/* Handles 0 from recvmsg: AP_EEOF, or the error that another call was told. */
 int ap_input_end(const ap_conn *conn);
 /* Counts received bytes, and adapts the size of blocks. */
 void ap_input_note(ap_conn *conn, size_t got);
@@ -25,13 +25,13 @@ void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline);
 /* Whether there is a wait, and it is over: met, expired, or nothing more will come. */
 bool ap_input_over(ap_conn *conn);
 
-/* Consumes unread bytes; below low water reading goes on. */
+/* Consumes unread bytes; below low water reading resumes. */
 void ap_input_consume(ap_conn *conn, size_t n);
-/* A last block that was read to its end, and that no view needs, begins anew. */
+/* Restarts a last block that was read to its end, and that no view needs. */
 void ap_input_rewind(ap_conn *conn);
 /* Whether there is memory that nobody needs: an empty block. */
 bool ap_input_idle(const ap_conn *conn);
-/* Throws away what is unread, with its descriptors, and the wait. */
+/* Discards unread input, with its descriptors, and the wait. */
 void ap_input_drop(ap_conn *conn);
 
 #endif

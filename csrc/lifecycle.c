@@ -1,4 +1,4 @@
-/* The life of a connection: opening, lingering, closing, detaching.
+/* A connection's lifecycle: opening, lingering, closing, detaching.
  *
  * The order of a close is in endpoint.c; what each verb does in each state is in
  * docs/internals/lifecycle.md.
@@ -34,8 +34,8 @@ static void close_slot(ap_slot *slot, bool keep_fd)
     ap_conn_close(ap_conn_of(slot), 0, keep_fd);
 }
 
-/* The slot becomes free: what only it had. Its input has been dropped before: a
- * block that a view pins takes a reference to the slot, which must not be the first. */
+/* Frees what only this slot had. Its input was dropped earlier: a block pinned by a view
+ * takes a reference to the slot, which must not be the first. */
 static void drop(ap_slot *slot)
 {
     ap_conn *conn = ap_conn_of(slot);
@@ -97,7 +97,7 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     conn->created_at = ap_now();
     atomic_init(&conn->last_activity, conn->created_at);
     rc = ap_hub_link(slot);
-    if (rc < 0) { /* the hub is dead: give the slot back, but not the descriptor */
+    if (rc < 0) { /* the hub is dead: give back the slot, but not the descriptor */
         ap_conn_close(conn, 0, 1);
         ap_slot_unref(slot);
         return rc;
@@ -127,10 +127,10 @@ int ap_conn_register(ap_conn **conns, int *results, int count)
     return failed;
 }
 
-/* ---- the end ---------------------------------------------------------- */
+/* ---- end -------------------------------------------------------------- */
 
-/* A close would be a RST if input is unread, or if some arrives while output is
- * still unsent. What cannot be asked for may be there. */
+/* A close would send an RST if input is unread, or if some arrives while output is
+ * still unsent. If the kernel cannot be asked, there may be some. */
 static bool may_close(const ap_conn *conn)
 {
     int fd = conn->slot.fd;
@@ -149,7 +149,7 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
     if (!conn->shut) {
         conn->shut = true;
         if (ap_sys_shutdown(conn->slot.fd, SHUT_WR) < 0)
-            return 0; /* not connected any more: nothing to wait for */
+            return 0; /* no longer connected: nothing to wait for */
     }
     conn->discarding = true;
     ap_input_drop(conn);

@@ -1,15 +1,15 @@
-/* Listening sockets that accept on credit, and hand over in batches.
+/* Listening sockets: credit-based accepting, handed over in batches.
  *
- * A listener is edge-triggered and remembers that it is readable (measured:
- * three in the backlog, one accepted, no further event). Before each accept4
- * one credit is taken from the account, which several listeners may share, so
- * that no more descriptors exist than somebody has asked for: the kernel's
- * backlog holds the rest. Whoever adds credits accepts at once.
+ * A listener is edge-triggered and remembers that it is readable (measured: three
+ * in the backlog, one accepted, no further event). Before each accept4 one credit
+ * is taken from the account, which several listeners may share, so that no more
+ * descriptors exist than were asked for: the kernel's backlog holds the rest.
+ * Whoever adds credits accepts at once.
  *
- * Out of descriptors or memory, a listener pauses for 100 ms, as often as it
- * takes; the loop is told once an episode, which ends with the next descriptor
- * that is accepted. Errors of a connection that died in the backlog are not
- * the listener's, and are ignored (the list is trio's).
+ * When descriptors or memory run out, a listener pauses for 100 ms, as often as
+ * necessary. The loop is told once per episode, which ends with the next
+ * descriptor accepted. Errors of a connection that died in the backlog are not the
+ * listener's, and are ignored (the list is trio's).
  */
 #include "listener.h"
 
@@ -152,7 +152,7 @@ static void pause_accepting(ap_listener *listener, int error)
     ap_hub_post(slot, AP_MAIL_STARVED);
 }
 
-/* Accepts one for the credit that was taken. False: no more for now. */
+/* Accepts one connection for the credit that was taken. False: no more for now. */
 static bool accept_one(ap_listener *listener)
 {
     ap_slot *slot = &listener->slot;
@@ -173,13 +173,13 @@ static bool accept_one(ap_listener *listener)
     } else if (starves(-rc)) {
         pause_accepting(listener, -rc);
     } else {
-        listener->error = rc; /* accepting rests until it was taken */
+        listener->error = rc; /* accepting pauses until it is taken */
     }
     return false;
 }
 
-/* Under the slot's mutex, by the driver or whoever adds credits. True: it
- * stopped at the bound. */
+/* Under the slot's mutex, by the driver or whoever adds credits. True: it stopped
+ * at the bound. */
 static bool accept_some(ap_listener *listener)
 {
     bool more = true;
@@ -191,7 +191,7 @@ static bool accept_some(ap_listener *listener)
         left--;
     }
     if (left == 0 && listener->count == before)
-        pause_accepting(listener, EPERM); /* nothing but errors that are ignored: no spin */
+        pause_accepting(listener, EPERM); /* nothing but ignored errors: do not spin */
     if (listener->count > 0 || listener->error)
         ap_hub_post(&listener->slot, AP_MAIL_ACCEPT);
     return more && left == 0;
@@ -219,7 +219,7 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
 
 /* ---- giving credits --------------------------------------------------- */
 
-/* Whoever was first is last the next time: one with a long backlog would take
+/* The first listener becomes the last: otherwise one with a long backlog would take
  * every credit. */
 static void take_turns(ap_account *account)
 {

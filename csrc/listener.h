@@ -1,4 +1,4 @@
-/* Listening sockets that accept on credit, and hand over in batches. */
+/* Listening sockets: credit-based accepting, handed over in batches. */
 #ifndef ANYPOLL_LISTENER_H
 #define ANYPOLL_LISTENER_H
 
@@ -12,7 +12,7 @@
 struct ap_account {
     _Atomic int32_t refs;    /* (a) acq_rel */
     _Atomic int32_t credits; /* (a) acq_rel: one is taken before each accept4 */
-    _Atomic bool starving;   /* (a) relaxed: an episode is on, and one listener has told it */
+    _Atomic bool starving;   /* (a) relaxed: an episode is on, and one listener has reported it */
     uint32_t epoch;          /* (c) */
     pthread_mutex_t mutex;
     ap_listener *listeners; /* under mutex */

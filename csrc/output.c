@@ -1,19 +1,19 @@
-/* The send queue of a connection.
+/* A connection's send queue.
  *
- * The caller's own thread tries first; only what the kernel did not take is
- * queued, by reference, and finished by the driver (except for a little output
- * of a busy loop, of which the driver gets a copy: ap_output_hand_over). The memory
+ * The caller's own thread tries first. Only what the kernel did not take is
+ * queued, by reference, and finished by the driver (except for a little output of
+ * a busy loop, of which the driver gets a copy: ap_output_hand_over). The memory
  * belongs to Python, so whenever the queue has emptied or failed a token is owed
- * (AP_MAIL_SENT), whether anybody waits or not; only then does the loop let go of
- * the objects.
+ * (AP_MAIL_SENT), whether anyone waits or not; only then does the loop release the
+ * objects.
  *
  * AP_WRITABLE is cleared by EAGAIN and by a write that took less than was
- * offered: an edge follows those. A write that was cut short by our own bound
- * leaves it set, and the slot goes to the run list.
+ * offered: an edge follows those. A write that our own bound cut short leaves it
+ * set, and the slot goes to the run list.
  *
  * On TCP EPOLLOUT is always in the mask. On UNIX sockets it would cost an event
- * for every reply, since there each message that the peer reads makes room; so
- * it is there only while a write is stalled.
+ * for every reply, because there each message that the peer reads makes room; so
+ * it is in the mask only while a write is stalled.
  */
 #include "output.h"
 
@@ -41,7 +41,7 @@ bool ap_output_over(const ap_conn *conn)
     return conn->out_bytes == 0 && (!conn->drain_writable || (conn->slot.ready & AP_WRITABLE));
 }
 
-/* Posts what the state of the queue calls for. */
+/* Posts whatever the state of the queue requires. */
 static void tell(ap_conn *conn)
 {
     uint32_t bits = 0;
@@ -67,7 +67,7 @@ static void forget_queue(ap_conn *conn)
     forget_own(conn);
     conn->out_first = conn->out_count = 0;
     conn->out_bytes = conn->given_up = 0;
-    if (conn->out_capacity > 16) { /* one stall must not cost memory for ever */
+    if (conn->out_capacity > 16) { /* one stall must not cost memory forever */
         free(conn->out);
         conn->out = NULL;
         conn->out_capacity = 0;
@@ -82,10 +82,10 @@ void ap_output_fail(ap_conn *conn, int error)
     tell(conn);
 }
 
-/* A system call has failed. The socket itself may live on (ENOBUFS), and a task that
- * waits for input at either end would wait for an answer that never comes: so it ends
- * for both. On UNIX sockets EPIPE may only say that the peer does not read any more; it
- * may still send, unless the socket says that it has closed. */
+/* Handles a failed system call. The socket itself may live on (ENOBUFS), and a task that
+ * waits for input at either end would wait for an answer that never comes, so it is ended
+ * for both. On UNIX sockets EPIPE may only mean that the peer no longer reads; it may
+ * still send, unless the socket shows that it has closed. */
 void ap_output_break(ap_conn *conn, int error)
 {
     conn->send_error = error;
@@ -98,7 +98,7 @@ void ap_output_break(ap_conn *conn, int error)
     conn->peer_gone |= !conn->cut && ap_is_of_peer(error);
     ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
-    (void)rc; /* not connected any more: as good */
+    (void)rc; /* no longer connected: just as good */
 }
 
 void ap_output_drop(ap_conn *conn)
@@ -126,14 +126,14 @@ void ap_output_watch(ap_conn *conn, bool on)
         return;
     conn->watching_out = on;
     if (!slot->watched)
-        return; /* it will be with this mask */
+        return; /* it will be registered with this mask */
     int rc = ap_sys_epoll_ctl(slot->poller->epfd, EPOLL_CTL_MOD, slot->fd, ap_output_events(conn),
                               ap_slot_tag(slot));
     if (rc < 0)
         ap_output_break(conn, rc);
 }
 
-/* Nothing is stalled any more, unless somebody waits for room. */
+/* Nothing is stalled any more, unless someone waits for room. */
 void ap_output_unwatch(ap_conn *conn)
 {
     if (conn->out_bytes == 0)
@@ -171,7 +171,7 @@ static bool reserve(ap_conn *conn, uint32_t more)
     return true;
 }
 
-/* Queues pieces of Python's, without their first skip bytes. */
+/* Queues Python's pieces, without their first skip bytes. */
 bool ap_output_queue(ap_conn *conn, const struct iovec *iov, size_t count, size_t skip)
 {
     if (!reserve(conn, (uint32_t)count))
@@ -234,7 +234,7 @@ void ap_output_again(ap_conn *conn)
     stalled(conn);
 }
 
-/* One system call with at most PIECES_AT_ONCE pieces and AP_BOUND bytes. False:
+/* Makes one system call with at most PIECES_AT_ONCE pieces and AP_BOUND bytes. False:
  * the kernel takes no more now, or the connection has failed. */
 static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent)
 {
@@ -261,7 +261,7 @@ static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *
     return false;
 }
 
-/* The driver's part: goes on with the queue. True: work is left. */
+/* The driver's part: continues with the queue. True: work is left. */
 bool ap_output_write(ap_conn *conn)
 {
     size_t total = 0, sent;
@@ -282,7 +282,7 @@ bool ap_output_write(ap_conn *conn)
     return false;
 }
 
-/* The caller's part. Queues what is not taken; returns the bytes queued. */
+/* The caller's part: queues what is not taken, and returns the bytes queued. */
 int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
 {
     /* The same layout, checked below: pieces need no copy. */
@@ -298,7 +298,7 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
             continue;
         }
         if (skip > 0 || total >= AP_BOUND)
-            break; /* in the middle of a piece, or at the bound: the queue goes on */
+            break; /* in the middle of a piece, or at the bound: the queue takes over */
         offer(conn, iov, left, &sent);
         total += sent;
         skip = sent;
@@ -318,13 +318,13 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
 }
 
 /* Who makes the system call for the output of a task that now waits for input?
- * With one connection the task's own thread, since waking the driver costs more
- * than the call. When many connections are served at once the driver, which is
- * awake then, and shares the work (measured: docs/internals/threads.md). It gets
- * a copy, so Python has nothing to keep and nothing to be told. At most one is
- * under way: with anything queued, the queue and its bound are the caller's. The
- * caller pushes the slot, as the last thing before it lets go of the mutex, which
- * the driver will want. */
+ * With one connection, the task's own thread, because waking the driver costs more
+ * than the call. When many connections are served at once, the driver, which is
+ * awake then, and shares the work (measured: docs/internals/threads.md). It gets a
+ * copy, so Python need not keep anything, nor be told. At most one copy is under
+ * way: with anything queued, the queue and its bound are the caller's. The caller
+ * pushes the slot as the last step before it releases the mutex, which the driver
+ * will want. */
 bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size)
 {
     ap_hub *hub = conn->slot.hub;

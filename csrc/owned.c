@@ -2,7 +2,7 @@
  *
  * The child of a fork closes them. A bit is set when a descriptor is taken, and cleared
  * before it is closed or given away. Relaxed, and without a lock, which the child might
- * find held for ever: it sees the memory of the moment.
+ * find held forever: it sees the memory as of the fork.
  */
 #include "owned.h"
 

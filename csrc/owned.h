@@ -5,9 +5,9 @@
 #include "common.h"
 
 void ap_fd_own(int fd);
-/* False: it was not the core's. One that is too large for the bitmap may be. */
+/* False: it was not the core's. One too large for the bitmap may still be. */
 bool ap_fd_disown(int fd);
-/* Disowns all, and hands each to take. */
+/* Disowns all descriptors, and passes each to take. */
 void ap_fd_disown_all(void (*take)(int fd));
 
 #endif

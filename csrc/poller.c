@@ -1,6 +1,6 @@
 /* A poller: an epoll descriptor with its event descriptor, its state, and its counters.
  *
- * Each open slot holds a reference. The descriptors are closed with the last one, since
+ * Each open slot holds a reference. The descriptors are closed with the last one, because
  * loops may be in the middle of a call with them.
  */
 #include "poller.h"
@@ -19,7 +19,7 @@
 _Thread_local ap_poller *ap_driving;
 #endif
 
-/* ---- making and freeing ----------------------------------------------- */
+/* ---- creating and freeing --------------------------------------------- */
 
 static int open_descriptors(ap_poller *poller)
 {

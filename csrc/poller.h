@@ -1,6 +1,6 @@
 /* A poller: an epoll descriptor with its event descriptor, its state, and its counters.
  *
- * What is done with it lies above: the inbox (inbox.h), the run list (runlist.h), the
+ * The operations on it lie above: the inbox (inbox.h), the run list (runlist.h), the
  * loop that drives it (driver.c), its end (ending.h).
  */
 #ifndef ANYPOLL_POLLER_H
@@ -13,7 +13,7 @@
 
 #define AP_TAG_OF_EFD UINT64_MAX /* epoll's data of the poller's own event descriptor */
 
-typedef struct ap_slot ap_slot; /* slot.h: only lists of them are known here */
+typedef struct ap_slot ap_slot; /* slot.h: only lists of slots are known here */
 
 struct ap_poller {
     int epfd;                      /* (c) */
@@ -47,10 +47,10 @@ extern _Thread_local ap_poller *ap_driving;
 #define AP_ASSERT_DRIVER(poller) ((void)0)
 #endif
 
-/* ending.c says what they mean. */
+/* ending.c explains them. */
 enum { AP_ACTIVE, AP_DRAINING, AP_ENDING };
 
-/* seq_cst; the reasons are in ending.c */
+/* seq_cst; ending.c has the reasons */
 static inline int ap_state(ap_poller *poller)
 {
     return atomic_load_explicit(&poller->state, memory_order_seq_cst);

@@ -1,18 +1,18 @@
 /* A slab allocator of refcounted blocks: the memory of received bytes.
  *
  * There is one per poller and one per hub. Why not malloc: blocks are taken in one
- * thread and freed in another, some live for seconds and most for microseconds.
+ * thread and freed in another, and some live for seconds but most for microseconds.
  * Measured with malloc, 400 MB of 64 KiB blocks of which every eighth survived kept
  * 412 MB resident. So:
  *   - blocks of 32 KiB and more are mapped one by one, in powers of two, with a
- *     bounded cache; what does not fit goes back to the system at once;
- *   - smaller ones come from slabs of one size, and a slab that is empty goes
- *     back too, except for one per size.
+ *     bounded cache; what exceeds it goes back to the system at once;
+ *   - smaller ones come from slabs of one size, and an empty slab goes back too,
+ *     except for one per size.
  *
  * Only the owner takes. Any thread gives back, by pushing onto `returned`; the
- * owner takes that list whole, so there is no ABA. The pool is refcounted by
- * its owner and by every block that is out, so that a view may outlive the
- * loop, the poller, and the connection it came from.
+ * owner takes that list whole, so there is no ABA. The pool is refcounted by its
+ * owner and by every block in use, so that a view may outlive the loop, the
+ * poller, and the connection it came from.
  */
 #include "pool.h"
 
@@ -57,7 +57,7 @@ struct ap_pool {
     ap_pool *prev, *next; /* under pools_mutex */
 };
 
-/* All there are, for statistics: views keep memory also of pollers and loops that have gone. */
+/* All pools, for statistics: views keep memory even of pollers and loops that have ended. */
 static pthread_mutex_t pools_mutex = PTHREAD_MUTEX_INITIALIZER;
 static ap_pool *pools; /* under pools_mutex */
 
@@ -244,7 +244,7 @@ static int class_of(size_t total, uint32_t *size)
     return size_class;
 }
 
-/* Takes the list of returned blocks whole and sorts it in. */
+/* Takes the whole list of returned blocks, and files them. */
 static void reclaim(ap_pool *pool)
 {
     /* acquire; pairs with the release in give_back */
@@ -265,7 +265,7 @@ ap_block *ap_pool_take(ap_pool *pool, size_t room)
     if (room > UINT32_MAX - AP_BLOCK_HEADER - PAGE)
         return NULL;
     int size_class = class_of(room + AP_BLOCK_HEADER, &size);
-    /* relaxed: only a hint, the exchange in reclaim synchronises */
+    /* relaxed: only a hint; the exchange in reclaim synchronises */
     if (atomic_load_explicit(&pool->returned, memory_order_relaxed))
         reclaim(pool);
     ap_block *block = size_class < SMALL_CLASSES ? slab_take(pool, size_class)
@@ -370,7 +370,7 @@ int ap_memory_statistics(ap_poller_stats *out)
 void ap_block_unref(ap_block *block)
 {
     if (block->epoch != ap_epoch_now())
-        return; /* inherited through fork: it leaks, in the child only */
+        return; /* inherited through fork: it leaks, but only in the child */
     /* acq_rel; pairs with itself: whoever frees sees every use before */
     if (atomic_fetch_sub_explicit(&block->refs, 1, memory_order_acq_rel) != 1)
         return;
@@ -385,8 +385,8 @@ void ap_block_unref(ap_block *block)
 
 void ap_block_leave(ap_block *block, ap_pins *pins)
 {
-    /* acquire; pairs with the decrement of the last view: if none is left, no
-     * view can come, since they are made under the mutex that is held here */
+    /* acquire; pairs with the decrement of the last view: if none is left, none
+     * can appear, because views are created under the mutex that is held here */
     if (pins && atomic_load_explicit(&block->refs, memory_order_acquire) > 1) {
         pins->hold(pins);
         block->pins = pins;

@@ -1,8 +1,8 @@
-/* Reading for the loop: bytes, a request, a delimiter.
+/* The loop's read calls: bytes, a request, a delimiter.
  *
- * Each call looks at what is buffered, reads a socket that is known to be
- * readable, looks again, and only then arms a wait. It is made again after the
- * wake-up, from the start: a wake-up is a hint.
+ * Each call looks at what is buffered, reads a socket known to be readable, looks
+ * again, and only then arms a wait. It is repeated after the wake-up, from the
+ * start: a wake-up is a hint.
  */
 #include "read.h"
 
@@ -33,7 +33,7 @@ static int64_t leave(ap_conn *conn, int64_t result)
     return result;
 }
 
-/* Nothing will do but waiting: sends the output that came along, and arms. */
+/* Only waiting is left: sends the output that came along, and arms. */
 int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int64_t deadline,
                      const char *output, size_t output_size)
 {
@@ -49,7 +49,7 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
         ap_piece piece = {.data = output, .size = output_size};
         queued = ap_output_send(conn, &piece, 1);
         if (queued == -ENOMEM)
-            return queued; /* the request is lost, and so the answer would never come */
+            return queued; /* the request is lost, so the answer would never come */
     }
     ap_input_arm(conn, want, n, deadline);
     if (handed_over)
@@ -57,8 +57,8 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
 }
 
-/* Reads at once what is known to be there: the driver may be paused for the
- * water mark, or busy elsewhere. */
+/* Reads at once what is known to be there: the driver may have paused at the water
+ * mark, or be busy elsewhere. */
 static void read_now(ap_conn *conn)
 {
     if (!(conn->slot.ready & AP_READABLE) || conn->read_end)
@@ -69,9 +69,9 @@ static void read_now(ap_conn *conn)
     ap_conn_learn(conn);
 }
 
-/* An awaited message should lie in one block. When little of it is here and the
- * block's rest is too small, it is moved to a block that has the room, while it
- * is still cheap. Views of the old place stay as they are. */
+/* An awaited message should lie in one block. If little of it is here and the rest
+ * of the block is too small, it is moved to a block with enough room while that is
+ * still cheap. Views of the old place stay as they are. */
 static void make_room(ap_conn *conn, size_t n)
 {
     ap_chain *chain = &conn->input;
@@ -139,7 +139,7 @@ int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n)
 
 /* ---- requests --------------------------------------------------------- */
 
-/* What is idle keeps no block. Those of a connection that is readable will be used again at once.
+/* An idle connection keeps no block. One that is readable will need its block again at once.
  */
 static void give_block_back(ap_conn *conn)
 {
@@ -155,7 +155,7 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
 {
     bool untouched = !fresh && conn->consumed == conn->request_at;
     size_t seen = untouched ? (size_t)(conn->request_seen - conn->consumed) : 0;
-    conn->any_more = untouched; /* else each byte above high water would be a call */
+    conn->any_more = untouched; /* otherwise each byte above high water would be a call */
     give_block_back(conn);
     int64_t result =
         read_locked(conn, seen + 1, untouched ? AP_SCATTER : 0, 0, output, output_size);
@@ -167,11 +167,11 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
     return result;
 }
 
-/* None of those that wait will be received: the end, or the error that somebody else was told. */
+/* No waiting message will be received: the end, or the error that another call was told. */
 static int64_t message_end(ap_conn *conn, int waiting)
 {
     if (!conn->read_end && waiting == 0) {
-        ap_input_nothing(conn); /* the error of a RST may still be the socket's */
+        ap_input_nothing(conn); /* an RST's error may still be the socket's */
         if (!conn->read_end)
             conn->read_end = ap_input_end(conn);
         ap_conn_learn(conn);
@@ -179,9 +179,9 @@ static int64_t message_end(ap_conn *conn, int waiting)
     return conn->read_end ? conn->read_end : AP_EEOF;
 }
 
-/* Messages stay in the kernel, and what is unread is what that says. The events would not do: one
- * may be for the output, and one that a call has not answered by receiving was the last. Messages
- * of no bytes are not in that number: one by itself shows as readable. */
+/* Messages stay in the kernel, which says how much is unread. Events would not do: one may be for
+ * the output, and one that a call did not answer by receiving was the last. Empty messages do not
+ * count in that number: one by itself shows as readable. */
 static int64_t request_message(ap_conn *conn, bool fresh, const char *output, size_t output_size)
 {
     uint64_t received = ap_counted(&conn->reads);
@@ -214,7 +214,7 @@ int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *outp
                          ? request_message(conn, fresh != 0, output, output_size)
                          : request_locked(conn, fresh != 0, output, output_size);
     if (result != AP_CLOSED_MEANWHILE && conn->want != AP_WANT_NOTHING) {
-        conn->shown = NULL; /* what is idle has no window either */
+        conn->shown = NULL; /* an idle connection has no window either */
         conn->lent = false;
     }
     return leave(conn, result);
@@ -225,7 +225,7 @@ int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *outp
 static int keep_delimiter(ap_conn *conn, const char *delimiter, size_t size)
 {
     if (conn->delimiter_size == size && memcmp(conn->delimiter, delimiter, size) == 0)
-        return 0; /* the search goes on where it stopped */
+        return 0; /* the search resumes where it stopped */
     uint8_t *memory = conn->delimiter_inline;
     if (size > AP_DELIMITER_INLINE && !(memory = ap_sys_alloc(size)))
         return -ENOMEM;

@@ -1,12 +1,12 @@
-/* The run list of a driver: slots with work left, served round robin.
+/* A driver's run list: slots with work left, served round robin.
  *
- * A slot that stopped at a bound stays on the list, and as long as that is not empty
- * epoll_wait does not block: with edge-triggered epoll work left over has no event of
- * its own (measured: 256 KiB accepted whole by sendmsg, and no EPOLLOUT ever; 20 of
- * 60 KB read, and no EPOLLIN).
+ * A slot that stopped at a bound stays on the list, and while the list is not empty
+ * epoll_wait does not block: with edge-triggered epoll, leftover work has no event of its
+ * own (measured: 256 KiB accepted whole by sendmsg, and no EPOLLOUT ever; 20 of 60 KB
+ * read, and no EPOLLIN).
  *
- * A closed slot is let go of here: after all events of one batch have been looked at, and
- * before epoll is asked for the next. So none that names it is left.
+ * A closed slot is released here: after all events of one batch have been looked at, and
+ * before epoll is asked for the next. So no event that names it is left.
  */
 #include "runlist.h"
 
@@ -19,8 +19,8 @@
 
 /* ---- giving memory back ----------------------------------------------- */
 
-/* Blocks come back from loops and views while the driver sleeps. As long as
- * there was something to do it looks once a second what can be given back. */
+/* Blocks come back from loops and views while the driver sleeps. While there is
+ * something to do, it checks once a second what can be given back. */
 void ap_run_sweep(ap_poller *poller)
 {
     if (poller->now < poller->sweep_at)
@@ -85,8 +85,8 @@ void ap_run_later(ap_poller *poller, ap_slot *slot)
     poller->run_tail = &slot->run_next;
 }
 
-/* Each slot once: those that have work left go behind the last one, and wait for
- * the next step, so that events, the inbox and the timers get their turn. */
+/* Each slot once: those with work left go to the end, and wait for the next step, so
+ * that events, the inbox and the timers get their turn. */
 int ap_run(ap_poller *poller, int budget)
 {
     ap_slot **end = poller->run_tail;

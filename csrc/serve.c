@@ -1,7 +1,7 @@
-/* A connection for its driver: serving, deadlines, and what the loop is told.
+/* A driver's connection handler: I/O, deadlines, and notifications to the loop.
  *
- * The mailbox says only that it is worth while to look. What is told is what is true when
- * the loop takes it (ap_conn_resolve).
+ * The mailbox says only that a look is worthwhile. What the loop is told is what is true
+ * when it takes the token (ap_conn_resolve).
  */
 #include "serve.h"
 
@@ -47,8 +47,8 @@ bool ap_conn_serve(ap_slot *slot, ap_context *context)
     return more;
 }
 
-/* What the loop is told of a slot in its mailbox. Everything is looked at
- * again: the bits only say that it is worth while. */
+/* What the loop is told about a slot in its mailbox. Everything is checked again: the bits
+ * only say that a look is worthwhile. */
 uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value)
 {
     ap_conn *conn = ap_conn_of(slot);
@@ -78,7 +78,7 @@ uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value)
         conn->shown = NULL;
         conn->lent = false;
         told |= AP_MAIL_TRIM;
-        /* later than the sweep that may be planned: many trims need no more than that one */
+        /* later than the sweep that may be planned: many trims need only that one */
         ap_inbox_push(&conn->slot, AP_BOX_SWEEP, ap_now_coarse() + 2 * AP_TRIM_AFTER);
     }
     ap_count(&conn->wakeups, told != 0);
@@ -118,21 +118,21 @@ static int64_t next_deadline(const ap_conn *conn)
     return sooner(waits, sooner(idle_deadline(conn), conn->trim_at));
 }
 
-/* What is buffered stays readable; nothing else goes in or out. */
+/* Buffered input stays readable; nothing else goes in or out. */
 static void end_idle(ap_conn *conn)
 {
     conn->idle = 0;
     ap_conn_cut(conn);
     int rc = ap_sys_shutdown(conn->slot.fd, SHUT_RDWR);
-    (void)rc; /* not connected any more: as good */
+    (void)rc; /* no longer connected: just as good */
     if (!conn->read_end)
         conn->read_end = AP_EIDLE;
     ap_output_fail(conn, AP_EIDLE);
     ap_hub_post(&conn->slot, AP_MAIL_IDLE | AP_MAIL_READ);
 }
 
-/* An empty block that the loop has a wrapper of is dropped by both: the loop is
- * told. Without a wrapper nobody else needs to know. */
+/* An empty block whose wrapper the loop has is dropped by both: the loop is told. Without
+ * a wrapper nobody else needs to know. */
 static void trim(ap_conn *conn)
 {
     conn->trim_at = AP_FOREVER;
@@ -162,7 +162,7 @@ int64_t ap_conn_expire(ap_slot *slot, int64_t now)
     return next_deadline(conn);
 }
 
-/* What is buffered stays readable; the socket is as it was, but nobody looks after it. */
+/* Buffered input stays readable; the socket is unchanged, but nobody looks after it. */
 void ap_conn_fail(ap_slot *slot, int error)
 {
     ap_conn *conn = ap_conn_of(slot);

@@ -1,17 +1,17 @@
-/* A slot map: numbered slots with generations, one for each registered descriptor.
+/* A slot map with generations: one slot for each registered descriptor.
  *
- * `generation << 32 | index` is what epoll's data and the mailbox's tokens carry.
- * A slot's memory is never freed, only used again, so that a late event may look at
- * it: the tag tells, under the slot's mutex, that it is about somebody else. A slot is
- * used again when its last reference is gone. References are held by
+ * epoll's data and the mailbox's tokens carry `generation << 32 | index`. A slot's
+ * memory is never freed, only reused, so that a late event may look at it: the tag
+ * shows, under the slot's mutex, that the event is about another occupant. A slot is
+ * reused when its last reference is gone. References are held by
  *   - the handle (Python's object),
  *   - the driver, until it has taken AP_BOX_CLOSED from its inbox, which it does
  *     between two batches of events,
- *   - a mailbox the slot is queued in,
+ *   - a mailbox in which the slot is queued,
  *   - a kill of the hub, while it closes the slot,
  *   - each block that only views keep alive (pool.c).
  *
- * Life of a slot; the verbs are the only ones that change it:
+ * A slot's life; only the verbs change it:
  *
  *   state    | take  register  arm/read/send  close   unref to 0
  *   FREE     | OPEN     -           -           -         -
@@ -28,7 +28,7 @@
 #define CHUNKS (1u << 15) /* two million slots */
 
 typedef union {
-    ap_slot slot; /* that of a connection or a listener, whose rest lies behind it */
+    ap_slot slot; /* of a connection or a listener, whose rest follows it */
     char memory[sizeof(ap_slot) + AP_SLOT_ROOM];
 } slot_memory;
 
@@ -67,7 +67,7 @@ static int grow(void)
 
 static void clear(ap_slot *slot)
 {
-    /* Everything behind the common part; the common part field by field, since
+    /* Clears everything after the common part, and that field by field, because
      * its mutex, index and generation live on. */
     memset((char *)slot + sizeof(ap_slot), 0, sizeof(slot_memory) - sizeof(ap_slot));
     slot->closed = slot->disowned = slot->on_run = slot->forgotten = slot->hub_linked = false;
@@ -129,8 +129,8 @@ void ap_slot_unref(ap_slot *slot)
         slot->ops->drop(slot);
 }
 
-/* In the child of a fork: the parent's slots are left where they are, since
- * their mutexes may be locked for ever. Its own numbers begin behind them. */
+/* In the child of a fork: the parent's slots stay where they are, because their
+ * mutexes may be locked forever. The child's own numbers begin after them. */
 void ap_slot_table_reset(void)
 {
     pthread_mutex_init(&table_mutex, NULL);

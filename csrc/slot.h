@@ -1,7 +1,7 @@
-/* A slot map: numbered slots with generations, one for each registered descriptor.
+/* A slot map with generations: one slot for each registered descriptor.
  *
- * A slot is the common part of a connection and a listener, which begin with one. It
- * names its poller and its hub, and knows nothing of them.
+ * A slot is the common part at the start of each connection and listener. It names its
+ * poller and its hub, and knows nothing of them.
  */
 #ifndef ANYPOLL_SLOT_H
 #define ANYPOLL_SLOT_H
@@ -19,35 +19,35 @@ enum {
     AP_HUP = 8,
     AP_ERR = 16,
     AP_PRI = 32,
-    AP_ERR_SEEN = 64, /* AP_ERR, but it stays when the error was dealt with */
+    AP_ERR_SEEN = 64, /* AP_ERR, but it stays after the error was handled */
     AP_NO_SHORT_READ = AP_RDHUP | AP_HUP | AP_ERR_SEEN | AP_PRI
 };
 
 typedef struct ap_slot ap_slot;
 struct ap_context;
 
-/* What connections and listeners do each in their own way. */
+/* Operations that connections and listeners each implement in their own way. */
 typedef struct {
     /* These take the slot's mutex themselves. */
     bool (*serve)(ap_slot *slot, struct ap_context *context); /* the driver's; true: work is left */
     void (*close)(ap_slot *slot, bool keep_fd);               /* if it is open */
-    void (*drop)(ap_slot *slot);                              /* the last reference has gone */
+    void (*drop)(ap_slot *slot);                              /* the last reference is gone */
     /* These are called under it, while the slot is open. */
     int64_t (*expire)(ap_slot *slot, int64_t now); /* returns the next deadline */
     void (*fail)(ap_slot *slot, int error);        /* its poller has failed */
     uint32_t (*resolve)(ap_slot *slot, uint32_t bits, int32_t *value); /* what the loop is told */
 } ap_slot_ops;
 
-/* The room for what a connection, the larger one, or a listener has behind its slot. */
+/* Room for what a connection (the larger one) or a listener has after its slot. */
 #define AP_SLOT_ROOM 408
 
 struct ap_slot {
-    uint32_t index;              /* (c) for ever */
+    uint32_t index;              /* (c) forever */
     _Atomic uint32_t generation; /* (a) written under (m); relaxed reads are rechecked there */
     uint32_t epoch;              /* (c) */
     bool closed;                 /* (m) */
     uint8_t ready;               /* (m) AP_READABLE ... */
-    bool disowned;               /* (m) closing fd is Python's business */
+    bool disowned;               /* (m) Python must close fd */
     bool watched;                /* (m) epoll knows it */
     bool orphaned;               /* (m) its poller has failed; see ending.c */
     int fd;                      /* (m) -1 once closed */
@@ -75,19 +75,19 @@ struct ap_slot {
     ap_slot *free_next;           /* (s) */
 };
 
-/* Takes a free slot, and returns it locked: nobody knows it, but late events and
- * ap_slot_each. It has no references. 0; -ENOMEM. */
+/* Takes a free slot, and returns it locked: only late events and ap_slot_each know it.
+ * It has no references. 0; -ENOMEM. */
 AP_MUST_CHECK int ap_slot_take(const ap_slot_ops *ops, int fd, ap_slot **out);
-/* Gives one back that nobody refers to. */
+/* Gives back a slot that nobody refers to. */
 void ap_slot_give(ap_slot *slot);
-/* NULL: there is none of that number yet. */
+/* NULL: there is no slot of that number yet. */
 ap_slot *ap_slot_at(uint32_t index);
 void ap_slot_ref(ap_slot *slot);
-/* The last one goes to the operation drop. */
+/* Dropping the last reference calls the operation drop. */
 void ap_slot_unref(ap_slot *slot);
 /* In the child of a fork: the parent's slots are not used there. */
 void ap_slot_table_reset(void);
-/* Every slot there is, open or not, without its mutex. */
+/* Visits every slot, open or not, without its mutex. */
 void ap_slot_each(void (*visit)(ap_slot *slot, void *arg), void *arg);
 
 static inline void ap_slot_lock(ap_slot *slot)
@@ -113,7 +113,7 @@ static inline void ap_slot_unlock(ap_slot *slot)
 #define AP_ASSERT_LOCKED(slot) ((void)0)
 #endif
 
-/* What names the slot to epoll and to the loop, until it is closed. */
+/* Identifies the slot to epoll and to the loop, until it is closed. */
 static inline uint64_t ap_slot_tag(const ap_slot *slot)
 {
     uint64_t generation = atomic_load_explicit(&slot->generation, memory_order_relaxed);

@@ -1,9 +1,9 @@
-/* System calls that retry on EINTR and return -errno, with a seam for injected faults.
+/* System call wrappers: they retry on EINTR, return -errno, and let tests inject faults.
  *
- * Every call of the core that can fail for reasons outside of it goes through here
+ * Every call of the core that can fail for outside reasons goes through here
  * (AP_CALL_*), in the build that ships: what the fault tests exercise is what runs
- * in production. While no fault is set the seam is one load. Outside of it is what
- * fails for misuse alone: mutexes, pthread_join, clock_gettime, pthread_sigmask.
+ * in production. While no fault is set, that costs one load. Exempt are calls that
+ * fail only through misuse: mutexes, pthread_join, clock_gettime, pthread_sigmask.
  */
 #include "sysio.h"
 
@@ -23,8 +23,8 @@
 
 /* ---- faults ----------------------------------------------------------- */
 
-/* The error to fail with, or 0. A fault without an error shortens what is offered,
- * and says so: a transfer that the kernel did not cut short is followed by no event. */
+/* The error to fail with, or 0. A fault without an error shortens what is offered, and
+ * says so: no event follows a transfer that the kernel did not cut short. */
 static int fault_transfer(int call, const struct iovec **iov, size_t *count, struct iovec *one,
                           size_t *offered)
 {
@@ -51,8 +51,8 @@ static int fault_transfer(int call, const struct iovec **iov, size_t *count, str
 
 /* ---- transfers -------------------------------------------------------- */
 
-/* MSG_DONTWAIT, although sockets are non-blocking: whoever holds the raw socket
- * could make it blocking, and that must not stop a poller. */
+/* MSG_DONTWAIT, although sockets are non-blocking: the holder of the raw socket could
+ * make it blocking, and that must not stop a poller. */
 ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered)
 {
     ssize_t got;
@@ -64,7 +64,7 @@ ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offer
         struct msghdr message = {.msg_iov = (struct iovec *)into, .msg_iovlen = n};
         if (error)
             got = -1;
-        else if (n == 1) /* the same, and 0.1 us less */
+        else if (n == 1) /* the same, but 0.1 us faster */
             got = recv(fd, into->iov_base, into->iov_len, MSG_DONTWAIT);
         else
             got = recvmsg(fd, &message, MSG_DONTWAIT);
@@ -101,9 +101,9 @@ ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offer
 #define SCM_PIDFD 0x04
 #endif
 
-/* Room for all descriptors of a message, and for what options of the socket that
- * somebody else has set (SO_PASSCRED, SO_PASSSEC, SO_TIMESTAMP, ...) put beside
- * them: without it the kernel would drop descriptors. */
+/* Room for all descriptors of a message, and for what socket options set by others
+ * (SO_PASSCRED, SO_PASSSEC, SO_TIMESTAMP, ...) put beside them: without it the kernel
+ * would drop descriptors. */
 typedef union {
     struct cmsghdr header;
     char room[CMSG_SPACE(AP_FDS_MOST * sizeof(int)) + 1024];
@@ -275,7 +275,7 @@ int ap_sys_epoll_wait(int epfd, struct epoll_event *events, int max, int timeout
     if (n >= 0)
         return n;
     int error = injected ? injected : errno;
-    return error == EINTR ? 0 : -error; /* the caller computes its timeout anew */
+    return error == EINTR ? 0 : -error; /* the caller recomputes its timeout */
 }
 
 int ap_sys_eventfd(void)
@@ -287,9 +287,8 @@ int ap_sys_eventfd(void)
     return fd;
 }
 
-/* EAGAIN means 2^64 - 2 signals that nobody has read (a poller never does): begins
- * anew, since whoever sleeps needs an edge. There is no other error for an event
- * descriptor that is open. */
+/* EAGAIN means 2^64 - 2 signals that nobody has read (a poller never reads): starts over,
+ * because a sleeper needs an edge. An open event descriptor has no other error. */
 void ap_sys_signal(int efd)
 {
     uint64_t one = 1;
@@ -302,8 +301,8 @@ void ap_sys_signal(int efd)
     }
 }
 
-/* EAGAIN: nothing is there. After any other error it is still readable, and the
- * loop comes again. */
+/* EAGAIN: nothing is there. After any other error it is still readable, and the loop
+ * comes again. */
 void ap_sys_drain(int efd)
 {
     uint64_t count;
@@ -314,8 +313,8 @@ void ap_sys_drain(int efd)
 
 /* ---- sockets ---------------------------------------------------------- */
 
-/* The pending error of the socket (> 0), which asking for clears; 0 if none. That it
- * cannot be asked for is an error too. */
+/* The socket's pending error (> 0), which asking clears; 0 if none. Being unable to ask is
+ * an error too. */
 int ap_sys_socket_error(int fd)
 {
     int error = 0, rc;
@@ -344,8 +343,8 @@ int ap_sys_unread(int fd)
     return rc < 0 ? rc : n;
 }
 
-/* Not SIOCOUTQ, which also counts what only waits for its acknowledgement
- * (measured: 40 ms for every close). */
+/* Not SIOCOUTQ, which also counts what is only waiting to be acknowledged (measured: 40 ms
+ * for every close). */
 int ap_sys_unsent(int fd)
 {
     int n = 0, rc;
@@ -360,7 +359,7 @@ int ap_sys_shutdown(int fd, int how)
     return rc;
 }
 
-/* If that fails, the close is an ordinary one. */
+/* If this fails, the close is an ordinary one. */
 void ap_sys_linger_now(int fd)
 {
     struct linger now = {.l_onoff = 1, .l_linger = 0};
@@ -369,8 +368,8 @@ void ap_sys_linger_now(int fd)
     (void)rc;
 }
 
-/* Not retried: on Linux the descriptor is gone whatever close returns, and the
- * number may be somebody else's already. */
+/* Not retried: on Linux the descriptor is gone whatever close returns, and the number may
+ * already be someone else's. */
 void ap_sys_close(int fd)
 {
     ap_fd_disown(fd);
@@ -395,7 +394,7 @@ void *ap_sys_map(size_t size)
     return p == MAP_FAILED ? NULL : p;
 }
 
-/* ENOMEM: taking a piece out of a larger mapping would make too many of them
+/* ENOMEM: cutting a piece out of a larger mapping would make too many mappings
  * (vm.max_map_count). Its addresses are lost then, but not the memory behind them. */
 void ap_sys_unmap(void *memory, size_t size)
 {
@@ -409,8 +408,8 @@ int ap_sys_atfork(void (*in_child)(void))
     return error ? -error : -pthread_atfork(NULL, NULL, in_child);
 }
 
-/* Signals are blocked before the thread exists, so that not even its first
- * instruction can take one from Python's main thread. */
+/* Signals are blocked before the thread exists, so that not even its first instruction
+ * can take one from Python's main thread. */
 int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)
 {
     sigset_t all, before;

@@ -1,4 +1,4 @@
-/* System calls that retry on EINTR and return -errno, with a seam for injected faults. */
+/* System call wrappers: they retry on EINTR, return -errno, and let tests inject faults. */
 #ifndef ANYPOLL_SYSIO_H
 #define ANYPOLL_SYSIO_H
 
@@ -9,14 +9,14 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* *offered: what iov holds; on return, what the kernel was offered of it. */
+/* *offered: the size of iov; on return, how much of it the kernel was offered. */
 AP_MUST_CHECK ssize_t ap_sys_recv(int fd, const struct iovec *iov, size_t count, size_t *offered);
 AP_MUST_CHECK ssize_t ap_sys_send(int fd, const struct iovec *iov, size_t count, size_t *offered);
 
-/* Descriptors that a message carried: ours. */
+/* Descriptors that a message carried, which are now ours. */
 typedef struct {
     int count;
-    bool truncated; /* the message was longer than what it was received into */
+    bool truncated; /* the message was longer than its buffer */
     int fds[AP_FDS_MOST];
 } ap_rights;
 /* The same with descriptors, for UNIX sockets only. */
@@ -24,12 +24,12 @@ AP_MUST_CHECK ssize_t ap_sys_recv_rights(int fd, const struct iovec *iov, size_t
                                          size_t *offered, ap_rights *rights);
 AP_MUST_CHECK ssize_t ap_sys_send_rights(int fd, const char *data, size_t *offered, const int *fds,
                                          int count);
-/* The length of the next message, which stays where it is. */
+/* The length of the next message, which stays in the kernel. */
 AP_MUST_CHECK ssize_t ap_sys_next_length(int fd);
-/* Whether the peer has ended its side and nothing waits any more. */
+/* Whether the peer has ended its side and nothing is waiting any more. */
 bool ap_sys_at_end(int fd);
 
-/* What was accepted is non-blocking, close-on-exec, and owned. */
+/* The accepted descriptor is non-blocking, close-on-exec, and owned. */
 AP_MUST_CHECK int ap_sys_accept(int fd, ap_accepted *out);
 
 AP_MUST_CHECK int ap_sys_epoll_create(void);
@@ -41,18 +41,18 @@ AP_MUST_CHECK int ap_sys_eventfd(void);
 void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
 
-/* SO_ERROR (> 0), which asking for clears; 0: none. */
+/* SO_ERROR (> 0), which asking clears; 0: none. */
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
 /* Whether the peer has ended its side, or the connection was reset, read or not. */
 bool ap_sys_hung_up(int fd);
-/* Whether a message waits, perhaps an empty one; of one that the end follows it says no. */
+/* Whether a message waits, even an empty one; false for one that is followed by the end. */
 bool ap_sys_message_waits(int fd);
-/* Bytes that wait to be received, or to be sent for the first time; or -errno. */
+/* Bytes waiting to be received, or to be sent for the first time; or -errno. */
 AP_MUST_CHECK int ap_sys_unread(int fd);
 AP_MUST_CHECK int ap_sys_unsent(int fd);
 AP_MUST_CHECK int ap_sys_shutdown(int fd, int how);
-/* Makes the close a RST. */
+/* Makes the close send an RST. */
 void ap_sys_linger_now(int fd);
 void ap_sys_close(int fd);
 

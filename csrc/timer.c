@@ -1,15 +1,15 @@
-/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1).
+/* A hierarchical timer wheel: deadlines to the millisecond, O(1) insertion and removal.
  *
  * Level 0 has a slot per tick (1.05 ms: 2^20 ns, so that a shift replaces a
- * division), each level above a slot per 64 of the one below; a bit per slot
- * tells which are not empty, so the next deadline is found by counting zeros.
- * A timer of a higher level is filed again when its slot comes up (at most
- * AP_WHEEL_LEVELS times in its life).
+ * division), each level above a slot per 64 of the level below. A bit per slot says
+ * whether it is non-empty, so the next deadline is found by counting zeros. A timer
+ * on a higher level is filed again when its slot comes up (at most AP_WHEEL_LEVELS
+ * times in its life).
  *
- * Deadlines round up: a timer is never early, and late by at most one tick.
- * Timers are lazy: the wheel only says "look at this slot now", and the slot
- * knows whether anything is due. See also the kernel's timer wheel
- * (kernel/time/timer.c) for the idea.
+ * Deadlines round up: a timer is never early, and late by at most one tick. Timers
+ * are lazy: the wheel only says "look at this slot now", and the slot knows whether
+ * anything is due. The idea is that of the kernel's timer wheel
+ * (kernel/time/timer.c).
  */
 #include "timer.h"
 
@@ -34,7 +34,7 @@ void ap_wheel_init(ap_wheel *wheel, int64_t now)
     }
 }
 
-/* The level is that of the highest digit (base 64) in which tick and now differ. */
+/* The level is that of the highest base-64 digit in which tick and now differ. */
 static int level_of(const ap_wheel *wheel, uint64_t tick)
 {
     uint64_t differ = tick ^ wheel->now;
@@ -80,8 +80,8 @@ void ap_wheel_unfile(ap_wheel *wheel, ap_timer *timer)
     }
 }
 
-/* The first tick of the earliest slot that is not empty. Slots of a level lie
- * ahead of now's own digit, except that of level 0, which may be now itself. */
+/* The first tick of the earliest non-empty slot. The slots of a level lie ahead of now's
+ * own digit, except on level 0, where that may be now itself. */
 static bool next_tick(const ap_wheel *wheel, uint64_t *tick)
 {
     for (int level = 0; level < AP_WHEEL_LEVELS; level++) {

@@ -1,4 +1,4 @@
-/* A hierarchical timer wheel: deadlines to the millisecond, filed and unfiled in O(1). */
+/* A hierarchical timer wheel: deadlines to the millisecond, O(1) insertion and removal. */
 #ifndef ANYPOLL_TIMER_H
 #define ANYPOLL_TIMER_H
 
@@ -14,7 +14,7 @@ typedef struct ap_timer {
 
 typedef struct {
     uint64_t now;                                    /* (d) the last tick that was run */
-    uint64_t used[AP_WHEEL_LEVELS];                  /* (d) a bit per slot that is not empty */
+    uint64_t used[AP_WHEEL_LEVELS];                  /* (d) a bit per non-empty slot */
     ap_timer slots[AP_WHEEL_LEVELS][AP_WHEEL_SLOTS]; /* (d) heads of rings */
     size_t filed;                                    /* (d) */
 } ap_wheel;
@@ -24,7 +24,7 @@ void ap_wheel_file(ap_wheel *wheel, ap_timer *timer, int64_t deadline);
 void ap_wheel_unfile(ap_wheel *wheel, ap_timer *timer);
 /* The earliest moment at which something may be due; AP_FOREVER if nothing is filed. */
 int64_t ap_wheel_next(const ap_wheel *wheel);
-/* Takes one timer that is due at now, or NULL. */
+/* Removes and returns one timer that is due at now, or NULL. */
 ap_timer *ap_wheel_expire(ap_wheel *wheel, int64_t now);
 static inline bool ap_timer_filed(const ap_timer *timer)
 {

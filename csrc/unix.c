@@ -1,9 +1,9 @@
-/* UNIX sockets for the loop: descriptors (SCM_RIGHTS), and sockets with messages.
+/* The loop's UNIX socket calls: descriptor passing (SCM_RIGHTS), and message sockets.
  *
- * What becomes of descriptors that nobody asks for is in fds.c.
+ * fds.c handles descriptors that nobody asks for.
  *
- * Messages (SOCK_SEQPACKET). Never read ahead, since a message must not be torn:
- * the driver only tells that the socket is readable, and the call makes one recvmsg
+ * Messages (SOCK_SEQPACKET) are never read ahead, because a message must not be torn:
+ * the driver only reports that the socket is readable, and the call makes one recvmsg
  * into a block of its own. Sending is one sendmsg, and nothing is ever queued.
  */
 #include "anypoll.h"
@@ -22,7 +22,7 @@
 #include "sysio.h"
 #include "window.h"
 
-/* ---- descriptors that came -------------------------------------------- */
+/* ---- received descriptors --------------------------------------------- */
 
 int ap_conn_report(ap_conn *conn, uint32_t pos)
 {
@@ -52,7 +52,7 @@ static int give_carried(ap_conn *conn, int *fds, int room)
     int given = give(carried->numbers, carried->count, fds, room);
     carried->count -= given;
     memmove(carried->numbers, carried->numbers + given, (size_t)carried->count * sizeof(int));
-    ap_fds_doom(conn); /* what there was no room for */
+    ap_fds_doom(conn); /* those there was no room for */
     return given;
 }
 
@@ -84,7 +84,7 @@ int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size,
 
 /* ---- sending ---------------------------------------------------------- */
 
-/* What is wrong with this message; another one may be right. */
+/* Whether the error concerns only this message; another may succeed. */
 static bool is_of_message(int error)
 {
     return error == EMSGSIZE || error == EBADF || error == EINVAL || error == ETOOMANYREFS ||
@@ -125,8 +125,8 @@ int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int
 
 /* ---- messages --------------------------------------------------------- */
 
-/* recvmsg says 0 to the end and to an empty message, and so do AnyIO's streams:
- * EndOfStream. But only after the end it is said for ever. */
+/* recvmsg returns 0 both at the end and for an empty message, and so do AnyIO's streams:
+ * EndOfStream. But only at the end does it stay that way. */
 static int64_t nothing_in_it(ap_conn *conn)
 {
     if (!conn->read_end && ap_sys_at_end(conn->slot.fd))
@@ -135,7 +135,7 @@ static int64_t nothing_in_it(ap_conn *conn)
     return conn->read_end ? conn->read_end : AP_EEOF;
 }
 
-/* Into NULL: the length of the message, which stays. */
+/* Into NULL: the length of the message, which stays in the kernel. */
 static ssize_t receive_once(ap_conn *conn, struct iovec *into, ap_rights *rights)
 {
     if (!into)
@@ -144,8 +144,8 @@ static ssize_t receive_once(ap_conn *conn, struct iovec *into, ap_rights *rights
     return ap_sys_recv_rights(conn->slot.fd, into, 1, &offered, rights);
 }
 
-/* After a reset the kernel tells the error first, and then what had arrived before
- * it: that is readable first, as on a stream. */
+/* After a reset the kernel reports the error first, and then what had arrived before
+ * it. That must be readable first, as on a stream. */
 static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *rights)
 {
     ssize_t got = receive_once(conn, into, rights);
@@ -186,7 +186,7 @@ static int64_t receive_message(ap_conn *conn, size_t max, ap_view *view, ap_righ
     size_t room = max;
     if (max > AP_SCRATCH) { /* memory follows what has arrived */
         ssize_t next = receive_or_reset(conn, NULL, rights);
-        if (next < 0) /* not to be tried: what comes now would be cut off */
+        if (next < 0) /* do not try: a message that came now would be truncated */
             return not_received(conn, next);
         room = (size_t)next < max ? (size_t)next : max;
     }

@@ -1,9 +1,9 @@
-/* The window: the part of the input that the loop may walk in without a call.
+/* The read window: the part of the input that the loop may walk without a call.
  *
- * The loop is shown a window of the first block (ap_conn_block) and walks in it
- * without calling C; how far it has come it reports with its next call (pos).
- * So what C holds for unread may be consumed already, which is safe: a block
- * leaves the chain only when the loop has said that it is done with it.
+ * The loop is shown a window of the first block (ap_conn_block) and moves through it
+ * without calling C; it reports its position with its next call (pos). So what C
+ * considers unread may already be consumed, which is safe: a block leaves the chain
+ * only when the loop has said that it is done with it.
  */
 #include "window.h"
 
@@ -16,14 +16,14 @@
 #include "slot.h"
 #include "sysio.h"
 
-/* The loop reports how far it has come in the block that was shown. */
+/* The loop reports its position in the block that was shown. */
 void ap_window_to(ap_conn *conn, uint32_t pos)
 {
     ap_block *block = conn->shown;
     if (block && pos > block->start && pos <= block->end)
         ap_input_consume(conn, pos - block->start);
     else
-        ap_input_consume(conn, 0); /* a head that is empty leaves, if another follows */
+        ap_input_consume(conn, 0); /* removes an empty head, if another block follows */
 }
 
 uint32_t ap_window_end(const ap_conn *conn, size_t n)
@@ -37,7 +37,7 @@ uint32_t ap_window_shown(const ap_conn *conn, size_t n)
 {
     const ap_block *block = conn->shown;
     if (conn->carried)
-        return 0; /* the loop has to ask: it may have to report how far it comes */
+        return 0; /* the loop has to ask: it may have to report its position */
     uint32_t end = block && block->end - block->start >= n ? ap_window_end(conn, n) : 0;
     return end <= INT32_MAX ? end : 0; /* it travels in a token */
 }
@@ -47,7 +47,7 @@ int64_t ap_window_new_block(const ap_conn *conn)
     return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
 }
 
-/* Puts block, which holds a copy of the first n unread bytes, in their place. */
+/* Replaces the first n unread bytes with block, which holds a copy of them. */
 static void replace_front(ap_conn *conn, ap_block *block, size_t n)
 {
     ap_chain *chain = &conn->input;
@@ -61,9 +61,9 @@ static void replace_front(ap_conn *conn, ap_block *block, size_t n)
     conn->shown = NULL;
 }
 
-/* Makes the first n unread bytes lie in one block. Copies in portions, and
- * without the mutex between them: the driver only appends meanwhile, and only
- * the loop, which is here, consumes. */
+/* Moves the first n unread bytes into one block. Copies in portions, releasing the mutex
+ * in between: the driver only appends meanwhile, and only the loop, which is here,
+ * consumes. */
 int ap_window_join(ap_conn *conn, size_t n)
 {
     ap_block *head = conn->input.head;

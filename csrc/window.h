@@ -1,4 +1,4 @@
-/* The window: the part of the input that the loop may walk in without a call. */
+/* The read window: the part of the input that the loop may walk without a call. */
 #ifndef ANYPOLL_WINDOW_H
 #define ANYPOLL_WINDOW_H
 
@@ -10,11 +10,11 @@
 void ap_window_to(ap_conn *conn, uint32_t pos);
 /* The end of a window that begins at the first unread byte, if n bytes are asked for. */
 uint32_t ap_window_end(const ap_conn *conn, size_t n);
-/* The same, if n bytes lie in the block that was shown; else 0. */
+/* The same, if n bytes lie in the block that was shown; otherwise 0. */
 uint32_t ap_window_shown(const ap_conn *conn, size_t n);
-/* AP_NEW_BLOCK_SHIFT's bit, if the window lies in a block that was not shown yet. */
+/* AP_NEW_BLOCK_SHIFT's bit, if the window lies in a block not shown yet. */
 int64_t ap_window_new_block(const ap_conn *conn);
-/* Makes the first n unread bytes lie in one block, without the mutex at times.
+/* Moves the first n unread bytes into one block, at times without the mutex.
  * 0; -ENOMEM; AP_CLOSED_MEANWHILE. */
 AP_MUST_CHECK int ap_window_join(ap_conn *conn, size_t n);
 

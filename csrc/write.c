@@ -1,4 +1,4 @@
-/* Writing for the loop: sending, waiting until that is done, giving it up, a FIN. */
+/* The loop's write calls: sending, waiting for completion, giving up, a FIN. */
 #include "anypoll.h"
 
 #include "clock.h"
@@ -35,7 +35,7 @@ static int drain_locked(ap_conn *conn, int64_t deadline)
         ap_count(&conn->slot.poller->timeouts, 1);
         return AP_ELATE;
     }
-    /* another task may wait already: the first deadline of all comes first */
+    /* another task may already wait: the earliest of all deadlines counts */
     if (!conn->drain_armed || !conn->drain_deadline ||
         (deadline && deadline < conn->drain_deadline))
         conn->drain_deadline = deadline;

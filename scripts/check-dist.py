@@ -1,4 +1,4 @@
-"""Checks what `make test-dist` built: the wheel's and the sdist's contents, and that it imports.
+"""A check of the sdist and wheel that `make test-dist` built: their contents, and an import.
 
 usage: check-dist.py DIST SITE
 

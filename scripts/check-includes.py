@@ -1,4 +1,4 @@
-"""Fails unless the files of csrc/ include each other as docs/internals/README.md says.
+"""An include-layer linter: csrc/ files include each other only as docs/internals/README.md allows.
 
 usage: check-includes.py
 

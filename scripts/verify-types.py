@@ -1,4 +1,4 @@
-"""Fails unless every public name of the installed package has a complete type.
+"""A type-completeness check: fails unless every public name of the installed package is typed.
 
 usage: verify-types.py SITE
 """

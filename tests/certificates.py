@@ -1,4 +1,4 @@
-"""An authority of the tests' own, and TLS contexts that trust it, or that it has certified."""
+"""A test certificate authority, and TLS contexts that trust it or are certified by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tests share: the event loops they run on, and where the foreign programs are."""
+"""Shared pytest configuration: the event loops, and where the foreign programs are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOOPS = ("asyncio", "uvloop", "trio")
+Main = Callable[[], Awaitable[Any]]
 
 # Python programs that tests start show the stacks of their threads when they are killed by SIGABRT,
 # which is what programs.py does to one that does not end.
@@ -59,6 +60,13 @@ else:
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """One run of the test on each loop: `pytestmark = pytest.mark.anyio` in the module."""
     return request.param
+
+
+@pytest.fixture
+def run(anyio_backend: tuple[str, dict[str, Any]]) -> Callable[[Main], Any]:
+    """Runs a main function on an event loop of its own, which ends with it."""
+    backend, options = anyio_backend
+    return lambda main: anyio.run(main, backend=backend, backend_options=options)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""The code blocks of the texts, and how they are run.
+"""A runner for the code blocks in the documentation.
 
 A Python block that starts an event loop itself is a whole program. All others under one heading are
 one program in pieces: they may `await`, and have `conn` and `peer`, the two ends of a new TCP

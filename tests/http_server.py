@@ -1,5 +1,7 @@
-"""A real HTTP server in a process of its own, and the program that this is: hypercorn with an
-application that answers as the tests of clients need it.
+"""A real HTTP server as a subprocess, for tests of HTTP clients.
+
+It is also the program that runs in that process: hypercorn, with an application that answers as
+those tests need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a test may leave behind: nothing. A snapshot before it, and what has grown since."""
+"""A leak detector: a snapshot before each test, and what has grown since. Nothing may remain."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
-def _native_threads() -> int:
+def native_threads() -> set[int]:
     """Threads that Python does not know of: the pollers', and those of libraries."""
     python = {thread.native_id for thread in threading.enumerate()}
-    count = 0
+    found = set()
     for number in os.listdir("/proc/self/task"):
         try:
             with open(f"/proc/self/task/{number}/comm") as comm:
                 name = comm.read()
         except OSError:  # it has ended
             continue
-        count += int(number) not in python and not name.startswith(_OTHERS_THREADS)
-    return count
+        if int(number) not in python and not name.startswith(_OTHERS_THREADS):
+            found.add(int(number))
+    return found
 
 
 def _python_threads() -> set[threading.Thread]:
@@ -69,7 +70,7 @@ class Snapshot:
             gauges={name: sum(getattr(s, name) for s in statistics) for name in _GAUGES},
             hubs=len(_runtime._hubs),
             descriptors=_descriptors(),
-            native_threads=_native_threads(),
+            native_threads=len(native_threads()),
             python_threads=_python_threads(),
         )
 

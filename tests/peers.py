@@ -1,4 +1,4 @@
-"""Connections with a plain socket at their other end, so that a test decides on every segment."""
+"""Connections to a plain socket, so that a test controls every segment."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import anyio
 import pytest
 
 import anypoll
+from anypoll._connection.stream import open_socket
 from anypoll._loop import runtime as _runtime
 
 T = TypeVar("T")
@@ -96,6 +97,32 @@ async def given_up(
         group.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def blocked(
+    call: Callable[[], Awaitable[Any]], *, cancel: bool = False
+) -> AsyncIterator[list[Any]]:
+    """Runs the call in a task. The block begins when that waits, and behind it the task has ended;
+    the list gets its result or exception. With ``cancel``, it is given up at the end of the block.
+    """
+    outcome: list[Any] = []
+
+    async def run() -> None:
+        try:
+            outcome.append(await call())
+        except Exception as exc:  # noqa: BLE001 -- the test looks at it
+            outcome.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await settle()
+        assert outcome == []
+        yield outcome
+        if cancel:
+            group.cancel_scope.cancel()
+        else:
+            await holds(lambda: outcome)
+
+
 def at_once(awaitable: Awaitable[T]) -> T:
     """What the coroutine returns, or raises, without suspending its task."""
     assert inspect.iscoroutine(awaitable)
@@ -119,9 +146,11 @@ def suspends(awaitable: Awaitable[Any]) -> bool:
 
 
 def socket_pair(kind: str) -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets, "tcp" or "unix"."""
-    if kind == "unix":
-        return socket.socketpair()
+    """Two connected sockets: "tcp", "unix", or "messages" (UNIX sockets that keep them apart)."""
+    if kind != "tcp":
+        return socket.socketpair(
+            type=socket.SOCK_SEQPACKET if kind == "messages" else socket.SOCK_STREAM
+        )
     with socket.create_server(("127.0.0.1", 0)) as listening:
         first = socket.create_connection(listening.getsockname())
         second, _ = listening.accept()
@@ -135,9 +164,10 @@ async def opened(
 ) -> AsyncIterator[tuple[anypoll.Connection, socket.socket]]:
     """A connection, and the non-blocking socket at its other end."""
     ours, peer = socket_pair(kind)
+    ours.setblocking(False)
     peer.setblocking(False)
     with peer:
-        async with await anypoll.Connection.from_socket(ours) as conn:
+        async with open_socket(ours) as conn:
             yield conn, peer
 
 

@@ -1,5 +1,6 @@
-"""Programs that a test runs to their end. One that does not end says where it stands: a hang that
-shows up once in a thousand runs must explain itself, for nobody will see it again.
+"""A runner for subprocesses: one that does not end dumps its stacks.
+
+A hang that shows up once in a thousand runs must explain itself, for nobody will see it again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +24,21 @@ PATIENCE = 240
 _PATIENCE_WITH_TOOLS = 30
 
 Process = subprocess.Popen[str]
+
+LOOPS = ["asyncio", "uvloop", "trio"]
+#: The beginning of a program that is given the name of one of these.
+ON_LOOP = """
+import sys
+import anyio
+
+def run(function, *args):
+    options = {}
+    if sys.argv[1] == "uvloop":
+        import uvloop
+        options["loop_factory"] = uvloop.new_event_loop
+    backend = "trio" if sys.argv[1] == "trio" else "asyncio"
+    return anyio.run(function, *args, backend=backend, backend_options=options)
+"""
 
 
 def run_to_end(
@@ -55,6 +73,19 @@ def output_at_end(
         process.kill()
         process.wait()
         raise
+
+
+def python(code: str, loop: str = "") -> str:
+    """What a program in Python prints; it must end well and say nothing else.
+
+    :param loop: what its `run()` runs functions on
+    """
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    code = ON_LOOP + code if loop else textwrap.dedent(code)
+    done = run_to_end([sys.executable, "-W", "error", "-c", code, loop])
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
 
 
 @contextlib.contextmanager

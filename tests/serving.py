@@ -1,20 +1,47 @@
-"""What tests of servers share: their clients, and an account of everything that is logged."""
+"""Shared helpers for server tests: handlers, clients, faults, and a record of the log."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+import anyio
 import pytest
+from anyio import EndOfStream
+from peers import holds, pollers_have_looked, read_all, read_to_end, send_all, within
 
 import anypoll
-from anypoll import _epoll
+from anypoll import Connection, _epoll
 
 HOST = "127.0.0.1"
+MODES = ["handler", "on_request"]
+FOR_EVER = 1e6
 local = functools.partial(anypoll.serve, host=HOST, port=0)
+
+
+async def once(conn: Connection) -> None:
+    await conn.send(await conn.receive())
+
+
+async def echo(conn: Connection) -> None:
+    with suppress(EndOfStream):
+        while True:
+            await once(conn)
+
+
+async def stubborn(_conn: Connection) -> None:
+    """Ends only if it is cancelled."""
+    await anyio.sleep_forever()
+
+
+def echoing(mode: str) -> dict[str, Any]:
+    """The same service in both modes, as an argument of ``serve()``."""
+    return {mode: {"handler": echo, "on_request": once}[mode]}
 
 
 def connected(server: anypoll.Server) -> socket.socket:
@@ -38,6 +65,26 @@ async def client(server: anypoll.Server) -> AsyncIterator[socket.socket]:
         yield sock
 
 
+async def is_served(sock: socket.socket, data: bytes = b"x") -> None:
+    """By one who echoes."""
+    await send_all(sock, data)
+    assert await within(read_all(sock, len(data))) == data
+
+
+async def turned_away(sock: socket.socket) -> bool:
+    """Closed without a word; by a reset if there was unread input."""
+    with suppress(ConnectionResetError):
+        return await within(read_to_end(sock)) == b""
+    return True
+
+
+async def ends(server: anypoll.Server, **reasons: int) -> None:
+    """Until so many connections have ended, for these reasons."""
+    await holds(lambda: sum(server.statistics().closed.values()) == sum(reasons.values()))
+    assert dict(server.statistics().closed) == reasons
+    assert server.connections == ()
+
+
 def gone(conn: anypoll.Connection) -> bool:
     """Whether it is known that the peer has ended its side, or reset the connection."""
     return bool(_epoll.conn_status(conn._core.handle) & _epoll.IS_GONE)
@@ -59,3 +106,21 @@ def errors(log: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     found = [r for r in log.records if r.name.startswith("anypoll") and r.levelno > logging.DEBUG]
     log.clear()
     return found
+
+
+@pytest.fixture(name="fault")
+def faults_are_undone() -> Iterator[Callable[..., None]]:
+    """`set_fault`, undone after the test."""
+    yield _epoll.set_fault
+    _epoll.clear_faults()
+
+
+@pytest.fixture(name="deaf")
+def no_event_comes(fault: Callable[..., None]) -> Callable[[], Awaitable[None]]:
+    """Makes the pollers deaf until the faults are cleared: only the loop learns anything."""
+
+    async def deafen() -> None:
+        fault("EPOLL_WAIT", errno.EINTR, times=-1)
+        await pollers_have_looked()
+
+    return deafen

@@ -1,5 +1,7 @@
-"""Minutes of churn on each event loop: connects, half-closes, resets, cancellations, timeouts,
-shutdowns, forks, hostile peers; every byte is compared, and at the end nothing is left.
+"""The soak test: minutes of churn on each event loop, with every byte verified.
+
+Connects, half-closes, resets, cancellations, timeouts, shutdowns, forks and hostile peers; at the
+end nothing is left behind.
 
     python tests/soak.py --seconds 180 --seed 1 [--loop trio] [--only echo,fork]
 

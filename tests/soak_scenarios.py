@@ -1,4 +1,4 @@
-"""What `soak.py` does over and over: one function for each kind of client, well-behaved or hostile.
+"""The soak test's scenarios: one function per kind of client, well-behaved or hostile.
 
 A scenario is `async def name(soak, rng)`, registered with its weight. All its decisions come from
 `rng`, and what it raises is a failure. It talks to the server behind `soak.port`, whose handler is

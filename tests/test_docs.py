@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +34,7 @@ from doc_blocks import (
     run_pieces,
     same_output,
 )
+from programs import output_at_end
 
 import anypoll
 import anypoll.integrations.httpcore
@@ -113,14 +115,9 @@ def test_programs_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real_run, (backend, options) = anyio.run, anyio_backend
-
-    def run(function: Any, *args: Any) -> Any:
-        return real_run(function, *args, backend=backend, backend_options=options)
-
-    monkeypatch.setattr(anyio, "run", run)
-    _run_whole(program, monkeypatch)
-    _check_output(program, capsys.readouterr().out)
+    backend, options = anyio_backend
+    monkeypatch.setattr(anyio, "run", partial(anyio.run, backend=backend, backend_options=options))
+    test_programs_with_a_loop_run(program, monkeypatch, capsys)
 
 
 def _run_whole(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +176,10 @@ def test_programs_that_fork_run(program: Program, tmp_path: Path) -> None:
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
-            port = int(re.findall(r"\d+", line)[-1])
-            anyio.run(_try_echo, port)
+            anyio.run(_try_echo, int(re.findall(r"\d+", line)[-1]))
             process.send_signal(signal.SIGTERM)
-            rest = process.stdout.read()
-            assert process.wait(30) == 0
+            rest, _ = output_at_end(process)
+            assert process.returncode == 0
         finally:
             process.kill()
     _check_output(program, line + rest)

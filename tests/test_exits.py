@@ -176,6 +176,11 @@ AWAITED: list[Place] = [
 ]
 
 
+#: asyncio lets no task that nobody waits for end it by a `Stop`.
+CASES = [(place, end) for place in UNAWAITED for end in (SystemExit(3), KeyboardInterrupt())]
+CASES += [(place, end) for place in AWAITED for end in (SystemExit(3), Stop())]
+
+
 def leaves(exc: BaseException) -> list[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
         return [leaf for one in exc.exceptions for leaf in leaves(one)]
@@ -188,16 +193,13 @@ def named(value: Any) -> str:
 
 # asyncio.run() cancels tasks that have not begun, such as the end that follows upon on_prepare.
 @pytest.mark.filterwarnings("ignore:coroutine 'Lifecycle._end' was never awaited")
-@pytest.mark.parametrize("place", [*UNAWAITED, *AWAITED], ids=named)
-@pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), Stop()], ids=named)
+@pytest.mark.parametrize(("place", "end"), CASES, ids=named)
 def test_it_ends(
     place: Place,
     end: BaseException,
     anyio_backend: tuple[str, dict[str, Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if isinstance(end, Stop if place in UNAWAITED else KeyboardInterrupt):
-        pytest.skip("asyncio lets no task end it so" if place in UNAWAITED else "as SystemExit")
     name, options = anyio_backend
 
     def leave(*_: object) -> None:

@@ -5,19 +5,30 @@ goes on. csrc/faults.c has the seam, tests/c/test_faults.c the same without Pyth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-import sys
-import textwrap
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
 import pytest
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, IncompleteRead
-from peers import KIB, pattern
-from programs import run_to_end
+from anyio.abc import SocketAttribute
+from peers import (
+    KIB,
+    MIB,
+    holds,
+    opened,
+    pattern,
+    read_all,
+    send_all,
+    settle,
+    socket_pair,
+    within,
+)
+from programs import LOOPS, python
 
 import anypoll
 from anypoll import _epoll
@@ -43,6 +54,11 @@ SITES: dict[str, tuple[int, ...]] = {
 }
 
 LINE = b"\r\n-- behind this line --\r\n"
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(autouse=True)
@@ -118,17 +134,11 @@ async def outcome(step: Callable[[], Awaitable[None]]) -> None:
             pytest.fail(f"{exc!r} does not say what has happened")
 
 
-@asynccontextmanager
-async def serving() -> AsyncIterator[anypoll.Server]:
-    async with anypoll.serve(mirror, host="127.0.0.1", port=0, shutdown_timeout=5) as server:
-        yield server
+def serving() -> anypoll.serve:
+    return anypoll.serve(mirror, host="127.0.0.1", port=0, shutdown_timeout=5)
 
 
-async def run(server: anypoll.Server) -> None:
-    """With the fault that is set; then without one."""
-    await outcome(lambda: exchange(server))
-    await outcome(pass_descriptors)
-    _epoll.clear_faults()
+async def all_goes_well(server: anypoll.Server) -> None:
     with anyio.fail_after(30):
         await exchange(server)
         await pass_descriptors()
@@ -144,7 +154,8 @@ async def test_each_call_fails(call: str) -> None:
                 await outcome(lambda: exchange(server))
                 await outcome(pass_descriptors)
                 reached += _epoll.fault_hits(call)
-                await run(server)
+                _epoll.clear_faults()
+                await all_goes_well(server)
     anypoll._loop.runtime.nudge()
     if call not in {"SOCKOPT", "UNMAP", "MAP", "ALLOC"}:  # rare, or satisfied from a cache
         assert reached > 0
@@ -155,9 +166,7 @@ async def test_storms_of_interruptions(call: str) -> None:
     """L21."""
     async with serving() as server:
         _epoll.set_fault(call, errno.EINTR, times=1000)
-        with anyio.fail_after(30):
-            await exchange(server)
-            await pass_descriptors()
+        await all_goes_well(server)
         _epoll.clear_faults()
 
 
@@ -167,9 +176,7 @@ async def test_short_transfers(call: str, limit: int) -> None:
     async with serving() as server:
         for skip in (0, 3):
             _epoll.set_fault(call, limit=limit, skip=skip, times=1000)
-            with anyio.fail_after(30):
-                await exchange(server)
-                await pass_descriptors()
+            await all_goes_well(server)
             _epoll.clear_faults()
 
 
@@ -185,9 +192,7 @@ async def test_no_memory_at_each_allocation(call: str, times: int) -> None:
                 if times > 0:  # else it would wait to be accepted until there is memory
                     await outcome(lambda: exchange(server))
                 _epoll.clear_faults()
-                with anyio.fail_after(30):
-                    await exchange(server)
-                    await pass_descriptors()
+                await all_goes_well(server)
 
         _epoll.set_fault(call, errno.ENOMEM, skip=skip, times=times)
         await outcome(whole)
@@ -197,6 +202,185 @@ async def test_no_memory_at_each_allocation(call: str, times: int) -> None:
             break
     else:
         pytest.fail("there is no end to it")
+
+
+# --- what becomes of a fault ---------------------------------------------------------------------
+
+
+async def test_reads_that_find_nothing(kind: str) -> None:
+    """O17. As when somebody else has read the socket: the next event finds the bytes."""
+    async with opened(kind) as (conn, peer):
+        _epoll.set_fault("READ", errno.EAGAIN, times=3)
+        sent = bytearray()
+        while _epoll.fault_hits("READ") < 3:
+            sent.append(len(sent) % 256)
+            await send_all(peer, sent[-1:])
+            await anyio.sleep(0.001)
+        await send_all(peer, b"the next event")
+        assert await within(conn.next(len(sent) + 14)) == sent + b"the next event"
+
+
+async def test_writes_that_find_no_room(kind: str) -> None:
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+        _epoll.set_fault("WRITE", errno.EAGAIN, times=1)
+        data = pattern(300 * KIB)
+        group.start_soon(within, conn.send(data))
+        await settle()
+        await send_all(peer, b"an event, which says that there is room too")
+        assert await read_all(peer, len(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [(errno.ECONNRESET, ConnectionResetError), (errno.ETIMEDOUT, TimeoutError)],
+)
+async def test_a_failing_read_breaks_the_connection(
+    kind: str, code: int, cause: type[OSError]
+) -> None:
+    """A time-out of the kernel's is not the read timeout."""
+    async with opened(kind) as (conn, peer):
+        conn.read_timeout = 30
+        await send_all(peer, b"before")
+        assert await conn.next(6) == b"before"
+        _epoll.set_fault("READ", code)
+        await send_all(peer, b"lost")
+        for _ in range(2):
+            with pytest.raises(BrokenResourceError) as caught:
+                await within(conn.receive())
+            assert isinstance(caught.value.__cause__, cause)
+        assert not conn.is_active
+
+
+@pytest.mark.parametrize("code", [errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT])
+async def test_a_failing_write_breaks_the_connection(kind: str, code: int) -> None:
+    async with opened(kind) as (conn, peer):
+        await send_all(peer, b"before")
+        await holds(lambda: len(conn.reader) == 6)
+        _epoll.set_fault("WRITE", code)
+        with pytest.raises(BrokenResourceError) as caught:
+            await within(conn.send(b"x"))
+        cause = caught.value.__cause__
+        assert isinstance(cause, OSError)
+        assert cause.errno == code
+        assert not conn.is_active
+        with pytest.raises(BrokenResourceError):
+            await conn.send(b"x")
+        assert await conn.receive() == b"before"
+
+
+async def test_a_poller_that_fails_to_write_tells_who_waits(kind: str) -> None:
+    """The first part goes out from the task, the rest fails in the poller."""
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+        errors: list[BaseException] = []
+
+        async def send() -> None:
+            try:
+                await conn.send(bytes(8 * MIB))
+            except BrokenResourceError as exc:
+                errors.append(exc)
+
+        group.start_soon(send)
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
+        _epoll.set_fault("WRITE", errno.ECONNRESET)
+        while not errors:
+            with contextlib.suppress(BlockingIOError):
+                peer.recv(256 * KIB)
+            await anyio.sleep(0.001)
+        assert isinstance(errors[0].__cause__, ConnectionResetError)
+
+
+async def test_what_cannot_be_opened() -> None:
+    """A descriptor that was given is closed; the first connection of a loop makes its hub."""
+
+    async def adopt() -> None:
+        first, second = socket_pair("unix")
+        with second:
+            try:
+                await anypoll.Connection.from_socket(first)
+            finally:
+                assert first.fileno() == -1
+                assert second.recv(1) == b""
+
+    async def listen() -> None:
+        await anypoll.create_tcp_listener(local_host="127.0.0.1")
+
+    async def pair() -> None:
+        anypoll.socketpair()
+
+    for step, call, code, skip in (
+        (pair, "EVENTFD", errno.EMFILE, 0),
+        (pair, "ALLOC", errno.ENOMEM, 0),
+        (pair, "EPOLL_CTL", errno.ENOSPC, 1),
+        (adopt, "EPOLL_CTL", errno.ENOSPC, 0),
+        (listen, "EPOLL_CTL", errno.ENOSPC, 0),
+        (listen, "ALLOC", errno.ENOMEM, 0),
+    ):
+        _epoll.set_fault(call, code, skip=skip)
+        with pytest.raises(OSError, match=r"\w") as caught:
+            await within(step())
+        assert caught.value.errno == code, (step, call)
+    await pass_descriptors()
+
+
+@pytest.mark.parametrize(
+    ("codes", "lines"),
+    [
+        ([errno.EINTR, errno.ECONNABORTED, errno.EPERM, errno.ECONNRESET], 0),
+        ([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], 1),
+    ],
+    ids=["one connection", "no resources"],
+)
+async def test_accepting_goes_on(
+    codes: list[int], lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """O5. For lack of resources it pauses, and says so once, however many pauses it takes."""
+    async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
+        [listener] = multi.listeners
+        address = listener.extra(SocketAttribute.local_address)
+        for code in codes:
+            _epoll.set_fault("ACCEPT", code, times=2)
+            with socket.create_connection(address):
+                async with await within(listener.accept()):
+                    pass
+            said = [(r.name, r.levelno) for r in caplog.records]
+            assert said == [("anypoll.server", logging.WARNING)] * lines, code
+            caplog.clear()
+
+
+async def test_an_accept_that_fails_for_good() -> None:
+    """The error of one call; the next one tries again."""
+    async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
+        [listener] = multi.listeners
+        _epoll.set_fault("ACCEPT", errno.EINVAL)
+        with socket.create_connection(listener.extra(SocketAttribute.local_address)):
+            with pytest.raises(BrokenResourceError) as caught:
+                await within(listener.accept())
+            assert isinstance(caught.value.__cause__, OSError)
+            async with await within(listener.accept()):
+                pass
+
+
+async def test_no_memory_for_input(kind: str) -> None:
+    """What cannot be stored is not lost silently: the connection ends."""
+    data, got = pattern(200 * KIB), bytearray()
+    async with opened(kind) as (conn, peer), anyio.create_task_group() as group:
+
+        async def send() -> None:
+            with contextlib.suppress(OSError):
+                await send_all(peer, data)
+
+        async def receive() -> None:
+            while True:
+                got.extend(await conn.receive())
+
+        _epoll.set_fault("ALLOC", 1, times=-1)
+        _epoll.set_fault("MAP", 1, times=-1)
+        group.start_soon(send)
+        with pytest.raises((MemoryError, BrokenResourceError)):
+            await within(receive())
+        group.cancel_scope.cancel()
+        assert data.startswith(got)
+        _epoll.clear_faults()
 
 
 async def test_a_listener_of_a_server_that_fails_for_good(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,17 +399,9 @@ async def test_a_listener_of_a_server_that_fails_for_good(caplog: pytest.LogCapt
 # --- in processes of their own, where the pollers do not run yet ----------------------------------
 
 
-def run_program(program: str, backend: str) -> list[str]:
-    """Its lines; it must end well and complain of nothing."""
-    done = run_to_end([sys.executable, "-W", "error", "-c", textwrap.dedent(program), backend])
-    assert done.stderr == ""
-    assert done.returncode == 0
-    return done.stdout.splitlines()
-
-
 POOL = """
-import os, sys, threading, time
-import anyio, anypoll
+import os, threading, time
+import anypoll
 from anypoll import _epoll
 
 def threads_are(number):
@@ -261,26 +437,20 @@ async def main():
         await a.send(b"at last")
         print(await b.receive())
 
-anyio.run(main, backend=sys.argv[1])
+run(main)
 """
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_pool_of_several_that_cannot_be_started(backend: str) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_pool_of_several_that_cannot_be_started(loop: str) -> None:
     """L26. Those that run already end with it."""
-    assert run_program(POOL, backend) == ["b'at last'"]
+    assert python(POOL, loop) == "b'at last'\n"
 
 
 LIMITS = """
-import logging, os, resource, signal, socket, sys
-import anyio, anypoll
-from anyio import BrokenResourceError, EndOfStream
+import logging, os, resource, signal
+import anypoll
 
-backend = sys.argv[1]
-options = {}
-if backend == "uvloop":
-    import uvloop
-    backend, options = "asyncio", {"loop_factory": uvloop.new_event_loop}
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 HOST = "127.0.0.1"
 
@@ -368,7 +538,7 @@ async def main(more):
 def child(more):
     logging.getLogger("anypoll").addHandler(Paused())
     signal.alarm(60)
-    anyio.run(main, more, backend=backend, backend_options=options)
+    run(main, more)
 
 for more in range(12):
     sys.stdout.flush()
@@ -389,11 +559,9 @@ print("whole")
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
-def test_few_descriptors_at_each_step(backend: str) -> None:
-    """RLIMIT_NOFILE leaves 0, 1, 2, ... descriptors for each step; the pool, the hub, sockets,
+@pytest.mark.parametrize("loop", LOOPS)
+def test_few_descriptors_at_each_step(loop: str) -> None:
+    """L26: RLIMIT_NOFILE leaves 0, 1, 2, ... descriptors for each step; the pool, the hub, sockets,
     listeners, accepted connections and received descriptors all meet the limit.
     """
-    if backend == "uvloop":
-        pytest.importorskip("uvloop")
-    assert run_program(LIMITS, backend) == ["whole"]
+    assert python(LIMITS, loop) == "whole\n"

@@ -5,6 +5,7 @@ server, and stream by stream against a peer of which each segment is decided her
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -23,37 +24,22 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSListener, TLSStream
 from certificates import certificate, client_context, server_context
 from http_server import HTTPServer, bytes_of, serving
-from peers import (
-    MIB,
-    arrive,
-    holds,
-    opened,
-    pattern,
-    read_all,
-    reset,
-    send_all,
-    within,
-)
+from peers import MIB, arrive, holds, opened, pattern, read_all, reset, send_all, within
 from programs import run_to_end
 
 import anypoll
+from anypoll.integrations import httpcore as module
 from anypoll.integrations.httpcore import AnypollBackend, AnypollStream
 
 pytestmark = pytest.mark.anyio
 
 LIBRARIES = ["httpcore", "httpcore2"]
-TRANSPORTS = ["tcp", "unix", "tls"]
 
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> Any:
     """Each of the forks; `httpcore2` needs CPython 3.11."""
     return pytest.importorskip(request.param)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +93,7 @@ class Client:
     def __init__(
         self, library: Any, server: HTTPServer, transport: str = "tcp", **options: Any
     ) -> None:
+        self.library = library
         self.base = f"http://127.0.0.1:{server.port}/"
         if transport == "tls":
             self.base = f"https://127.0.0.1:{server.tls_port}/"
@@ -130,6 +117,13 @@ class Client:
 
     def stream(self, path: str, **options: Any) -> Any:
         return self.pool.stream("GET", self.base + path, **options)
+
+
+@pytest.fixture(params=["httpcore-tcp", "httpcore2-unix", "httpcore-tls", "httpcore2-tls"])
+def client_of(request: pytest.FixtureRequest) -> Callable[..., Client]:
+    """Makes clients of a server. Each transport, and each library."""
+    name, _, transport = request.param.partition("-")
+    return functools.partial(Client, pytest.importorskip(name), transport=transport)
 
 
 class Body:
@@ -160,21 +154,21 @@ def timeouts(**seconds: float) -> dict[str, Any]:
 # --- a pool and a real server --------------------------------------------------------------------
 
 
-async def test_a_kept_connection_is_used_again(
-    library: Any, server: HTTPServer, transport: str
-) -> None:
-    async with Client(library, server, transport) as client:
+async def test_a_kept_connection_is_used_again(client_of: Any, server: HTTPServer) -> None:
+    async with client_of(server) as client:
         responses = [await client.get("hello") for _ in range(5)]
         assert {response.content for response in responses} == {b"hello"}
         assert len({stream_of(response) for response in responses}) == 1
         [connection] = client.pool.connections
         assert connection.is_idle()
+        last = await client.get("last")  # the server ends it
+        assert last.content == b"last"
+        assert client.pool.connections == []
+        assert stream_of(await client.get("hello")) is not stream_of(last)
     assert stream_of(responses[0]).get_extra_info("is_readable")  # closed with the pool
 
 
-async def test_concurrent_requests_share_the_pool(
-    library: Any, server: HTTPServer, transport: str
-) -> None:
+async def test_concurrent_requests_share_the_pool(client_of: Any, server: HTTPServer) -> None:
     used = set()
 
     async def fetch(client: Client, n: int) -> None:
@@ -182,31 +176,20 @@ async def test_concurrent_requests_share_the_pool(
         assert response.content == str(n).encode()
         used.add(stream_of(response))
 
-    async with Client(library, server, transport, max_connections=3) as client:
+    async with client_of(server, max_connections=3) as client:
         async with anyio.create_task_group() as tasks:
             for n in range(20):
                 tasks.start_soon(fetch, client, n)
         assert len(client.pool.connections) == len(used) <= 3
 
 
-async def test_a_connection_that_the_server_ends_is_not_kept(
-    library: Any, server: HTTPServer, transport: str
-) -> None:
-    async with Client(library, server, transport) as client:
-        first = await client.get("last")
-        assert first.content == b"last"
-        assert client.pool.connections == []
-        second = await client.get("hello")
-        assert stream_of(second) is not stream_of(first)
-
-
 async def test_idle_connections_that_the_server_has_closed_are_replaced(
-    library: Any, transport: str, tmp_path: Path
+    client_of: Any, tmp_path: Path
 ) -> None:
     """Without the answer to "is_readable" the second request would fail, time and again."""
     async with (
         hasty_server(tmp_path) as (server, close),
-        Client(library, server, transport) as client,
+        client_of(server) as client,
     ):
         streams = []
         for _ in range(3):
@@ -220,31 +203,25 @@ async def test_idle_connections_that_the_server_has_closed_are_replaced(
         assert len(client.pool.connections) == 1
 
 
-async def test_big_bodies(library: Any, server: HTTPServer, transport: str) -> None:
+async def test_bodies(client_of: Any, server: HTTPServer) -> None:
+    """Big ones, and such that are streamed, in both directions."""
     size = 5 * MIB + 321
     upload = pattern(size)
-    async with Client(library, server, transport) as client:
+    pieces = [bytes([n]) * 1000 for n in range(100)]
+    async with client_of(server) as client:
         response = await client.get(f"bytes/{size}")
         assert response.content == bytes_of(size)
         response = await client.post("hash", upload)
         assert response.content.decode() == hashlib.sha256(upload).hexdigest()
-        assert len(client.pool.connections) == 1
-
-
-async def test_a_response_is_streamed(library: Any, server: HTTPServer, transport: str) -> None:
-    async with Client(library, server, transport) as client, client.stream("drip") as response:
-        pieces = response.aiter_stream()
-        assert await within(anext(pieces)) == b"first"
-        assert (await client.get("release")).content == b"hello"
-        assert await within(anext(pieces)) == b"second"
-        assert [piece async for piece in pieces] == []
-
-
-async def test_a_request_is_streamed(library: Any, server: HTTPServer, transport: str) -> None:
-    pieces = [bytes([n]) * 1000 for n in range(100)]
-    async with Client(library, server, transport) as client:
         response = await client.post("echo", Body(pieces))
         assert response.content == b"".join(pieces)
+        assert len(client.pool.connections) == 1
+        async with client.stream("drip") as response:
+            stream = response.aiter_stream()
+            assert await within(anext(stream)) == b"first"
+            assert (await client.get("release")).content == b"hello"
+            assert await within(anext(stream)) == b"second"
+            assert [piece async for piece in stream] == []
 
 
 async def test_http2(library: Any, server: HTTPServer) -> None:
@@ -268,40 +245,32 @@ async def test_http2(library: Any, server: HTTPServer) -> None:
 
 
 @contextlib.contextmanager
-def full_backlog() -> Iterator[int]:
-    """The port of a listener that accepts nobody and has no place left."""
+def full_backlog(path: Path | None = None) -> Iterator[Any]:
+    """The address of a listener that accepts nobody and has no place left."""
+    family = socket.AF_INET if path is None else socket.AF_UNIX
     with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        listening = stack.enter_context(socket.socket(family))
+        listening.bind(("127.0.0.1", 0) if path is None else str(path))
+        listening.listen(0)
         for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
+            waiting = stack.enter_context(socket.socket(family))
             waiting.setblocking(False)
             waiting.connect_ex(listening.getsockname())
-        yield listening.getsockname()[1]
-
-
-@contextlib.contextmanager
-def full_unix_backlog(path: Path) -> Iterator[str]:
-    with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listening.bind(str(path))
-        listening.listen(0)
-        waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-        waiting.connect(str(path))
-        yield str(path)
+        yield listening.getsockname()
 
 
 async def test_connect_timeout(library: Any, tmp_path: Path) -> None:
     backend = AnypollBackend()
-    with full_backlog() as port:
+    with full_backlog() as (host, port):
         with pytest.raises(library.ConnectTimeout) as caught:
-            await backend.connect_tcp("127.0.0.1", port, timeout=0.02)
+            await backend.connect_tcp(host, port, timeout=0.02)
         assert isinstance(caught.value.__cause__, anypoll.ConnectTimeout)
         with pytest.raises(library.ConnectTimeout):
             async with library.AsyncConnectionPool(network_backend=backend) as pool:
                 await pool.request(
                     "GET", f"http://127.0.0.1:{port}/", extensions=timeouts(connect=0.02)
                 )
-    with full_unix_backlog(tmp_path / "full") as path:
+    with full_backlog(tmp_path / "full") as path:
         with pytest.raises(library.ConnectTimeout) as caught:
             await backend.connect_unix_socket(path, timeout=0.02)
         assert isinstance(caught.value.__cause__, anypoll.ConnectTimeout)
@@ -328,19 +297,15 @@ async def test_a_handshake_that_does_not_come_times_out(library: Any) -> None:
         assert readable(stream)
 
 
-async def test_read_timeout(library: Any, server: HTTPServer, transport: str) -> None:
-    async with Client(library, server, transport) as client:
-        with pytest.raises(library.ReadTimeout, match=r"within 0\.05 s"):
-            await client.get("never", extensions=timeouts(read=0.05))
-        assert client.pool.connections == []
-        assert (await client.get("hello")).content == b"hello"
-
-
-async def test_write_timeout(library: Any, server: HTTPServer, transport: str) -> None:
-    async with Client(library, server, transport) as client:
-        with pytest.raises(library.WriteTimeout, match=r"within 0\.2 s"):
+@pytest.mark.parametrize("name", ["read", "write"])
+async def test_timeouts(client_of: Any, server: HTTPServer, name: str) -> None:
+    async with client_of(server) as client:
+        error = getattr(client.library, f"{name.title()}Timeout")
+        with pytest.raises(error, match=r"within 0\.1 s"):
             await client.post(
-                "never", Body(itertools.repeat(bytes(MIB))), extensions=timeouts(write=0.2)
+                "never",
+                Body(itertools.repeat(bytes(MIB)) if name == "write" else []),
+                extensions=timeouts(**{name: 0.1}),
             )
         assert client.pool.connections == []
         assert (await client.get("hello")).content == b"hello"
@@ -410,11 +375,11 @@ async def test_tls_with_a_server_that_has_none(library: Any, server: HTTPServer)
     assert isinstance(caught.value.__cause__, (ssl.SSLError, anyio.EndOfStream))
 
 
-@pytest.mark.parametrize("path", ["never", "drip", "bytes/50000000"])
+@pytest.mark.parametrize("path", ["never", "bytes/50000000"])
 async def test_a_request_that_is_cancelled_leaves_nothing(
-    library: Any, server: HTTPServer, transport: str, path: str
+    client_of: Any, server: HTTPServer, path: str
 ) -> None:
-    async with Client(library, server, transport) as client:
+    async with client_of(server) as client:
         for delay in (0, 0.002, 0.05):
             with anyio.move_on_after(delay) as scope:
                 async with client.stream(path) as response:
@@ -428,13 +393,6 @@ async def test_a_request_that_is_cancelled_leaves_nothing(
                     scope.cancel()
         assert scope.cancelled_caught
         assert client.pool.connections == []
-        assert (await client.get("hello")).content == b"hello"
-
-
-async def test_an_upload_that_is_cancelled_leaves_nothing(
-    library: Any, server: HTTPServer, transport: str
-) -> None:
-    async with Client(library, server, transport) as client:
         for delay in (0.002, 0.05):
             with anyio.move_on_after(delay):
                 await client.post("never", Body([bytes(20 * MIB)]))
@@ -445,7 +403,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing(
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_connecting_that_is_cancelled_leaves_nothing(library: Any, scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, full_backlog() as full:
-        port = silent.getsockname()[1] if scheme == "https" else full
+        _, port = silent.getsockname() if scheme == "https" else full
         async with library.AsyncConnectionPool(network_backend=AnypollBackend()) as pool:
             with anyio.move_on_after(0.05) as scope:
                 await pool.request("GET", f"{scheme}://127.0.0.1:{port}/")
@@ -473,16 +431,12 @@ async def test_httpx(httpx: Any, server: HTTPServer) -> None:
         for base in (f"http://127.0.0.1:{server.port}", f"https://127.0.0.1:{server.tls_port}"):
             responses = [await client.get(f"{base}/hello") for _ in range(3)]
             assert {response.text for response in responses} == {"hello"}
-            streams = {stream_of(response) for response in responses}
-            assert len(streams) == 1
-            assert isinstance(streams.pop(), AnypollStream)
+            [stream] = {stream_of(response) for response in responses}
+            assert isinstance(stream, AnypollStream)
             response = await client.post(f"{base}/echo", content=pattern(50_000))
             assert response.content == pattern(50_000)
-
-
-async def test_httpx_over_a_unix_socket(httpx: Any, server: HTTPServer) -> None:
-    transport = transport_of(httpx, uds=server.path)
-    async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+    unix = transport_of(httpx, uds=server.path)
+    async with httpx.AsyncClient(transport=unix, base_url="http://host") as client:
         assert (await client.get("/hello")).text == "hello"
 
 
@@ -502,21 +456,11 @@ async def test_httpx_gets_its_own_exceptions(httpx: Any, server: HTTPServer) -> 
             )
 
 
-async def test_httpx_replaces_connections_that_the_server_has_closed(
-    httpx: Any, tmp_path: Path
-) -> None:
-    async with (
-        hasty_server(tmp_path) as (server, close),
-        httpx.AsyncClient(transport=transport_of(httpx)) as client,
-    ):
-        for _ in range(3):
-            response = await client.get(f"http://127.0.0.1:{server.port}/hello")
-            assert response.text == "hello"
-            close()
-            await holds(lambda: stream_of(response).get_extra_info("is_readable"))  # noqa: B023
-
-
 # --- one stream ----------------------------------------------------------------------------------
+
+
+def end(peer: socket.socket, how: str) -> None:
+    peer.shutdown(socket.SHUT_WR) if how == "fin" else reset(peer)
 
 
 @contextlib.asynccontextmanager
@@ -549,20 +493,15 @@ async def test_is_readable_tells_of_unread_bytes(kind: str) -> None:
         assert not readable(stream)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-async def test_is_readable_tells_of_the_end(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "how"), [("tcp", "fin"), ("unix", "fin"), ("tcp", "reset")])
+async def test_is_readable_tells_of_the_end(kind: str, how: str) -> None:
     async with stream_and_peer(kind) as (stream, _, peer):
-        peer.shutdown(socket.SHUT_WR)
+        end(peer, how)
         await holds(lambda: readable(stream))
-        assert await stream.read(1) == b""
-        assert await stream.read(1) == b""
-        assert readable(stream)
-
-
-async def test_is_readable_tells_of_a_reset() -> None:
-    async with stream_and_peer() as (stream, _, peer):
-        reset(peer)
-        await holds(lambda: readable(stream))
+        if how == "fin":
+            assert await stream.read(1) == b""
+            assert await stream.read(1) == b""
+            assert readable(stream)
 
 
 async def test_is_readable_tells_of_the_own_close() -> None:
@@ -657,21 +596,6 @@ async def test_a_write_that_times_out_leaves_the_order(library: Any) -> None:
             tasks.start_soon(stream.write, b"next")
             received += await read_all(peer, len(data) + 4)
         assert bytes(received) == data + b"next"
-
-
-@pytest.mark.parametrize("timeout", [-1, float("nan")])
-async def test_nonsense_for_a_timeout(timeout: float, server: HTTPServer) -> None:
-    async with stream_and_peer() as (stream, _, peer):
-        for call in (stream.read(1, timeout), stream.write(b"x", timeout)):
-            with pytest.raises(ValueError, match="timeout must not be negative"):
-                await call
-        with pytest.raises(ValueError, match="max_bytes must be a positive integer"):
-            await stream.read(0)
-        await stream.write(b"y")
-        assert await read_all(peer, 1) == b"y"
-    backend = AnypollBackend()
-    with pytest.raises(ValueError, match="timeout must not be negative"):
-        await backend.connect_tcp("127.0.0.1", server.port, timeout=timeout)
 
 
 async def test_sleep() -> None:
@@ -776,17 +700,11 @@ async def test_tls_is_readable_tells_of_every_end(how: str) -> None:
         assert not readable(stream)
         if how == "end":
             await send_all(peer.peer, peer.records(end=True))
-        elif how == "fin":
-            peer.peer.shutdown(socket.SHUT_WR)
         else:
-            reset(peer.peer)
+            end(peer.peer, how)
         await holds(lambda: readable(stream))
-
-
-async def test_tls_end_without_a_closing_handshake_is_an_end() -> None:
-    async with tls_stream() as (stream, _, peer):
-        peer.peer.shutdown(socket.SHUT_WR)
-        assert await stream.read(100) == b""
+        if how != "reset":  # not only behind a closing handshake
+            assert await stream.read(100) == b""
 
 
 async def test_tls_errors(library: Any) -> None:
@@ -821,7 +739,13 @@ async def test_tls_read_that_times_out_loses_nothing(library: Any) -> None:
 
 
 async def test_tls_write_that_times_out_ends_the_session(library: Any) -> None:
-    async with tls_stream() as (stream, _, _):
+    async with tls_stream() as (stream, _, peer):
+        for timeout in (-1, float("nan")):  # which end nothing
+            for call in (stream.read(1, timeout), stream.write(b"x", timeout)):
+                with pytest.raises(ValueError, match="timeout must not be negative"):
+                    await call
+        await stream.write(b"y")
+        assert await peer.read(1) == b"y"
         with pytest.raises(library.WriteTimeout) as caught:
             await stream.write(bytes(8 * MIB), timeout=0.02)
         assert isinstance(caught.value.__cause__, TimeoutError)
@@ -846,24 +770,10 @@ async def test_timeouts_of_before_do_not_reach_into_the_session() -> None:
         assert (conn.read_timeout, conn.write_timeout) == (None, None)
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan")])
-async def test_tls_nonsense_for_a_timeout(timeout: float) -> None:
-    async with tls_stream() as (stream, _, peer):
-        for call in (stream.read(1, timeout), stream.write(b"x", timeout)):
-            with pytest.raises(ValueError, match="timeout must not be negative"):
-                await call
-        await stream.write(b"y")
-        assert await peer.read(1) == b"y"
-        assert not readable(stream)
-
-
 @pytest.mark.parametrize("how", ["fin", "reset"])
 async def test_a_peer_that_goes_in_the_handshake(library: Any, how: str) -> None:
     async with stream_and_peer() as (stream, conn, peer):
-        if how == "fin":
-            peer.shutdown(socket.SHUT_WR)
-        else:
-            reset(peer)
+        end(peer, how)
         with pytest.raises(library.ConnectError) as caught:
             await stream.start_tls(client_context(), "anypoll.test")
         assert caught.value.__cause__ is not None
@@ -950,26 +860,17 @@ def test_without_a_library_the_import_says_what_is_missing() -> None:
 
 
 def test_an_exception_is_that_of_every_library() -> None:
-    module = importlib.import_module("anypoll.integrations.httpcore")
-    found = [importlib.import_module(name) for name in LIBRARIES if module_exists(name)]
-    for name in ("ConnectError", "ReadError", "ReadTimeout", "WriteTimeout"):
-        for library in found:
-            assert issubclass(getattr(module, name), getattr(library, name))
-            assert issubclass(
-                getattr(module, name),
-                library.TimeoutException if name.endswith("Timeout") else library.NetworkError,
-            )
+    for library in (importlib.import_module(n) for n in LIBRARIES if importlib.util.find_spec(n)):
+        for name in ("ConnectError", "ReadError", "ReadTimeout", "WriteTimeout"):
+            ours = getattr(module, name)
+            above = library.TimeoutException if "Timeout" in name else library.NetworkError
+            assert issubclass(ours, getattr(library, name))
+            assert issubclass(ours, above)
 
 
 def test_what_is_public_is_complete() -> None:
-    module = importlib.import_module("anypoll.integrations.httpcore")
-    ours = {name for name in vars(module) if name.startswith("Anypoll")}
-    assert ours == set(module.__all__)
+    assert {name for name in vars(module) if name.startswith("Anypoll")} == set(module.__all__)
     for name in module.__all__:
         members = vars(getattr(module, name)).items()
         for member, thing in [(name, getattr(module, name)), *members]:
             assert member.startswith("_") or inspect.getdoc(thing)
-
-
-def module_exists(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from programs import output_at_end, run_to_end, running, stop
@@ -78,9 +81,7 @@ def plain(conn):
     pass
 """
 
-BACKENDS = ["asyncio", "uvloop", "trio"]
-
-Anypoll = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., "tuple[int, str, str]"]
 
 
 def connect(address: str) -> socket.socket:
@@ -92,11 +93,6 @@ def knock_until_refused(address: str) -> None:
     with contextlib.suppress(ConnectionError):  # refused; or reset, by a listener that closes
         while True:
             connect(address).close()
-
-
-def needs(backend: str) -> None:
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is missing")
 
 
 @pytest.fixture
@@ -111,26 +107,64 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def anypoll(anypoll_command: list[str], directory: Path) -> Anypoll:
-    """Runs the command in that directory to its end."""
+def called(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Calls the command's main function in that directory, to do what needs no serving: gives the
+    status and both outputs.
+    """
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    known = {*sys.modules}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_to_end([*anypoll_command, *arguments], cwd=directory)
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = _cli.main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    yield call
+    for name in {*sys.modules} - known:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def serving(anypoll_command: list[str], directory: Path) -> Callable[..., Any]:
+    """Runs the command in that directory: a context of the process, and of where it listens."""
+
+    def run(target: str, *options: str, cwd: Path = directory) -> Any:
+        return running([*anypoll_command, "serve", target, *options], cwd)
 
     return run
 
 
+@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is missing")
+    return request.param  # type: ignore[no-any-return]
+
+
+def asks(client: socket.socket, data: bytes = b"hello", answer: bytes | None = None) -> None:
+    client.sendall(data)
+    assert client.recv(100) == (data if answer is None else answer)
+
+
 # --- wrong calls ---------------------------------------------------------------------------------
+
+FORM = "is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"
+NO_MODULE = "ModuleNotFoundError: No module named"
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("arguments", "message"),
     [
-        ("targets", "'targets' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
-        ("targets.py", "'targets.py' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
-        (":echo", "':echo' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
-        ("targets:", "'targets:' is not of the form MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE"),
-        ("nosuch:echo", "cannot import 'nosuch': ModuleNotFoundError: No module named 'nosuch'"),
+        ("targets", f"'targets' {FORM}"),
+        ("targets.py", f"'targets.py' {FORM}"),
+        (":echo", f"':echo' {FORM}"),
+        ("targets:", f"'targets:' {FORM}"),
+        ("nosuch:echo", f"cannot import 'nosuch': {NO_MODULE} 'nosuch'"),
         ("no/such.py:echo", "there is no file 'no/such.py'"),
         ("targets.py:nosuch", "'targets.py' has no attribute 'nosuch'"),
         ("targets:nosuch", "'targets' has no attribute 'nosuch'"),
@@ -138,113 +172,100 @@ def anypoll(anypoll_command: list[str], directory: Path) -> Anypoll:
         ("targets:plain", "'plain' in 'targets' is not a coroutine function"),
         ("targets:Server", "'Server' in 'targets' is not a coroutine function"),
         ("targets:__name__", "'__name__' in 'targets' is not a coroutine function"),
+        ("needy:echo", f"cannot import 'needy': {NO_MODULE} 'no_such_module'"),
+        ("broken:x", "cannot import 'broken': KeyError: 'told\\nso' ({cwd}/broken.py:3)"),
+        ("broken.py:x", "cannot import 'broken.py': KeyError: 'told\\nso' ({cwd}/broken.py:3)"),
+        ("syntax:x", "cannot import 'syntax': SyntaxError: invalid syntax (syntax.py, line 2)"),
         (
-            "needy:echo",
-            "cannot import 'needy': ModuleNotFoundError: No module named 'no_such_module'",
+            "syntax.py:x",
+            "cannot import 'syntax.py': SyntaxError: invalid syntax (syntax.py, line 2)",
         ),
+        ("targets:echo --path s --port 1", "--path excludes --host and --port"),
+        ("targets:echo --path s --host localhost", "--path excludes --host and --port"),
+        ("targets:echo --port 65536", "--port must be between 0 and 65535, not 65536"),
+        ("targets:echo --port -1", "--port must be between 0 and 65535, not -1"),
+        ("targets:echo --max-connections 0", "--max-connections must be at least 1, not 0"),
+        ("targets:echo --max-connections -3", "--max-connections must be at least 1, not -3"),
+        ("targets:echo --pollers 0", "--pollers 0: pollers must be between 1 and 256, not 0"),
     ],
 )
-def test_a_wrong_target_gives_one_line(anypoll: Anypoll, target: str, message: str) -> None:
-    done = anypoll("serve", target)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"anypoll: {message}\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("broken", "KeyError: 'told\\nso' ({}:3)"),
-        ("syntax", "SyntaxError: invalid syntax (syntax.py, line 2)"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["", ".py"])
-def test_a_target_that_fails_gives_one_line_that_says_where(
-    anypoll: Anypoll, directory: Path, name: str, suffix: str, reason: str
+def test_a_wrong_call_gives_one_line(
+    called: Run, directory: Path, arguments: str, message: str
 ) -> None:
-    done = anypoll("serve", f"{name}{suffix}:handler")
-    assert (done.returncode, done.stdout) == (2, "")
-    reason = reason.format(directory / f"{name}.py")
-    assert done.stderr == f"anypoll: cannot import '{name}{suffix}': {reason}\n"
+    status, out, err = called("serve", *arguments.split())
+    assert (status, out) == (2, "")
+    assert err == f"anypoll: {message.format(cwd=directory)}\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--path", "s", "--port", "1"], "--path excludes --host and --port"),
-        (["--path", "s", "--host", "localhost"], "--path excludes --host and --port"),
-        (["--port", "65536"], "--port must be between 0 and 65535, not 65536"),
-        (["--port", "-1"], "--port must be between 0 and 65535, not -1"),
-        (["--max-connections", "0"], "--max-connections must be at least 1, not 0"),
-        (["--max-connections", "-3"], "--max-connections must be at least 1, not -3"),
-    ],
-)
-def test_options_that_make_no_sense(anypoll: Anypoll, options: list[str], message: str) -> None:
-    done = anypoll("serve", "targets:echo", *options)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"anypoll: {message}\n")
-
-
-def test_options_that_anypoll_refuses(anypoll: Anypoll) -> None:
-    done = anypoll("serve", "targets:echo", "--pollers", "0")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("anypoll: --pollers 0: ")
-    assert done.stderr.count("\n") == 1
+def test_the_exit_status_is_that_of_main(anypoll_command: list[str], directory: Path) -> None:
+    done = run_to_end([*anypoll_command, "serve", "targets:nosuch"], cwd=directory)
+    message = "anypoll: 'targets' has no attribute 'nosuch'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["nosuch"],
-        ["serve"],
-        ["serve", "targets:echo", "--port", "x"],
-        ["serve", "targets:echo", "--backend", "curio"],
-        ["serve", "targets:echo", "--max-connections", "many"],
-        ["serve", "targets:echo", "--request-mode", "yes"],
+        "",
+        "nosuch",
+        "serve",
+        "serve targets:echo --port x",
+        "serve targets:echo --backend curio",
+        "serve targets:echo --max-connections many",
+        "serve targets:echo --request-mode yes",
     ],
 )
-def test_what_cannot_be_parsed(anypoll: Anypoll, arguments: list[str]) -> None:
-    done = anypoll(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: anypoll")
+def test_what_cannot_be_parsed(called: Run, arguments: str) -> None:
+    status, out, err = called(*arguments.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("usage: anypoll")
 
 
 @pytest.mark.parametrize("backend", ["uvloop", "trio"])
 def test_a_backend_that_is_not_installed(
-    backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    backend: str, called: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert _cli.main(["serve", "asyncio:sleep", "--backend", backend]) == 2
-    assert capsys.readouterr() == (
-        "",
-        f"anypoll: --backend {backend}: {backend} is not installed\n",
-    )
+    message = f"anypoll: --backend {backend}: {backend} is not installed\n"
+    assert called("serve", "asyncio:sleep", "--backend", backend) == (2, "", message)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
-def test_help(anypoll: Anypoll, arguments: list[str]) -> None:
-    done = anypoll(*arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: anypoll")
+@pytest.mark.parametrize("arguments", ["--help", "serve --help"])
+def test_help(called: Run, arguments: str) -> None:
+    status, out, err = called(*arguments.split())
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: anypoll")
 
 
 # --- listening -----------------------------------------------------------------------------------
 
 
-def test_a_port_in_use_gives_one_line(anypoll: Anypoll) -> None:
+def test_a_port_in_use_gives_one_line(called: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = anypoll("serve", "targets:echo", "--port", str(port))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"anypoll: cannot listen on 127.0.0.1:{port}: ")
-    assert done.stderr.endswith("Address already in use\n")
-    assert done.stderr.count("\n") == 1
+        status, out, err = called("serve", "targets:echo", "--port", str(port))
+    assert (status, out) == (1, "")
+    assert err == f"anypoll: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
-def test_a_path_that_is_a_file_stays_one(anypoll: Anypoll, directory: Path) -> None:
-    done = anypoll("serve", "targets:echo", "--path", "targets.py")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("anypoll: cannot listen on targets.py: ")
-    assert done.stderr.count("\n") == 1
+def test_a_path_that_is_a_file_stays_one(called: Run, directory: Path) -> None:
+    status, out, err = called("serve", "targets:echo", "--path", "targets.py")
+    assert (status, out) == (1, "")
+    assert err.startswith("anypoll: cannot listen on targets.py: ")
+    assert err.count("\n") == 1
     assert (directory / "targets.py").read_text() == TARGETS
+
+
+class Hello:
+    """A connection on which that has come, as far as the targets need one."""
+
+    sent = b""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"hello"
+
+    async def send(self, data: bytes) -> None:
+        self.sent += data
 
 
 @pytest.mark.parametrize(
@@ -259,47 +280,48 @@ def test_a_path_that_is_a_file_stays_one(anypoll: Anypoll, directory: Path) -> N
         "targets:instance.method",
     ],
 )
-def test_targets(anypoll_command: list[str], directory: Path, target: str) -> None:
-    with running([*anypoll_command, "serve", target], directory) as (process, address):
-        with connect(address) as client:
-            client.sendall(b"hello")
-            assert client.recv(100) == b"hello"
-        stop(process)
+def test_targets(called: Run, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    handlers = []
+
+    def run(_serve: Any, arguments: dict[str, Any], **_: Any) -> int:
+        handlers.append(arguments["handler"])
+        return 0
+
+    monkeypatch.setattr(_cli.anyio, "run", run)
+    assert called("serve", target) == (0, "", "")
+    [handler] = handlers
+    conn = Hello()
+    asyncio.run(handler(conn))
+    assert conn.sent == b"hello"
 
 
-def test_a_file_in_another_directory_finds_its_siblings(
-    anypoll_command: list[str], directory: Path
+@pytest.mark.parametrize("target", ["targets:echo", "{}/targets.py:echo"])
+def test_a_target_finds_its_siblings(
+    serving: Callable[..., Any], directory: Path, target: str
 ) -> None:
-    target = f"{directory / 'targets.py'}:echo"
-    with running([*anypoll_command, "serve", target], Path("/")) as (process, address):
-        connect(address).close()
+    """Of a module in the current directory; of a file, wherever that is."""
+    cwd = Path("/") if "/" in target else directory
+    with serving(target.format(directory), cwd=cwd) as (process, address):
+        with connect(address) as client:
+            asks(client)
         stop(process)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_unix_socket(anypoll_command: list[str], directory: Path, backend: str) -> None:
-    needs(backend)
-    command = [*anypoll_command, "serve", "targets:echo", "--path", "s", "--backend", backend]
-    with running(command, directory) as (process, address):
+def test_a_unix_socket(serving: Callable[..., Any], directory: Path, backend: str) -> None:
+    with serving("targets:echo", "--path", "s", "--backend", backend) as (process, address):
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(30)
             client.connect(str(directory / address))
-            client.sendall(b"hello")
-            assert client.recv(100) == b"hello"
+            asks(client)
         stop(process)
 
 
-def test_two_pollers_and_all_interfaces(anypoll_command: list[str], directory: Path) -> None:
-    options = ["--host", "", "--pollers", "2"]
-    with running([*anypoll_command, "serve", "targets:echo", *options], directory) as (
-        process,
-        address,
-    ):
+def test_two_pollers_and_all_interfaces(serving: Callable[..., Any]) -> None:
+    with serving("targets:echo", "--host", "", "--pollers", "2") as (process, address):
         port = address.rpartition(":")[2]
         for _ in range(4):
             with connect(f"127.0.0.1:{port}") as client:
-                client.sendall(b"hello")
-                assert client.recv(100) == b"hello"
+                asks(client)
         process.terminate()
         more, errors = output_at_end(process)
         assert (process.returncode, errors) == (0, "")
@@ -314,33 +336,24 @@ def test_addresses_are_shown_as_people_write_them() -> None:
     assert _cli._show("\0name") == "@name"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_request_mode(anypoll_command: list[str], directory: Path, backend: str) -> None:
+def test_request_mode(serving: Callable[..., Any], backend: str) -> None:
     """The function is called for each request, not for each connection."""
-    needs(backend)
-    command = [*anypoll_command, "serve", "targets:request", "--request-mode"]
-    with running([*command, "--backend", backend], directory) as (process, address):
+    options = ["--request-mode", "--backend", backend]
+    with serving("targets:request", *options) as (process, address):
         with connect(address) as client:
             for sent, got in ((b"one", b"first"), (b"two", b"one"), (b"three", b"two")):
-                client.sendall(sent)
-                assert client.recv(100) == got
+                asks(client, sent, got)
         stop(process)
 
 
-def test_a_limit_of_connections(anypoll_command: list[str], directory: Path) -> None:
+def test_a_limit_of_connections(serving: Callable[..., Any]) -> None:
     """The others wait until one has ended."""
-    options = ["--max-connections", "1"]
-    with running([*anypoll_command, "serve", "targets:echo", *options], directory) as (
-        process,
-        address,
-    ):
+    with serving("targets:echo", "--max-connections", "1") as (process, address):
         with connect(address) as first:
-            first.sendall(b"one")
-            assert first.recv(100) == b"one"
+            asks(first, b"one")
             second = connect(address)
             second.sendall(b"two")
-            first.sendall(b"one again")  # answered behind what the second has sent
-            assert first.recv(100) == b"one again"
+            asks(first, b"one again")  # answered behind what the second has sent
             second.setblocking(False)
             with pytest.raises(BlockingIOError):
                 second.recv(100)
@@ -444,26 +457,35 @@ def test_sockets_that_are_for_somebody_else(
             stop(process)
 
 
+ALL = "--host, --port and --path"
+BESIDE = ["--port 0", "--host=", "--path x"]
+
+
+@pytest.mark.parametrize("count", ["3", "9" * 30])
+def test_sockets_that_are_not_there(passing: Passing, directory: Path, count: str) -> None:
+    with sockets(directory) as (tcp, unix):
+        fds = [tcp.fileno(), unix.fileno()]
+        done = refused(passing("targets:echo", fds=fds, count=count), directory, fds)
+    message = f"anypoll: LISTEN_FDS is {count}, but descriptor 5 is not open\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
 @pytest.mark.parametrize(
-    ("count", "options", "status", "message"),
+    ("count", "options", "message"),
     [
-        ("x", [], 2, "LISTEN_FDS must be a number of sockets, not 'x'"),
-        ("-1", [], 2, "LISTEN_FDS must be a number of sockets, not '-1'"),
-        ("", [], 2, "LISTEN_FDS must be a number of sockets, not ''"),
-        ("3", [], 2, "LISTEN_FDS is 3, but descriptor 5 is not open"),
-        ("9" * 30, [], 2, f"LISTEN_FDS is {'9' * 30}, but descriptor 5 is not open"),
-        ("1", ["--port", "0"], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
-        ("1", ["--host", ""], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
-        ("2", ["--path", "x"], 2, "--host, --port and --path exclude the sockets of LISTEN_FDS"),
+        *((n, "", f"LISTEN_FDS must be a number of sockets, not {n!r}") for n in ("x", "-1", "")),
+        *(("1", options, f"{ALL} exclude the sockets of LISTEN_FDS") for options in BESIDE),
     ],
 )
 def test_sockets_that_cannot_be_served(
-    passing: Passing, directory: Path, count: str, options: list[str], status: int, message: str
+    called: Run, monkeypatch: pytest.MonkeyPatch, count: str, options: str, message: str
 ) -> None:
-    with sockets(directory) as (tcp, unix):
-        fds = [tcp.fileno(), unix.fileno()]
-        done = refused(passing("targets:echo", *options, fds=fds, count=count), directory, fds)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"anypoll: {message}\n")
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        monkeypatch.setattr(_cli, "_FIRST_PASSED", passed.fileno())
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        monkeypatch.setenv("LISTEN_FDS", count)
+        done = called("serve", "targets:echo", *options.split())
+    assert done == (2, "", f"anypoll: {message}\n")
 
 
 def test_descriptors_that_are_no_listening_sockets(passing: Passing, directory: Path) -> None:
@@ -489,33 +511,24 @@ def refused(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_signal_closes_idle_connections(
-    anypoll_command: list[str], directory: Path, backend: str, signum: signal.Signals
+    serving: Callable[..., Any], backend: str, signum: signal.Signals
 ) -> None:
-    needs(backend)
-    command = [*anypoll_command, "serve", "targets:echo", "--backend", backend]
-    with running(command, directory) as (process, address), connect(address) as client:
-        client.sendall(b"hello")
-        assert client.recv(100) == b"hello"
+    options = ["--backend", backend]
+    with serving("targets:echo", *options) as (process, address), connect(address) as client:
+        asks(client)
         stop(process, signum)
         assert client.recv(100) == b""
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_busy_handler_is_cancelled(
-    anypoll_command: list[str], directory: Path, backend: str
-) -> None:
-    needs(backend)
-    command = [*anypoll_command, "serve", "targets:busy", "--backend", backend]
-    with running(command, directory) as (process, address), connect(address) as client:
+def test_a_busy_handler_is_cancelled(serving: Callable[..., Any], backend: str) -> None:
+    options = ["--backend", backend]
+    with serving("targets:busy", *options) as (process, address), connect(address) as client:
         assert client.recv(100) == b"busy"
         stop(process)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_signal_ends_the_grace(directory: Path, backend: str) -> None:
-    needs(backend)
     arguments = ["serve", "targets:busy", "--backend", backend]
     program = (
         "from anypoll import __main__ as command; command._GRACE = 1000;"
@@ -532,11 +545,8 @@ def test_a_second_signal_ends_the_grace(directory: Path, backend: str) -> None:
         stop(process, signal.SIGTERM)
 
 
-def test_a_failing_handler_is_logged_and_others_are_served(
-    anypoll_command: list[str], directory: Path
-) -> None:
-    command = [*anypoll_command, "serve", "targets:failing"]
-    with running(command, directory) as (process, address):
+def test_a_failing_handler_is_logged_and_others_are_served(serving: Callable[..., Any]) -> None:
+    with serving("targets:failing") as (process, address):
         for _ in range(2):
             with connect(address) as client, contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""

@@ -38,7 +38,7 @@ from peers import (
 
 import anypoll
 from anypoll import IdleTimeout, WriteTimeout, mux
-from anypoll._loop import runtime as _runtime
+from anypoll._loop import runtime
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import LinkBuffer, wrap_writer
 
@@ -215,7 +215,7 @@ async def test_no_bytes_are_no_message() -> None:
 async def test_a_checkpoint_comes_once_in_so_many_calls() -> None:
     """The queue may have been closed in it."""
     async with opened() as (conn, _peer), ShardQueue(conn) as queue:
-        budget = _runtime.settings().checkpoint_budget
+        budget = runtime.settings().checkpoint_budget
         for _ in range(2):
             for _ in range(budget):
                 at_once(queue.add(b"x"))
@@ -398,6 +398,22 @@ async def test_who_waits_longest_goes_on_first() -> None:
         assert await gate.took(9 * HIGH + 6) == b"".join(messages)
 
 
+async def test_a_grant_counts_at_once() -> None:
+    """Those for whom there is room only later wait on."""
+    async with full() as (queue, gate):
+
+        async def add(data: bytes) -> None:
+            await queue.add(data)
+            assert sum(map(len, queue._pieces)) <= HIGH
+
+        async with anyio.create_task_group() as tg:
+            for number in range(6):
+                tg.start_soon(add, bytes([number]) * HIGH)
+                await waiting(queue, number + 1)
+            gate.open.set()
+        await gate.took(6 * HIGH)
+
+
 async def test_a_cancelled_add_leaves_nothing_behind() -> None:
     async with full() as (queue, gate):
         scopes = [anyio.CancelScope() for _ in range(6)]
@@ -447,6 +463,30 @@ async def test_an_add_that_is_cancelled_when_its_turn_has_come(whose: str) -> No
         await holds(lambda: queue.buffered == 0)
         assert queue._size == 0
     assert sum(map(len, gate.items)) == HIGH + len(done)
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_the_room_of_who_gives_up_goes_to_who_is_behind() -> None:
+    """Also when nothing else is sent that would set things right."""
+
+    class Cancelling(Gate):
+        async def send(self, item: bytes) -> None:
+            await super().send(item)
+            asyncio.get_running_loop().call_soon(first.cancel)  # before it runs, behind the grant
+
+    gate = Cancelling()
+    async with ShardQueue(wrap_writer(gate)) as queue:
+        await queue.add(bytes(HIGH))
+        first = asyncio.create_task(queue.add(bytes(HIGH)))
+        await waiting(queue, 1)
+        second = asyncio.create_task(queue.add(b"x"))
+        await waiting(queue, 2)
+        gate.open.set()
+        await within(second)
+        assert first.cancelled()
+        await holds(lambda: queue.buffered == 0)
+        assert queue._size == 0
+    assert gate.items == [bytes(HIGH), b"x"]
 
 
 async def test_those_who_have_waited_are_sent_together() -> None:

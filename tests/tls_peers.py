@@ -1,4 +1,4 @@
-"""A TLS client that is not ours, over a plain socket, and what else tests of sessions share."""
+"""A TLS client independent of anypoll, over a plain socket, and helpers for tests of sessions."""
 
 from __future__ import annotations
 

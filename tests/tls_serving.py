@@ -1,4 +1,4 @@
-"""What tests of TLS in a server share: what is served, and clients that are plain sockets."""
+"""Shared helpers for TLS server tests: what is served, and clients on plain sockets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Buffers without I/O: validated arguments, errors, chains of views, the buffer that stands by
-itself, and readers and writers over whatever gives and takes bytes.
+"""Buffers without I/O: view chains, ``LinkBuffer``, readers, writers, argument checks, errors.
 
-Nothing here knows a socket or an event loop; what waits, waits for something that it was given.
-It imports nothing else of anypoll, and everything else may import it.
+Nothing here knows of sockets or event loops; code that waits, waits on an object passed to it.
+This wing imports nothing else from anypoll, and everything else may import it.
 """

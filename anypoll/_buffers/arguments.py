@@ -1,6 +1,7 @@
-"""Validation of arguments: numbers, durations, buffers, delimiters, encodings, the limits of a
-connection. What comes out is right, so that nothing behind it has to check again; else the
-exception says which argument is wrong, and what is allowed.
+"""Argument validation: numbers, durations, buffers, delimiters, encodings, connection limits.
+
+Values that come out are valid, so later code need not check again. Otherwise the exception names
+the argument at fault and says what is allowed.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ if TYPE_CHECKING:
 KIB = 1024
 MIB = 1024 * KIB
 
-#: What a connection reads ahead at most, in bytes; it goes on at a quarter of that.
+#: Bytes that a connection reads ahead at most; it resumes at a quarter of that.
 READ_HIGH_WATER = 256 * KIB
-#: Above this much unsent output a reader call waits for it to drain, in bytes.
+#: Bytes of unsent output above which a reader call waits for it to drain.
 WRITE_HIGH_WATER = 256 * KIB
-#: The largest single request of a reader, in bytes.
+#: Bytes that a single reader request may ask for.
 READ_LIMIT = 64 * MIB
 
-#: The first block of input of a connection, in bytes, header included.
+#: Bytes of a connection's first block of input, header included.
 BLOCK_SIZE = 2 * KIB
 
-#: How long one close callback may take, in seconds, if no server says otherwise.
+#: Seconds that one close callback may take, unless a server says otherwise.
 CLOSE_CALLBACK_TIMEOUT = 10.0
 
 
 def shown(n: int) -> str:
-    """``n`` for an error's text: Python refuses to print integers of thousands of digits."""
+    """``n`` for an error message: Python refuses to print integers of thousands of digits."""
     return str(n) if n.bit_length() <= 256 else f"an integer of {n.bit_length()} bits"
 
 
@@ -53,7 +54,7 @@ def count(value: SupportsIndex, name: str, *, least: int = 0, most: int | None =
 
 
 def positive(value: SupportsIndex, name: str) -> int:
-    """``value`` as an ``int`` of at least 1; the text is AnyIO's.
+    """``value`` as an ``int`` of at least 1; the message is AnyIO's.
 
     :raises TypeError: if it is not an integer
     :raises ValueError: if it is too small
@@ -78,10 +79,10 @@ def flag(value: bool, name: str) -> bool:
 
 
 def seconds(value: float | None, name: str) -> float | None:
-    """``value`` as a number of seconds that is not negative; ``None`` stays ``None``.
+    """``value`` as a non-negative number of seconds; ``None`` stays ``None``.
 
     :raises TypeError: if it is not a number
-    :raises ValueError: if it is negative, not a number, or an integer that no ``float`` can hold
+    :raises ValueError: if it is negative, NaN, or an integer too large for a ``float``
     """
     if value is None:
         return None
@@ -101,7 +102,7 @@ def seconds(value: float | None, name: str) -> float | None:
 
 
 def count_field(record: Any, name: str, *, least: int = 0, most: int | None = None) -> None:
-    """Validates a field of a frozen dataclass, and makes it an ``int``."""
+    """Validates a field of a frozen dataclass, and converts it to an ``int``."""
     object.__setattr__(record, name, count(getattr(record, name), name, least=least, most=most))
 
 
@@ -113,21 +114,21 @@ def _memory(data: Buffer, name: str) -> memoryview:
 
 
 def as_bytes(data: Buffer, name: str = "data") -> bytes:
-    """``data`` itself if it is ``bytes``, else a copy.
+    """``data`` itself if it is ``bytes``, otherwise a copy.
 
     :raises TypeError: if it is not bytes-like
     """
     if type(data) is bytes:
         return data
-    # not bytes(data) of just anything: that would take a number for a size
+    # Not bytes(data) of any object: that would take a number for a size.
     return data.tobytes() if type(data) is memoryview else bytes(_memory(data, name))
 
 
 def flat_view(data: Buffer, name: str) -> memoryview:
-    """A view of the bytes of ``data``, as writable as that is.
+    """A view of the bytes of ``data``, writable if ``data`` is.
 
     :raises TypeError: if it is not bytes-like
-    :raises ValueError: if its bytes do not lie side by side
+    :raises ValueError: if it is not contiguous
     """
     view = _memory(data, name)
     if not view.c_contiguous:
@@ -139,16 +140,16 @@ def as_view(data: Buffer, name: str = "data") -> memoryview:
     """A read-only view of the bytes of ``data``.
 
     :raises TypeError: if it is not bytes-like
-    :raises ValueError: if its bytes do not lie side by side
+    :raises ValueError: if it is not contiguous
     """
     return flat_view(data, name).toreadonly()
 
 
 def room_in(buffer: Buffer) -> memoryview:
-    """A view of the bytes of a buffer that ``readinto()`` is to fill.
+    """A view of the bytes of a buffer for ``readinto()`` to fill.
 
     :raises TypeError: if it is not bytes-like, or not writable
-    :raises ValueError: if its bytes do not lie side by side
+    :raises ValueError: if it is not contiguous
     """
     into = flat_view(buffer, "buffer")
     if into.readonly:
@@ -157,17 +158,17 @@ def room_in(buffer: Buffer) -> memoryview:
 
 
 def text_encoding(encoding: str) -> str:
-    """``encoding``, if there is such a one.
+    """``encoding``, if it exists.
 
     :raises TypeError: if it is not a ``str``
-    :raises ValueError: if it names no text encoding
+    :raises ValueError: if it is not the name of a text encoding
     """
     if not isinstance(encoding, str):
         raise TypeError(f"encoding must be a str, not {type(encoding).__name__}")
     try:
-        b"a".decode(encoding)  # some codecs are not for text, and only this tells
+        b"a".decode(encoding)  # some codecs are not for text, and only this shows it
     except UnicodeDecodeError:
-        return encoding  # one with several bytes to a character
+        return encoding  # an encoding with several bytes per character
     except (LookupError, ValueError):
         raise ValueError(
             f"encoding must be the name of a text encoding, not {encoding!r}"
@@ -189,7 +190,7 @@ def delimiter_bytes(delimiter: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds one connection; all but the timeouts in bytes."""
+    """The limits of one connection; all but the timeouts are in bytes."""
 
     read_high_water: int = READ_HIGH_WATER
     write_high_water: int = WRITE_HIGH_WATER

@@ -1,13 +1,13 @@
-"""A chain of views: unread bytes that lie in any number of blocks.
+"""A buffer chain: unread bytes as a queue of views into any number of blocks.
 
-Pure: nothing here waits or does I/O. A block is the memory behind a view, a ``bytes`` object or a
-block of a poller; whoever holds a view of it keeps it alive. So moving, cutting and sharing move
-references and copy nothing; only bytes that must lie side by side and do not are merged.
+Pure: nothing here waits or does I/O. A block is the memory behind a view: a ``bytes`` object or a
+poller's block; whoever holds a view of it keeps it alive. So moving, cutting and sharing move
+references and copy nothing; bytes are merged only if they must be contiguous and are not.
 
-One thread may append while another one takes. The taker works at the left end of a deque, the other
-one appends at the right and then adds to ``_appended``, which nobody else writes; ``_taken`` is the
-taker's. A deque's own operations are atomic, with the GIL and without it. So the taker finds at
-least the bytes that it counts, and no lock is needed.
+One thread may append while another takes. The taker works at the left end of a deque; the appender
+works at the right end and then adds to ``_appended``, which nobody else writes; ``_taken`` is the
+taker's. A deque's own operations are atomic, with or without the GIL. So the taker finds at least
+the bytes that it counts, and no lock is needed.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ EMPTY = memoryview(b"")
 
 
 class Chain:
-    """See the module. All counts are bytes; what is asked for must be there."""
+    """A buffer chain; see the module. All counts are in bytes; requested bytes must be present."""
 
     __slots__ = ("_appended", "_parts", "_pos", "_searched", "_taken")
 
     def __init__(self) -> None:
         self._parts: deque[memoryview] = deque()
-        self._pos = 0  # what of the first view is taken
+        self._pos = 0  # bytes of the first view that are taken
         self._appended = self._taken = 0
         self._searched = (b"", 0)  # a delimiter, and up to where it is known to be absent
 
     def __len__(self) -> int:
-        taken = self._taken  # first: in a third thread it must not be the newer one
+        taken = self._taken  # read first: to a third thread it must not be the newer value
         return self._appended - taken
 
     def append(self, view: memoryview) -> None:
-        """Puts a read-only view behind the others."""
+        """Appends a read-only view."""
         if view:
             self._parts.append(view)
             self._appended += len(view)
 
     def clear(self) -> None:
-        """Drops all. For when nobody appends or takes."""
+        """Drops everything. Nobody may be appending or taking."""
         self._parts.clear()
         self._pos = 0
         self._taken = self._appended
 
     def parts(self, n: int) -> list[memoryview]:
-        """The first ``n`` bytes, a view for each block."""
+        """The first ``n`` bytes, as a view for each block."""
         parts = []
         start, index = self._pos, 0
-        while n > 0:  # by index: the other thread may append while this goes on
+        while n > 0:  # by index: the other thread may append meanwhile
             part = self._parts[index][start : start + n]
             start, index = 0, index + 1
             n -= len(part)
@@ -61,29 +61,29 @@ class Chain:
         return parts
 
     def contiguous(self, n: int) -> tuple[memoryview, int]:
-        """A view in which the first ``n`` bytes lie side by side, and where they begin.
+        """A view that contains the first ``n`` bytes contiguously, and their offset in it.
 
-        If they lie in several blocks they are merged, once: looking at them again costs nothing.
+        If they span several blocks they are merged, once: looking at them again costs nothing.
         """
         if not n:
             return EMPTY, 0
         if self._pos + n > len(self._parts[0]):
             merged = memoryview(b"".join(self.parts(n)))
             self._drop(n)
-            if self._pos:  # the rest of the last block, without what was merged
+            if self._pos:  # the rest of the last block, without the merged part
                 self._parts[0] = self._parts[0][self._pos :]
                 self._pos = 0
             self._parts.appendleft(merged)
         return self._parts[0], self._pos
 
     def take(self, n: int) -> list[memoryview]:
-        """The first ``n`` bytes, which are taken off the chain."""
+        """Removes the first ``n`` bytes, and returns them as a view for each block."""
         parts = self.parts(n)
         self.drop(n)
         return parts
 
     def drop(self, n: int) -> None:
-        """Takes ``n`` bytes off the chain."""
+        """Removes the first ``n`` bytes."""
         self._drop(n)
         self._taken += n
 
@@ -96,9 +96,9 @@ class Chain:
     # --- searching -------------------------------------------------------------------------------
 
     def find(self, delimiter: bytes, max_bytes: int) -> int:
-        """The length through the first delimiter, if that is at most ``max_bytes``, or 0.
+        """The length through the first delimiter within ``max_bytes`` bytes, or 0 if there is none.
 
-        A search goes on where the last one for the same delimiter ended.
+        A search resumes where the last one for the same delimiter ended.
         """
         limit = min(len(self), max_bytes)
         known, searched = self._searched
@@ -110,8 +110,8 @@ class Chain:
         return end
 
     def _search(self, delimiter: bytes, begin: int, limit: int) -> int:
-        """Looks from ``begin`` on. ``before`` are the last bytes in front of a part: with them a
-        delimiter is found that lies across parts.
+        """Searches from ``begin`` on. ``before`` holds the last bytes in front of a part, so that a
+        delimiter that spans parts is found.
         """
         pattern, overlap = _pattern(delimiter), len(delimiter) - 1
         before, offset = b"", 0
@@ -133,5 +133,5 @@ class Chain:
 
 @lru_cache(maxsize=64)
 def _pattern(delimiter: bytes) -> re.Pattern[bytes]:
-    """``re`` searches a memoryview as it lies; ``bytes.find`` would need a copy."""
+    """``re`` searches a memoryview in place; ``bytes.find`` would need a copy."""
     return re.compile(re.escape(delimiter))

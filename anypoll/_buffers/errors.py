@@ -1,10 +1,9 @@
-"""The exceptions that AnyIO lacks, the one place where an errno becomes one of AnyIO's, and which
-exceptions a peer can cause.
+"""Error handling: the exceptions AnyIO lacks, errno translation, and which ends a peer can cause.
 
-A peer can end its stream, reset it, stall, or send nonsense; the reader and the writer raise then,
-and a handler that lets that pass has done nothing wrong. A peer must not be able to fill the log
-with it. Such an end is counted under its reason. Everything else that leaves a handler is an error.
-docs/errors.md has the list.
+A peer can end its stream, reset it, stall, or send garbage. The reader and the writer then raise,
+and a handler that lets the exception pass has done nothing wrong. A peer must not be able to fill
+the log that way, so such ends are only counted, by reason. Any other exception that leaves a
+handler is an error. docs/errors.md has the list.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ __all__ = (
 #: The attribute that says which connection an exception is about.
 ORIGIN = "_anypoll_connection"
 
-#: The typed attribute that gives a connection's number, found through whatever wraps it.
+#: The typed attribute that gives a connection's number, through any wrapper.
 ORIGIN_KEY = object()
 
-#: The attribute for the reason of an end, where the exception's type does not tell it.
+#: The attribute for the reason of an end, where the exception's type does not determine it.
 REASON = "_anypoll_reason"
 
 E = TypeVar("E", bound=BaseException)
 
 
 def about(exc: E, connection: int | None) -> E:
-    """Marks ``exc`` as something that the peer of that connection can cause, so that a server can
-    tell it from what its handler has done wrong.
+    """Marks ``exc`` as something that the connection's peer can cause, so that a server can tell it
+    from a fault of the handler.
 
-    :param connection: its number; ``None``: of none that is known
+    :param connection: the connection's number; ``None`` if it is unknown
     """
     if connection is not None:
         exc.__dict__[ORIGIN] = connection
@@ -56,21 +55,21 @@ def about(exc: E, connection: int | None) -> E:
 
 
 class ReadTimeout(TimeoutError):
-    """A read did not end within ``read_timeout`` seconds.
+    """A read took longer than ``read_timeout`` seconds.
 
     Nothing was consumed and nothing was lost; the connection can still be used.
     """
 
 
 class WriteTimeout(TimeoutError):
-    """A write did not end within ``write_timeout`` seconds.
+    """A write took longer than ``write_timeout`` seconds.
 
-    If a part of it had been sent, the rest is still pending and goes out first.
+    If part of it was sent, the rest is still pending and goes out first.
     """
 
 
 class ConnectTimeout(TimeoutError):
-    """A connection could not be made within ``timeout`` seconds."""
+    """Connecting took longer than ``timeout`` seconds."""
 
 
 class IdleTimeout(TimeoutError):
@@ -78,23 +77,23 @@ class IdleTimeout(TimeoutError):
 
 
 class MessageTooLarge(ValueError):
-    """A single request for more bytes than ``read_limit`` allows.
+    """A single request asked for more bytes than ``read_limit`` allows.
 
     Raised before any waiting, so that a hostile length prefix costs nothing.
     """
 
 
-#: Errors that mean a lack of resources of this process, not a fault of the peer.
+#: Errors that mean this process lacks resources, not that the peer is at fault.
 LACK_OF_RESOURCES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
 
 
-#: ``POLLER_ENDED - errno`` says that a poller has failed, and is not an errno of a socket. Equal to
-#: csrc/anypoll.h's ``AP_EPOLLER``.
+#: ``POLLER_ENDED - errno`` says that a poller has failed; it is not a socket's errno. The same as
+#: ``AP_EPOLLER`` in csrc/anypoll.h.
 POLLER_ENDED = -7000
 
 
 def os_error(code: int) -> OSError:
-    """The ``OSError`` (of the fitting subclass) for a negative errno."""
+    """The ``OSError`` (of the matching subclass) for a negative errno."""
     if code <= POLLER_ENDED:
         number = POLLER_ENDED - code
         return OSError(number, f"The poller has failed: {os.strerror(number)}")
@@ -102,7 +101,7 @@ def os_error(code: int) -> OSError:
 
 
 def stream_error(code: int) -> Exception:
-    """The exception of a stream for a negative errno of its socket, with its cause."""
+    """A stream's exception for a negative errno of its socket, with its cause."""
     if code in {-EBADF, -ECHILD}:  # closed here, or inherited through fork()
         return ClosedResourceError()
     if code == -ENOMEM:
@@ -112,9 +111,9 @@ def stream_error(code: int) -> Exception:
     return error
 
 
-# --- the ends of handlers ------------------------------------------------------------------------
+# --- how handlers end ----------------------------------------------------------------------------
 
-#: What ``Server.statistics().closed`` counts by.
+#: The keys of ``Server.statistics().closed``.
 Reason = Literal[
     "done",
     "eof",
@@ -137,7 +136,7 @@ Reason = Literal[
     "failed",
 ]
 
-#: Also of a wrapper's exception, such as AnyIO's or Trio's, with the connection's as its cause.
+#: Applies also to a wrapper's exception, such as AnyIO's or Trio's, caused by the connection's.
 _STREAMS: dict[type[BaseException], Reason] = {
     EndOfStream: "eof",
     IncompleteRead: "incomplete",
@@ -150,7 +149,7 @@ _STREAMS: dict[type[BaseException], Reason] = {
     MessageTooLarge: "message_too_large",
 }
 
-#: Of the connection's own exceptions only: others of these types are of the program's making.
+#: Applies only to the connection's own exceptions: others of these types are the program's doing.
 _OWN: dict[type[BaseException], Reason] = {
     **_STREAMS,
     WouldBlock: "would_block",
@@ -159,13 +158,13 @@ _OWN: dict[type[BaseException], Reason] = {
     NotImplementedError: "tls_version",
 }
 
-#: As good as a return: a peer that has ended its side may still wait for the answers.
+#: As good as a return: a peer that has ended its side may still be waiting for answers.
 GRACEFUL: frozenset[Reason] = frozenset({"done", "eof", "incomplete"})
 
 
 def error_in(exc: BaseException) -> Exception | None:
-    """What is wrong, if anything is but a cancellation: in a nursery of Trio that is cancelled, the
-    errors of its tasks stand beside that. ``None`` also for what is to end the program.
+    """The error in ``exc``, if it holds more than a cancellation: in a cancelled Trio nursery, the
+    errors of its tasks stand beside that. ``None`` also for exceptions that end the program.
     """
     if isinstance(exc, Exception):
         return exc
@@ -176,7 +175,7 @@ def error_in(exc: BaseException) -> Exception | None:
 
 
 def normal_end(exc: BaseException, number: int) -> Reason | None:
-    """The reason, if nothing is in ``exc`` but what the peer of connection ``number`` can cause."""
+    """The reason, if ``exc`` holds only what the peer of connection ``number`` can cause."""
     if isinstance(exc, BaseExceptionGroup):
         reasons = [normal_end(e, number) for e in exc.exceptions]
         return reasons[0] if all(reasons) else None
@@ -186,13 +185,13 @@ def normal_end(exc: BaseException, number: int) -> Reason | None:
     if own[0] is not exc:
         return _named(exc, _STREAMS)
     told = next((e.__dict__[REASON] for e in own if REASON in e.__dict__), None)
-    return told or _named(own[-1], _OWN)  # a translation of an own one is as that is
+    return told or _named(own[-1], _OWN)  # a translation of an own exception counts the same
 
 
 def _with_causes(exc: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     cause: BaseException | None = exc
-    while cause is not None and not any(cause is e for e in chain):  # anybody can make it a circle
+    while cause is not None and not any(cause is e for e in chain):  # user code can make a cycle
         chain.append(cause)
         cause = cause.__cause__
     return chain

@@ -1,8 +1,8 @@
-"""What callers give for a message: any number of buffers, and callables that return some.
+"""Gather messages: any number of buffers, and callables that return buffers, sent as one.
 
-A message is looked at twice. When it comes, what may change is copied, and nonsense refused; when
-its turn has come, its callables are called and its ``LinkBuffer``s emptied, and not before: it may
-be given up until then.
+A message is examined twice. When it is accepted, mutable buffers are copied and invalid ones
+refused. When its turn has come, its callables are called and its ``LinkBuffer``s emptied, and not
+before: until then the message may be withdrawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNKNOWN = -1  # the size of a message that is not fixed before its turn
 
 
 def accepted(buffer: object) -> Any:
-    """``buffer`` as what can be kept until its turn: only what may change is copied.
+    """``buffer`` in a form that can be kept until its turn; copied only if it may change.
 
     :raises TypeError: if it is neither bytes-like, nor a ``LinkBuffer``, nor callable
     """
@@ -37,9 +37,9 @@ def accepted(buffer: object) -> Any:
 
 
 def _called(part: Any) -> bytes | LinkBuffer:
-    """What a callable returns, if ``part`` is one.
+    """The result of calling ``part``, if it is callable.
 
-    :raises TypeError: if that is neither bytes-like nor a ``LinkBuffer``
+    :raises TypeError: if the result is neither bytes-like nor a ``LinkBuffer``
     """
     if type(part) is bytes or isinstance(part, LinkBuffer):
         return part
@@ -48,7 +48,7 @@ def _called(part: Any) -> bytes | LinkBuffer:
 
 
 def size_of(parts: Sequence[Any]) -> int:
-    """The bytes of a message, or ``UNKNOWN`` if something may still change them."""
+    """The size of a message in bytes, or ``UNKNOWN`` if something may still change it."""
     size = 0
     for part in parts:
         if type(part) is not bytes:
@@ -58,9 +58,9 @@ def size_of(parts: Sequence[Any]) -> int:
 
 
 def gathered(parts: Sequence[Any]) -> list[Piece]:
-    """What a message consists of, now that its turn has come.
+    """The pieces of a message whose turn has come.
 
-    What can raise comes first: a ``LinkBuffer`` is emptied only if nothing has.
+    Steps that can raise come first: a ``LinkBuffer`` is emptied only if none did.
     """
     ready = [_called(part) for part in parts]
     for part in ready:

@@ -1,8 +1,8 @@
-"""What a writer gathers, and the buffer that stands by itself.
+"""The output buffer behind every writer, and ``LinkBuffer``, a standalone nocopy buffer.
 
-Nothing here waits or does I/O, and two things are copied. Small ``bytes`` that are written one
-after the other are joined, since a piece of its own costs more than its bytes. And a reservation
-(``malloc``) is copied when it ends, since the caller still has the writable memory.
+Nothing here waits or does I/O, and only two things are copied. Small ``bytes`` written one after
+another are joined, because a separate piece costs more than its bytes. And a reservation
+(``malloc``) is copied when it ends, because the caller still has the writable memory.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ def gathered(pieces: Iterable[Piece], block_size: int = sys.maxsize) -> Iterator
         yield run[0] if len(run) == 1 else b"".join(run)
 
 
-#: The reservation of those that have none, which is nearly always: a list each would be memory.
+#: The reservation of writers that have none, as nearly all do: a list for each would cost memory.
 _NONE: list[memoryview] = []
 
 
 class BaseWriter:
-    """What all writers have in common: gathering output. All counts are bytes."""
+    """The base class of all writers: gathers output. All counts are in bytes."""
 
     __slots__ = ("_high_water", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
 
     def __init__(self, high_water: int) -> None:
-        self._pieces: list[Piece] = []  # what is written; in it views are never changed again
+        self._pieces: list[Piece] = []  # pending output; views in it are never changed again
         self._size = 0  # bytes in _pieces
-        self._reserved = _NONE  # what malloc() has handed out, and what was put in
+        self._reserved = _NONE  # memory handed out by malloc(), and data inserted into it
         self._reserved_size = 0
         self._high_water = high_water
-        self._shut = False  # no write is taken any more; _refuse() says why
+        self._shut = False  # no more writes are accepted; _refuse() says why
 
     def _refuse(self) -> NoReturn:
-        """Raises what a write gets after the end."""
+        """Raises the error of a write after the end."""
         raise ClosedResourceError
 
     def _stands_high(self) -> None:
         """``_size`` has reached ``_high_water``."""
 
-    # --- what the owner does ---------------------------------------------------------------------
+    # --- for the owner ---------------------------------------------------------------------------
 
     def _close(self) -> None:
         self._pieces = []
@@ -78,7 +78,7 @@ class BaseWriter:
         self._shut = True
 
     def _take(self) -> list[Piece]:
-        """What was written, and is not pending any more; small neighbours are joined."""
+        """Removes and returns the pending output; small neighbours are joined."""
         pieces, self._pieces, self._size = self._pieces, [], 0
         return pieces if len(pieces) == 1 else list(gathered(pieces))
 
@@ -90,7 +90,7 @@ class BaseWriter:
 
     @property
     def malloc_len(self) -> int:
-        """The bytes of the open reservation, those of ``write_direct`` included."""
+        """Bytes in the open reservation, including those of ``write_direct``."""
         return self._reserved_size
 
     def write(self, data: Buffer, /) -> int:
@@ -134,8 +134,8 @@ class BaseWriter:
         return self.write(bytes((count(value, "value", most=255),)))
 
     def append(self, buffer: LinkBuffer, /) -> int:
-        """Moves all that was written to ``buffer``, flushed or not, to the end; no byte is copied,
-        and ``buffer`` is empty afterwards. Returns how many bytes that were.
+        """Moves everything written to ``buffer``, flushed or not, to the end of the output; no byte
+        is copied, and ``buffer`` is empty afterwards. Returns the number of bytes moved.
 
         :raises TypeError: if it is not a :class:`LinkBuffer`
         :raises ValueError: if it is this buffer itself
@@ -149,7 +149,7 @@ class BaseWriter:
         return self._extend(buffer._give_all())
 
     def _extend(self, pieces: Sequence[Piece]) -> int:
-        """Appends what nobody changes any more, as it is."""
+        """Appends pieces that will not change any more, as they are."""
         self._check()
         self._seal()
         size = sum(map(len, pieces))
@@ -162,13 +162,12 @@ class BaseWriter:
     # --- reserving -------------------------------------------------------------------------------
 
     def malloc(self, n: SupportsIndex, /) -> memoryview:
-        """Reserves ``n`` bytes, zeroed, at the end of the output, for the caller to fill.
+        """Reserves ``n`` zeroed bytes at the end of the output for the caller to fill.
 
         The reservation is open until :meth:`malloc_ack`, ``flush()``, :meth:`append` or the next
-        write; a further ``malloc`` adds to it. What is written to the memory after that goes
-        nowhere.
+        write; another ``malloc`` adds to it. Anything written to the memory after that is lost.
 
-        :raises ValueError, TypeError: if ``n`` is negative, above 2 GiB, or no integer
+        :raises ValueError, TypeError: if ``n`` is negative, above 2 GiB, or not an integer
         """
         n = count(n, "n", most=_MOST)
         self._check()
@@ -185,11 +184,11 @@ class BaseWriter:
         returns its length in bytes.
 
         So the fields of a message can be reserved at once, and its large parts put between them
-        without a copy. ``data`` must not be changed until it was sent.
+        without copying. ``data`` must not change until it has been sent.
 
-        :raises ValueError: if ``remain`` is negative or more than :attr:`malloc_len`, or if the
-            bytes of ``data`` do not lie side by side
-        :raises TypeError: if ``data`` is not bytes-like, or ``remain`` no integer
+        :raises ValueError: if ``remain`` is negative or exceeds :attr:`malloc_len`, or if ``data``
+            is not contiguous
+        :raises TypeError: if ``data`` is not bytes-like, or ``remain`` is not an integer
         """
         view = as_view(data)
         remain = count(remain, "remain", most=self._reserved_size)
@@ -202,8 +201,8 @@ class BaseWriter:
         return len(view)
 
     def _cut(self, remain: int) -> int:
-        """The index in ``_reserved`` behind which ``remain`` bytes lie; cuts a part in two if the
-        place is within it.
+        """The index in ``_reserved`` after which ``remain`` bytes lie; splits the part that
+        straddles it, if any.
         """
         index = len(self._reserved)
         while remain > 0:
@@ -217,9 +216,9 @@ class BaseWriter:
         return index
 
     def malloc_ack(self, n: SupportsIndex, /) -> None:
-        """Ends the reservation, and keeps only its first ``n`` bytes.
+        """Ends the reservation, keeping only its first ``n`` bytes.
 
-        :raises ValueError: if it is shorter; it stays open then
+        :raises ValueError: if it is shorter than that; it stays open then
         """
         n = count(n, "n", most=self._reserved_size)
         self._check()
@@ -234,7 +233,7 @@ class BaseWriter:
         for memory in reserved:
             part: Piece = memory[:keep]
             keep -= len(part)
-            if not memory.readonly:  # of malloc(): the caller can still write to it
+            if not memory.readonly:  # from malloc(): the caller can still write to it
                 part = bytes(part)
             if part:
                 self._pieces.append(part)
@@ -248,16 +247,17 @@ class BaseWriter:
 
 
 class LinkBuffer(BaseWriter):
-    """A buffer by itself, without a connection: what :class:`Writer` writes, :class:`Reader` reads.
+    """A standalone buffer, without a connection: written like a :class:`Writer`, read like a
+    :class:`Reader`.
 
-    Every method is a plain function. What is written can be read after :meth:`flush`. A read that
+    Every method is a plain function. Written bytes become readable with :meth:`flush`. A read that
     asks for more than there is raises ``WouldBlock`` and consumes nothing. Views are read-only, and
     stay valid and unchanged for as long as they are held. After :meth:`close` every call raises
     ``ClosedResourceError``.
 
-    One thread may read while another one writes: writing and ``flush()`` are the writer's, all else
-    (``parts()`` and ``to_bytes()`` too) is the reader's, ``len()`` is anybody's, and ``close()`` is
-    for when both are done.
+    One thread may read while another writes. Writing and ``flush()`` belong to the writing thread,
+    everything else (including ``parts()`` and ``to_bytes()``) to the reading thread; any thread may
+    call ``len()``, and ``close()`` is for when both are done.
 
     :param block_size: bytes; small writes are gathered in blocks of up to this size
     """
@@ -265,17 +265,17 @@ class LinkBuffer(BaseWriter):
     __slots__ = ("_block_size", "_chain", "_origin")
 
     _origin: int | None
-    """the connection whose peer has sent all that is in it"""
+    """the connection whose peer has sent all of the contents"""
 
     def __init__(self, block_size: SupportsIndex = 4096) -> None:
         self._block_size = count(block_size, "block_size", least=1, most=_MOST)
         super().__init__(sys.maxsize)
-        self._chain = Chain()  # what can be read
+        self._chain = Chain()  # the readable bytes
         self._origin = None
 
     @classmethod
     def _of(cls, parts: Iterable[memoryview], origin: int | None) -> LinkBuffer:
-        """A buffer in which ``parts`` can be read."""
+        """A buffer from which ``parts`` can be read."""
         buffer = cls()
         buffer._origin = origin
         for part in parts:
@@ -287,11 +287,11 @@ class LinkBuffer(BaseWriter):
         return f"<anypoll.nocopy.LinkBuffer {state}>"
 
     def __len__(self) -> int:
-        """What can be read, in bytes."""
+        """The number of readable bytes."""
         return len(self._chain)
 
     def __bool__(self) -> bool:
-        return True  # an empty buffer is a buffer all the same
+        return True  # an empty buffer is still a buffer
 
     @property
     def buffered(self) -> int:
@@ -299,14 +299,14 @@ class LinkBuffer(BaseWriter):
         return len(self)
 
     def close(self) -> None:
-        """Drops all that is in it. Idempotent; views that were handed out stay valid."""
+        """Drops the contents. Idempotent; views already handed out stay valid."""
         self._close()
         self._chain.clear()
 
-    # --- the writer's end ------------------------------------------------------------------------
+    # --- writing end -----------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Makes what was written readable."""
+        """Makes the written bytes readable."""
         self._check()
         self._seal()
         pieces, self._pieces, self._size = self._pieces, [], 0
@@ -319,10 +319,10 @@ class LinkBuffer(BaseWriter):
         self.flush()
         return self.next_parts(len(self))
 
-    # --- the reader's end ------------------------------------------------------------------------
+    # --- reading end -----------------------------------------------------------------------------
 
     def peek(self, n: SupportsIndex, /) -> memoryview:
-        """``n`` contiguous bytes, which stay unread.
+        """``n`` contiguous bytes, left unread.
 
         :raises WouldBlock: if they are not there
         """
@@ -369,7 +369,7 @@ class LinkBuffer(BaseWriter):
         return self._chain.take(self._have(n))
 
     def slice(self, n: SupportsIndex, /) -> LinkBuffer:
-        """``n`` bytes, consumed, as a buffer of their own that shares the blocks.
+        """``n`` bytes, consumed, as a separate buffer that shares the blocks.
 
         :raises WouldBlock: if they are not there
         """
@@ -386,7 +386,7 @@ class LinkBuffer(BaseWriter):
         """``n`` bytes, consumed and decoded.
 
         :raises WouldBlock: if they are not there
-        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are still consumed
         :raises ValueError: if there is no such encoding
         """
         if encoding != "utf-8":
@@ -406,9 +406,9 @@ class LinkBuffer(BaseWriter):
         return self.next(1)[0]
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Fills ``buffer`` with what is there, consumed; returns the number of bytes.
+        """Fills ``buffer`` with readable bytes, consumed; returns their number.
 
-        :raises WouldBlock: if nothing is there and ``buffer`` has room
+        :raises WouldBlock: if there are none and ``buffer`` has room
         :raises TypeError: if ``buffer`` is not writable
         """
         self._check()
@@ -427,16 +427,16 @@ class LinkBuffer(BaseWriter):
     until_nowait = until
 
     def release(self) -> None:
-        """Nothing to do: what was consumed is let go of at once. Here for the reader's sake."""
+        """Does nothing: consumed bytes are released at once. Present because a reader has it."""
         self._check()
 
     def parts(self) -> list[memoryview]:
-        """What can be read, as a view for each block; nothing is consumed."""
+        """The readable bytes, as a view for each block; consumes nothing."""
         self._check()
         return self._chain.parts(len(self))
 
     def to_bytes(self) -> bytes:
-        """A copy of what can be read; nothing is consumed."""
+        """A copy of the readable bytes; consumes nothing."""
         return b"".join(self.parts())
 
     def _have(self, n: SupportsIndex) -> int:

@@ -1,10 +1,10 @@
-"""The nocopy reader, over whatever can get more bytes.
+"""The nocopy reader, over any source of bytes.
 
-Requests that lie in the window (``_view[_start:_end]``) never leave this module; for all others
-``Source.fill`` is asked: a connection's asks the C side, a wrapped stream's its stream. Anything
-that must stop the quick path (another task is waiting, the connection was closed, output stands
-above high water) sets ``_end`` to a value that no request can meet. ``_budget`` counts calls that
-did not suspend.
+Requests that fit in the window (``_view[_start:_end]``) never leave this module. All others go to
+``Source.fill``: a connection asks the C side, a wrapped stream asks its stream. Anything that must
+stop the fast path (another task is waiting, the connection was closed, output is above high water)
+sets ``_end`` to a value that no request can satisfy. ``_budget`` limits the calls in a row that do
+not suspend.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from .arguments import Limits
 
 
-SHUT = -1  # an end of the window that no request can meet
-SCATTER = 2  # a flag of ``fill``: the bytes may lie in several blocks; the core's ``AP_SCATTER``
+SHUT = -1  # a window end that no request can satisfy
+SCATTER = 2  # flag for ``fill``: the bytes may span several blocks; the core's ``AP_SCATTER``
 
 
 class Source(Protocol):
-    """Where a reader gets more bytes from: a connection's ``Core``, or a wrapped stream.
+    """Where a reader gets more bytes: a connection's ``Core``, or a wrapped stream.
 
-    The window that it opens is ``reader._view[reader._start:reader._end]``. What the reader has
-    consumed since then it learns from ``reader._start``.
+    The window that it opens is ``reader._view[reader._start:reader._end]``. ``reader._start`` tells
+    it how much the reader has consumed since.
     """
 
     budget: int
@@ -41,52 +41,52 @@ class Source(Protocol):
 
     @property
     def origin(self) -> int | None:
-        """The number of the connection whose peer has sent the bytes, if that is known."""
+        """The number of the connection whose peer sent the bytes, if known."""
 
     async def fill(self, n: int, flags: int = 0) -> bool:
-        """Opens the window on ``n`` bytes (not with ``SCATTER``); whether it was suspended."""
+        """Opens the window on ``n`` bytes (not with ``SCATTER``); returns whether it suspended."""
 
     def fill_nowait(self, n: int, flags: int = 0) -> None:
-        """The same, or ``WouldBlock``."""
+        """Like :meth:`fill`, or raises ``WouldBlock``."""
 
     async def find(self, delimiter: bytes, max_bytes: int) -> int:
-        """The length through the delimiter, with the window open on that."""
+        """The length through the delimiter; opens the window on those bytes."""
 
     def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
-        """The same, or ``WouldBlock``."""
+        """Like :meth:`find`, or raises ``WouldBlock``."""
 
     def buffered(self) -> int:
-        """Unread bytes."""
+        """The number of unread bytes."""
 
     def consume(self, n: int) -> None:
-        """Consumes bytes that are there, wherever they lie, and closes the window."""
+        """Consumes buffered bytes, whichever blocks they lie in, and closes the window."""
 
     def take_parts(self, n: int) -> list[memoryview]:
-        """The same, and gives the views."""
+        """Like :meth:`consume`, and returns the views."""
 
     def check_request(self, n: int) -> None:
-        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+        """:raises MessageTooLarge: if ``n`` exceeds the limit for a single request"""
 
     async def aclose(self) -> None:
-        """Closes it."""
+        """Closes the source."""
 
 
 class Reader:
     """The nocopy input of a connection: ``conn.reader``.
 
-    All counts are bytes. ``n == 0`` gives an empty view at once. Every method that waits raises
+    All counts are in bytes. ``n == 0`` yields an empty view at once. Every method that waits raises
 
-    * ``EndOfStream`` if the peer has ended and nothing is buffered, ``IncompleteRead`` if something
-      is, but too little: it stays, and a smaller request gets it;
+    * ``EndOfStream`` if the peer has ended its side and nothing is buffered, ``IncompleteRead`` if
+      something is, but too little: it stays, and a smaller request gets it;
     * ``ReadTimeout`` if the whole call took longer than ``read_timeout``: nothing is consumed;
     * ``MessageTooLarge`` at once for more than ``read_limit``;
     * ``BrokenResourceError`` (with the ``OSError`` as its cause) after a reset, ``IdleTimeout``
       after the idle timeout, ``ClosedResourceError`` after the connection was closed;
     * ``BusyResourceError`` while another task is reading;
-    * ``TypeError`` or ``ValueError`` for a count that is not an integer, or negative.
+    * ``TypeError`` or ``ValueError`` for a count that is not an integer, or is negative.
 
-    A call that is cancelled has consumed nothing. A call that finds its bytes does not suspend,
-    except for one in ``checkpoint_budget`` calls in a row.
+    A cancelled call has consumed nothing. A call that finds its bytes does not suspend, except for
+    one in every ``checkpoint_budget`` calls in a row.
     """
 
     __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
@@ -109,26 +109,26 @@ class Reader:
         self._end = SHUT
 
     def _drop_view(self) -> None:
-        """The C side has taken the block back: it was read to its end."""
+        """The C side has taken back the block, which was read to its end."""
         self._view = EMPTY
         self._start = 0
         self._end = min(self._end, 0)
 
     def release(self) -> None:
-        """Lets go of what was consumed.
+        """Releases what was consumed.
 
-        Never needed for safety, since views keep what they show; it only lets memory be recycled
+        Never needed for safety, because views keep what they show; it only lets memory be recycled
         earlier.
         """
         if not self._core.closed:
             self._core.consume(0)
 
     def __len__(self) -> int:
-        """Unread bytes, those included that were read ahead and no call has looked at."""
+        """The number of unread bytes, including those read ahead that no call has looked at."""
         return self._core.buffered()
 
     def __bool__(self) -> bool:
-        return True  # a reader without input is a reader all the same
+        return True  # a reader without input is still a reader
 
     @property
     def buffered(self) -> int:
@@ -138,7 +138,7 @@ class Reader:
     # --- contiguous views ------------------------------------------------------------------------
 
     async def peek(self, n: SupportsIndex, /) -> memoryview:
-        """``n`` contiguous bytes, which stay unread."""
+        """``n`` contiguous bytes, left unread."""
         if type(n) is int:
             start = self._start
             stop = start + n
@@ -180,11 +180,11 @@ class Reader:
     async def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
         """The bytes through the delimiter, consumed.
 
-        :param delimiter: one byte or several; they may lie in different blocks
+        :param delimiter: one or more bytes; they may lie in different blocks
         :param max_bytes: how far to look, the delimiter included
         :raises DelimiterNotFound: if it is not within the first ``max_bytes`` bytes, however they
             arrived; nothing is consumed then
-        :raises TypeError, ValueError: for a delimiter that is empty or not bytes-like
+        :raises TypeError, ValueError: if the delimiter is empty or not bytes-like
         """
         delimiter = delimiter_bytes(delimiter)
         most = count(max_bytes, "max_bytes", most=2**31)
@@ -194,7 +194,7 @@ class Reader:
         return self._view[start : start + n]
 
     def peek_nowait(self, n: SupportsIndex, /) -> memoryview:
-        """As :meth:`peek`, without waiting.
+        """Like :meth:`peek`, without waiting.
 
         :raises WouldBlock: if the bytes are not there
         """
@@ -202,7 +202,7 @@ class Reader:
         return self._view[self._start : self._start + n]
 
     def next_nowait(self, n: SupportsIndex, /) -> memoryview:
-        """As :meth:`next`, without waiting.
+        """Like :meth:`next`, without waiting.
 
         :raises WouldBlock: if the bytes are not there
         """
@@ -212,7 +212,7 @@ class Reader:
         return self._view[start : start + n]
 
     def skip_nowait(self, n: SupportsIndex, /) -> None:
-        """As :meth:`skip`, without waiting.
+        """Like :meth:`skip`, without waiting.
 
         :raises WouldBlock: if the bytes are not there
         """
@@ -224,7 +224,7 @@ class Reader:
         self._core.consume(n)
 
     def until_nowait(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
-        """As :meth:`until`, without waiting.
+        """Like :meth:`until`, without waiting.
 
         :raises WouldBlock: if the delimiter is not there, but may still come
         """
@@ -244,7 +244,7 @@ class Reader:
         return self._core.take_parts(n)
 
     async def slice(self, n: SupportsIndex, /) -> LinkBuffer:
-        """``n`` bytes, consumed, as a buffer of their own: never copied, and good for longer than
+        """``n`` bytes, consumed, as a separate buffer: never copied, and valid beyond the end of
         the connection.
         """
         return LinkBuffer._of(await self.next_parts(n), self._core.origin)
@@ -264,7 +264,7 @@ class Reader:
     async def read_str(self, n: SupportsIndex, /, encoding: str = "utf-8") -> str:
         """``n`` bytes, consumed and decoded.
 
-        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are consumed
+        :raises UnicodeDecodeError: if they are not text in ``encoding``; they are still consumed
         :raises ValueError: if there is no such encoding
         """
         if encoding != "utf-8":
@@ -281,10 +281,10 @@ class Reader:
         return (await self.next(1))[0]
 
     async def readinto(self, buffer: Buffer, /) -> int:
-        """Fills ``buffer`` with what is there, consumed; waits only if nothing is.
+        """Fills ``buffer`` with buffered bytes, consumed; waits only if there are none.
 
-        Returns the number of bytes: at least 1, or 0 when the peer has ended (or ``buffer`` is
-        empty).
+        Returns the number of bytes: at least 1, or 0 when the peer has ended its side (or
+        ``buffer`` is empty).
 
         :raises TypeError: if ``buffer`` is not writable
         """

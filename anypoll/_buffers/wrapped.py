@@ -1,4 +1,4 @@
-"""What a reader and a writer ask for, over any AnyIO byte stream."""
+"""Adapters that put the nocopy reader and writer on any AnyIO byte stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .errors import ORIGIN_KEY, MessageTooLarge, about
 from .reader import SCATTER, SHUT, Reader
 from .writer import Writer
 
-_JOINED = 16 * 1024  # output up to here goes to the stream in one piece
+_JOINED = 16 * 1024  # output up to this size goes to the stream in one piece
 _UNKNOWN = -1  # the stream has not been asked yet
 
 
@@ -31,7 +31,7 @@ def origin_of(stream: object) -> int | None:
     number = getattr(getattr(stream, "_core", None), "origin", None)
     if isinstance(number, int):
         return number
-    with suppress(Exception):  # a stream that is closed may have no attributes any more
+    with suppress(Exception):  # a closed stream may have lost its attributes
         return stream.extra(ORIGIN_KEY, None)  # type: ignore[attr-defined, no-any-return]
     return None
 
@@ -39,9 +39,9 @@ def origin_of(stream: object) -> int | None:
 class StreamSource:
     """Gets more bytes from a stream; see ``Source``.
 
-    The reader's window lies in the first view of a chain of what the stream has given, which is
-    filled until a request can be met. ``_shown`` is where the reader stood when the window was
-    opened: what lies between that and ``reader._start`` it has consumed since.
+    The reader's window lies in the first view of a chain of received chunks, which is filled until
+    a request can be met. ``_shown`` is where the reader stood when the window was opened: it has
+    consumed everything between that and ``reader._start`` since.
     """
 
     __slots__ = (
@@ -71,7 +71,7 @@ class StreamSource:
     # --- the window ------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Takes what the reader has consumed off the chain, and closes the window."""
+        """Removes what the reader has consumed from the chain, and closes the window."""
         reader = self.reader
         self._chain.drop(reader._start - self._shown)
         reader._view = EMPTY
@@ -79,7 +79,7 @@ class StreamSource:
         reader._end = min(reader._end, 0)
 
     def _open(self, n: int) -> None:
-        """Opens the window on ``n`` bytes, and on what lies behind them in the same block."""
+        """Opens the window on ``n`` bytes, and on what follows them in the same block."""
         reader = self.reader
         reader._view, start = self._chain.contiguous(n)
         reader._start = self._shown = start
@@ -92,7 +92,7 @@ class StreamSource:
         self._reading = True
         try:
             self._settle()
-            self.reader._end = SHUT  # for whoever else comes while this one waits
+            self.reader._end = SHUT  # keeps others out while this task waits
             yield
         finally:
             self._reading = False
@@ -129,10 +129,10 @@ class StreamSource:
             self._origin = origin_of(self._stream)
         return self._origin
 
-    # --- what the reader asks for ----------------------------------------------------------------
+    # --- for the reader --------------------------------------------------------------------------
 
     def check_request(self, n: int) -> None:
-        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+        """:raises MessageTooLarge: if ``n`` exceeds the limit for a single request"""
         limit = self.limits.read_limit
         if n > limit:
             text = f"{shown(n)} bytes asked for; the limit is {limit}"
@@ -187,7 +187,7 @@ class StreamSource:
         return length
 
     def buffered(self) -> int:
-        """Bytes that were received and not consumed."""
+        """The number of bytes received and not consumed."""
         return len(self._chain) - (self.reader._start - self._shown)
 
     def consume(self, n: int) -> None:
@@ -206,7 +206,7 @@ class StreamSource:
 
 
 class StreamSink:
-    """Gives bytes to a stream; see ``Sink``."""
+    """Passes bytes to a stream; see ``Sink``."""
 
     __slots__ = ("_stream", "_writing", "limits", "writer")
 
@@ -217,7 +217,7 @@ class StreamSink:
         self.writer = Writer(self)
 
     async def flush(self) -> None:
-        """Gives the stream what is pending; a checkpoint."""
+        """Passes pending output to the stream; a checkpoint."""
         self.claim()
         try:
             await self.flush_claimed()
@@ -236,11 +236,11 @@ class StreamSink:
         await self._send_pending()
 
     def release(self) -> None:
-        """Ends the claim. Nothing goes out: a stream cannot be given bytes without waiting."""
+        """Ends the claim. Sends nothing: a stream takes no bytes without waiting."""
         self._writing = False
 
     def why_broken(self) -> Exception | None:
-        """Nothing: only the stream knows."""
+        """``None``: only the stream knows."""
         return None
 
     async def _send_pending(self) -> None:
@@ -253,21 +253,21 @@ class StreamSink:
         try:
             while pieces:
                 await self._stream.send(as_bytes(pieces.pop()))
-        finally:  # the piece under way is the stream's
+        finally:  # the piece being sent is the stream's
             if pieces:
                 self.writer._put_back(pieces[::-1])
 
     async def send(self, item: Piece) -> None:
-        """As the stream's, behind what is pending."""
+        """Sends ``item`` like the stream's own ``send()``, after the pending output."""
         self.writer.write(item)
         await self.flush()
 
     def queued(self) -> int:
-        """Nothing: what the stream has taken is its own."""
+        """0: what the stream has taken is its own."""
         return 0
 
     def stand_high(self) -> None:
-        """Nothing to do: there is no reader whose calls could wait."""
+        """Does nothing: there is no reader whose calls could wait."""
 
     def why_unwritable(self) -> Exception:
         """What a write raises after the end."""

@@ -1,4 +1,4 @@
-"""The nocopy writer, over whatever takes bytes."""
+"""The nocopy writer, over any sink for bytes."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ class Sink(Protocol):
 
     @property
     def origin(self) -> int | None:
-        """The number of the connection that the bytes go to, if that is known."""
+        """The number of the connection that the bytes go to, if known."""
 
     async def flush(self) -> None:
         """See :meth:`Writer.flush`."""
 
     async def send(self, item: Piece) -> None:
-        """Sends what the writer has pending, then ``item``."""
+        """Sends the writer's pending output, then ``item``."""
 
     def claim(self) -> None:
-        """Makes the caller the only one who sends: others are told that it is busy.
+        """Makes the caller the only sender: to others the sink is busy.
 
-        :raises BusyResourceError: if another one is sending
+        :raises BusyResourceError: if another task is sending
         """
 
     async def flush_claimed(self) -> None:
-        """A ``flush()`` of the one who has claimed it."""
+        """``flush()`` for the holder of the claim."""
 
     def release(self) -> None:
-        """Ends the claim. What is pending goes out as far as that needs no waiting."""
+        """Ends the claim. Pending output goes out as far as possible without waiting."""
 
     def why_broken(self) -> Exception | None:
-        """What a write would raise, if that is known without trying."""
+        """What a write would raise, if known without trying."""
 
     async def aclose(self) -> None:
-        """Closes it."""
+        """Closes the sink."""
 
     def queued(self) -> int:
-        """Bytes that were taken from the writer, and that the kernel has not taken yet."""
+        """Bytes taken from the writer that the kernel has not taken yet."""
 
     def stand_high(self) -> None:
         """The writer has reached its high-water mark."""
@@ -57,9 +57,9 @@ class Sink(Protocol):
 class Writer(BaseWriter):
     """The nocopy output of a connection: ``conn.writer``.
 
-    Writes are plain functions into a buffer; nothing is sent before :meth:`flush`, or before the
-    connection's reader has to wait, or the handler ends, or ``aclose()``. After the connection was
-    closed or has broken every call raises what its streams raise.
+    Writes are plain functions that fill a buffer. Nothing is sent until :meth:`flush`, until the
+    connection's reader has to wait, until the handler ends, or until ``aclose()``. Once the
+    connection is closed or broken, every call raises what its streams raise.
     """
 
     __slots__ = ("_core",)
@@ -78,7 +78,7 @@ class Writer(BaseWriter):
         self._core.stand_high()
 
     def _take_joined(self) -> bytes:
-        """What may be sent, in one piece, and not pending any more."""
+        """Removes and returns the output that may be sent, in one piece."""
         pieces = self._pieces
         if not pieces:
             return b""
@@ -90,7 +90,7 @@ class Writer(BaseWriter):
         return b"".join(pieces)
 
     def __len__(self) -> int:
-        """Bytes written and not yet taken by the kernel, an open reservation included."""
+        """Bytes written and not yet taken by the kernel, including an open reservation."""
         return self._size + self._reserved_size + self._core.queued()
 
     def __bool__(self) -> bool:
@@ -104,9 +104,9 @@ class Writer(BaseWriter):
     async def flush(self) -> None:
         """Returns when the kernel has everything that was written.
 
-        :raises WriteTimeout: if that took longer than ``write_timeout``; what is left is pending
+        :raises WriteTimeout: if that takes longer than ``write_timeout``; the rest stays pending
         :raises BrokenResourceError: with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection was or is closed
+        :raises ClosedResourceError: if the connection is closed, before or during the call
         :raises BusyResourceError: while another task is sending
         """
         await self._core.flush()

@@ -1,12 +1,13 @@
-"""One registered descriptor: opening, and the order of closing.
+"""A connection's lifecycle: registration with a poller, and the order of closing.
 
-:class:`Core` is what a connection is made of without its public surface: the handle of the C side,
-the guards, the waits. The classes in ``streams`` and ``nocopy`` are faces of it.
+:class:`Core` is a connection without its public surface: the C side's handle, the guards, the
+waits. The classes in ``stream`` and ``nocopy`` are faces of it.
 
-Closing is done by the caller, at once: C marks the connection closed, takes it out of epoll, bumps
-its generation, and only then is the descriptor closed. If Python has a socket object for it, that
-one closes it, so that it knows. Waiting tasks are woken and find ``closed``. Then the close
-callbacks are released (``_callbacks``), unless a handler has the connection: its server does that.
+The caller closes at once: C marks the connection closed, removes it from epoll, bumps its
+generation, and only then is the descriptor closed. If Python has a socket object for it, that
+object closes it, so that it knows. Waiting tasks are woken and find ``closed``. Then the close
+callbacks are released (``_loop/callbacks.py``), unless a handler has the connection: its server
+does that.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from .input import Input
 
 
 class Core(Input):
-    """See the module."""
+    """A connection without its public surface; see the module."""
 
     __slots__ = ()
 
     def register(self) -> None:
-        """Has the descriptor watched.
+        """Has a poller watch the descriptor.
 
         :raises OSError: ``ENOSPC``, ``ENOMEM``; the connection is closed then
         """
@@ -53,10 +54,10 @@ class Core(Input):
             if self.callbacks is not None:
                 self.callbacks.run_soon()
 
-    # --- what the hub tells ----------------------------------------------------------------------
+    # --- notifications from the hub --------------------------------------------------------------
 
     def on_token(self, bits: int, value: int) -> None:
-        """Called by the hub for what is not the end of a wait."""
+        """Called by the hub for any event that does not end a wait."""
         if bits & MAIL_TRIM and not self.closed:
             self.reader._drop_view()
         if bits & MAIL_GONE and self.watcher is not None:
@@ -80,15 +81,15 @@ class Core(Input):
         self.writer._close()
         self._no_more_news()
         self._release_handle()
-        self._let_go()  # its task will never run again
-        self._reading = self._writing = self._flushing = False  # nor any other
+        self._let_go()  # the handler's task will never run again
+        self._reading = self._writing = self._flushing = False  # nor will any other
         self.release_callbacks()
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def close(self, *, reset: bool = False) -> None:
-        """Closes the descriptor, now, and wakes whoever waits. Idempotent. In the thread of the
-        event loop, or where nobody else has the connection, as in the garbage collector.
+        """Closes the descriptor now, and wakes all waiters. Idempotent. Call it in the event loop's
+        thread, or where nothing else has the connection, as in the garbage collector.
         """
         self._mark_closed()
         if hasattr(self, "reader"):
@@ -99,7 +100,7 @@ class Core(Input):
         if self.raw is None:
             _epoll.conn_close(self.handle, reset, 0)
         elif _epoll.conn_close(self.handle, 0, 1) >= 0 and reset:
-            with suppress(OSError):  # closed already, by another thread
+            with suppress(OSError):  # already closed by another thread
                 linger_now(self.raw)
         self._release_handle()
         hub.outputs.pop(self.number, None)
@@ -109,14 +110,14 @@ class Core(Input):
             self.requests.on_close()
 
     def abort(self) -> None:
-        """Closes with a RST, and releases the callbacks. Any thread."""
+        """Closes with an RST, and releases the callbacks. Any thread."""
         if (not self.closed or self._flushing) and not self.hands_over(self.abort):
             self.close(reset=True)
             self.release_callbacks()
 
     def hands_over(self, function: Callable[[], None]) -> bool:
-        """Has the event loop call the function, if it is at work in another thread: a task there
-        may be in the middle of reading or writing. False: it is the caller's to call.
+        """Has the event loop call the function if it is running in another thread, where a task
+        may be in the middle of reading or writing. If False, the caller must call it.
         """
         if self.hub.is_here() or not self.hub.is_running():
             return False
@@ -127,17 +128,17 @@ class Core(Input):
         return self.hub.spawn(call)
 
     def release_callbacks(self) -> None:
-        """What has ended the connection cannot wait for them."""
+        """Runs the close callbacks without waiting: whatever ended the connection cannot wait."""
         if self.callbacks is not None and not self.held:
             self.callbacks.run_now()
 
     @property
     def over(self) -> bool:
-        """Whether a close callback that is added now comes too late to wait for the end."""
+        """Whether a close callback added now is too late to wait for the end."""
         return self.closed or (not self.held and bool(self.status() & IS_IDLE_END))
 
     async def aclose(self) -> None:
-        """Drains what the writer has pending (not an open reservation), unless the scope is
+        """Drains the writer's pending output (but not an open reservation), unless the scope is
         cancelled, and closes. The descriptor is closed on every way out; then the callbacks run.
         Always a checkpoint.
         """
@@ -162,7 +163,7 @@ class Core(Input):
             else:
                 self.close()
         elif self._flushing:
-            self.close()  # the first aclose() is still draining: this one ends that
+            self.close()  # the first aclose() is still draining; this one cuts that short
 
     async def _drain_and_close(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
@@ -179,13 +180,13 @@ class Core(Input):
             self._flushing = False
 
     def _check_loop(self) -> None:
-        """:raises RuntimeError: in another event loop, as long as the connection's own lives"""
+        """:raises RuntimeError: in another event loop, while the connection's own is alive"""
         if not self.hub.dead and not self.closed:
             self.hub.check()
 
     async def finish(self, timeout: float) -> None:
-        """The end of a handler that has returned: drains, then ends this side and discards what
-        still arrives until the peer has ended too, all within ``timeout`` seconds; then closes.
+        """Ends the connection of a handler that has returned: drains output, ends this side,
+        discards input until the peer has ended too, all within ``timeout`` seconds; then closes.
         """
         deadline = deadline_after(timeout)
         if self.requests is not None:
@@ -205,7 +206,7 @@ class Core(Input):
             self.close()
 
     async def end(self) -> None:
-        """The last that a handler's task does: closes, and runs the callbacks."""
+        """The last step of a handler's task: closes, and runs the callbacks."""
         if self.requests is not None:
             self.requests.stop()
         self.close()
@@ -214,7 +215,7 @@ class Core(Input):
             await self.callbacks.run()
 
     def detach(self) -> tuple[socket.socket, bytes]:
-        """Gives the open socket away, together with what was read ahead.
+        """Gives away the open socket, together with the bytes already read ahead.
 
         :raises BusyResourceError: with pending output or a waiting task
         """
@@ -241,5 +242,5 @@ class Core(Input):
 
 
 def linger_now(sock: socket.socket) -> None:
-    """Makes the close of ``sock`` a RST."""
+    """Makes closing ``sock`` send an RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,8 +1,7 @@
-"""What reading, writing and closing a connection have in common: its fields, and its errors.
+"""The base class of a connection: the state its input and output share, and error translation.
 
-A connection is one object in four files, each of which adds to the one above it: this one,
-``_output`` (flushing and sending), ``_input`` (waiting for bytes), and ``_connection`` (opening and
-the end).
+A connection is one object built in four layers of inheritance: this class, ``Output`` (flushing and
+sending), ``Input`` (waiting for bytes) and ``Core`` (opening and closing), one file each.
 """
 
 from __future__ import annotations
@@ -41,34 +40,34 @@ if TYPE_CHECKING:
     from .._loop.hub import Hub
 
 AGAIN = -EAGAIN
-_WINDOW = 64 * 1024  # what C shows beyond a request
-LONG = 1e9  # seconds, as good as for ever
+_WINDOW = 64 * 1024  # bytes that C shows beyond a request
+LONG = 1e9  # seconds; as good as forever
 
 _E = TypeVar("_E", bound=Exception)
 
 
 def deadline_after(timeout: float | None) -> int:
-    """The nanosecond of ``CLOCK_MONOTONIC`` at which ``timeout`` seconds are over; 0: never."""
+    """When ``timeout`` seconds are over, in ns of ``CLOCK_MONOTONIC``; 0: never."""
     if timeout is None or timeout > LONG:
         return 0
     return time.monotonic_ns() + int(timeout * 1e9)
 
 
 class RequestMode(Protocol):
-    """What a connection in request mode has of that; ``_requests`` has the prose."""
+    """Request mode as a connection sees it; ``requests.py`` has the theory."""
 
     taskless: bool
     carries: bool
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for input, and no call runs or is due."""
+        """Whether the connection waits for input, and no call is running or due."""
 
     def start(self, before: Callable[[Any], Awaitable[Any]] | None = None) -> None:
-        """Begins."""
+        """Starts request mode."""
 
     def replace(self, function: Callable[[Any], Awaitable[Any]]) -> None:
-        """Another function from now on."""
+        """Calls another function from now on."""
 
     def on_close(self) -> None:
         """The connection was closed."""
@@ -77,11 +76,11 @@ class RequestMode(Protocol):
         """The server is ending."""
 
     def stop(self) -> None:
-        """No call begins any more."""
+        """Lets no further call start."""
 
 
 class Endpoint:
-    """See the module. ``fd`` is owned from the call on, also if it fails."""
+    """See the module. Owns ``fd`` from the call on, even if the call fails."""
 
     __slots__ = (
         "__weakref__",
@@ -119,7 +118,7 @@ class Endpoint:
     poller: Poller
     handle: Conn
     number: int
-    """by which tokens name the connection"""
+    """what tokens name the connection by"""
     kind: int
     limits: Limits
     budget: int
@@ -127,22 +126,22 @@ class Endpoint:
     write_timeout: float | None
     idle_timeout: float | None
     requests: RequestMode | None
-    """request mode, if it is in that"""
+    """request mode, if the connection is in it"""
     watcher: Callable[[], None] | None
-    """to be told, once, that the peer has gone"""
+    """called once, when the peer has gone"""
     callbacks: Callbacks | None
-    """to be run at the end, if there are any"""
+    """run at the end, if there are any"""
     held: bool
-    """a handler has the connection: its server runs them when that has ended"""
+    """a handler has the connection, so its server runs the callbacks when that has ended"""
     peer: bytes | None
-    """the peer's address, if accept4 has told it"""
+    """the peer's address, if accept4 returned it"""
     raw: socket.socket | None
-    """the descriptor as a Python socket, which owns it then"""
+    """the descriptor as a Python socket, which then owns it"""
     closed: bool
     draining: bool
-    """a wait with nothing unread ends as if the peer had ended"""
+    """a wait with nothing unread ends as if the peer had ended its side"""
     failure: int
-    """the first error of the socket that was seen"""
+    """the first socket error seen"""
     name: str
     _owner: Conn
     _reading: bool
@@ -159,13 +158,13 @@ class Endpoint:
                 )
             )
         except BaseException:
-            if _epoll.fd_close(fd) < 0:  # it was not the core's yet
+            if _epoll.fd_close(fd) < 0:  # the core did not own it yet
                 os.close(fd)
             raise
         self.handle = _epoll.bare(self._owner)
         self.kind = kind
         self.limits = limits
-        if limits.read_limit < _WINDOW:  # the window must not let a larger request pass
+        if limits.read_limit < _WINDOW:  # the window must not let a larger request through
             _epoll.conn_set_window(self.handle, limits.read_limit)
         self.number = _epoll.conn_id(self.handle)
         settings = runtime.settings()
@@ -187,7 +186,7 @@ class Endpoint:
         self.failure = 0
         self.name = ""
         self._reading = self._writing = self._flushing = False
-        this: Any = weakref.ref(self)  # of a Core, which can take tokens
+        this: Any = weakref.ref(self)  # self is a Core, which can take tokens
         hub.addressees[self.number] = this
         runtime.handles[self.number] = self._owner
 
@@ -195,7 +194,7 @@ class Endpoint:
         self.closed = True
 
     def set_idle_timeout(self, timeout: float | None) -> None:
-        """The clock starts anew with it."""
+        """Sets the idle timeout, which restarts its clock."""
         self.idle_timeout = timeout
         if timeout is None or timeout > LONG:
             _epoll.conn_set_idle(self.handle, 0)
@@ -203,7 +202,7 @@ class Endpoint:
             _epoll.conn_set_idle(self.handle, max(int(timeout * 1e9), 1))
 
     def statistics(self) -> ConnectionStatistics:
-        """What the connection has counted; works after the close too."""
+        """The connection's counters; works after the close too."""
         return _epoll.connection_statistics(self.handle, self.reader._start, self.writer._size)
 
     def _let_go(self) -> None:
@@ -213,8 +212,8 @@ class Endpoint:
         self.draining = True
 
     def watch_peer(self, watcher: Callable[[], None]) -> None:
-        """Has ``watcher`` called, once, when the peer has ended its side, or reset the connection;
-        in the hub, so it must not run the user's code.
+        """Has ``watcher`` called once, when the peer has ended its side or reset the connection. It
+        is called in the hub, so it must not run user code.
         """
         self.watcher = watcher
         _epoll.conn_watch_peer(self.handle)
@@ -231,7 +230,7 @@ class Endpoint:
             if fd < 0:
                 raise self._own(ClosedResourceError())
             raw = socket.socket(fileno=fd)
-            raw.setblocking(False)  # it is; but the object does not know
+            raw.setblocking(False)  # it is, but the object does not know
             self.adopt_raw(raw)
         assert self.raw is not None
         return self.raw
@@ -243,7 +242,7 @@ class Endpoint:
         runtime.raw_sockets.add(sock)
 
     def _release_handle(self) -> None:
-        """The C side has closed: what was kept for that goes."""
+        """Drops what was kept for the C side, which has closed the descriptor."""
         runtime.handles.pop(self.number, None)
         raw = self.raw
         if raw is None:
@@ -254,7 +253,7 @@ class Endpoint:
         runtime.raw_sockets.discard(raw)
 
     def _forget_raw(self) -> None:
-        """The C side has given the descriptor away."""
+        """Drops the socket object: the C side has given the descriptor away."""
         runtime.handles.pop(self.number, None)
         if self.raw is not None:
             runtime.raw_sockets.discard(self.raw)
@@ -268,7 +267,7 @@ class Endpoint:
         self.hub.check()
 
     def _own(self, exc: _E) -> _E:
-        """Marks an exception as this connection's, so that a server can tell a peer that has gone
+        """Marks an exception as this connection's, so that a server can tell a disconnected peer
         from a handler that has lost something else.
         """
         return about(exc, self.number)
@@ -294,11 +293,11 @@ class Endpoint:
         if code == ELATE:
             return self._own(WriteTimeout(f"not sent within {self.write_timeout} s"))
         if _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
-            return self._own(ClosedResourceError())  # after send_eof(), as Trio has it
+            return self._own(ClosedResourceError())  # after send_eof(), as in Trio
         return self._fail(code)
 
     def _fail(self, code: int) -> Exception:
-        """The connection has broken: no write is taken from now on."""
+        """Marks the connection broken: it accepts no writes from now on."""
         self.failure = self.failure or code
         self.writer._shut = True
         if code == EIDLE:
@@ -310,7 +309,7 @@ class Endpoint:
         return self._write_error(self.failure or -EPIPE)
 
     def status(self) -> int:
-        """The ``IS_*`` bits of now; a connection that turns out to be broken is so for writes."""
+        """The current ``IS_*`` bits; a connection found broken refuses writes from then on."""
         if self.closed:
             return _epoll.IS_CLOSED
         status = _epoll.conn_status(self.handle)
@@ -324,7 +323,7 @@ class Endpoint:
 
 
 def _notify_closing(sock: socket.socket) -> None:
-    """Tells tasks that wait for the raw socket through the event loop's own means."""
+    """Wakes tasks that wait for the raw socket by the event loop's own means."""
     try:
         anyio.notify_closing(sock)
     except Exception:  # noqa: BLE001 -- no event loop here, or another one: nobody to tell

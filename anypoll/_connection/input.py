@@ -1,14 +1,14 @@
-"""The input of a connection: waiting for bytes or a delimiter.
+"""A connection's receive path: waiting for bytes or a delimiter.
 
-The reader walks in a window of the C side's first block without calling C. When the window does not
-do, :meth:`Input.fill` asks C, which looks at what is buffered, reads the socket if that is known to
-be readable, and otherwise arms a wait. The question is asked again after the wake-up, from the
-start, until it is answered: so cancellation loses nothing, a wake-up needs no payload, and a
-timeout that has come together with the data gives the data.
+The reader moves through a window on the C side's first block without calling C. When the window is
+not enough, :meth:`Input.fill` asks C, which checks what is buffered, reads the socket if it is
+known to be readable, and otherwise arms a wait. After the wake-up the question is asked again from
+the start, until it is answered. So cancellation loses nothing, a wake-up needs no payload, and a
+timeout that coincides with the data yields the data.
 
 The gate. A waiting reader, a close, output above high water and a spent checkpoint budget must all
-stop the reader's fast path. They do it by ``reader._end = SHUT``, which no request can meet; the
-next call of C opens it again.
+stop the reader's fast path. They set ``reader._end = SHUT``, which no request can satisfy; the next
+call to C opens the gate again.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ _WAITING = frozenset({AGAIN, EQUEUED})  # the wait is armed
 
 
 class Input(Output):
-    """See the module."""
+    """A connection's receive path; see the module."""
 
     __slots__ = ()
 
     def check_request(self, n: int) -> None:
-        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+        """:raises MessageTooLarge: if ``n`` exceeds the limit for a single request"""
         if n > self.limits.read_limit:
             limit = self.limits.read_limit
             raise self._own(MessageTooLarge(f"{shown(n)} bytes asked for; read_limit is {limit}"))
 
     def _show(self) -> None:
-        """Opens the window on a block that is new."""
+        """Opens the window on a new block."""
         reader, view = self.reader, self.hub.view
         memory = _epoll.show_block(self.handle, reader._start, view)
         if memory is not None:
@@ -65,15 +65,15 @@ class Input(Output):
         reader._end = view.end
 
     async def fill(self, n: int, flags: int = 0) -> bool:
-        """Waits for ``n`` unread bytes, and opens the window on them unless ``SCATTER``. Returns
-        whether the task was suspended.
+        """Waits for ``n`` unread bytes, and opens the window on them unless ``SCATTER`` is set.
+        Returns whether the task was suspended.
 
-        One coroutine, and not divided: every request that has to wait comes through here, and each
-        frame more costs it 100 ns.
+        This is one undivided coroutine: every request that has to wait comes through here, and each
+        additional frame costs it 100 ns.
 
-        :raises EndOfStream, IncompleteRead: if the peer has ended before
+        :raises EndOfStream, IncompleteRead: if the peer ends its side first
         :raises ReadTimeout: after ``read_timeout``
-        :raises BrokenResourceError, ClosedResourceError, BusyResourceError: as AnyIO's streams
+        :raises BrokenResourceError, ClosedResourceError, BusyResourceError: as AnyIO's streams do
         """
         if self._reading:
             raise BusyResourceError("reading from")
@@ -122,7 +122,7 @@ class Input(Output):
                 if self.closed:
                     raise self._own(ClosedResourceError())
                 reader._budget = self.budget
-                if end and not flags and reader._view is not EMPTY:  # else a release() came between
+                if end and not flags and reader._view is not EMPTY:  # unless a release() intervened
                     reader._end = end
                     return True
                 suspended = True
@@ -130,7 +130,7 @@ class Input(Output):
             self._reading = False
 
     def fill_nowait(self, n: int, flags: int = 0) -> None:
-        """As :meth:`fill`, at once or not at all.
+        """Like :meth:`fill`, but without waiting.
 
         :raises WouldBlock: if the bytes are not there
         """
@@ -138,7 +138,7 @@ class Input(Output):
         self._reading = False
         result = conn_read(self.handle, self.reader._start, n, flags | NOWAIT, 0, b"", 0)
         if result < 0:
-            self.reader._end = SHUT  # C may have moved what is there
+            self.reader._end = SHUT  # C may have moved the buffered bytes
         if result == AGAIN:
             raise self._own(WouldBlock())
         if result < 0:
@@ -155,23 +155,23 @@ class Input(Output):
         self._reading = True
 
     def _ended(self, code: int) -> Exception:
-        """Nothing more will come. What was written in answer to all that came before must not be
-        lost to a handler that lets the exception pass: it is sent as if the reader had waited.
+        """The reason why no more input will come. Output written in answer to earlier input must
+        not be lost if the handler lets the exception pass, so it is sent as if the reader waited.
         """
         if self.writer._size:
             self._send(self.writer._take())
-        self.reader._end = SHUT  # C may have moved what is there
+        self.reader._end = SHUT  # C may have moved the buffered bytes
         return self._read_error(code)
 
-    # --- what is there ---------------------------------------------------------------------------
+    # --- buffered input --------------------------------------------------------------------------
 
     def buffered(self) -> int:
         """Unread bytes; 0 once the connection is closed."""
         return 0 if self.closed else max(conn_buffered(self.handle, self.reader._start), 0)
 
     def consume(self, n: int) -> None:
-        """Consumes bytes that are there, whichever blocks they lie in, and closes the window; the C
-        side will hand the block out again.
+        """Consumes buffered bytes, whichever blocks they lie in, and closes the window; the C side
+        will hand out the block again.
         """
         reader = self.reader
         conn_consume(self.handle, reader._start, n)
@@ -179,7 +179,7 @@ class Input(Output):
         reader._start = reader._end = 0
 
     def take_parts(self, n: int) -> list[memoryview]:
-        """Consumes bytes that are there; a view for each block that they lie in."""
+        """Consumes buffered bytes; returns a view for each block that they lie in."""
         parts, reader = [], self.reader
         while n > 0:
             self._show()
@@ -192,7 +192,8 @@ class Input(Output):
     # --- delimiters ------------------------------------------------------------------------------
 
     async def find(self, delimiter: bytes, max_bytes: int) -> int:
-        """Waits for the delimiter; the number of bytes through it, with the window open on them.
+        """Waits for the delimiter, and opens the window on the bytes through it, whose number it
+        returns.
 
         :raises DelimiterNotFound: if it is not within the first ``max_bytes``
         """
@@ -230,7 +231,7 @@ class Input(Output):
             self._reading = False
 
     def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
-        """As :meth:`find`, at once or not at all.
+        """Like :meth:`find`, but without waiting.
 
         :raises WouldBlock: if the delimiter is not there
         """
@@ -259,8 +260,8 @@ class Input(Output):
         return length
 
     async def _before_reading(self, deadline: int) -> bool:
-        """What must happen before a reader call may look: output above high water must drain, and a
-        checkpoint is taken if it is time for one. Returns whether the task was suspended.
+        """Prepares a reader call: output above high water must drain, and a checkpoint is taken if
+        one is due. Returns whether the task was suspended.
         """
         reader = self.reader
         suspended = await self._bound_output(deadline)
@@ -275,11 +276,11 @@ class Input(Output):
         return suspended
 
     def has_arrived(self) -> bool:
-        """Whether anything is unread, also if nobody has read it from the socket yet."""
+        """Whether any input is unread, including input not yet read from the socket."""
         return not self.closed and _epoll.conn_arrived(self.handle, self.reader._start) > 0
 
     def _end_if_drained(self) -> None:
-        """The server is ending: a wait with nothing unread does not begin."""
+        """Called when the server is ending: keeps a wait with nothing unread from beginning."""
         if not self.has_arrived():
             _epoll.conn_disarm_read(self.handle)
             raise self._own(EndOfStream())
@@ -296,11 +297,11 @@ class Input(Output):
         reader = self.reader
         try:
             suspended = await self.fill(1)
-        except EndOfStream:  # this is success, to code that makes b"" of it
+        except EndOfStream:  # a success, to code that turns it into b""
             await self.hub.checkpoint()
             raise
         if not suspended:
-            # a checkpoint before anything is taken: cancelled, it stays
+            # A checkpoint before anything is taken: if it is cancelled, the input stays.
             self._reading, end, reader._end = True, reader._end, SHUT
             try:
                 await self.hub.checkpoint()
@@ -308,7 +309,7 @@ class Input(Output):
                 self._reading = False
             if self.closed:
                 raise self._own(ClosedResourceError())
-            if reader._view is EMPTY:  # a release() came between
+            if reader._view is EMPTY:  # a release() intervened
                 self.fill_nowait(1)
             else:
                 reader._end = end
@@ -318,7 +319,7 @@ class Input(Output):
         return bytes(reader._view[start:stop])
 
     def end_if_idle(self) -> None:
-        """From now on a wait with nothing unread, the present one too, sees the end of stream."""
+        """From now on, a wait with nothing unread (a current one too) sees the end of stream."""
         self._begin_draining()
         self.hub.wake_reader(self.number)
         if self.requests is not None:

@@ -1,8 +1,8 @@
-"""The output of a connection: flushing, sending, and what happens when that is given up.
+"""A connection's send path: flushing, sending, and what happens when either is abandoned.
 
-What the writer has pending goes to C in one call: with the wait, when a reader has to wait (C sends
-it, or has the poller send a copy), or by itself. What the kernel does not take at once stays in C's
-queue by reference, and ``hub.outputs`` keeps the objects until C says that it is done with them.
+The writer's pending output goes to C in one call: along with the wait, when a reader has to wait (C
+sends it, or has the poller send a copy), or by itself. What the kernel does not take at once stays
+in C's queue by reference, and ``hub.outputs`` keeps the objects until C is done with them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .endpoint import AGAIN, Endpoint, deadline_after
 if TYPE_CHECKING:
     from .._buffers.chain import Piece
 
-VECTORED = 16 * 1024  # output from here on is sent piece by piece instead of being joined
+VECTORED = 16 * 1024  # from this size on, output is sent piece by piece instead of joined
 
 
 def is_constant(piece: Piece) -> bool:
-    """Whether nobody can change its bytes; those of a view of somebody else's memory may. A block
-    is only ever shown read-only, unlike what others make of the same type.
+    """Whether nobody can change the bytes, as they might through a view of someone else's memory.
+    Blocks are only ever shown read-only, unlike other objects of the same type.
     """
     if type(piece) is bytes:
         return True
@@ -35,26 +35,26 @@ def is_constant(piece: Piece) -> bool:
 
 
 class Output(Endpoint):
-    """See the module."""
+    """A connection's send path; see the module."""
 
     __slots__ = ()
 
     def _keep(self, pieces: list[Piece], left: int) -> None:
-        """Keeps alive what C has queued, ``left`` bytes, until it says that it is done."""
+        """Keeps the pieces that C has queued (``left`` bytes) alive until C is done with them."""
         outputs = self.hub.outputs
         kept = outputs.get(self.number)
         if kept is None:
             outputs[self.number] = pieces
             return
         kept.extend(pieces)
-        # A queue that is never quite empty must not keep what was sent long ago.
+        # A queue that is never quite empty must not keep pieces sent long ago.
         surplus = sum(map(len, kept)) - left
         while kept and surplus >= len(kept[0]):
             surplus -= len(kept.pop(0))
 
     def _own_queued(self) -> int:
-        """What C has queued, without the rest of a send that was given up: that goes out by itself,
-        and nobody waits for it.
+        """The size of C's queue without the rest of an abandoned send, which goes out by itself and
+        which nobody waits for.
         """
         return max(_epoll.conn_awaited(self.handle), 0)
 
@@ -67,21 +67,21 @@ class Output(Endpoint):
         self.reader._end = SHUT
 
     def _send_all(self) -> bytes:
-        """What the writer has pending is too much to be joined and go along with a read call: it is
-        sent by itself, and nothing goes along.
+        """Sends pending output by itself when it is too large to be joined and go along with a read
+        call; so nothing goes along.
         """
         self._send(self.writer._take())
         return b""
 
     def _after_output(self, result: int, output: bytes) -> None:
-        """``output`` went along with a read call; C sends it only when it has to wait."""
+        """``output`` went along with a read call; C sends it only if it has to wait."""
         if result == EQUEUED:
             self._keep([output], self.queued())
         elif result != AGAIN:
             self.writer._put_back([output])
 
     def _send(self, pieces: list[Piece]) -> int:
-        """Sends; the bytes queued, or a negative code."""
+        """Sends the pieces; returns the number of bytes queued, or a negative code."""
         if len(pieces) == 1 and type(pieces[0]) is bytes:
             left = conn_write(self.handle, pieces[0], len(pieces[0]))
         else:
@@ -97,7 +97,7 @@ class Output(Endpoint):
         self._writing = True
 
     async def flush(self) -> None:
-        """Returns when the kernel has all that was written.
+        """Returns when the kernel has everything that was written.
 
         :raises WriteTimeout: after ``write_timeout``; what is left is still pending
         """
@@ -108,22 +108,22 @@ class Output(Endpoint):
             self._writing = False
 
     def claim(self) -> None:
-        """Nobody else may send from now on."""
+        """From now on nobody else may send."""
         self._enter_writing()
 
     async def flush_claimed(self) -> None:
-        """``flush()``, for whoever is the one that sends."""
+        """``flush()`` for the holder of the claim."""
         self.writer._seal()
         await self._flush()
 
     def release(self) -> None:
-        """Ends the claim; what the writer still has is sent, or queued, without any waiting."""
+        """Ends the claim; what the writer still has is sent or queued, without waiting."""
         self._writing = False
         if self.writer._size and not self.writer._shut:
             self._send(self.writer._take())
 
     def why_broken(self) -> Exception | None:
-        """What a write would raise; asks nobody but C."""
+        """What a write would raise; asks only C."""
         if self.writer._shut or self.status() & (_epoll.IS_BROKEN | _epoll.IS_CLOSED):
             return self.why_unwritable()
         return None
@@ -132,7 +132,7 @@ class Output(Endpoint):
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
         if self.failure:
             raise self._write_error(self.failure)
-        # without anything of its own it waits for what is queued, and learns of a failure of that
+        # With nothing of its own, it waits for what is queued, and learns if that fails.
         left = self._send(self.writer._take()) if self.writer._size else 1
         if left < 0:
             raise self._write_error(left)
@@ -168,17 +168,17 @@ class Output(Endpoint):
                 raise self._own(ClosedResourceError())
 
     async def send(self, item: Piece) -> None:
-        """Sends what the writer has pending, then ``item``; returns when the kernel has it all.
+        """Sends the writer's pending output, then ``item``; returns when the kernel has it all.
 
-        Always a checkpoint, taken first. If it is cancelled or times out before a byte of ``item``
-        was sent, none ever will be; else the rest is copied and goes out before anything later.
+        Always a checkpoint, taken first. If the call is cancelled or times out before a byte of
+        ``item`` was sent, none ever will be; else the rest is copied and goes before later data.
         """
         self._enter_writing()
         try:
             await self.hub.checkpoint()
             if self.closed:
                 raise self._own(ClosedResourceError())
-            if self.writer._shut:  # also if there is nothing to be sent
+            if self.writer._shut:  # even if there is nothing to send
                 raise self.why_unwritable()
             deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
             if self.number in self.hub.outputs:
@@ -191,7 +191,7 @@ class Output(Endpoint):
             if left < 0:
                 raise self._write_error(left)
             if left:
-                if len(item):  # to be told from the same bytes, if they are queued twice
+                if len(item):  # distinguishes it from the same bytes queued twice
                     self.hub.outputs[self.number][-1] = item = memoryview(item)
                 try:
                     await self._drain(deadline)
@@ -202,20 +202,20 @@ class Output(Endpoint):
             self._writing = False
 
     def _withdraw(self, item: Piece) -> None:
-        """``item`` is not waited for any more: takes it out of the queue if nothing of it was
-        sent, else copies its rest.
+        """Nobody waits for ``item`` any more: removes it from the queue if none of it was sent,
+        otherwise copies the rest.
         """
         self._requeue(item)
         _epoll.conn_give_up(self.handle)
 
     def _secure(self) -> None:
-        """A flush is not waited for any more: copies what the caller may change from now on."""
+        """Nobody waits for the flush any more: copies whatever the caller may change later."""
         if not all(map(is_constant, self.hub.outputs.get(self.number, ()))):
             self._requeue(None)
 
     def _requeue(self, item: Piece | None) -> None:
-        """Queues anew what was not sent, without ``item`` if nothing of that was sent, and with
-        copies of what might be changed.
+        """Requeues what was not sent, without ``item`` if none of that was sent, and with copies of
+        whatever may change.
         """
         left = _epoll.conn_hold(self.handle) if not self.closed else 0
         if left <= 0:
@@ -237,18 +237,18 @@ class Output(Endpoint):
             self.hub.outputs.pop(self.number, None)
 
     async def _bound_output(self, deadline: int) -> bool:
-        """Keeps the output of a peer that does not read from growing: above high water it must
-        drain before a reader call goes on. Not what another task is sending, or duplex protocols
-        would deadlock. Returns whether the task was suspended.
+        """Bounds the output to a peer that does not read: above high water it must drain before a
+        reader call goes on. This excludes what another task is sending, or duplex protocols would
+        deadlock. Returns whether the task was suspended.
         """
-        # without what was given up: two ends that both waited for theirs would wait for each other
+        # Abandoned output does not count: two ends that both waited for theirs would deadlock.
         own = self._own_queued()
         if self._writing or own + self.writer._size < self.limits.write_high_water:
             return False
         left = self._send(self.writer._take()) if self.writer._size else own
         self.reader._end = SHUT
         if left <= 0:
-            return False  # sent, or broken: the reader may go on, the writer will be told
+            return False  # sent or broken: the reader may go on, and the writer will be told
         try:
             await self._drain(deadline)
         except WriteTimeout:
@@ -258,7 +258,7 @@ class Output(Endpoint):
         return True
 
     async def wait_writable(self) -> None:
-        """Until a send would probably not block."""
+        """Waits until a send would probably not block."""
         self._enter_writing()
         try:
             await self.hub.checkpoint()

@@ -1,16 +1,16 @@
-"""Request mode: a connection has no task until input arrives.
+"""Request mode: a call per request, and no task per connection while it is idle.
 
 A connection is in one of three states. *Idle*: the C side waits for input, the hub holds the
-connection, and nobody else may read. *Ready*: something has come, and the connection stands in the
+connection, and nobody else may read. *Ready*: input has come, and the connection stands in the
 queue of its owner's workers. *Busy*: a worker runs the call, which may read and write as any task.
 
-Each step begins by asking the C side anew: is a call due, or does it wait, or has the input ended?
-A call is due if anything is unread; but if the last one has consumed nothing, only when more has
-come than was there when it began. So a call that takes nothing is not called in a circle, and what
-comes while it runs is not missed.
+Each step begins by asking the C side: is a call due, must the connection wait, or has the input
+ended? A call is due if anything is unread; but if the last call consumed nothing, only once more
+input has come than was there when that call began. So a call that consumes nothing is not repeated
+in a busy loop, and input that arrives while it runs is not missed.
 
-Who owns the connection (its server, its handler, or nobody but the event loop) says in which tasks
-calls run, and what happens when there will be no more of them.
+The owner of the connection (its server, its handler, or only the event loop) determines in which
+tasks calls run, and what happens when no more will come.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ _ARMED = frozenset({AGAIN, EQUEUED})
 
 
 class Owner(Protocol):
-    """Who answers for a connection in request mode."""
+    """Answers for connections in request mode."""
 
     workers: Workers
 
     @property
     def context(self) -> Context | None:
-        """Calls run in copies of it; None: of that in which ``set_on_request()`` was called."""
+        """Calls run in copies of this; ``None``: of the one ``set_on_request()`` was called in."""
 
     @property
     def cut(self) -> bool:
-        """Whether no call begins any more, and those that run are the last of their connections."""
+        """Whether no more calls begin, and a running call is its connection's last."""
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls ``function(conn)``."""
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
-        """There will be no more calls: one has raised, or was cancelled, or the input has ended,
-        or the connection was closed.
+        """No more calls will come: one has raised or was cancelled, the input has ended, or the
+        connection was closed.
         """
 
 
@@ -90,18 +90,18 @@ class Requests:
         self._owner = owner
         self.context = owner.context or copy_context()
         self._before: Function | None = None
-        self._fresh = True  # what is unread is new to the function
-        self._due = False  # a call has begun, as far as the C side knows
+        self._fresh = True  # the unread input is new to the function
+        self._due = False  # as far as the C side knows, a call has begun
         self._over = False
         self.carries = False
-        """what earlier calls have written is still pending"""
+        """output of earlier calls is still pending"""
         self.taskless = False
-        """it has begun, and no step is being taken"""
+        """request mode has begun, and no step is running"""
 
-    # --- plain functions of the event loop's thread ----------------------------------------------
+    # --- plain functions, in the event loop's thread ---------------------------------------------
 
     def start(self, before: Function | None = None) -> None:
-        """Begins; with ``before``, a worker calls that first."""
+        """Begins. If ``before`` is given, a worker calls that first."""
         self.taskless = True
         self._before = before
         if before is None:
@@ -115,8 +115,8 @@ class Requests:
         self._owner.workers.submit(self)
 
     def replace(self, function: Function) -> None:
-        """From now on this one is called, also for what an earlier one has left unread."""
-        if self.idle or function != self._function:  # else a call that names itself is a circle
+        """Calls this function from now on, also for input that an earlier one left unread."""
+        if self.idle or function != self._function:  # a call that sets itself must not loop
             self._fresh = True
         self._function = function
         if self._leave_idle():
@@ -124,7 +124,7 @@ class Requests:
             self.start()
 
     def on_input(self) -> None:
-        """Called by the hub: the wait is over."""
+        """Called by the hub when the wait is over."""
         self._core._reading = False
         self._owner.workers.submit(self)
 
@@ -134,8 +134,8 @@ class Requests:
             self.on_close()
 
     def on_close(self) -> None:
-        """The owner learns that the connection was closed; behind the call that runs, if any. Any
-        thread, as the close.
+        """Tells the owner that the connection was closed, after the running call, if any. Any
+        thread, like the close.
         """
         if not self._leave_idle():
             return
@@ -149,20 +149,20 @@ class Requests:
         self._owner.workers.submit(self)
 
     def stop(self) -> None:
-        """No call begins any more, and nobody is told so."""
+        """Lets no further call start, and tells nobody."""
         self._over = True
         self._leave_idle()
-        self._core.requests = None  # a cycle less
+        self._core.requests = None  # breaks a reference cycle
 
     def abandon(self) -> None:
-        """There are no tasks any more in which a call could run."""
+        """No tasks are left in which a call could run."""
         self.stop()
         self._core.close()
         self._core.release_callbacks()
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for input, and no call runs or is due."""
+        """Whether the connection waits for input, and no call is running or due."""
         return self._core.number in self._core.hub.requests
 
     def _leave_idle(self) -> bool:
@@ -173,7 +173,7 @@ class Requests:
         return True
 
     def on_suspend(self) -> None:
-        """The call waits for something: what was answered before must not wait with it."""
+        """The call waits for something: earlier answers must not wait with it."""
         core = self._core
         if self.carries and not core.closed and not core._writing and core.writer._size:
             core._send(core.writer._take())
@@ -181,7 +181,7 @@ class Requests:
     # --- one step --------------------------------------------------------------------------------
 
     async def step(self) -> None:
-        """What is to be done now: a call, if one is due, or the end."""
+        """Does what is due now: makes a call, or ends."""
         if self._over:
             return
         self.taskless = False
@@ -189,18 +189,18 @@ class Requests:
             exc = await self._outcome()
         except BaseException as e:
             self.stop()
-            with cancellation_suppressed():  # it does not take the place of this end
+            with cancellation_suppressed():  # it must not replace this outcome
                 await self._owner.conclude(self._conn, e)
             raise
         if exc is None and not self._owner.cut:
             self.taskless = True
-        else:  # also behind a call that was to be cancelled, and has not let that happen
+        else:  # also after a call that suppressed its cancellation
             self.stop()
             await self._owner.conclude(self._conn, exc)
 
     async def _outcome(self) -> Exception | None:
-        """What :meth:`_call_if_due` raises. It is kept in no frame that its traceback leads to, or
-        each end would be a garbage cycle with the connection in it.
+        """The exception that :meth:`_call_if_due` raised. No frame in its traceback keeps it, or
+        each end would leave a garbage cycle that contains the connection.
         """
         try:
             await self._call_if_due()
@@ -212,7 +212,7 @@ class Requests:
         return None
 
     async def _call_if_due(self) -> None:
-        """:raises Exception: if no call will ever be due, or the call has raised it"""
+        """:raises Exception: if no call will ever be due, or the call raised it"""
         if self._before is not None:
             before, self._before = self._before, None
             await before(self._conn)
@@ -227,23 +227,23 @@ class Requests:
         self.carries = False
         if not self._over and not self._is_cut() and self._look():
             self._due = True
-            self._owner.workers.submit(self)  # behind those that are ready already
+            self._owner.workers.submit(self)  # behind the jobs that are already ready
 
     def _is_cut(self) -> bool:
         return self._owner.cut
 
     def _look(self) -> bool:
-        """Whether a call is due. If not, what is pending is sent, and the connection is idle now;
-        if so, what is pending goes together with the next answer, or when that call suspends.
+        """Whether a call is due. If not, pending output is sent and the connection becomes idle; if
+        so, pending output goes along with the next answer, or when that call suspends.
 
-        :raises EndOfStream: if none will ever be due, because the peer has ended its side, or the
-            server is ending and nothing is unread
+        :raises EndOfStream: if none will ever be due, because the peer has ended its side, or
+            because the server is ending and nothing is unread
         :raises ClosedResourceError, BrokenResourceError, IdleTimeout: likewise
-        :raises MessageTooLarge: if the last call has left more than ``read_limit`` where it was
+        :raises MessageTooLarge: if the last call left more than ``read_limit`` unread
         """
         core = self._core
         if core.closed:
-            if core._flushing:  # by another task's aclose(), which tells when all has been sent
+            if core._flushing:  # in another task's aclose(), which reports when all is sent
                 core.hub.requests[core.number] = self
                 return False
             raise core._own(ClosedResourceError())
@@ -282,12 +282,12 @@ class Requests:
     def _open_window(self, result: int) -> None:
         core, reader = self._core, self._core.reader
         reader._budget = core.budget
-        if result == 0:  # what is unread was seen before, and may lie in several blocks
+        if result == 0:  # the unread bytes were seen before, and may span several blocks
             reader._end = SHUT
             if (unread := core.buffered()) > core.limits.read_limit:
                 core.check_request(unread)
             return
-        if core.number in core.hub.outputs:  # the first reader call sees to it that it drains
+        if core.number in core.hub.outputs:  # the first reader call lets it drain
             reader._end = SHUT
             return
         if result & NEW_BLOCK:
@@ -296,8 +296,8 @@ class Requests:
 
 
 class Unserved:
-    """The owner of connections that no server has, those that were dialled for example: calls run
-    in tasks of the event loop, in the background.
+    """Owns connections that no server has, such as dialled ones: calls run in background tasks of
+    the event loop.
     """
 
     context = None
@@ -311,7 +311,7 @@ class Unserved:
         return function(conn)
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
-        """Drains what was answered, if all went well, and closes."""
+        """Drains the answers if all went well, and closes."""
         core = conn._core
         try:
             reason = normal_end(exc, core.number) if isinstance(exc, Exception) else "cancelled"
@@ -328,7 +328,7 @@ class Unserved:
 
 
 def unserved(hub: Hub) -> Unserved:
-    """The one of that hub."""
+    """That hub's owner of unserved connections."""
     if hub.unserved is None:
         hub.unserved = Unserved(hub)
     return hub.unserved  # type: ignore[no-any-return]

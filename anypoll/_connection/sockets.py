@@ -1,4 +1,4 @@
-"""The socket of a connection as its user sees it: adopting one, options, addresses, attributes."""
+"""A connection's socket: adoption, socket options, addresses, AnyIO's typed attributes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _INET = {socket.AF_INET, socket.AF_INET6}
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """TCP keepalive: the first probe after ``idle`` seconds of silence, then one every
-    ``interval`` seconds; the connection is broken after ``count`` probes without an answer
-    (see ``tcp(7)``).
+    """TCP keepalive: the first probe follows ``idle`` seconds of silence, the others come every
+    ``interval`` seconds; after ``count`` unanswered probes the connection is broken (see
+    ``tcp(7)``).
     """
 
     idle: int = 60
@@ -46,34 +46,34 @@ class Keepalive:
 
 
 class PeerCredentials(NamedTuple):
-    """Who was at the other end of a UNIX socket when it was connected (``SO_PEERCRED``,
-    unix(7)); of a socket pair: who made it.
+    """The process at the other end of a UNIX socket when it was connected (``SO_PEERCRED``,
+    unix(7)); for a socket pair, the process that created it.
     """
 
     pid: int
-    """0 if the process is in a PID namespace that cannot be seen from here"""
+    """0 if the process is in a PID namespace not visible from here"""
     uid: int
     gid: int
 
 
 class AnypollAttribute(anyio.TypedAttributeSet):
-    """What a :class:`Connection` tells beyond AnyIO's ``SocketAttribute``, also through streams
-    that wrap it: ``tls_stream.extra(AnypollAttribute.statistics)``.
+    """Attributes of a :class:`Connection` beyond AnyIO's ``SocketAttribute``, also available
+    through streams that wrap it: ``tls_stream.extra(AnypollAttribute.statistics)``.
     """
 
     poller: int = anyio.typed_attribute()
     """the poller that serves the connection, as an index into ``anypoll.statistics().pollers``;
-    not there once the connection is closed
+    absent once the connection is closed
     """
     statistics: ConnectionStatistics = anyio.typed_attribute()
-    """the counters of now, as :meth:`Connection.statistics` gives them; also after the close"""
+    """the current counters, as from :meth:`Connection.statistics`; also after the close"""
     peer_credentials: PeerCredentials = anyio.typed_attribute()
-    """pid, uid and gid of the peer; of open UNIX connections only"""
+    """pid, uid and gid of the peer; only on open UNIX connections"""
 
 
 def plain_address(address: Any) -> Address:
-    """A socket's address as AnyIO gives it: an IPv6 one as ``(host%scope, port)``; the path of a
-    UNIX socket as ``str``, an abstract name as ``bytes``, with its leading NUL.
+    """A socket's address as AnyIO gives it: an IPv6 address as ``(host%scope, port)``; a UNIX
+    socket's path as ``str``, an abstract name as ``bytes`` with its leading NUL.
     """
     if isinstance(address, bytes):
         return address
@@ -88,7 +88,7 @@ def plain_address(address: Any) -> Address:
 
 
 def set_nodelay(sock: socket.socket, on: bool) -> None:
-    """``TCP_NODELAY``."""
+    """Sets ``TCP_NODELAY``."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, on)
 
 
@@ -99,7 +99,7 @@ def check_keepalive(keepalive: object) -> None:
 
 
 def set_keepalive(sock: socket.socket, keepalive: bool | Keepalive) -> None:
-    """``SO_KEEPALIVE``, and its times if a :class:`~anypoll.Keepalive` is given.
+    """Sets ``SO_KEEPALIVE``, and its timing if a :class:`~anypoll.Keepalive` is given.
 
     :raises TypeError: for anything else
     """
@@ -115,7 +115,7 @@ _UCRED = struct.Struct("=iII")  # struct ucred
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
-    """Of a connected UNIX socket; see unix(7), ``SO_PEERCRED``."""
+    """The peer of a connected UNIX socket; see unix(7), ``SO_PEERCRED``."""
     record = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return PeerCredentials(*_UCRED.unpack(record))
 
@@ -128,10 +128,10 @@ def _described(sock: socket.socket) -> tuple[str, str]:
 
 
 def validated(sock_or_fd: Any, *, families: Sequence[int], listening: bool) -> socket.socket:
-    """The socket, non-blocking and known to be what is wanted. The messages are AnyIO's.
+    """The socket, non-blocking and of the kind that is wanted. The messages are AnyIO's.
 
     :raises TypeError: if it is neither a socket nor a descriptor
-    :raises ValueError: if it is a wrong kind of socket
+    :raises ValueError: if it is the wrong kind of socket
     """
     if isinstance(sock_or_fd, socket.socket):
         sock, made = sock_or_fd, False
@@ -150,7 +150,7 @@ def validated(sock_or_fd: Any, *, families: Sequence[int], listening: bool) -> s
         _validate(sock, families, listening=listening)
     except BaseException:
         if made:
-            sock.detach()  # the descriptor stays the caller's
+            sock.detach()  # the caller keeps the descriptor
         raise
     sock.setblocking(False)
     return sock
@@ -192,11 +192,11 @@ def _is_bound(sock: socket.socket) -> bool:
     return bool(name[1] if sock.family in _INET else name)
 
 
-# --- the surface ---------------------------------------------------------------------------------
+# --- public surface ------------------------------------------------------------------------------
 
 
 class SocketSurface(SocketStream):
-    """See the module; :class:`anypoll.Connection` has the rest."""
+    """A connection's socket as its user sees it; :class:`anypoll.Connection` has the rest."""
 
     __slots__ = ("_core",)
 
@@ -208,8 +208,8 @@ class SocketSurface(SocketStream):
 
     @property
     def local_address(self) -> Address:
-        """The address of this end: host and port, or the path of a UNIX socket; an abstract name,
-        with its leading NUL, is ``bytes``.
+        """The address of this end: host and port, or the path of a UNIX socket. An abstract name is
+        ``bytes``, with its leading NUL.
 
         :raises ClosedResourceError: if the connection is closed
         """
@@ -219,16 +219,16 @@ class SocketSurface(SocketStream):
     def remote_address(self) -> Address:
         """The address of the other end.
 
-        :raises ClosedResourceError: if the connection is closed, and was not accepted (or by a
-            UNIX socket, from a peer with a name)
-        :raises OSError: if the peer had gone before anybody asked, and it was not accepted
+        :raises ClosedResourceError: if the connection is closed and was not accepted (or was
+            accepted by a UNIX socket, from a peer with a name)
+        :raises OSError: if it was not accepted, and the peer had gone before this was first asked
         """
         core = self._core
         known = _epoll.peer_address(core.peer) if core.peer is not None else None
         return known if known is not None else plain_address(self._socket().getpeername())
 
     def set_nodelay(self, on: bool) -> None:
-        """``TCP_NODELAY``, which is on at first; ignored on UNIX sockets.
+        """Sets ``TCP_NODELAY``, which is on by default; ignored on UNIX sockets.
 
         :raises ClosedResourceError: if the connection is closed
         :raises TypeError: for anything but a ``bool``
@@ -239,7 +239,7 @@ class SocketSurface(SocketStream):
             set_nodelay(self._raw_socket, on)
 
     def set_keepalive(self, keepalive: bool | Keepalive) -> None:
-        """TCP's keepalive probes, ``True`` with the system's times; ignored on UNIX sockets.
+        """Sets TCP keepalive; ``True`` uses the system's timing; ignored on UNIX sockets.
 
         :raises ClosedResourceError: if the connection is closed
         :raises TypeError: for anything but a ``bool`` or a :class:`Keepalive`
@@ -269,8 +269,8 @@ class SocketSurface(SocketStream):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """AnyIO's :class:`~anyio.abc.SocketAttribute` and :class:`anypoll.AnypollAttribute`, as far
-        as they apply.
+        """AnyIO's :class:`~anyio.abc.SocketAttribute` and :class:`anypoll.AnypollAttribute`, where
+        they apply.
         """
         return {**self._anyio_attributes(), **self._own_attributes()}
 

@@ -1,8 +1,8 @@
-"""AnyIO's stream classes over the pollers: the public surface of a connection.
+"""A connection as an AnyIO socket stream: its public classes.
 
 A :class:`Connection` is an :class:`anyio.abc.SocketStream`, and any code written for one can use
-it. Beside that it has a nocopy ``reader`` and ``writer`` over the same buffers: ``receive()`` takes
-from what the reader has, and ``send()`` first sends what the writer has pending.
+it. It also has a nocopy ``reader`` and ``writer`` over the same buffers: ``receive()`` takes what
+the reader has buffered, and ``send()`` first sends what the writer has pending.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _DEFAULT = Limits()
 
 
 class Connection(SocketSurface):
-    """A connected stream socket in the hands of a poller.
+    """A connected stream socket, served by a poller.
 
-    It comes from a server, a listener, :func:`anypoll.connect_tcp` and their like, or from
-    :meth:`from_socket`. It belongs to the event loop in which it was made: other loops get
-    ``RuntimeError``. One task may read and another write at the same time; two that read, or two
-    that write, are told so by ``BusyResourceError``.
+    Connections come from a server, a listener, :func:`anypoll.connect_tcp` and the like, or from
+    :meth:`from_socket`. A connection belongs to the event loop in which it was created: other loops
+    get ``RuntimeError``. One task may read while another writes; a second task that reads, or a
+    second one that writes, gets ``BusyResourceError``.
     """
 
     __slots__ = ("_reader", "_server", "_writer", "state")
 
     state: Any
-    """any object of the user's, ``None`` at first"""
+    """any object of the user's, initially ``None``"""
 
     def __init__(self, core: Core) -> None:
         if not isinstance(core, Core):
@@ -59,10 +59,10 @@ class Connection(SocketSurface):
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
-        """Takes a connected stream socket, TCP or UNIX, and owns it from then on.
+        """Takes over a connected stream socket, TCP or UNIX, and owns it from then on.
 
         :raises TypeError: if it is neither a socket nor a descriptor
-        :raises ValueError: if it is not a connected stream socket of a family that is supported
+        :raises ValueError: if it is not a connected stream socket of a supported family
         """
         families = (socket.AF_UNIX,) if issubclass(cls, UNIXConnection) else _FAMILIES
         sock = validated(sock_or_fd, families=families, listening=False)
@@ -73,7 +73,7 @@ class Connection(SocketSurface):
         state = "closed" if self._core.closed else f"fd={self.fileno()}"
         return f"<anypoll.{type(self).__name__} {state}>"
 
-    # --- the nocopy side -------------------------------------------------------------------------
+    # --- nocopy ----------------------------------------------------------------------------------
 
     @property
     def reader(self) -> Reader:
@@ -85,10 +85,10 @@ class Connection(SocketSurface):
         """The nocopy output."""
         return self._writer
 
-    # Plain functions that return the reader's coroutine: an `async def` would add one.
+    # Plain functions that return the reader's coroutine; an `async def` would add another.
 
     def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """``n`` contiguous bytes, which stay unread: :meth:`anypoll.nocopy.Reader.peek`."""
+        """``n`` contiguous bytes, left unread: :meth:`anypoll.nocopy.Reader.peek`."""
         return self._reader.peek(n)
 
     def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
@@ -108,49 +108,52 @@ class Connection(SocketSurface):
     # --- AnyIO's stream --------------------------------------------------------------------------
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """At least one and at most ``max_bytes`` bytes, as soon as there are any. A checkpoint.
+        """Receives at least one and at most ``max_bytes`` bytes, as soon as there are any. A
+        checkpoint.
 
         :raises EndOfStream: when the peer has ended its side
         :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
         :raises BrokenResourceError: after a reset, with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection was or is closed
+        :raises ClosedResourceError: if the connection is closed, before or during the call
         :raises BusyResourceError: while another task is reading
-        :raises ValueError, TypeError: for ``max_bytes`` below 1, or no integer
+        :raises ValueError, TypeError: if ``max_bytes`` is below 1, or not an integer
         """
         if type(max_bytes) is not int or max_bytes < 1:
             max_bytes = positive(max_bytes, "max_bytes")
         return await self._core.receive(max_bytes)
 
     async def send(self, item: Buffer) -> None:
-        """Sends what the writer has pending, then ``item``. A checkpoint.
+        """Sends the writer's pending output, then ``item``. A checkpoint.
 
         Returns when the kernel has everything; ``item`` may be changed then. If the call is
-        cancelled or times out before a byte of ``item`` was sent, none will be; if a part was sent,
-        the rest still goes out, before anything that is sent later.
+        cancelled or times out before a byte of ``item`` was sent, none will be; if part of it was
+        sent, the rest still goes out, before anything sent later.
 
         :param item: bytes, or anything bytes-like
         :raises WriteTimeout: after ``write_timeout`` seconds
         :raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection was or is closed, or after ``send_eof()``
+        :raises ClosedResourceError: if the connection is closed, before or during the call, or
+            after ``send_eof()``
         :raises BusyResourceError: while another task is sending
         :raises TypeError: if ``item`` is not bytes-like
-        :raises ValueError: if its bytes do not lie side by side
+        :raises ValueError: if ``item`` is not contiguous
         """
         if type(item) is not bytes:
             item = flat_view(item, "item")
         await self._core.send(item)
 
     async def send_eof(self) -> None:
-        """Flushes, and ends this side; what the peer sends can still be read. Idempotent."""
+        """Flushes, then ends this side; the peer's data can still be read. Idempotent."""
         await self._core.send_eof()
 
     async def aclose(self) -> None:
         """Closes the connection. A checkpoint.
 
-        Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
-        the writer has pending is drained first, for at most ``write_timeout``, unless the scope is
-        cancelled. The descriptor is closed on every way out. Then the close callbacks run, unless
-        the connection has a handler, whose server runs them; a cancellation is seen after them.
+        From now on every other call raises ``ClosedResourceError``, including calls that are
+        waiting. The writer's pending output is drained first, for at most ``write_timeout``, unless
+        the scope is cancelled. The descriptor is closed on every way out. Then the close callbacks
+        run, unless the connection has a handler, whose server runs them; a cancellation takes
+        effect after them.
         """
         await self._core.aclose()
 
@@ -158,10 +161,10 @@ class Connection(SocketSurface):
 
     @property
     def read_timeout(self) -> float | None:
-        """Seconds that one read call may take as a whole; ``None`` for ever.
+        """Seconds that one read call may take in all; ``None``: forever.
 
-        It works as a cancel scope around the call would: scopes further out go on working, nothing
-        is lost, and the connection stays usable after the ``ReadTimeout``. It is real time: Trio's
+        It works like a cancel scope around the call: outer scopes keep working, nothing is lost,
+        and the connection stays usable after the ``ReadTimeout``. The time is real time: Trio's
         ``MockClock`` does not move it.
         """
         return self._core.read_timeout
@@ -172,10 +175,10 @@ class Connection(SocketSurface):
 
     @property
     def write_timeout(self) -> float | None:
-        """Seconds that one ``send()`` or ``flush()`` may take; ``None`` for ever.
+        """Seconds that one ``send()`` or ``flush()`` may take; ``None``: forever.
 
-        After a ``WriteTimeout`` the bytes that were not sent are still pending and go out first;
-        ``abort()`` is the way to give up.
+        After a ``WriteTimeout`` the bytes not sent are still pending and go out first; ``abort()``
+        is the way to give up.
         """
         return self._core.write_timeout
 
@@ -186,11 +189,11 @@ class Connection(SocketSurface):
     @property
     def idle_timeout(self) -> float | None:
         """Seconds without a byte in or out after which the connection is ended, whatever the
-        handler does; ``None`` for never. Setting it starts the clock anew.
+        handler is doing; ``None``: never. Setting it restarts the clock.
 
-        The socket is shut down then, pending output is dropped, ``is_active`` is False, and the
-        close callbacks run. What is buffered can still be read; after that reads and writes raise
-        :class:`IdleTimeout`. A write that the peer does not take is no traffic.
+        The socket is then shut down, pending output is dropped, ``is_active`` becomes False, and
+        the close callbacks run. Buffered input can still be read; after that, reads and writes
+        raise :class:`IdleTimeout`. A write that the peer does not take is not traffic.
         """
         return self._core.idle_timeout
 
@@ -202,48 +205,48 @@ class Connection(SocketSurface):
 
     @property
     def is_active(self) -> bool:
-        """False as soon as the connection is known to be dead or closed; asks nobody for it. A peer
-        that has only ended its own side does not make it False. Any thread.
+        """False as soon as the connection is known to be dead or closed; does no I/O. A peer that
+        has only ended its own side does not make it False. Any thread.
         """
         return not self._core.closed and not self._core.status() & IS_BROKEN
 
     @property
     def at_eof(self) -> bool:
-        """Whether the peer has ended its side and everything was read."""
+        """Whether the peer has ended its side and everything has been read."""
         core = self._core
         return not core.closed and bool(core.status() & IS_EOF) and not len(self._reader)
 
     @property
     def server(self) -> Any:
-        """The :class:`anypoll.Server` the connection was accepted by, or ``None``."""
+        """The :class:`anypoll.Server` that accepted the connection, or ``None``."""
         return self._server
 
     def statistics(self) -> ConnectionStatistics:
         """Counts of bytes and system calls; works after the close too. Any thread."""
         return self._core.statistics()
 
-    # --- doing -----------------------------------------------------------------------------------
+    # --- actions ---------------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """Closes at once with a RST; pending output is dropped. Counts as own close. Idempotent.
-        Any thread; from another one than that of the event loop: as soon as that comes to it.
+        """Closes at once with an RST; pending output is dropped. Counts as this side's close.
+        Idempotent. Any thread; outside the event loop's, it takes effect once the loop gets to it.
         """
         self._core.abort()
 
     def add_close_callback(self, callback: Callback) -> None:
         """Has ``callback`` called once, when the connection has ended. A plain function.
 
-        The last one that was added is called first. In a server they run when the handler has
-        ended and the connection is closed; elsewhere in :meth:`aclose`, which waits for them.
-        After :meth:`abort`, :meth:`detach`, an idle end, a connection that was forgotten, or if the
-        connection is closed already, plain ones are called at once, and async ones in a task in the
-        background. All are shielded from cancellation. Each may take the ``shutdown_timeout`` of
-        its server, elsewhere 10 seconds; then it is cancelled. That, and what a callback raises, is
+        Callbacks run last in, first out. In a server they run when the handler has ended and the
+        connection is closed; elsewhere in :meth:`aclose`, which waits for them. After
+        :meth:`abort`, :meth:`detach`, an idle end or a forgotten connection, or if the connection
+        is already closed, plain callbacks are called at once, and async ones in a background task.
+        All are shielded from cancellation. Each may take the ``shutdown_timeout`` of its server, or
+        10 seconds elsewhere; then it is cancelled. That, and any exception from a callback, is
         logged (logger ``anypoll.connection``) and does not stop the others.
 
-        :param callback: a plain or async callable of no argument, or else of one: the connection
+        :param callback: a plain or async callable that takes nothing, or else the connection
         :raises TypeError: for anything else
-        :raises RuntimeError: outside of the connection's event loop
+        :raises RuntimeError: outside the connection's event loop
         """
         core = self._core
         core._check_loop()
@@ -254,23 +257,23 @@ class Connection(SocketSurface):
     def set_on_request(self, function: Function) -> None:
         """Puts the connection into request mode, or replaces the function there. A plain function.
 
-        From now on ``function(connection)`` is called, in a task, when input is there and no call
-        runs, also for input that is there already. It must consume input, or wait for more through
-        the reader; if it returns having consumed nothing, it is called again only when more has
-        come. No task exists between the calls, and nobody else may read then. What was written is
-        flushed when it returns.
+        From now on ``function(connection)`` is called in a task whenever there is input and no call
+        is running, including input that is already there. It must consume input, or wait for more
+        through the reader; if it returns without consuming any, it is called again only when more
+        has arrived. Between calls there is no task, and nobody else may read. What a call has
+        written is flushed when it returns.
 
         The connection is closed when a call has raised; when the peer has ended its side and
-        nothing is unread, or a call has consumed nothing of what is (pending output is sent before,
-        for at most ``write_timeout``, or else 10 seconds); and when it is broken. In a server with
-        a handler it is the handler's end that closes it. An exception is logged (logger
-        ``anypoll.connection``, in a server ``anypoll.server``) unless a peer can cause it.
+        nothing is unread, or a call has consumed nothing of what is (pending output is sent first,
+        for at most ``write_timeout``, or 10 seconds if that is unset); and when it is broken. In a
+        server with a handler, the end of the handler closes it instead. An exception is logged
+        (logger ``anypoll.connection``, in a server ``anypoll.server``) unless a peer can cause it.
 
         :param function: a coroutine function of one argument, the connection
         :raises TypeError: if it is not callable
-        :raises ClosedResourceError: if the connection was closed
+        :raises ClosedResourceError: if the connection is closed
         :raises BusyResourceError: while another task is reading
-        :raises RuntimeError: outside of the connection's event loop
+        :raises RuntimeError: outside the connection's event loop
         """
         core = self._core
         if not callable(function):
@@ -288,16 +291,16 @@ class Connection(SocketSurface):
         core.requests.start()
 
     async def wait_writable(self) -> None:
-        """Until a ``send()`` would probably not have to wait. A checkpoint.
+        """Waits until a ``send()`` would probably not have to wait. A checkpoint.
 
         :raises BusyResourceError: while another task is sending
         """
         await self._core.wait_writable()
 
     def detach(self) -> tuple[socket.socket, bytes]:
-        """Takes the socket out of the pollers, open, with the bytes that were read ahead.
+        """Takes the socket out of the pollers, still open, with the bytes already read ahead.
 
-        The connection counts as closed afterwards, and its close callbacks run.
+        Afterwards the connection counts as closed, and its close callbacks run.
 
         :raises BusyResourceError: with pending output or a waiting task
         """
@@ -307,8 +310,8 @@ class Connection(SocketSurface):
 class UNIXConnection(Connection, DescriptorStream):
     """A :class:`Connection` over a UNIX socket, which can also carry file descriptors.
 
-    Over a ``SOCK_SEQPACKET`` socket it has messages and no stream: ``send()`` sends one, and
-    ``receive()`` returns one, cut off behind ``max_bytes``. ``reader`` and ``writer`` raise
+    Over a ``SOCK_SEQPACKET`` socket it carries messages, not a stream: ``send()`` sends one, and
+    ``receive()`` returns one, truncated to ``max_bytes``. ``reader`` and ``writer`` raise
     ``ValueError`` there.
     """
 
@@ -319,9 +322,9 @@ class UNIXConnection(Connection, DescriptorStream):
 
 
 def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
-    """A connection that is not watched yet; owns ``fd`` from the call on.
+    """A connection that no poller watches yet; owns ``fd`` from the call on.
 
-    :raises OSError: if there are no resources for it
+    :raises OSError: if resources are exhausted
     """
     if kind == TCP:
         return Connection(Core(fd, kind, limits, peer=peer))
@@ -333,7 +336,7 @@ def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None
 
 
 def kind_of(sock: socket.socket) -> int:
-    """The kind of a socket, as the core names it."""
+    """The kind of socket, in the core's terms."""
     if sock.family != socket.AF_UNIX:
         return TCP
     return SEQPACKET if sock.type == socket.SOCK_SEQPACKET else UNIX
@@ -342,7 +345,7 @@ def kind_of(sock: socket.socket) -> int:
 def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
     """A connection over a connected, non-blocking socket, which it keeps as its raw socket.
 
-    :raises OSError: if there are no resources for it; the socket is closed then
+    :raises OSError: if resources are exhausted; the socket is closed then
     """
     connection = _over(sock, limits)
     connection._core.adopt_raw(sock)
@@ -351,8 +354,8 @@ def open_socket(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
 
 
 def open_fd(sock: socket.socket, limits: Limits = _DEFAULT) -> Connection:
-    """As :func:`open_socket`, without keeping the socket object: it costs memory, and is made anew
-    when somebody asks for it.
+    """Like :func:`open_socket`, but without keeping the socket object: it costs memory, and is
+    created again on demand.
     """
     connection = _over(sock, limits)
     sock.detach()
@@ -371,15 +374,15 @@ def _over(sock: socket.socket, limits: Limits) -> Connection:
     try:
         return new_connection(sock.fileno(), kind, limits)
     except BaseException:
-        sock.detach()  # the descriptor was closed
+        sock.detach()  # the descriptor has been closed
         raise
 
 
 def socketpair() -> tuple[Connection, Connection]:
-    """Two connections that are connected to each other. A plain function.
+    """Two connections, connected to each other. A plain function.
 
-    :raises OSError: if there are no resources for them
-    :raises RuntimeError: outside of an event loop
+    :raises OSError: if resources are exhausted
+    :raises RuntimeError: outside an event loop
     """
     a, b = socket.socketpair()
     a.setblocking(False)

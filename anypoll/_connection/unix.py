@@ -1,11 +1,11 @@
-"""Connections over UNIX sockets: descriptors that travel with bytes, and sockets with messages.
+"""UNIX socket connections: file descriptor passing (``SCM_RIGHTS``), and message sockets.
 
-What the C side keeps of descriptors that came, and for how long, is in csrc/fds.c. Here they are
+What the C side keeps of received descriptors, and for how long, is in csrc/fds.c. Here they are
 sent, taken, and reported as passed over: when the reader is shown bytes that carry some, a token
-follows in the next round of the event loop, and tells how far it has come by then.
+follows in the next round of the event loop, and this code reports how far the reader has come.
 
-A ``SOCK_SEQPACKET`` connection has messages and no stream, so its reader and writer refuse to work:
-a message is received whole, in one call, or waits in the kernel.
+A ``SOCK_SEQPACKET`` connection carries messages, not a stream, so its reader and writer refuse to
+work: a message is received whole, in one call, or waits in the kernel.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
     from .._buffers.chain import Piece
 
 
-#: Errors of a message, which no peer can cause: a descriptor that is to be sent is not open, or the
-#: message is larger than the socket's buffer.
+#: Message errors that no peer can cause: a descriptor to be sent is not open, or the message is
+#: larger than the socket's buffer.
 _CALLERS = frozenset({-EBADF, -EMSGSIZE})
 
 
 class HasFileno(Protocol):
-    """A file, a socket, and the like."""
+    """A file, a socket, or the like."""
 
     def fileno(self) -> int:
         """Its descriptor."""
 
 
 def descriptors(fds: Iterable[Any]) -> list[int]:
-    """The numbers of what is to be sent: integers, or objects with a ``fileno()``.
+    """The descriptor numbers to send, from integers or objects with a ``fileno()``.
 
     :raises TypeError: for anything else
-    :raises ValueError: if there is none, one is closed, or there are more than a message can carry
+    :raises ValueError: if there are none, one is closed, or there are more than a message can carry
     """
     try:
         numbers = [index(fd.fileno() if hasattr(fd, "fileno") else fd) for fd in fds]
@@ -70,31 +70,31 @@ def _is_at_least(least: int, value: object) -> bool:
 
 
 class UNIXCore(Core):
-    """Of a stream."""
+    """A UNIX stream connection."""
 
     __slots__ = ()
 
     def on_token(self, bits: int, value: int) -> None:
-        """As a connection's; besides, how far the reader has come is reported."""
+        """As for any connection; it also reports how far the reader has come."""
         if bits & MAIL_FDS and not self.closed:
             self._report()
         super().on_token(bits, value)
 
     def _report(self) -> None:
         if conn_report(self.handle, self.reader._start) > 0:
-            self.reader._end = SHUT  # C is asked for the next bytes, and tells again
+            self.reader._end = SHUT  # C is asked for the next bytes, and notifies again
 
     # --- receiving -------------------------------------------------------------------------------
 
     async def receive(self, max_bytes: int) -> bytes:
-        """As a connection's; descriptors that came with what is taken are closed."""
+        """As for any connection; closes the descriptors that came with the bytes it takes."""
         data = await super().receive(max_bytes)
         self._report()
         return data
 
     async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
-        """Takes what is there, and the descriptors that came with it. Always a checkpoint, before
-        anything is taken.
+        """Takes the available bytes, and the descriptors that came with them. Always a checkpoint,
+        before anything is taken.
         """
         try:
             suspended = await self.fill(1)
@@ -117,7 +117,7 @@ class UNIXCore(Core):
     # --- sending ---------------------------------------------------------------------------------
 
     async def send_fds(self, message: Piece, fds: list[int]) -> None:
-        """Sends what the writer has pending, then ``message`` with the descriptors."""
+        """Sends the writer's pending output, then ``message`` with the descriptors."""
         self._enter_writing()
         try:
             deadline = await self._begin_sending()
@@ -129,7 +129,7 @@ class UNIXCore(Core):
             try:
                 sent = await self._send_once(message, fds, deadline)
             except BaseException:
-                self._secure()  # what was pending
+                self._secure()  # the output that was pending
                 raise
             if sent < len(message):
                 await self._send_rest(message, sent, deadline)
@@ -143,7 +143,7 @@ class UNIXCore(Core):
         return 0 if self.write_timeout is None else deadline_after(self.write_timeout)
 
     async def _send_once(self, message: Piece, fds: list[int], deadline: int) -> int:
-        """One system call, once all earlier output is gone and there is room."""
+        """Makes one system call, once all earlier output is gone and there is room."""
         while (sent := _epoll.send_fds(self.handle, message, fds)) == AGAIN:
             await self._drain(deadline, until_writable=True)
         if sent < 0:
@@ -151,8 +151,8 @@ class UNIXCore(Core):
         return sent
 
     async def _send_rest(self, message: Piece, sent: int, deadline: int) -> None:
-        """A part of it is sent, so the rest goes out even if nobody waits any more. That the caller
-        may change its memory then is seen to beforehand.
+        """Sends the rest of a partly sent message, even if nobody waits any more. It is copied
+        beforehand if the caller might change its memory then.
         """
         rest = memoryview(message)[sent:] if type(message) is bytes else bytes(message)[sent:]
         left = self._send([rest])
@@ -162,11 +162,11 @@ class UNIXCore(Core):
             try:
                 await self._drain(deadline)
             except BaseException:
-                self._withdraw(b"")  # nothing is taken back, but reading need not wait for it
+                self._withdraw(b"")  # takes nothing back, but lets reading go on without it
                 raise
 
     def _message_error(self, code: int) -> Exception:
-        """The connection goes on if only this message was at fault."""
+        """The error to raise; the connection stays usable if only this message was at fault."""
         ended = _epoll.IS_CLOSED | _epoll.IS_BROKEN | _epoll.IS_SHUT
         if self.closed or _epoll.conn_status(self.handle) & ended:
             return self._write_error(code)
@@ -178,12 +178,12 @@ class UNIXCore(Core):
 
 
 class MessageCore(UNIXCore):
-    """Of ``SOCK_SEQPACKET``: messages."""
+    """A ``SOCK_SEQPACKET`` connection: messages instead of a stream."""
 
     __slots__ = ()
 
     async def receive(self, max_bytes: int) -> bytes:
-        """The next message, cut off behind ``max_bytes``."""
+        """The next message, truncated to ``max_bytes``."""
         message, _ = await self._receive_message(max_bytes, 0)
         if not message:
             raise self._own(EndOfStream())
@@ -216,7 +216,7 @@ class MessageCore(UNIXCore):
             self._reading = False
 
     async def send(self, item: Piece) -> None:
-        """Sends a message; like AnyIO's streams, an empty one not at all."""
+        """Sends a message; like AnyIO's streams, does not send an empty one."""
         await self.send_fds(item, [])
 
     async def send_fds(self, message: Piece, fds: list[int]) -> None:
@@ -229,7 +229,7 @@ class MessageCore(UNIXCore):
         finally:
             self._writing = False
 
-    # --- what a stream has -----------------------------------------------------------------------
+    # --- stream operations -----------------------------------------------------------------------
 
     def check_request(self, _n: int) -> None:
         """:raises ValueError: always"""
@@ -264,27 +264,27 @@ def _no_stream() -> ValueError:
 
 
 class DescriptorStream(UNIXSocketStream):
-    """What a connection over a UNIX socket has beside those of others."""
+    """What a UNIX socket connection has beyond other connections."""
 
     __slots__ = ()
 
     _core: Any  # a UNIXCore
 
     async def send_fds(self, message: Buffer, fds: Collection[int | HasFileno]) -> None:
-        """Sends what the writer has pending, then ``message`` with copies of file descriptors. A
+        """Sends the writer's pending output, then ``message`` with copies of file descriptors. A
         checkpoint.
 
-        Returns when the kernel has everything. The descriptors go with the first bytes; if the call
-        is cancelled or times out after those, the rest of ``message`` still goes out.
+        Returns when the kernel has everything. The descriptors travel with the first bytes; if the
+        call is cancelled or times out after those, the rest of ``message`` still goes out.
 
         :param message: bytes, or anything bytes-like
-        :param fds: numbers, or objects with a ``fileno()``; 253 at most (unix(7)). They must stay
+        :param fds: numbers, or objects with a ``fileno()``; at most 253 (unix(7)). They must stay
             open until the call returns
         :raises ValueError: if ``message`` or ``fds`` is empty, or one of ``fds`` is not open
-        :raises TypeError: if one of ``fds`` is something else
-        :raises BrokenResourceError: as :meth:`Connection.send`; also, and the connection stays
+        :raises TypeError: if one of ``fds`` is anything else
+        :raises BrokenResourceError: as :meth:`Connection.send`; also, with the connection still
             usable, if the kernel refuses the descriptors (``EBADF``, ``ETOOMANYREFS``) or the size
-            of a message (``EMSGSIZE``): its cause
+            of a message (``EMSGSIZE``), which is the cause
         :raises WriteTimeout, ClosedResourceError, BusyResourceError: as :meth:`Connection.send`
         """
         if type(message) is not bytes:
@@ -296,15 +296,15 @@ class DescriptorStream(UNIXSocketStream):
         await self._core.send_fds(message, descriptors(fds))
 
     async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
-        """Bytes, as soon as there are any, and the file descriptors that came with them, which are
-        the caller's to close, and closed on exec. A checkpoint.
+        """Receives bytes as soon as there are any, and the file descriptors that came with them.
+        The caller must close those; they are close-on-exec. A checkpoint.
 
-        The bytes end behind those that descriptors came with. Descriptors whose bytes were taken
-        by any other call have been closed.
+        The bytes returned end with those that descriptors came with. Descriptors whose bytes were
+        taken by any other call have been closed.
 
-        :param msglen: how many bytes at most; with 0 it waits all the same, and takes none
-        :param maxfds: how many descriptors at most; others are closed
-        :raises ValueError: if ``msglen`` is negative, or ``maxfds`` not positive
+        :param msglen: how many bytes at most; with 0 it still waits, and takes none
+        :param maxfds: how many descriptors at most; any others are closed
+        :raises ValueError: if ``msglen`` is negative, or ``maxfds`` is not positive
         :raises EndOfStream: when the peer has ended its side
         :raises ReadTimeout, BrokenResourceError, ClosedResourceError: as :meth:`Connection.receive`
         :raises BusyResourceError: while another task is reading

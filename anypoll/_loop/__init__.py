@@ -1,7 +1,8 @@
-"""One event loop and its pollers: the hub that wakes tasks, on asyncio and on Trio; the pool of
-pollers; which of them a task uses, and what happens at a fork and at exit; tasks and callbacks that
-the hub runs for connections.
+"""The runtime below connections: poller pool, event loop hubs, worker tasks, close callbacks.
 
-``_core`` is the compiled core. Only ``anypoll/_epoll.py`` imports that; the files here import
-``_epoll`` and ``_buffers``, and every wing above may import them.
+A hub wakes tasks, on asyncio or on Trio. The runtime decides which hub and which pool a task uses,
+and what happens at a fork and at exit.
+
+``_core`` is the compiled core, which only ``anypoll/_epoll.py`` imports. The files here import
+``_epoll`` and ``_buffers``; every wing above may import them.
 """

@@ -1,4 +1,4 @@
-# What cffi makes of csrc/anypoll.h, as far as Python uses it. The header has the prose.
+# Type stub of the compiled core: what cffi makes of csrc/anypoll.h, which has the prose.
 # tests/test_epoll.py holds the names and the number of arguments against it.
 from typing import Any, NewType, Protocol
 

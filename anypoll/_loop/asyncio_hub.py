@@ -1,8 +1,8 @@
-"""The hub of an asyncio event loop; uvloop's is one too.
+"""The hub on asyncio and uvloop: a reader callback on the hub's event descriptor.
 
-One persistent reader callback on the hub's descriptor does all the waking; the loop alone holds it.
-Nothing calls us when a loop ends, but it drops its callbacks when it is closed, so a finalizer on
-the callback is the end of the hub. For that the hub must not hold the loop either.
+One persistent reader callback on the hub's descriptor does all the waking; only the loop holds it.
+Nothing calls us when a loop ends, but a loop drops its callbacks when it is closed, so a finalizer
+on the callback ends the hub. For that to work, the hub must not hold the loop either.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Function = Callable[[], Coroutine[Any, Any, None]]
 
 
 class _Unstoppable(Coroutine[Any, Any, None]):
-    """A coroutine that begins even if its task is cancelled before: ``asyncio.run()`` does that to
-    all tasks there are at its end, and what was started as the last thing would never run.
+    """A coroutine that starts even if its task was cancelled first: ``asyncio.run()`` cancels all
+    tasks at its end, and a task created last would otherwise never run.
 
-    And one that does not begin before its task has been made: a factory of eager tasks would run
-    it at once, in the middle of whatever has started it.
+    Nor does it start before its task exists: an eager task factory would run it at once, in the
+    middle of the code that created it.
     """
 
     __slots__ = ("_coroutine", "_may_begin", "_stoppable")
@@ -42,7 +42,7 @@ class _Unstoppable(Coroutine[Any, Any, None]):
         return self._coroutine.__await__()
 
     def __getattr__(self, name: str) -> Any:
-        """``cr_frame`` and the like, by which AnyIO and debuggers look at a task."""
+        """``cr_frame`` and the like, by which AnyIO and debuggers inspect a task."""
         return getattr(self._coroutine, name)
 
     def send(self, value: Any) -> Any:
@@ -66,10 +66,10 @@ def _log_failure(task: Task[None]) -> None:
 
 
 class _Drain:
-    """The reader callback: an object of its own, since its end is the end of the hub.
+    """The reader callback: a separate object, because its end is the end of the hub.
 
-    It also keeps the hub's background tasks alive, since the loop itself holds tasks weakly; and if
-    the hub did, a loop that is forgotten would never be collected.
+    It also keeps the hub's background tasks alive, because the loop holds tasks only weakly. If the
+    hub held them, a forgotten loop would never be collected.
     """
 
     __slots__ = ("__weakref__", "_hub", "_tasks")
@@ -91,7 +91,7 @@ class _Drain:
 
 
 class AsyncioHub(Hub):
-    """See the module."""
+    """The hub of an asyncio or uvloop event loop; see the module."""
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class AsyncioHub(Hub):
     def current_task(self) -> object:
         try:
             return current_task()
-        except RuntimeError:  # no event loop runs here
+        except RuntimeError:  # no event loop is running here
             return None
 
     def wait_read(self, number: int) -> Future[int | None]:
@@ -155,11 +155,11 @@ class AsyncioHub(Hub):
         try:
             start, context = drain.start, copy_context()
             loop.call_soon_threadsafe(start, loop, function, stoppable, context=context)
-        except RuntimeError:  # closed by another thread meanwhile
+        except RuntimeError:  # another thread has closed the loop meanwhile
             return False
         return True
 
-    # Calling wake_reader() and wake() for each would double the cost of a wake-up.
+    # Calling wake_reader() and wake() for each token would double the cost of a wake-up.
     def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
         pop = self.readers.pop
         for number, _, end in tokens:

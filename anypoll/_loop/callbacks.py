@@ -1,30 +1,31 @@
-"""Close callbacks: what a user wants done when a connection has ended.
+"""Close callbacks: a LIFO stack of functions that run once when a connection has ended.
 
-The model. A callback *waits* until the connection is released, then it lies on a *stack*, and is
-taken from there, last in first out, exactly once. What releases them:
+A callback *waits* until the connection is released. Then it lies on a *stack*, from which it is
+taken, last in first out, exactly once. Callbacks are released by:
 
   - a server, when the handler has ended and the connection is closed; it waits for them;
   - ``aclose()`` of a connection that no handler has; it waits for them too;
-  - ``abort()``, ``detach()``, an idle end, the end of the event loop, the garbage collector: nobody
-    can wait there. Plain ones run at once, async ones in a task of the hub.
+  - ``abort()``, ``detach()``, an idle end, the end of the event loop, the garbage collector: these
+    cannot wait. Plain callbacks run at once, async ones in a task of the hub.
 
-One that is added after the close is released at once.
+A callback added after the close is released at once.
 
-An ``Exception`` of a callback is logged. What is to end the program, such as ``SystemExit``, goes
-on when the others have had their turn: to whoever waits, or else to the hub, which ends the loop.
+An ``Exception`` from a callback is logged. An exception that ends the program, such as
+``SystemExit``, propagates once the others have had their turn: to the waiter, or else to the hub,
+which ends the loop.
 
-Async callbacks always run in a task of the hub, one after another, also when somebody waits for
-them. So nothing that is done to the waiting task reaches them: a cancel scope could be shielded
-off, a native ``Task.cancel()`` could not. The task has the context variables of whoever started it.
-Whoever waits does so shielded, and sees its cancellation afterwards.
+Async callbacks always run in a task of the hub, one after another, even if someone waits for them.
+So nothing done to the waiting task reaches them: a shielded scope would stop a cancel scope, but
+not a native ``Task.cancel()``. The hub's task has the context variables of whoever started it. The
+waiter waits shielded, and sees its cancellation afterwards.
 
-A callback may close connections, its own too. Inside of one, ``aclose()`` does not wait for
-callbacks that somebody else runs already: those of two connections that close each other, as the
-two sides of a proxy do, would wait for each other.
+A callback may close connections, including its own. Inside a callback, ``aclose()`` does not wait
+for callbacks that are already running elsewhere: those of two connections that close each other,
+like the two sides of a proxy, would wait for each other.
 
-The stack belongs to the thread of the event loop. The garbage collector comes in any thread, but
-then nobody else has the connection, and only the hub is asked, which takes that from any thread.
-In the child of a fork nothing runs: it is the parent's connection that will end.
+The stack belongs to the event loop's thread. The garbage collector may run in any thread, but then
+nothing else has the connection, and it calls only the hub, which allows that from any thread. In
+the child of a fork no callback runs: the connection that will end is the parent's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anypoll.connection")
 
-#: Whether the code that runs is called by a close callback.
+#: Whether the running code was called by a close callback.
 _inside: ContextVar[bool] = ContextVar("anypoll_inside_close_callback", default=False)
 
 Callback = Callable[[], Any] | Callable[[Any], Any]
@@ -64,7 +65,7 @@ class _Callback:
             raise TypeError(f"a close callback must be callable, not {function!r}")
         self.function = function
         self.with_conn = _needs_an_argument(function)
-        called = getattr(function, "__call__", None)  # noqa: B004 -- of an object of some class
+        called = getattr(function, "__call__", None)  # noqa: B004 -- of a callable object
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
     def call(self, conn: Any) -> Any:
@@ -75,7 +76,7 @@ class _Callback:
 
 
 class _Begun(_Callback):
-    """What a plain callback has returned to be awaited: as good as an async one."""
+    """The awaitable that a plain callback returned: treated like an async callback."""
 
     __slots__ = ("result",)
 
@@ -89,10 +90,10 @@ class _Begun(_Callback):
 
 
 def _needs_an_argument(function: Callable[..., Any]) -> bool:
-    """Whether it must be given the connection; what can be called without is called so."""
+    """Whether the function needs the connection; it is called without, if it can be."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # something built in that does not tell
+    except ValueError:  # a built-in without a signature
         return False
     for arguments in ((), (None,)):
         try:
@@ -106,7 +107,7 @@ def _needs_an_argument(function: Callable[..., Any]) -> bool:
 
 
 class Callbacks:
-    """Of one connection; see the module."""
+    """The close callbacks of one connection; see the module."""
 
     __slots__ = (
         "_conn",
@@ -121,20 +122,20 @@ class Callbacks:
     )
 
     def __init__(self, conn: Any, hub: Hub, timeout: float) -> None:
-        self._conn = conn  # keeps it alive only in a cycle
+        self._conn = conn  # keeps the connection alive only in a cycle
         self._hub = hub
         self._timeout = timeout
         self._pid = os.getpid()
         self._waiting: list[_Callback] = []
         self._stack: list[_Callback] = []
-        self._running = False  # a task of the hub is at work on the stack
-        self._ended: anyio.Event | None = None  # if somebody waits for that
-        self._fault: BaseException | None = None  # is to end the program; for whoever waits
+        self._running = False  # a task of the hub is working through the stack
+        self._ended: anyio.Event | None = None  # set at the end, if someone waits for it
+        self._fault: BaseException | None = None  # ends the program; raised in the waiter
 
     def add(self, function: Callback, *, late: bool) -> None:
-        """``late``: the connection has ended.
+        """Adds a callback; ``late``: the connection has already ended.
 
-        :raises TypeError: if it is not callable with no argument or one; nothing is changed then
+        :raises TypeError: if it cannot be called with one argument or none; nothing is changed then
         """
         one = _Callback(function)
         if not late:
@@ -145,10 +146,10 @@ class Callbacks:
         else:
             self._call(one)
 
-    # --- released by what cannot wait ------------------------------------------------------------
+    # --- released by code that cannot wait -------------------------------------------------------
 
     def run_now(self) -> None:
-        """Plain ones at once, async ones in a task of the hub."""
+        """Runs plain callbacks at once, async ones in a task of the hub."""
         released = self._release()
         self._stack += [one for one in released if one.is_async]
         plain = [one for one in released if not one.is_async]
@@ -160,19 +161,19 @@ class Callbacks:
             self._start()
 
     def run_soon(self) -> None:
-        """All in a task of the hub; for the garbage collector, which comes in any thread."""
+        """Runs all of them in a task of the hub; for the garbage collector. Any thread."""
         self._stack += self._release()
         self._start()
 
-    # --- released by what waits ------------------------------------------------------------------
+    # --- released by code that waits -------------------------------------------------------------
 
     async def run(self) -> None:
-        """Runs them, also those that have been released before. Cancellation is seen after that."""
+        """Runs all, including those released earlier. Cancellation takes effect after that."""
         self._stack += self._release()
         mine = not self._running
         try:
             while not self._running and self._stack and not self._stack[-1].is_async:
-                self._call(self._stack.pop())  # no task is needed for these
+                self._call(self._stack.pop())  # plain callbacks need no task
         finally:
             self._start()
         if self._running and (mine or not _inside.get()):
@@ -188,7 +189,7 @@ class Callbacks:
             if fault is not None:
                 raise fault
         finally:
-            del fault  # its traceback leads to this frame
+            del fault  # its traceback refers to this frame
 
     def _release(self) -> list[_Callback]:
         released, self._waiting = self._waiting, []
@@ -197,7 +198,7 @@ class Callbacks:
     # --- running ---------------------------------------------------------------------------------
 
     def _call(self, one: _Callback) -> None:
-        """A plain one; what it returns may be awaitable all the same."""
+        """Calls a plain callback; what it returns may still be awaitable."""
         try:
             result = one.call(self._conn)
         except Exception:
@@ -228,7 +229,7 @@ class Callbacks:
             self._fault = exc
         finally:
             self._running = False
-            self._start()  # the others, if something like SystemExit has left one of them
+            self._start()  # the others, if something like SystemExit ended one of them
             if not self._running and self._ended is not None:
                 self._ended.set()
                 self._ended = None
@@ -252,7 +253,7 @@ class Callbacks:
             )
 
     def _run_without_a_loop(self) -> None:
-        """The event loop has ended: there is nothing left to await anything in."""
+        """The event loop has ended: there is nowhere left to await anything."""
         while self._stack:
             one = self._stack.pop()
             if not one.is_async:
@@ -265,7 +266,7 @@ class Callbacks:
 
 @contextmanager
 def cancellation_suppressed() -> Iterator[None]:
-    """For the last that is done before another exception goes on."""
+    """For the last steps before another exception propagates."""
     try:
         yield
     except BaseException as exc:
@@ -274,13 +275,13 @@ def cancellation_suppressed() -> Iterator[None]:
 
 
 async def wait_shielded(event: anyio.Event) -> None:
-    """Waits whatever is cancelled meanwhile, and raises the cancellation then."""
+    """Waits despite any cancellation, and raises that afterwards."""
     cancelled: BaseException | None = None
     with anyio.CancelScope(shield=True):
         while not event.is_set():
             try:
                 await event.wait()
-            except anyio.get_cancelled_exc_class() as exc:  # a native one, of asyncio
+            except anyio.get_cancelled_exc_class() as exc:  # asyncio's native cancellation
                 cancelled = exc
     if cancelled is not None:
         raise cancelled

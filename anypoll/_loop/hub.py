@@ -1,18 +1,18 @@
-"""The hub: Python's end of one event loop, without the loop.
+"""The hub: wakes the tasks of one event loop, whichever kind of loop that is.
 
 Pollers put slots into the C hub's mailbox and make its descriptor readable; the loop then calls
-:meth:`Hub.dispatch`, which takes the whole mailbox and wakes the waiters. A wake-up is a hint:
-nothing travels with it, and the task that is woken looks at the connection again. So a wake-up
-that comes too late, twice, or to a task that has been cancelled does no harm.
+:meth:`Hub.dispatch`, which takes the whole mailbox and wakes the waiters. A wake-up is only a hint:
+the woken task looks at the connection again. So a wake-up that comes late, twice, or to a cancelled
+task does no harm.
 
-What is where:
-  - ``readers`` and ``writers`` hold the waiters (a future or a task) strongly while they wait; a
-    suspended task's frame holds its connection, so a connection that is waited for stays alive.
+The registries:
+  - ``readers`` and ``writers`` hold the waiters (futures or tasks) strongly while they wait; a
+    suspended task's frame holds its connection, so a connection that a task waits on stays alive.
   - ``addressees`` holds connections and listeners weakly, by the number that tokens carry.
-  - ``requests`` holds the idle connections in request mode, strongly: no task has them.
-  - ``outputs`` holds the objects whose memory the poller is still sending. It is a plain registry,
-    not an attribute of the connection: in a garbage cycle the order of freeing is arbitrary, and
-    the memory must outlive the C side's use of it.
+  - ``requests`` holds the idle connections in request mode, strongly: no task holds them.
+  - ``outputs`` holds the objects whose memory a poller is still sending. It is a plain registry,
+    not an attribute of the connection: objects in a garbage cycle are freed in arbitrary order,
+    and the memory must outlive the C side's use of it.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ logger = logging.getLogger("anypoll.hub")
 
 _TOKEN = Struct(_epoll.TOKEN_FORMAT)
 _TOKENS_AT_ONCE = 256
-#: News upon which code of the user's may run: close callbacks, a handler of the log.
+#: Events that may run user code: close callbacks, log handlers.
 _MAIL_LAST = MAIL_IDLE | MAIL_STARVED | MAIL_FAILED
 
 
 class Addressee(Protocol):
-    """What a token may be for: a connection or a listener."""
+    """The target of a token: a connection or a listener."""
 
     def on_token(self, bits: int, value: int) -> None:
-        """News beyond the end of a wait."""
+        """An event other than the end of a wait."""
 
     def on_hub_end(self) -> None:
         """The event loop has ended, and the C side has closed the descriptor."""
 
 
 class Request(Protocol):
-    """What an idle connection in request mode waits with."""
+    """The waiter of an idle connection in request mode."""
 
     def on_input(self) -> None:
-        """The wait is over. Must not run the user's code."""
+        """The wait is over. Must not run user code."""
 
 
 class Hub(ABC):
-    """What an event loop has to do with the pollers; see the module."""
+    """An event loop's side of its dealings with the pollers; see the module."""
 
     handle: HubHandle
     view: View
-    """room for the answer of ``show_block``"""
+    """room for the result of ``show_block``"""
     dead: bool
     """the event loop has ended"""
 
@@ -89,7 +89,7 @@ class Hub(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Makes sure that the caller runs in this hub's event loop.
+        """Checks that the caller runs in this hub's event loop.
 
         :raises RuntimeError: if it does not
         """
@@ -100,67 +100,67 @@ class Hub(ABC):
 
     @abstractmethod
     def is_running(self) -> bool:
-        """Whether the event loop is at work, here or in another thread. Any thread."""
+        """Whether the event loop is running, in this thread or another. Any thread."""
 
     @abstractmethod
     def current_task(self) -> object:
-        """The task that runs, of any event loop of this kind; ``None`` if none does."""
+        """The current task, in any event loop of this kind; ``None`` if there is none."""
 
     @abstractmethod
     def wait_read(self, number: int) -> Awaitable[int | None]:
-        """Suspends until :meth:`wake_reader`, or :meth:`dispatch` for the connection.
+        """Suspends until :meth:`wake_reader`, or until :meth:`dispatch` for the connection.
 
-        The result may say where the window ends now (``ap_token.value``); if it does not, or if it
-        gets lost, C is asked. Whoever awaits it removes the entry in ``readers`` when that raises.
+        The result may be the window's new end (``ap_token.value``); if it is absent or gets lost,
+        C is asked. If awaiting raises, the caller removes the entry in ``readers``.
         """
 
     @abstractmethod
     async def wait_write(self, number: int) -> None:
-        """The same for :meth:`wake_writers`. Several tasks may wait."""
+        """Suspends until :meth:`wake_writers`. Several tasks may wait."""
 
     @abstractmethod
     async def checkpoint(self) -> None:
-        """One round of the scheduler; raises if the task has been cancelled."""
+        """Yields to the scheduler once; raises if the task has been cancelled."""
 
     @abstractmethod
     def wake(self, waiter: Any) -> None:
-        """Resumes a waiter that :meth:`wait_read` or :meth:`wait_write` has filed."""
+        """Resumes a waiter registered by :meth:`wait_read` or :meth:`wait_write`."""
 
     @abstractmethod
     def spawn(
         self, function: Callable[[], Coroutine[Any, Any, None]], *, stoppable: bool = False
     ) -> bool:
-        """Runs the function in a task of its own, in the background, with the context variables of
-        the caller. It begins even if the loop is ending, and not before this has returned. What it
-        raises is logged. Any thread.
+        """Runs the function in a background task of its own, with the context variables of the
+        caller. It starts even if the loop is ending, and not before this call has returned. Any
+        exception is logged. Any thread.
 
-        :param stoppable: on asyncio, a cancellation that comes before it has begun reaches it
-            where it first suspends, instead of never
+        :param stoppable: on asyncio, a cancellation before the start reaches the function where it
+            first suspends, instead of never
 
         Returns False, and runs nothing, if the event loop has ended.
         """
 
     def forget(self, number: int) -> None:
-        """``number`` has ended: no token is for anybody from now on."""
+        """``number`` has ended: its tokens go to nobody from now on."""
         self.addressees.pop(number, None)
 
     def wake_reader(self, number: int) -> None:
-        """Resumes the task that waits in :meth:`wait_read`, if there is one."""
+        """Resumes the task waiting in :meth:`wait_read`, if there is one."""
         waiter = self.readers.pop(number, None)
         if waiter is not None:
             self.wake(waiter)
 
     def wake_writers(self, number: int) -> None:
-        """Resumes all tasks that wait in :meth:`wait_write`."""
+        """Resumes all tasks waiting in :meth:`wait_write`."""
         for waiter in self.writers.pop(number, ()):
             self.wake(waiter)
 
     def dispatch(self) -> None:
-        """Takes the mailbox and wakes whom it names. To be called in the loop's thread.
+        """Takes the mailbox and wakes the waiters named in it. Call it in the loop's thread.
 
-        What the user's code may do comes last: the other tokens tell how things were when they were
-        taken, and it may use their connections. What it raises to end the program leaves this when
-        everybody has been told.
+        Events that may run user code come last: the other tokens describe the moment they were
+        taken, and user code may use their connections. An exception that ends the program leaves
+        this method once every token has been delivered.
         """
         tokens = self._tokens
         left: list[BaseException] = []
@@ -188,7 +188,7 @@ class Hub(ABC):
         _raise_first(left)
 
     def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
-        """Of tokens that say nothing but that a read wait is over."""
+        """Handles tokens that say only that a read wait is over."""
         for token in tokens:
             self._read_over(token[0])
 
@@ -219,7 +219,7 @@ class Hub(ABC):
                 logger.exception("Internal error in a hub")
 
     def end(self) -> None:
-        """The event loop has ended: closes what is open. Idempotent, any thread."""
+        """Ends the hub with its event loop: closes all that is open. Idempotent. Any thread."""
         if self.dead:
             return
         self.dead = True
@@ -236,12 +236,12 @@ class Hub(ABC):
         self.requests.clear()
         self.readers.clear()
         self.writers.clear()
-        self.outputs.clear()  # last: the C side refers to nothing any more
+        self.outputs.clear()  # last: the C side no longer refers to anything
         _raise_first(left)
 
 
 def _raise_first(left: list[BaseException]) -> None:
-    """What is to end the program does so once; the others are logged."""
+    """Raises the first of the exceptions that end the program; logs the others."""
     for exc in left[1:]:
         logger.error("Another one has ended the program already", exc_info=exc)
     if left:

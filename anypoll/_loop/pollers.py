@@ -1,10 +1,9 @@
-"""The pool of pollers, and which of them gets the next connection.
+"""The poller pool: load balancing of connections, draining, and replacement of failed pollers.
 
-The pollers that get connections come first, ``settings.pollers`` of them; behind them are those
-that drain: they end, and their threads, with their last connection or listener. That is C's
-doing (csrc/ending.c), nobody waits for it; whoever comes here next finds that they have ended, and
-joins their threads. A poller that has failed is found in the same way, and another one put in its
-place.
+The pollers that get connections come first, ``settings.pollers`` of them. Behind them are those
+that drain: they end, with their threads, when their last connection or listener has gone. C does
+that (csrc/ending.c), and nobody waits for it; the next call here finds that they have ended, and
+joins their threads. A failed poller is found the same way, and replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ LoadBalance = str | Callable[[Sequence[PollerStatistics]], int]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What :func:`anypoll.configure` sets for the process."""
+    """The process-wide settings of :func:`anypoll.configure`."""
 
     pollers: int = 1
     load_balance: LoadBalance = "round_robin"
@@ -61,8 +60,8 @@ class Settings:
 class Pool:
     """Pollers with running threads.
 
-    The caller sees to it that only one thread at a time is in here. The same thread may be in here
-    twice, since the garbage collector and signal handlers run code of the user's anywhere.
+    The caller ensures that only one thread at a time is in here. That thread may enter twice,
+    because the garbage collector and signal handlers may run user code anywhere.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -77,8 +76,8 @@ class Pool:
         self.turn = itertools.count(1).__next__
 
     def configure(self, settings: Settings) -> None:
-        """Grows at once, by those that drain first. After a decrease the pollers beyond the new
-        number get no connection any more, and end with the last that they have.
+        """Changes the settings. The pool grows at once, starting with the pollers that drain. When
+        it shrinks, the surplus pollers get no more connections, and end with their last.
 
         :raises OSError: if a poller cannot be started; nothing has changed then
         """
@@ -98,7 +97,7 @@ class Pool:
             raise
 
     def _grow(self) -> None:
-        """One more that gets connections."""
+        """Adds a poller that gets connections."""
         while self._active < len(self._pollers):
             if keep_poller(self._pollers[self._active]):
                 self._active += 1
@@ -109,7 +108,7 @@ class Pool:
 
     @property
     def draining(self) -> bool:
-        """Whether there are pollers that end with their last connection."""
+        """Whether any pollers are to end with their last connection."""
         return len(self._pollers) > self._active
 
     def active(self) -> list[Poller]:
@@ -117,9 +116,8 @@ class Pool:
         return self._pollers[: self._active]
 
     def bury(self) -> list[int]:
-        """Takes out the pollers that have ended. In the place of one that has failed comes another
-        one, if that can be started; if not, :meth:`refill` tries again. Returns the errnos of those
-        that have failed.
+        """Removes the pollers that have ended. Each failed one is replaced if another can be
+        started; if not, :meth:`refill` tries again. Returns the errnos of the failed pollers.
         """
         failed = []
         for poller in list(self._pollers):
@@ -142,9 +140,9 @@ class Pool:
         del self._pollers[place]
 
     def refill(self) -> None:
-        """As many as there should be, or as can be had.
+        """Starts the missing pollers, or as many of them as possible.
 
-        :raises OSError: if there is none, and none can be started
+        :raises OSError: if there are none, and none can be started
         """
         try:
             self._resize(self._settings.pollers)
@@ -153,11 +151,11 @@ class Pool:
                 raise
 
     def index(self, poller: Poller) -> int:
-        """Where the poller is in :meth:`statistics`; -1 if it has ended."""
+        """The poller's index in :meth:`statistics`; -1 if it has ended."""
         return self._pollers.index(poller) if poller in self._pollers else -1
 
     def statistics(self) -> tuple[PollerStatistics, ...]:
-        """Of each poller; those that get connections come first."""
+        """The statistics of each poller; those that get connections come first."""
         return tuple(poller_statistics(poller) for poller in list(self._pollers))
 
     def nudge(self) -> None:
@@ -172,7 +170,7 @@ class Pool:
 
 
 def choose(pollers: Sequence[Poller], balance: LoadBalance, turn: Callable[[], int]) -> Poller:
-    """The one for a new connection. May run code of the user's; what that does wrong is logged."""
+    """The poller for a new connection. May run user code; errors in that are logged."""
     if balance == "random":
         return random.choice(pollers)  # noqa: S311 -- spreads load, guards nothing
     if balance != "round_robin":

@@ -1,10 +1,10 @@
-"""Which pool and which hub a task uses: the only mutable state of the process.
+"""Process-wide state: the poller pool, one hub per event loop, fork and exit handling.
 
-Nothing happens at import: the pool starts with the first connection or listener, and a hub with the
-first one in its event loop. At exit it ends for good, before the interpreter does.
+Nothing happens at import: the pool starts with the process's first connection or listener, and a
+hub with the first in its event loop. The pool ends for good at exit, before the interpreter does.
 
-After a fork() the child starts afresh on first use. What it inherited it must not touch (its locks
-may be held for ever, and epoll descriptors are shared with the parent), only close.
+After a fork() the child starts afresh on first use. It must not touch what it inherited (locks may
+be held forever, and epoll descriptors are shared with the parent), only close it.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ if TYPE_CHECKING:
     from .._epoll import MemoryStatistics, Poller, PollerStatistics
     from .hub import Hub
 
-#: Reentrant: the garbage collector and signal handlers run code of the user's anywhere, which may
-#: ask for statistics. What is known to be the user's (load_balance, handlers of the log) is called
-#: without it.
+#: Reentrant: the garbage collector and signal handlers may run user code anywhere, which may ask
+#: for statistics. Functions known to be the user's (load_balance, log handlers) are called without
+#: it.
 _lock = threading.RLock()
 _settings = Settings()
 _pool: Pool | None = None
-#: The thread that exits the interpreter, once it has stopped the pollers: none is started any more.
+#: The thread that exits the interpreter, set once it has stopped the pollers: no more start.
 _exiting_thread: int | None = None
 _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
 
-#: Sockets whose descriptor Python owns, as long as the C side uses it. Strongly: in a garbage cycle
-#: the order of finalising is arbitrary, and a socket's finaliser would close the descriptor under
-#: the poller. And a child closes them through their objects.
+#: Sockets whose descriptor Python owns while the C side uses it. The references are strong: objects
+#: in a garbage cycle are finalised in arbitrary order, and a socket's finaliser would close the
+#: descriptor under the poller. A forked child also closes them through their objects.
 raw_sockets: set[socket.socket] = set()
 
-#: Handles of what is open, by number; strongly, for the same reason: a handle's destructor would
-#: give the slot back, and the close that follows could meet somebody else in it.
+#: Handles of open slots, by number; strong for the same reason: a handle's destructor would free
+#: the slot, and the close that follows could hit the slot's next occupant.
 handles: dict[int, object] = {}
 
 
 def settings() -> Settings:
-    """What was configured."""
+    """The current settings."""
     return _settings
 
 
 def configure(**changes: Any) -> None:
-    """Changes the settings, and the pool if it runs already.
+    """Changes the settings, and the pool if it is running.
 
     :raises TypeError: for an unknown option
-    :raises ValueError: for nonsense; nothing is changed then
+    :raises ValueError: for an invalid value; nothing is changed then
     """
     global _settings
     given = {name: value for name, value in changes.items() if value is not None}
@@ -83,15 +83,15 @@ def _active_pollers() -> tuple[Pool, list[Poller]]:
             _pool.refill()
         elif _pool is None or not _pool.active() or _exiting_thread == threading.get_ident():
             raise RuntimeError("The interpreter exits, and anypoll's pollers have been stopped")
-        # else a daemon thread: it may wait for what never moves, the interpreter ends it soon
+        # Otherwise a daemon thread: it may wait for connections that never move, until it is ended.
         return _pool, _pool.active()
 
 
 def pick_poller() -> Poller:
-    """The poller for a new connection or listener; starts the pool if need be.
+    """The poller for a new connection or listener; starts the pool if necessary.
 
     :raises OSError: if the pool cannot be started
-    :raises RuntimeError: if the interpreter exits, and the pool has been stopped
+    :raises RuntimeError: if the interpreter is exiting, and the pool has been stopped
     """
     if _pool is not None and _pool.draining:
         bury_pollers()
@@ -100,7 +100,7 @@ def pick_poller() -> Poller:
         return active[0]
     balance = _settings.load_balance
     poller = choose(active, balance, pool.turn)
-    if callable(balance):  # it may have configured something
+    if callable(balance):  # it may have changed the configuration
         _, active = _active_pollers()
         if poller not in active:
             poller = active[pool.turn() % len(active)]
@@ -113,9 +113,9 @@ _Handle = TypeVar("_Handle")
 
 
 def on_poller(open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
-    """Picks a poller and opens something on it; on another one, if that has ended meanwhile.
+    """Picks a poller and opens something on it; on another, if that one has ended meanwhile.
 
-    :raises OSError: if the pool cannot be started, or what ``open_on`` raises
+    :raises OSError: if the pool cannot be started, or if ``open_on`` raises it
     """
     for _ in range(_TRIES):
         poller = pick_poller()
@@ -127,7 +127,7 @@ def on_poller(open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
 
 
 def bury_pollers() -> None:
-    """Takes notice of pollers that have ended: replaces and logs those that have failed."""
+    """Removes pollers that have ended; replaces and logs those that failed."""
     with _lock:
         failed = [] if _pool is None or _exiting_thread is not None else _pool.bury()
     for error in failed:
@@ -135,32 +135,32 @@ def bury_pollers() -> None:
 
 
 def poller_index(poller: Poller) -> int:
-    """Where the poller is in :func:`poller_statistics`; -1 if it has ended."""
+    """The poller's index in :func:`poller_statistics`; -1 if it has ended."""
     with _lock:
         return -1 if _pool is None else _pool.index(poller)
 
 
 def poller_statistics() -> tuple[PollerStatistics, ...]:
-    """Of all pollers; nothing before first use."""
+    """The statistics of all pollers; empty before first use."""
     bury_pollers()
     with _lock:
         return () if _pool is None else _pool.statistics()
 
 
 def memory_statistics() -> MemoryStatistics:
-    """The blocks of the process."""
+    """The process's block memory."""
     return _epoll.memory_statistics()
 
 
 def nudge() -> None:
-    """Makes the pollers recycle at once what is free, for tests and tools that count."""
+    """Makes the pollers recycle free memory at once, for tests and tools that count."""
     with _lock:
         if _pool is not None:
             _pool.nudge()
 
 
 def stop_pollers() -> None:
-    """At exit, and for good: ends all threads. The lock sees to it that a daemon thread starts none
+    """Ends all threads at exit, for good. The lock keeps daemon threads from starting one
     meanwhile, which would run into the end of the interpreter.
     """
     global _exiting_thread
@@ -170,15 +170,15 @@ def stop_pollers() -> None:
             _pool.stop()
 
 
-# At import, since handlers run last in, first out: those that are registered from now on may still
+# Registered at import, because handlers run last in, first out: those registered later may still
 # use connections.
 atexit.register(stop_pollers)
 
 
 def current_hub() -> Hub:
-    """The hub of the running event loop, made on first use.
+    """The running event loop's hub, created on first use.
 
-    :raises RuntimeError: outside of an event loop
+    :raises RuntimeError: outside an event loop
     """
     token = current_token().native_token
     hub = _hubs.get(token)
@@ -205,7 +205,7 @@ def _after_fork_in_child() -> None:
     raw_sockets.clear()
     handles.clear()
     for hub in list(_hubs.values()):
-        hub.end()  # what was inherited is closed, to whoever asks
+        hub.end()  # inherited connections then appear closed
     _hubs = weakref.WeakKeyDictionary()
     _epoll.fork_child()
 

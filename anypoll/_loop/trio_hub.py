@@ -1,11 +1,11 @@
-"""The hub of a Trio run: a system task that waits for the hub's descriptor.
+"""The hub on Trio: a system task that waits for the hub's event descriptor.
 
-An exception that left a system task would end the run as a ``TrioInternalError``. So errors are
-logged, and what is to end the program (``SystemExit``, ``KeyboardInterrupt``) is handed to the main
-task: that is cancelled, and ends with it.
+An exception that left a system task would end the run with a ``TrioInternalError``. So errors are
+logged, and exceptions that end the program (``SystemExit``, ``KeyboardInterrupt``) are handed to
+the main task, which is cancelled and ends with them.
 
-The system task is cancelled when the run ends, and takes the hub along; what uses a connection
-after that (another system task, an async generator's finaliser) finds it closed.
+The system task is cancelled when the run ends, and takes the hub with it. Code that uses a
+connection after that (another system task, an async generator's finaliser) finds it closed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from trio.lowlevel import Abort, Task
 from .._epoll import hub_fd
 from .hub import Hub, logger
 
-_VALUES = 1024  # window ends for which the wake-up is kept
+_VALUES = 1024  # window ends whose wake-up values are cached
 
 
 def _wait_trap(abort: Any) -> Any:
     """What ``wait_task_rescheduled(abort)`` yields to Trio's scheduler.
 
-    Yielding it again and again, once for every wait, is cheaper than calling that function, which
-    takes two more frames and builds a new message and a new result each time.
+    Yielding the same object for every wait is cheaper than calling that function, which takes two
+    more frames and builds a new message and a new result each time.
     """
     waiting = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105 -- it never waits
     trap = waiting.send(None)
@@ -48,7 +48,7 @@ Function = Callable[[], Coroutine[Any, Any, None]]
 
 
 class _Doomed(Coroutine[Any, Any, Any]):
-    """The main task's coroutine, with another end."""
+    """The main task's coroutine, wrapped to end with another exception."""
 
     __slots__ = ("_coroutine", "_end", "ended")
 
@@ -61,7 +61,7 @@ class _Doomed(Coroutine[Any, Any, Any]):
         return self._coroutine.__await__()
 
     def __getattr__(self, name: str) -> Any:
-        """``cr_frame`` and the like, by which Trio and debuggers look at a task."""
+        """``cr_frame`` and the like, by which Trio and debuggers inspect a task."""
         return getattr(self._coroutine, name)
 
     def _step(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -85,10 +85,10 @@ class _Doomed(Coroutine[Any, Any, Any]):
 
 
 def _end_run(end: BaseException) -> None:
-    """Cancels the main task, which then ends with this exception: so the run does."""
+    """Cancels the main task, which then ends with this exception, and with it the run."""
     root = trio.lowlevel.current_root_task()
     assert root is not None
-    innermost = root.child_nurseries[-1]  # the main task's, as long as that runs
+    innermost = root.child_nurseries[-1]  # the main task's, while that is running
     if innermost is not trio.lowlevel.current_task().parent_nursery:
         main: Any
         for main in innermost.child_tasks:
@@ -101,7 +101,7 @@ def _end_run(end: BaseException) -> None:
 
 
 async def _look_after(doomed: _Doomed, end: BaseException) -> None:
-    """The main task may have been about to do its last step, with the coroutine it had."""
+    """Covers a main task that was about to take its last step, with its original coroutine."""
     try:
         await trio.sleep_forever()
     finally:
@@ -136,7 +136,7 @@ def _spawn_at_last(function: Function, context: Context) -> None:
 
 
 class TrioHub(Hub):
-    """See the module."""
+    """The hub of a Trio run; see the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class TrioHub(Hub):
                 self.end()
             except BaseException as exc:  # noqa: BLE001
                 _end_run(exc)
-            self._token = None  # the registry of hubs would keep both for ever
+            self._token = None  # the registry of hubs would keep both forever
 
     def check(self) -> None:
         if not self.is_here():

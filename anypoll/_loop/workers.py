@@ -1,17 +1,16 @@
-"""Tasks that are not bound to a connection: each does one job after another.
+"""A worker pool: tasks, bound to no connection, that take jobs from one queue.
 
-A job is one step of a connection in request mode. Jobs that are ready stand in a queue, and one
-worker at a time looks at it. As long as what it does there does not suspend, it does the whole
-queue in one go, without a switch of tasks; before it suspends for the first time, it sees to it
-that another worker takes its place. So a burst of short calls costs one wake-up, and a slow call
-delays nobody. A worker that finds nothing more parks, and is woken for the next job, which is
-cheaper than starting a task; only a few may park.
+A job is one step of a connection in request mode. Ready jobs stand in a queue, which one worker at
+a time processes. As long as its jobs do not suspend, it does the whole queue in one go, without a
+task switch; before a job suspends for the first time, the worker has another take its place. So a
+burst of short calls costs one wake-up, and a slow call delays nobody. A worker that finds no more
+jobs parks, and is woken for the next, which is cheaper than starting a task; only a few may park.
 
-A call may set context variables. Those must not be seen by the call of another connection, so each
-job runs in a copy of its own context, whatever that of the worker's task is.
+A call may set context variables. Calls of other connections must not see those, so each job runs in
+a copy of its own context, whatever the context of the worker's task.
 
-A worker may be cancelled by whoever finds its task. Its job sees that, if it is at one, and the
-worker ends; what else is ready is for the next one.
+Any code that finds a worker's task may cancel it. The worker's current job, if any, sees that, and
+the worker ends; other ready jobs are left to the next one.
 """
 
 from __future__ import annotations
@@ -28,34 +27,34 @@ from anyio import get_cancelled_exc_class
 if TYPE_CHECKING:
     from .hub import Hub
 
-#: Idle workers that are kept.
+#: Idle workers to keep.
 _PARKED = 16
-#: Jobs done in a row without a suspension, before other tasks get their turn.
+#: Jobs done in a row without suspending, before other tasks get a turn.
 _JOBS = 64
 
 _keys = count(1)  # of parked workers, among the hub's readers: negated, unlike connections
 
 
 class Job(Protocol):
-    """What workers do."""
+    """A unit of work."""
 
     context: Context
-    """in copies of it"""
+    """the job runs in copies of it"""
 
     def step(self) -> Coroutine[Any, Any, None]:
-        """Does it. What it raises ends the worker's task."""
+        """Does the job. An exception ends the worker's task."""
 
     def on_suspend(self) -> None:
-        """It suspends for the first time. A plain function."""
+        """Called when the job suspends for the first time. A plain function."""
 
     def abandon(self) -> None:
-        """No task will ever do it."""
+        """Called when no task will ever do the job."""
 
 
 class Workers:
-    """See the module. All calls come from the thread of the event loop.
+    """The worker pool; see the module. Call it only in the event loop's thread.
 
-    :param start: begins a task that runs an async function; False if that is not possible any more
+    :param start: starts a task that runs an async function; returns False if that is impossible now
     """
 
     __slots__ = ("_hub", "_looking", "_parked", "_ready", "_start")
@@ -67,10 +66,10 @@ class Workers:
         self._start = start
         self._ready: deque[Job] = deque()
         self._parked: list[int] = []
-        self._looking = 0  # workers that will look at the queue, those that are being woken too
+        self._looking = 0  # workers that will look at the queue, including those being woken
 
     def submit(self, job: Job) -> None:
-        """Has it done, as soon as possible. A plain function."""
+        """Has the job done as soon as possible. A plain function."""
         self._ready.append(job)
         if not self._looking:
             self._rouse()
@@ -94,13 +93,13 @@ class Workers:
         except GeneratorExit:  # there may be no event loop any more
             raise
         except get_cancelled_exc_class():
-            pass  # it ends here; to a task group, a task that ends so would be a failure
+            pass  # the cancellation ends here: a task group would take it for a failure
         finally:
             self._hub.forget(key)
             self._step_aside()
 
     async def _do_all(self) -> None:
-        """Does what is ready."""
+        """Does all ready jobs."""
         done = 0
         while self._ready:
             await self._run(self._ready.popleft())
@@ -120,14 +119,14 @@ class Workers:
             await self._hub.wait_read(key)
         except BaseException:
             self._hub.readers.pop(key, None)
-            if key in self._parked:  # else it was being woken, and counts as one that looks
+            if key in self._parked:  # otherwise it was being woken, and counts as looking
                 self._parked.remove(key)
                 self._looking += 1
             raise
 
     @coroutine
     def _run(self, job: Job) -> Generator[Any, Any, None]:
-        """``await job.step()``, and steps aside before that suspends for the first time."""
+        """``await job.step()``, stepping aside before that suspends for the first time."""
         step, run = job.step(), job.context.copy().run
         try:
             trap = run(step.send, None)
@@ -149,5 +148,5 @@ class Workers:
         except StopIteration:
             return
         finally:
-            raised = None  # its traceback leads to this frame
+            raised = None  # its traceback refers to this frame
             self._looking += 1

@@ -1,5 +1,4 @@
-"""Sockets, listening and dialling: addresses, listening sockets, listeners that turn what is
-accepted into connections, and connecting with a deadline and fallback.
+"""The network: address parsing, listening sockets, listeners, a Happy Eyeballs dialer.
 
-It imports ``_tls``, ``_connection`` and what lies below them. The server imports it.
+This wing imports ``_tls``, ``_connection`` and what lies below them. The server imports it.
 """

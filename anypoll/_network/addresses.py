@@ -1,4 +1,4 @@
-"""Addresses to listen on or to connect to: checked, parsed, resolved, named in errors."""
+"""An address parser and resolver: hosts, ports and UNIX paths, to listen on or connect to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .._buffers.arguments import count
 
 INET = {socket.AF_INET, socket.AF_INET6}
 
-#: Errors of a socket or an address of a family that this machine lacks, or has turned off.
+#: Errors of sockets or addresses of a family that this machine lacks or has turned off.
 LACKING = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 
 def host_text(host: object, name: str) -> str:
     """A host as text.
 
-    :raises TypeError: if it is neither a ``str`` nor an address of :mod:`ipaddress`
+    :raises TypeError: if it is neither a ``str`` nor an address from :mod:`ipaddress`
     """
     if isinstance(host, str):
         return host
@@ -33,12 +33,12 @@ def host_text(host: object, name: str) -> str:
 
 
 def port_number(port: int, name: str) -> int:
-    """:raises TypeError, ValueError: if it is not an integer, or not within 0 to 65535"""
+    """:raises TypeError, ValueError: if it is not an integer, or not between 0 and 65535"""
     return count(port, name, most=65535)
 
 
 def any_address(family: int, port: int) -> tuple[int, tuple[str, int]]:
-    """All interfaces of a family."""
+    """The address of all interfaces, for a family."""
     return family, ("::" if family == socket.AF_INET6 else "0.0.0.0", port)  # noqa: S104 -- asked for
 
 
@@ -54,7 +54,7 @@ def closed_on_error(sock: socket.socket) -> Iterator[socket.socket]:
 
 @contextmanager
 def naming(address: Any) -> Iterator[None]:
-    """An ``OSError`` of the system that leaves the block tells which address it is about.
+    """Makes the system's ``OSError``s that leave the block name the address they are about.
 
     :param address: host and port, or the path of a UNIX socket
     """
@@ -63,7 +63,7 @@ def naming(address: Any) -> Iterator[None]:
     except socket.gaierror:
         raise
     except OSError as exc:
-        # Python itself refuses a path that is too long, without a number
+        # Python itself refuses a path that is too long, without an errno.
         code = errno.ENAMETOOLONG if exc.errno is None else exc.errno
         text = os.strerror(code)
         if isinstance(address, bytes):
@@ -76,12 +76,12 @@ def naming(address: Any) -> Iterator[None]:
 async def resolved(
     host: str, port: int, *, family: int = socket.AF_UNSPEC, flags: int = 0
 ) -> list[tuple[int, Any]]:
-    """Families and addresses of a host, each once, at least one.
+    """The families and addresses of a host, each once, at least one.
 
-    :raises gaierror: if there are none, also for text that can be no host at all
+    :raises gaierror: if there are none, including for text that cannot be a host
     """
     known = literal(host, port)
-    # C ends a string at a NUL, and uvloop an address at a "%": both would pass as another host
+    # C ends a string at a NUL, and uvloop an address at a "%": both would pass as another host.
     if "\0" in host or ("%" in host and known is None):
         raise socket.gaierror(socket.EAI_NONAME, f"no name of a host: {host!r}")
     if known is not None and family in {socket.AF_UNSPEC, known[0]}:
@@ -90,7 +90,7 @@ async def resolved(
         found = await anyio.getaddrinfo(
             host, port, family=family, type=socket.SOCK_STREAM, flags=flags
         )
-    except UnicodeError as exc:  # IDNA's errors are such
+    except UnicodeError as exc:  # IDNA's errors are UnicodeErrors
         raise socket.gaierror(socket.EAI_NONAME, f"no name of a host: {host!r}") from exc
     addresses = dict.fromkeys((int(f), address) for f, *_, address in found if f in INET)
     if not addresses:
@@ -99,8 +99,8 @@ async def resolved(
 
 
 def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
-    """Family and address, if ``host`` is one and no name. It is not resolved then: uvloop's
-    ``getaddrinfo()`` loses the scope.
+    """The family and address, if ``host`` is an address and not a name. Addresses are not resolved:
+    uvloop's ``getaddrinfo()`` loses the scope.
     """
     try:
         version = ip_address(host).version
@@ -110,7 +110,7 @@ def literal(host: str, port: int) -> tuple[int, tuple[str, int]] | None:
 
 
 def with_scope(family: int, address: Any) -> Any:
-    """``("fe80::1%eth0", port)`` as ``bind`` and ``connect`` take it.
+    """``("fe80::1%eth0", port)`` in the form that ``bind`` and ``connect`` take.
 
     :raises gaierror: if there is no such interface
     """
@@ -118,7 +118,7 @@ def with_scope(family: int, address: Any) -> Any:
         host, _, scope = address[0].partition("%")
         try:
             index = _index(scope)
-        except (OSError, ValueError):  # ValueError: for what cannot be a name
+        except (OSError, ValueError):  # ValueError: for text that cannot be a name
             raise socket.gaierror(socket.EAI_NONAME, f"no interface {scope!r}") from None
         return host, address[1], 0, index
     return address
@@ -131,11 +131,11 @@ def _index(scope: str) -> int:
 
 
 def unix_path(path: str | bytes | os.PathLike[Any]) -> bytes:
-    """The path as ``bind`` and ``connect`` take it.
+    """The path in the form that ``bind`` and ``connect`` take.
 
-    :raises TypeError: if it is none
-    :raises ValueError: if it is empty (the kernel would choose an abstract name), or for a NUL
-        inside of it, which would end it there; one in front is right
+    :raises TypeError: if it is not a path
+    :raises ValueError: if it is empty (the kernel would choose an abstract name), or has a NUL
+        inside, which would cut it off there; a leading NUL is fine
     """
     try:
         raw = os.fsencode(os.fspath(path))

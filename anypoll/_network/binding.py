@@ -1,4 +1,4 @@
-"""Listening sockets: TCP on all addresses of a host, UNIX on a path that nobody is bound to."""
+"""Binding listening sockets: TCP on all addresses of a host, UNIX on a path not in use."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _backlog(backlog: int) -> int:
 async def tcp_listening(
     host: str | None, port: int, *, family: int, backlog: int, reuse_port: bool
 ) -> list[socket.socket]:
-    """Listening sockets for every address of ``host``; one dual-stack socket for ``None``, or one
-    of each family where there are no such sockets. With port 0 all get the same ephemeral port.
+    """Listening sockets for every address of ``host``. For ``None``, one dual-stack socket, or one
+    per family where dual-stack sockets do not exist. With port 0 all get the same ephemeral port.
 
-    :raises OSError: for a failed bind, with the address in its text; nothing is left open
+    :raises OSError: if binding fails, with the address in its text; nothing is left open
     """
     backlog = _backlog(backlog)
     addresses = await _local_addresses(host, port, _ip_family(family))
@@ -50,7 +50,7 @@ async def tcp_listening(
         try:
             return _bind_all(addresses, backlog, family=family, reuse_port=reuse_port)
         except OSError as exc:
-            # the ephemeral port of the first address was taken on another one: the next may be free
+            # The first address's ephemeral port was taken on another address: try the next port.
             taken = exc.errno == errno.EADDRINUSE and port == 0 and len(addresses) > 1
             if not taken or attempt == _BIND_TRIES - 1:
                 raise
@@ -76,7 +76,7 @@ async def _local_addresses(host: str | None, port: int, family: int) -> list[tup
 def _bind_all(
     addresses: Sequence[tuple[int, Any]], backlog: int, *, family: int, reuse_port: bool
 ) -> list[socket.socket]:
-    # alone on "::" a socket takes both families, unless one was asked for; else each takes its own
+    # A lone socket on "::" takes both families, unless one was asked for; otherwise each its own.
     both = len(addresses) == 1 and addresses[0][1][0] == "::" and family == socket.AF_UNSPEC
     both = both and socket.has_dualstack_ipv6()
     sockets: list[socket.socket] = []
@@ -91,7 +91,7 @@ def _bind_all(
                 if exc.errno not in LACKING:
                     raise
                 lacking.setdefault(each, exc)
-        # a name may have addresses of a family that this machine lacks
+        # A name may have addresses of a family that this machine lacks.
         bound = {sock.family for sock in sockets}
         wrong = [each for each in lacking if not bound or each in bound]
         if wrong:
@@ -127,10 +127,10 @@ async def unix_listening(
     backlog: int,
     kind: int = socket.SOCK_STREAM,
 ) -> socket.socket:
-    """A listening UNIX socket. A dead socket's file is replaced; one that is in use, and any other
-    file, never.
+    """A listening UNIX socket. The file of a dead socket is replaced; that of a live socket, and
+    any other file, never is.
 
-    :raises OSError: for a failed bind, with the path in its text; nothing is left open
+    :raises OSError: if binding fails, with the path in its text; nothing is left open
     """
     raw, backlog, kind = unix_path(path), _backlog(backlog), unix_kind(kind)
     mode = None if mode is None else count(mode, "mode", most=0o7777)
@@ -150,28 +150,28 @@ async def unix_listening(
 
 
 async def _take_over(sock: socket.socket, path: bytes) -> None:
-    """Binds the socket to a path that has a file, if that is a dead socket's.
+    """Binds the socket to a path that has a file, if that file is a dead socket's.
 
-    :raises OSError: ``EADDRINUSE``, or what keeps us from knowing
+    :raises OSError: ``EADDRINUSE``, or the error that prevents finding out
     """
     lock = await _lock_directory(path)
     try:
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-            in_use = not stat.S_ISSOCK(os.lstat(path).st_mode)  # a link is a file of its own
+            in_use = not stat.S_ISSOCK(os.lstat(path).st_mode)  # a link counts as another file
             if in_use or _is_alive(path, sock.type):
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             os.unlink(path)
         sock.bind(path)
     finally:
         if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was just forked has the descriptor too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a newly forked child has the descriptor too
             os.close(lock)
 
 
 async def _lock_directory(path: bytes) -> int | None:
-    """Of several servers that find the same dead socket, one goes first: otherwise the second could
-    remove the file that the first has just made. ``None`` if the directory cannot be locked, or
-    somebody keeps it locked; to start is more important then.
+    """Locks the directory, so that of several servers that find the same dead socket one goes
+    first: otherwise the second could remove the file that the first has just created. ``None`` if
+    the directory cannot be locked, or stays locked by someone else; starting matters more then.
     """
     try:
         lock = os.open(os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY)
@@ -185,7 +185,7 @@ async def _lock_directory(path: bytes) -> int | None:
                 await anyio.sleep(0.001)
             else:
                 return lock
-    except OSError:  # file systems without locks
+    except OSError:  # a file system without locks
         pass
     except BaseException:
         os.close(lock)
@@ -197,11 +197,11 @@ async def _lock_directory(path: bytes) -> int | None:
 def _is_alive(path: bytes, kind: int) -> bool:
     """Whether a socket is bound to the path.
 
-    :raises OSError: if that cannot be known
+    :raises OSError: if that cannot be determined
     """
-    # Linux tells with EPROTOTYPE that the socket is of another type, before it looks whether that
-    # listens: so a datagram socket finds all, also between bind() and listen(), and no server has
-    # to accept it. The second try is for kernels that refuse datagrams without that.
+    # Linux reports with EPROTOTYPE that the socket is of another type before it checks whether that
+    # socket listens. So a datagram socket finds every socket, even between bind() and listen(), and
+    # no server has to accept it. The second try is for kernels that just refuse such a socket.
     for each in (socket.SOCK_DGRAM, kind):
         with socket.socket(socket.AF_UNIX, each) as probe:
             probe.setblocking(False)
@@ -210,7 +210,7 @@ def _is_alive(path: bytes, kind: int) -> bool:
             except ConnectionRefusedError:
                 continue
             except OSError as exc:
-                # a full backlog; another type; a datagram socket that talks to somebody else
+                # A full backlog; another type; a datagram socket connected to someone else.
                 if exc.errno not in {errno.EAGAIN, errno.EPROTOTYPE, errno.EPERM}:
                     raise
             return True

@@ -1,6 +1,6 @@
-"""What can be connected to: AnyIO's connectables, with our connections behind them.
+"""AnyIO connectables that open anypoll connections.
 
-They are subclasses of AnyIO's, so whatever takes, tells apart or wraps those takes these.
+They subclass AnyIO's, so whatever accepts, distinguishes or wraps those works with these.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ("TCPConnectable", "UNIXConnectable")
 
 @dataclass
 class TCPConnectable(anyio.TCPConnectable):
-    """A TCP server to connect to, as :class:`anyio.TCPConnectable`.
+    """A TCP server to connect to, like :class:`anyio.TCPConnectable`.
 
     :param host: address or name of the server
     :param port: 1 to 65535
-    :raises ValueError, TypeError: for another ``port``, and for a ``host`` that is none
+    :raises ValueError, TypeError: for any other ``port``, or an invalid ``host``
     """
 
     def __post_init__(self) -> None:
@@ -32,9 +32,9 @@ class TCPConnectable(anyio.TCPConnectable):
         super().__post_init__()
 
     async def connect(self) -> Connection:
-        """A new connection.
+        """Opens a new connection.
 
-        :raises ConnectionFailed: if there is none to be had, with the ``OSError`` as its cause
+        :raises ConnectionFailed: if connecting fails, with the ``OSError`` as its cause
         """
         try:
             connection: Connection = await connect_tcp(self.host, self.port)
@@ -46,19 +46,19 @@ class TCPConnectable(anyio.TCPConnectable):
 
 @dataclass
 class UNIXConnectable(anyio.UNIXConnectable):
-    """A UNIX socket to connect to, as :class:`anyio.UNIXConnectable`.
+    """A UNIX socket to connect to, like :class:`anyio.UNIXConnectable`.
 
     :param path: ``str``, ``bytes`` or ``PathLike``; a leading NUL makes it abstract
-    :raises ValueError, TypeError: for a ``path`` that is none
+    :raises ValueError, TypeError: for an invalid ``path``
     """
 
     def __post_init__(self) -> None:
         unix_path(self.path)
 
     async def connect(self) -> UNIXConnection:
-        """A new connection.
+        """Opens a new connection.
 
-        :raises ConnectionFailed: if there is none to be had, with the ``OSError`` as its cause
+        :raises ConnectionFailed: if connecting fails, with the ``OSError`` as its cause
         """
         try:
             return await connect_unix(self.path)

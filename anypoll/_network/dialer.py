@@ -1,4 +1,4 @@
-"""Connecting: with a deadline, over several addresses."""
+"""A Happy Eyeballs dialer: connects over several addresses, with a deadline."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ async def connect_tcp(
     write_timeout: float | None = None,
     keepalive: bool | Keepalive = False,
 ) -> Any:
-    """Connects to a TCP server, as :func:`anyio.connect_tcp` does, with these additions.
+    """Connects to a TCP server, like :func:`anyio.connect_tcp`, with these additions.
 
-    :param local_port: also without ``local_host``, from any address then
-    :param happy_eyeballs_delay: seconds before the next address is tried too; ``None``: when the
-        one before has failed
-    :param timeout: seconds for all of it, name resolution and TLS included
-    :param read_timeout: the new connection's
+    :param local_port: allowed without ``local_host`` too, and then binds on any address
+    :param happy_eyeballs_delay: seconds before the next address is tried as well; ``None``: only
+        when the one before has failed
+    :param timeout: seconds for everything, including name resolution and TLS
+    :param read_timeout: of the new connection
     :param write_timeout: likewise
     :param keepalive: TCP keepalive of the new connection
     :return: a :class:`Connection`; with ``tls``, ``ssl_context`` or ``tls_hostname`` a
         :class:`TLSConnection` over one
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: if no address could be connected, with the reasons as its cause
-    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
-    :raises ValueError, TypeError: for nonsense; nothing is sent then
+    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or an invalid one
+    :raises ValueError, TypeError: for invalid arguments; nothing is sent then
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     check_keepalive(keepalive)
@@ -111,7 +111,7 @@ async def connect_tcp(
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """From where to where, validated. ``delay``: seconds between two attempts."""
+    """The validated ends of a connection attempt. ``delay``: seconds between two attempts."""
 
     host: Any
     port: int
@@ -131,7 +131,7 @@ class _Route:
 
 
 async def _local_addresses(host: str | None, port: int | None) -> list[tuple[int, Any]]:
-    """What to connect from; nothing: the kernel's choice."""
+    """The addresses to connect from; if empty, the kernel chooses."""
     if host is not None:
         return await resolved(host, port or 0)
     if port is not None:
@@ -140,7 +140,7 @@ async def _local_addresses(host: str | None, port: int | None) -> list[tuple[int
 
 
 async def _remote_addresses(host: str, port: int, families: set[int]) -> list[tuple[int, Any]]:
-    """Of both families in turn, IPv6 first (RFC 8305, section 4)."""
+    """Remote addresses, the families alternating, IPv6 first (RFC 8305, section 4)."""
     family = families.pop() if len(families) == 1 else socket.AF_UNSPEC
     found = await resolved(host, port, family=family)
     six = [each for each in found if each[0] == socket.AF_INET6]
@@ -150,8 +150,8 @@ async def _remote_addresses(host: str, port: int, families: set[int]) -> list[tu
 
 
 async def _race(route: _Route) -> socket.socket:
-    """Happy eyeballs (RFC 8305): the addresses are tried in turn, ``delay`` seconds apart, or at
-    once after a failure; the first that connects wins.
+    """Happy Eyeballs (RFC 8305): tries the addresses in turn, ``delay`` seconds apart, or at once
+    after a failure; the first to connect wins.
     """
     local = await _local_addresses(route.local_host, route.local_port)
     families = {family for family, _ in local}
@@ -195,7 +195,7 @@ async def _race(route: _Route) -> socket.socket:
 def _failure(errors: list[OSError]) -> OSError:
     cause = errors[0] if len(errors) == 1 else ExceptionGroup("all attempts", errors)
     failure = OSError("All connection attempts failed")
-    if all(isinstance(exc, socket.gaierror) for exc in errors):  # the network was not asked
+    if all(isinstance(exc, socket.gaierror) for exc in errors):  # the network was not tried
         failure = socket.gaierror(errors[0].errno, *failure.args)
     failure.__cause__ = cause
     return failure
@@ -212,9 +212,9 @@ async def _connected(family: int, address: Any, local: list[tuple[int, Any]]) ->
 
 
 def _bind(sock: socket.socket, addresses: list[Any]) -> None:
-    """To the first that this machine has.
+    """Binds to the first address that this machine has.
 
-    :raises OSError: if it has none
+    :raises OSError: if it has none of them
     """
     for number, address in enumerate(addresses, 1):
         try:
@@ -237,17 +237,17 @@ async def connect_unix(
     write_timeout: float | None = None,
     keepalive: bool | Keepalive = False,
 ) -> UNIXConnection:
-    """Connects to a UNIX socket, as :func:`anyio.connect_unix` does.
+    """Connects to a UNIX socket, like :func:`anyio.connect_unix`.
 
     :param path: a leading NUL makes it abstract
     :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
-    :param timeout: seconds to connect within
-    :param read_timeout: the new connection's
+    :param timeout: seconds for connecting
+    :param read_timeout: of the new connection
     :param write_timeout: likewise
-    :param keepalive: ignored, as on UNIX sockets everywhere
+    :param keepalive: ignored, as always on UNIX sockets
     :raises ConnectTimeout: after ``timeout`` seconds
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
-    :raises ValueError, TypeError: for another ``kind``, and other nonsense
+    :raises ValueError, TypeError: for any other ``kind``, and other invalid arguments
     """
     limits = Limits(read_timeout=read_timeout, write_timeout=write_timeout)
     check_keepalive(keepalive)
@@ -265,7 +265,7 @@ async def _connect_unix(sock: socket.socket, path: bytes) -> None:
     while True:
         try:
             await connect(sock, path)
-        except BlockingIOError:  # a full backlog: unlike TCP there is nothing to wait for
+        except BlockingIOError:  # a full backlog; unlike TCP, there is nothing to wait for
             await anyio.sleep(0.01)
         else:
             return

@@ -1,7 +1,7 @@
-"""Listeners: accepted descriptors become connections.
+"""Listeners: credit-based accepting in batches, and connections over what was accepted.
 
-A poller accepts, as far as the account has credits, and hands over batches. A plain listener has an
-account of its own: ``accept()`` adds a credit, and takes it back when it is cancelled; if it was
+A poller accepts as long as the account has credits, and hands over batches. A plain listener has an
+account of its own: ``accept()`` adds a credit, and takes it back when cancelled; if the credit was
 spent by then, the connection waits for the next ``accept()``. A server's listeners share one
 account, and take whole batches.
 """
@@ -41,17 +41,17 @@ __all__ = ("SocketListener", "create_tcp_listener", "create_unix_listener")
 
 logger = logging.getLogger("anypoll.server")
 
-#: Pollers that may fail one after another before one has accepted anything.
+#: Pollers that may fail in a row without any having accepted a connection.
 _MOVES = 8
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 
 class SocketListener(AnyIOSocketListener):
-    """A listening socket in the hands of a poller; gives :class:`Connection` objects.
+    """A listening socket, served by a poller; yields :class:`Connection` objects.
 
-    Short of descriptors or memory it stops accepting for 100 ms at a time, and says so once an
-    episode (logger ``anypoll.server``, WARNING).
+    When descriptors or memory run short, it stops accepting for 100 ms at a time, and reports this
+    once per episode (logger ``anypoll.server``, WARNING).
     """
 
     __slots__ = (
@@ -83,9 +83,9 @@ class SocketListener(AnyIOSocketListener):
         self._closed = False
 
     def _listen(self) -> None:
-        """Has a poller accept.
+        """Has a poller accept connections.
 
-        :raises OSError: if there are no resources for that
+        :raises OSError: if resources are exhausted
         """
         self._poller, self._handle = runtime.on_poller(
             lambda poller: _epoll.open_listener(
@@ -99,9 +99,9 @@ class SocketListener(AnyIOSocketListener):
         runtime.handles[self._number] = self._handle
 
     def _move(self) -> None:
-        """To another poller, since its own has failed; what that had accepted is taken.
+        """Moves to another poller after its own has failed; takes what that had accepted.
 
-        :raises BrokenResourceError: if there is no other one; the listener can only be closed then
+        :raises BrokenResourceError: if there is no other; the listener can then only be closed
         """
         self._hub.forget(self._number)
         _epoll.listener_close(self._handle, 1)
@@ -113,10 +113,10 @@ class SocketListener(AnyIOSocketListener):
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> Self:
-        """Takes a bound stream socket, TCP or UNIX, lets it listen if it does not, and owns it.
+        """Takes over a bound stream socket, TCP or UNIX; makes it listen if it does not yet.
 
         :raises TypeError: if it is neither a socket nor a descriptor
-        :raises ValueError: if it is not a bound stream socket of a family that is supported
+        :raises ValueError: if it is not a bound stream socket of a supported family
         """
         sock = validated(sock_or_fd, families=_FAMILIES, listening=True)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -136,10 +136,10 @@ class SocketListener(AnyIOSocketListener):
     def _raw_socket(self) -> socket.socket:
         return self._raw
 
-    # --- what the hub tells ----------------------------------------------------------------------
+    # --- notifications from the hub --------------------------------------------------------------
 
     def on_token(self, bits: int, error: int) -> None:
-        """Called by the hub when connections, or trouble, have come."""
+        """Called by the hub when connections have come, or an error has."""
         if bits & MAIL_FAILED:
             runtime.bury_pollers()
         if bits & MAIL_STARVED:
@@ -160,9 +160,9 @@ class SocketListener(AnyIOSocketListener):
     # --- accepting -------------------------------------------------------------------------------
 
     async def accept(self) -> Connection:
-        """The next connection. A checkpoint; cancelled, it loses none.
+        """Returns the next connection. A checkpoint; if cancelled, it loses none.
 
-        :raises ClosedResourceError: if the listener was or is closed
+        :raises ClosedResourceError: if the listener is closed, before or during the call
         :raises BusyResourceError: while another task is accepting
         :raises BrokenResourceError: if the socket has failed
         """
@@ -218,11 +218,11 @@ class SocketListener(AnyIOSocketListener):
         return bool(self._ready)
 
     async def accept_batch(self) -> list[tuple[int, bytes]]:
-        """For a server, whose account has the credits: all that was accepted, at least one. When
-        the poller fails, another one goes on accepting.
+        """Returns all accepted connections, at least one. For a server, whose account holds the
+        credits. If the poller fails, another goes on accepting.
 
-        :raises ClosedResourceError: if the listener was or is closed
-        :raises BrokenResourceError: if the socket has failed, or poller after poller has
+        :raises ClosedResourceError: if the listener is closed, before or during the call
+        :raises BrokenResourceError: if the socket has failed, or one poller after another has
         """
         self._enter()
         moves = 0
@@ -249,7 +249,7 @@ class SocketListener(AnyIOSocketListener):
         finally:
             self._accepting = False
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
         runtime.raw_sockets.discard(self._raw)
@@ -260,7 +260,7 @@ class SocketListener(AnyIOSocketListener):
             _epoll.fd_close(self._ready.popleft()[0])
 
     def _give_away(self) -> socket.socket:
-        """The socket, open; the listener counts as closed. For a server.
+        """The socket, still open; the listener then counts as closed. For a server.
 
         :raises ClosedResourceError: if it is closed
         """
@@ -291,7 +291,7 @@ class SocketListener(AnyIOSocketListener):
         self._raw.close()
 
     async def aclose(self) -> None:
-        """Closes the listener; connections that nobody has accepted are reset. A checkpoint."""
+        """Closes the listener; connections that nobody accepted are reset. A checkpoint."""
         self._close()
         if self._hub.dead:
             await anyio.lowlevel.checkpoint()
@@ -300,7 +300,7 @@ class SocketListener(AnyIOSocketListener):
 
 
 def nodelay_fd(fd: int) -> None:
-    """``TCP_NODELAY`` on a descriptor that somebody else owns."""
+    """Sets ``TCP_NODELAY`` on a descriptor that someone else owns."""
     sock = socket.socket(fileno=fd)
     try:
         set_nodelay(sock, True)
@@ -311,9 +311,9 @@ def nodelay_fd(fd: int) -> None:
 def open_listeners(
     sockets: Sequence[socket.socket], account: Account | None = None
 ) -> list[SocketListener]:
-    """A listener for each socket; all or none.
+    """A listener for each socket: all or none.
 
-    :raises OSError: if there are no resources for them; the sockets are closed then
+    :raises OSError: if resources are exhausted; the sockets are closed then
     """
     listeners: list[SocketListener] = []
     try:
@@ -329,7 +329,7 @@ def open_listeners(
 
 
 class _Listeners(MultiListener[SocketStream]):
-    """Closes all of them also in a cancelled scope, where AnyIO's own stops behind the first."""
+    """Closes all listeners even in a cancelled scope, where AnyIO's own stops after the first."""
 
     async def aclose(self) -> None:
         for listener in self.listeners:
@@ -346,17 +346,17 @@ async def create_tcp_listener(
     backlog: int = 65536,
     reuse_port: bool = False,
 ) -> MultiListener[SocketStream]:
-    """Listens for TCP connections, as :func:`anyio.create_tcp_listener` does.
+    """Listens for TCP connections, like :func:`anyio.create_tcp_listener`.
 
     :param local_host: address or name; ``None``: all interfaces, IPv4 and IPv6. Of a name's
-        addresses, those of a family that this machine lacks are passed over if there are others.
+        addresses, those of a family that this machine lacks are skipped if there are others.
     :param local_port: 0 chooses a port, the same on all addresses
-    :param family: restricts what ``local_host`` is resolved to
+    :param family: restricts what ``local_host`` resolves to
     :param backlog: connections that may wait to be accepted; 65536 at most
     :param reuse_port: ``SO_REUSEPORT``: several sockets share the port
-    :raises OSError: for a failed bind, with the address in its text
-    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or text that is none
-    :raises ValueError, TypeError: for nonsense
+    :raises OSError: if binding fails, with the address in its text
+    :raises socket.gaierror: an ``OSError`` too: for a name without addresses, or an invalid one
+    :raises ValueError, TypeError: for invalid arguments
     """
     sockets = await tcp_listening(
         None if local_host is None else host_text(local_host, "local_host"),
@@ -375,14 +375,14 @@ async def create_unix_listener(
     backlog: int = 65536,
     kind: int = socket.SOCK_STREAM,
 ) -> SocketListener:
-    """Listens on a UNIX socket, as :func:`anyio.create_unix_listener` does.
+    """Listens on a UNIX socket, like :func:`anyio.create_unix_listener`.
 
-    :param path: a leading NUL makes it abstract; the file of a dead socket is replaced, that of a
-        live one, and any other, never
+    :param path: a leading NUL makes it abstract. The file of a dead socket is replaced; that of a
+        live one, and any other file, never is.
     :param mode: permissions of the socket's file
     :param kind: ``SOCK_STREAM`` or ``SOCK_SEQPACKET``
-    :raises OSError: for a failed bind, with the path in its text
-    :raises ValueError, TypeError: for another ``kind``, and other nonsense
+    :raises OSError: if binding fails, with the path in its text
+    :raises ValueError, TypeError: for any other ``kind``, and other invalid arguments
     """
     sock = await unix_listening(path, mode=mode, backlog=backlog, kind=kind)
     await anyio.lowlevel.checkpoint()

@@ -1,5 +1,4 @@
-"""The server: ``serve()``, what it listens on, whom it lets in, the life of each connection from
-the first hook to the last close callback, and the graceful end.
+"""The server: ``serve()``, listen targets, admission control, connection lifecycles, shutdown.
 
-It may import every other wing, and none of them imports it.
+This wing may import every other, and none of them imports it.
 """

@@ -1,8 +1,8 @@
-"""What follows when a peer has gone: ``on_disconnect``, and the end of the handler's scope.
+"""Disconnect handling: ``on_disconnect``, and cancellation of the handler's scope.
 
-The hub tells it, whatever the handler is doing, and whether or not the input has been read. The
-hook runs once, in a task beside the handler; but never before ``on_connect`` has ended, and never
-behind the end of the handler: then it runs in that one's task, if the peer had gone by that time.
+The hub reports the disconnect whatever the handler is doing, and whether or not all input has been
+read. The hook runs once, in a task beside the handler, and never before ``on_connect`` has ended.
+If the handler ends first and the peer has gone by then, the hook runs in the handler's task.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class PeerGoneError(Exception):
 
 
 class DisconnectHook:
-    """Of one connection.
+    """The disconnect hook of one connection.
 
-    :param hook: runs ``on_disconnect``, and lets no exception out; ``None``: there is none
+    :param hook: runs ``on_disconnect`` and lets no exception out; ``None`` if there is none
     :param begin: runs an async function in a task of the server
     """
 
@@ -42,17 +42,17 @@ class DisconnectHook:
         self._gone = self._open = False
         self._ended: anyio.Event | None = None
         self.scope: anyio.CancelScope | None = None
-        """the handler's, if that is to be cancelled"""
+        """the handler's scope, if the disconnect is to cancel it"""
 
     @property
     def gone(self) -> bool:
-        """Whether the peer has gone, as far as anybody knows."""
-        if not self._gone:  # also of a connection that the handler has closed
+        """Whether the peer is known to have gone."""
+        if not self._gone:  # works even if the handler has closed the connection
             self._gone = bool(conn_status(self._core.handle) & IS_GONE)
         return self._gone
 
     def notice(self) -> None:
-        """Called by the hub."""
+        """Called by the hub when the peer has gone."""
         self._gone = True
         if self.scope is not None:
             self.scope.cancel()
@@ -60,7 +60,7 @@ class DisconnectHook:
             self._start()
 
     def open(self) -> None:
-        """``on_connect`` has ended: the hook may run."""
+        """Lets the hook run: ``on_connect`` has ended."""
         self._open = True
         if self._gone:
             self._start()
@@ -70,7 +70,7 @@ class DisconnectHook:
             self._begin(self._run)
 
     async def _run(self) -> None:
-        """The hook, unless somebody else has begun it."""
+        """Runs the hook, unless it was already started."""
         hook, self._hook = self._hook, None
         if hook is None:
             return
@@ -81,19 +81,19 @@ class DisconnectHook:
             self._ended.set()
 
     async def settle(self, *, gone: bool) -> None:
-        """The handler has ended: so has the hook when this returns, if it was to run at all.
+        """Called when the handler has ended; returns once the hook, if it is due, has ended too.
 
         :param gone: the peer has ended its side in a way that the socket does not show
         """
         self._open = False
         if gone or self.gone:
-            await self._run()  # here, if its own task has not come to it yet
+            await self._run()  # here, unless its own task was faster
         if self._ended is not None:
             await self._ended.wait()
 
     async def over(self) -> None:
-        """The hook does not begin any more; if it runs, waits for its end, shielded. One whose task
-        has not begun is not waited for: when an event loop is torn down it never does.
+        """Keeps the hook from starting; if it is running, waits for its end, shielded. A hook whose
+        task has not started is not waited for: while an event loop is torn down, it never starts.
         """
         self._open = False
         self._hook = None
@@ -101,9 +101,9 @@ class DisconnectHook:
             await wait_shielded(self._ended)
 
     async def scoped(self, awaitable: Awaitable[Any]) -> None:
-        """Awaits, and is cancelled when the peer goes.
+        """Awaits in a scope that is cancelled when the peer goes.
 
-        :raises PeerGoneError: if it was
+        :raises PeerGoneError: if the scope was cancelled
         """
         with anyio.CancelScope() as self.scope:
             if self.gone:

@@ -1,12 +1,13 @@
-"""The lives of a server's connections, from ``on_prepare`` to the last close callback.
+"""The lifecycle of a server's connections, from ``on_prepare`` to the last close callback.
 
-The order, for each connection, and each of these once at most: ``on_prepare`` before anything is
-read; ``on_connect``; the handler, or the calls of request mode; ``on_disconnect``, if the peer has
-gone by then; what is pending is sent; the connection is closed; the close callbacks. A connection
-counts until these have ended.
+For each connection, the following happen in this order, each at most once: ``on_prepare``, before
+anything is read; ``on_connect``; the handler, or the calls of request mode; ``on_disconnect``, if
+the peer has gone by then; pending output is sent; the connection is closed; the close callbacks
+run. A connection counts as active until these have ended.
 
-Nothing that happens here reaches the server's task group. Ends that a peer can cause are counted;
-any other exception of the user's code is an error: logged once, counted, and told to ``on_error``.
+Nothing that happens here reaches the server's task group. Ends that a peer can cause are counted.
+Any other exception from the user's code is an error: it is logged once, counted, and passed to
+``on_error``.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ logger = logging.getLogger("anypoll.server")
 
 
 def _own_context() -> Context:
-    """The caller's context variables. Tasks are started from callbacks of the event loop too, where
-    sniffio, which AnyIO asks if it is there, finds none: ``asyncio.run()`` does not tell it which
-    loop is running, and no task is.
+    """The caller's context variables, with sniffio told which library is running.
+
+    Tasks are also started from callbacks of the event loop. There sniffio, which AnyIO asks if it
+    is installed, finds nothing: ``asyncio.run()`` does not set its variable, and no task is active.
     """
     context = copy_context()
     with suppress(ImportError):
@@ -58,7 +60,7 @@ def _own_context() -> Context:
 
 
 class Lifecycle:
-    """See the module. One for each server; an ``Owner`` of connections in request mode."""
+    """All connections of one server; see the module. The ``Owner`` of those in request mode."""
 
     def __init__(self, server: Any, options: Options, admission: Admission, hub: Hub) -> None:
         self._server = server
@@ -73,19 +75,19 @@ class Lifecycle:
         )
         self.on_leave: Callable[[], None] = lambda: None
         """called whenever a connection has ended"""
-        # Held while what other threads see together changes. Reentrant: signal handlers and the
-        # garbage collector run code of the user's anywhere, which may ask for statistics.
+        # Held while values change that other threads must see as one. Reentrant, because signal
+        # handlers and the garbage collector may run user code anywhere, which may read statistics.
         self._lock = threading.RLock()
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
         self._closed: Counter[str] = Counter()
         self.cut = False
 
     def statistics(self) -> ServerStatistics:
-        """Of now; works after the end too. Any thread."""
+        """The current counters; works after the end too. Any thread."""
         with self._lock:
             connections, accepted = list(self.connections), self._accepted
             closed, received, sent = dict(self._closed), self._received, self._sent
-        # One that ends meanwhile still tells what it has counted: no byte is lost, or seen twice.
+        # A connection that ends meanwhile keeps its counters: no byte is lost or counted twice.
         live = [connection.statistics() for connection in connections]
         return ServerStatistics(
             accepted=accepted,
@@ -98,29 +100,29 @@ class Lifecycle:
         )
 
     def faces(self) -> tuple[Any, ...]:
-        """The connections as their handlers get them. Any thread."""
+        """The connections as their handlers see them. Any thread."""
         with self._lock:
             connections = list(self.connections)
         return tuple(map(self._sessions.face, connections))
 
-    # --- the tasks -------------------------------------------------------------------------------
+    # --- tasks -----------------------------------------------------------------------------------
 
     def open(self, group: anyio.abc.TaskGroup) -> None:
-        """Tasks run in that group from now on."""
+        """Sets the group in which tasks run from now on."""
         self._group = group
 
     def _begin(self, function: Callable[..., Awaitable[Any]], *args: Any) -> bool:
-        """Runs it in a task of the server, with the context variables of ``serve()``."""
+        """Runs the function in a task of the server, with the context variables of ``serve()``."""
         if self._group is None:
             return False
         start: Any = self._group.start_soon
         self.context.copy().run(start, function, *args)
         return True
 
-    # --- the beginning ---------------------------------------------------------------------------
+    # --- start -----------------------------------------------------------------------------------
 
     def begin(self, listener: SocketListener, batch: list[tuple[int, bytes]]) -> None:
-        """Makes connections of what was accepted, and has them handled."""
+        """Turns accepted descriptors into connections, and has them handled."""
         ready: list[Connection] = []
         waiting = deque(batch)
         try:
@@ -128,7 +130,7 @@ class Lifecycle:
                 connection = self._admit(listener, *waiting.popleft())
                 if connection is not None:
                     ready.append(connection)
-        except BaseException:  # on_prepare has raised something that ends the server
+        except BaseException:  # on_prepare raised something that ends the server
             for fd, _ in waiting:
                 _epoll.fd_close(fd)
             for connection in ready:
@@ -147,7 +149,7 @@ class Lifecycle:
                 self._introduce(connection)
 
     def _admit(self, listener: SocketListener, fd: int, peer: bytes) -> Connection | None:
-        """The connection, if it is to be watched; nothing has been read of it."""
+        """The connection, if it is to be watched. Nothing has been read from it yet."""
         if not self._admission.enter(peer):
             self._rejected += 1
             _epoll.fd_close(fd)
@@ -167,7 +169,7 @@ class Lifecycle:
         return connection if self._prepare(connection) else None
 
     def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
-        """:raises OSError: if there are no resources for it; the fd is closed then"""
+        """:raises OSError: if resources are exhausted; the descriptor is closed then"""
         options = self._options
         connection = new_connection(fd, listener._kind, options.limits, peer)
         core = connection._core
@@ -188,7 +190,7 @@ class Lifecycle:
         return connection
 
     def _prepare(self, connection: Connection) -> bool:
-        """Whether it may go on after ``on_prepare``."""
+        """Runs ``on_prepare``; returns whether the connection may go on."""
         if self._options.on_prepare is None:
             return True
         try:
@@ -197,7 +199,7 @@ class Lifecycle:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise TypeError("on_prepare must be a plain function: it has returned an awaitable")
-        except Exception as exc:  # noqa: BLE001 -- that is the promise: it stops nothing else
+        except Exception as exc:  # noqa: BLE001 -- as promised: it stops nothing else
             self._end_early(connection, self.conclude, exc)
             return False
         except BaseException:
@@ -209,7 +211,7 @@ class Lifecycle:
         return True
 
     def _end_early(self, connection: Connection, end: Callable[..., Any], why: Any) -> None:
-        """Before it had a task; it gets one for its end."""
+        """Ends a connection that has no task yet: it gets one for its end."""
         if connection._core.requests is not None:
             connection._core.requests.stop()
         self._begin(end, connection, why)
@@ -246,38 +248,38 @@ class Lifecycle:
             await self._options.on_connect(self._sessions.face(connection))
         self._connected(connection)
         if self._options.ssl_context is not None and self._options.on_request is not None:
-            # requests that came together with the handshake: no ciphertext will tell of them
+            # Requests may have come along with the handshake: no ciphertext will announce them.
             await self.call(connection, self._options.on_request)
 
-    # --- the user's code -------------------------------------------------------------------------
+    # --- user code -------------------------------------------------------------------------------
 
     async def _run(self, connection: Connection) -> None:
-        """The life of one connection in handler mode."""
+        """The whole life of one connection in handler mode."""
         try:
             exc = await self._outcome(connection)
         except BaseException as e:
-            with cancellation_suppressed():  # it does not take the place of this end
+            with cancellation_suppressed():  # it must not replace the handler's outcome
                 await self.conclude(connection, e)
             raise
         await self.conclude(connection, exc)
 
     async def _outcome(self, connection: Connection) -> Exception | None:
-        """What the handler raises. It is kept in no frame that its traceback leads to, or each end
-        would be a garbage cycle with the connection in it.
+        """The exception that the handler raised. No frame in its traceback keeps it, or each end
+        would leave a garbage cycle that contains the connection.
         """
         assert self._options.handler is not None
         try:
             await self._connect(connection)
             if not connection._core.closed:  # on_connect may have refused it
                 await self.call(connection, self._options.handler)
-        except BaseException as exc:  # that is the promise: an error stops nothing else
+        except BaseException as exc:  # as promised: an error stops nothing else
             if error_in(exc) is None:
                 raise
             return error_in(exc)
         return None
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
-        """Calls it, in a scope that ends with the peer if that was asked for."""
+        """Calls the function, in a scope that a disconnect cancels if that was asked for."""
         disconnect = self.connections[conn]
         awaitable = self._sessions.call(conn, function)
         if disconnect is not None and self._options.cancel_on_disconnect:
@@ -288,7 +290,7 @@ class Lifecycle:
         assert self._options.on_disconnect is not None
         try:
             await self._options.on_disconnect(self._sessions.face(connection))
-        except BaseException as exc:  # as in the handler
+        except BaseException as exc:  # as for the handler
             error = error_in(exc)
             if error is None:
                 raise
@@ -296,12 +298,12 @@ class Lifecycle:
                 if await self._judge(connection, error) == "error":
                     connection._core.close()
             finally:
-                del error  # its traceback leads to this frame
+                del error  # its traceback refers to this frame
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
-        """The handler, or the last call, has ended, with that exception."""
+        """Called when the handler or the last call has ended, with its exception."""
         reason: Reason = "cancelled"
         sessions = self._sessions
         try:
@@ -315,7 +317,7 @@ class Lifecycle:
             await self._end(conn, reason)
 
     async def _finish(self, connection: Connection) -> None:
-        """What is pending goes out, and the peer gets the end of this side."""
+        """Sends pending output, then ends this side of the connection."""
         own = self._sessions.face(connection).write_timeout
         timeout = self._options.shutdown_timeout if own is None else own
         await self._sessions.finish(connection, timeout)
@@ -333,7 +335,7 @@ class Lifecycle:
         return "cancelled"
 
     async def _end(self, connection: Connection, reason: Reason) -> None:
-        """Closes; when this returns, nothing of the connection is left."""
+        """Closes the connection; nothing of it is left when this returns."""
         connection._core.close()
         self._sessions.shut(connection)
         disconnect = self.connections[connection]
@@ -347,7 +349,7 @@ class Lifecycle:
                 self._leave(connection, reason)
 
     async def _judge(self, connection: Connection, exc: Exception) -> Reason:
-        """The reason that is counted; an error is logged, and told to ``on_error``."""
+        """The reason to count. An error is logged, and passed to ``on_error``."""
         name = self._name(connection)
         reason = normal_end(exc, connection._core.number)
         if reason is not None:
@@ -368,7 +370,7 @@ class Lifecycle:
 
     @staticmethod
     def _name(connection: Connection) -> str:
-        """For log records, which may be kept for long: not the connection itself."""
+        """A name for log records, which may be kept for long and must not keep the connection."""
         return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
 
     def _leave(self, connection: Connection, reason: Reason) -> None:
@@ -385,18 +387,18 @@ class Lifecycle:
         self.on_leave()
 
     def drain(self) -> None:
-        """Those that are idle end now, and the others as soon as they are."""
+        """Ends idle connections now, and the others as soon as they are idle."""
         for connection in tuple(self.connections):
             if not self._sessions.postpone_end(connection):
                 connection._core.end_if_idle()
 
     async def end(self) -> None:
-        """Ends those that have no task in which a cancellation could do it. The others end with
-        what their tasks are doing, even if that is shielded and does not see the cancellation.
+        """Ends connections that have no task for a cancellation to reach. The others end with their
+        tasks, even if those are shielded and do not see the cancellation.
         """
         self.cut = True
         if self._options.on_request is None:
-            return  # each has its handler
+            return  # each connection has its handler
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as group:
                 for connection in tuple(self.connections):
@@ -407,10 +409,10 @@ class Lifecycle:
 
 
 class Guests:
-    """The owner of connections in request mode in a server with a handler, whose end is theirs."""
+    """Owns connections put into request mode in a server with a handler, whose end closes them."""
 
     context = None
-    cut = False  # the handler's end is theirs
+    cut = False  # they end with the handler
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
@@ -421,7 +423,7 @@ class Guests:
         return function(conn)
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
-        """An error closes it; that the peer has ended its side is the handler's affair."""
+        """Closes the connection after an error. The end of input is left to the handler."""
         if isinstance(exc, Exception) and not isinstance(exc, EndOfStream):
             await self._lifecycle._judge(conn, exc)
             conn._core.close()

@@ -1,4 +1,4 @@
-"""What the connections of a server have in common."""
+"""Server options: the settings that all of a server's connections share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Hook = Callable[[Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the connections of a server have in common."""
+    """The settings that all of a server's connections share."""
 
     limits: Limits
     keepalive: bool | Keepalive

@@ -1,4 +1,4 @@
-"""``serve()`` and ``serve_forever()``: the options, and the block."""
+"""The entry points ``serve()`` and ``serve_forever()``: options, and the ``async with`` block."""
 
 from __future__ import annotations
 
@@ -30,77 +30,78 @@ _ANOTHER_TASK = (
 
 
 def _leaves(exc: BaseException) -> set[int]:
-    """The identities of the exceptions in a group: Trio rebuilds the groups themselves."""
+    """The identities of the exceptions in a group, because Trio rebuilds the groups themselves."""
     if isinstance(exc, BaseExceptionGroup):
         return set().union(*(_leaves(e) for e in exc.exceptions))
     return {id(exc)}
 
 
-class serve:  # noqa: N801 -- it is used as a function
-    """Serves connections for as long as the block runs.
+class serve:  # noqa: N801 -- it is used like a function
+    """Serves connections while the block runs.
 
     ``async with anypoll.serve(handler, host="127.0.0.1", port=0) as server: ...``
 
-    Entering returns a :class:`Server` when every listener accepts. Leaving the block normally shuts
+    Entering returns a :class:`Server` once every listener accepts. Leaving the block normally shuts
     the server down gracefully: it stops accepting, idle connections see ``EndOfStream``, busy ones
-    may finish for ``shutdown_timeout`` seconds, and what then still runs is cancelled. Leaving it
-    with an exception, or by cancellation, skips the grace; the exception leaves ``serve()``
-    unchanged. In any case nothing of the server is left when the block has ended. The task that
-    enters it must leave it; a fixture, or a component with ``start()`` and ``stop()``, runs
-    :func:`serve_forever` in a task of its own.
+    may finish for ``shutdown_timeout`` seconds, and whatever is still running is then cancelled.
+    Leaving it by an exception or by cancellation skips the grace period; the exception leaves
+    ``serve()`` unchanged. In any case nothing of the server is left when the block has ended. The
+    task that enters the block must leave it; a fixture, or a component with ``start()`` and
+    ``stop()``, runs :func:`serve_forever` in a task of its own.
 
-    Each connection gets a task that runs ``handler(connection)``. The connection is closed when
-    that returns (what was written is sent before, for at most ``write_timeout``, or else
-    ``shutdown_timeout``), raises, or is cancelled. With ``on_request`` instead of a handler no task
-    exists per connection: it is called whenever input has come, see
-    :meth:`Connection.set_on_request`. An exception that leaves either, or a hook, is logged (logger
-    ``anypoll.server``), ends its connection, and stops nothing else; those that a peer can cause
-    (the end of its stream, a reset, a timeout, a message that is too large) are only counted.
+    Each connection gets a task that runs ``handler(connection)``. The connection is closed when the
+    handler returns, raises, or is cancelled. After a return, pending output is sent first, for at
+    most ``write_timeout``, or ``shutdown_timeout`` if that is unset. With ``on_request`` instead of
+    a handler there is no task per connection: the function is called whenever input has arrived;
+    see :meth:`Connection.set_on_request`. An exception from either, or from a hook, is logged
+    (logger ``anypoll.server``), ends its connection, and stops nothing else. Exceptions that a peer
+    can cause (an end of stream, a reset, a timeout, an oversized message) are only counted.
 
-    The hooks of a connection are called in this order, each once at most: ``on_prepare``,
-    ``on_connect``, then the handler or the requests, ``on_disconnect``, then what
-    :meth:`Connection.add_close_callback` was given.
+    The hooks of a connection are called in this order, each at most once: ``on_prepare``,
+    ``on_connect``, then the handler or the requests, ``on_disconnect``, then the callbacks passed
+    to :meth:`Connection.add_close_callback`.
 
     :param handler: a coroutine function of one argument, the :class:`Connection`
     :param on_request: likewise; exactly one of the two must be given
     :param on_prepare: a plain function of the connection, called before anything is read; it may
-        set options, or refuse the connection by its ``abort()``
+        set options, or refuse the connection by calling its ``abort()``
     :param on_connect: a coroutine function of the connection, called before the handler
     :param on_disconnect: a coroutine function of the connection, called as soon as the peer has
-        ended its side or has reset the connection, beside the handler if that still runs; what was
-        received can still be read, and a peer that has only ended its side still be answered
-    :param on_error: a plain or coroutine function of the connection and an exception: one that was
-        logged
+        ended its side or reset the connection, beside the handler if that is still running.
+        Received input can still be read, and a peer that has only ended its side can still be
+        answered.
+    :param on_error: a plain or coroutine function of the connection and an exception, called for
+        each exception that is logged
     :param cancel_on_disconnect: cancel the handler when the peer ends its side or resets the
         connection; not for protocols whose clients end their side and wait for the answer
-    :param max_connections: the server stops accepting at so many, until one has ended
-    :param max_connections_per_peer: one more from the same IP address is closed at once
+    :param max_connections: at this number the server stops accepting until a connection has ended
+    :param max_connections_per_peer: any more from the same IP address are closed at once
     :param host: address or name to listen on; ``None`` with a ``port``: all interfaces
-    :param port: 0 chooses one, the same on all addresses; see ``server.port``
-    :param path: a UNIX socket, instead of host and port; the file of a dead one is replaced
+    :param port: 0 chooses a port, the same on all addresses; see ``server.port``
+    :param path: a UNIX socket, instead of host and port; the file of a dead socket is replaced
     :param path_mode: permissions of that socket's file
     :param sock: a bound socket or descriptor, or a list of them, instead
-    :param listeners: of :func:`anypoll.create_tcp_listener` and its like, instead
+    :param listeners: from :func:`anypoll.create_tcp_listener` and the like, instead
     :param backlog: connections that may wait to be accepted
     :param reuse_port: ``SO_REUSEPORT``
     :param read_timeout: ``read_timeout`` of each connection, in seconds
     :param write_timeout: ``write_timeout`` of each connection, in seconds
     :param idle_timeout: ``idle_timeout`` of each connection, in seconds
-    :param ssl_context: of :mod:`ssl`, with a certificate: the connections speak TLS, and handler,
-        hooks (but ``on_prepare``, which comes before the handshake) and requests get a
-        :class:`TLSConnection`. A handshake that fails is only counted.
-    :param tls_handshake_timeout: seconds that it may take
+    :param ssl_context: from :mod:`ssl`, with a certificate: connections speak TLS, and the handler,
+        the requests and the hooks (except ``on_prepare``, which precedes the handshake) get a
+        :class:`TLSConnection`. A failed handshake is only counted.
+    :param tls_handshake_timeout: seconds that the handshake may take
     :param keepalive: TCP keepalive: ``True``, or a :class:`Keepalive`
     :param nodelay: ``TCP_NODELAY``
     :param shutdown_timeout: seconds that busy connections get when the server ends, and that each
         close callback may take
-    :param read_high_water: bytes that are read ahead at most
+    :param read_high_water: bytes to read ahead at most
     :param write_high_water: bytes of pending output above which reads wait
     :param read_limit: bytes that a single request may ask for
-    :raises ValueError, TypeError: on entering, for nonsense
-    :raises OSError: on entering, for a failed bind, with the address in its text
-    :raises RuntimeError: on leaving, in another task than the one that has entered; the server has
-        ended then
+    :raises ValueError, TypeError: on entering, for invalid arguments
+    :raises OSError: on entering, if binding fails, with the address in its text
+    :raises RuntimeError: on leaving in a task other than the one that entered; the server has ended
+        then
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class serve:  # noqa: N801 -- it is used as a function
         }
 
     async def _server(self) -> Server:
-        """The server, listening; nothing is left open if it fails."""
+        """Creates the server, listening; on failure nothing is left open."""
         options = self._checked_options()
         targets = ListenTargets(*self._targets)
         server = Server(options)
@@ -230,20 +231,20 @@ class serve:  # noqa: N801 -- it is used as a function
             return
         if exc is None:
             self._running._begin_shutdown(self._running._options.shutdown_timeout)
-        # With an exception the task group cancels what runs in it: the server's one task.
+        # On an exception the task group cancels what runs in it: the server's one task.
         try:
             await self._group.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
             if exc is None or not _leaves(group) <= _leaves(exc):
                 raise
-            # the block's own exception: it goes on by itself, without the group around it
+            # The block's own exception: it propagates by itself, without the group around it.
 
     async def _leave_elsewhere(self, exc: BaseException | None) -> None:
-        """In another task. The server can be ended from here; but its task group, and the cancel
-        scope of that, stay open in the task that has entered them.
+        """Leaves in a task other than the one that entered. The server can be ended from here, but
+        its task group, and that group's cancel scope, stay open in the task that entered them.
 
-        :raises RuntimeError: always, unless what leaves the block is to cancel the task, or to end
-            the program
+        :raises RuntimeError: always, unless the exception leaving the block cancels the task or
+            ends the program
         """
         server = self._running
         if server._hub.is_here():
@@ -265,12 +266,12 @@ async def serve_forever(
 ) -> None:
     """Serves until it is cancelled, or ``server.shutdown()`` has ended it.
 
-    The other form of :class:`serve`, for a task group or a Trio nursery::
+    This is :class:`serve` for a task group or a Trio nursery::
 
         server = await tg.start(functools.partial(anypoll.serve_forever, handler, port=8000))
 
     :param handler: as in :class:`serve`, and so are all other options
-    :param task_status: told the :class:`Server` when every listener accepts
+    :param task_status: receives the :class:`Server` once every listener accepts
     """
     if not callable(getattr(task_status, "started", None)):
         raise TypeError(f"task_status must have a started(), unlike {type(task_status).__name__}")

@@ -1,12 +1,12 @@
-"""The server behind ``serve()``: its listeners, what a user asks it, and its end.
+"""The server object: its listeners, its public methods, graceful and forced shutdown.
 
-A server owns one task group. In it runs one task per listener, which takes batches of accepted
+A server owns one task group. It runs one task per listener, which takes batches of accepted
 descriptors and hands them to :class:`Lifecycle`, and whatever that starts. Nothing that happens in
-there reaches the task group.
+those tasks reaches the task group.
 
-The end comes in one of two ways. Gracefully: listeners close, each idle connection's wait sees the
-end of the stream, busy ones go on until they wait with nothing buffered, and the block ends with
-the last of them, or with ``shutdown_timeout``. By force (an exception in the block, a cancellation,
+A server ends in one of two ways. Gracefully: listeners close, the waits of idle connections see the
+end of stream, busy connections go on until they wait with nothing buffered, and the block ends with
+the last of them or at ``shutdown_timeout``. By force (an exception in the block, a cancellation,
 the timeout): the handlers are cancelled, and close their connections.
 """
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("anypoll.server")
 
 
 class Server:
-    """What ``async with anypoll.serve(...)`` gives."""
+    """A running server, as ``async with anypoll.serve(...)`` returns it."""
 
     def __init__(self, options: Options) -> None:
         if not isinstance(options, Options):
@@ -57,7 +57,7 @@ class Server:
         self._deadline = float("inf")
         self._grace: anyio.CancelScope | None = None
 
-    # --- what a user asks ------------------------------------------------------------------------
+    # --- public ----------------------------------------------------------------------------------
 
     @property
     def listeners(self) -> Sequence[SocketListener]:
@@ -66,7 +66,7 @@ class Server:
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """Of all listeners, as AnyIO's ``local_address`` gives them; also after the end."""
+        """The addresses of all listeners, as AnyIO's ``local_address``; also after the end."""
         return self._addresses
 
     @property
@@ -82,18 +82,18 @@ class Server:
 
     @property
     def connections(self) -> tuple[Any, ...]:
-        """Those whose hooks and close callbacks have not ended yet, as their handlers get them: a
-        snapshot. Any thread.
+        """A snapshot of the connections whose hooks and close callbacks have not all ended, as
+        their handlers see them. Any thread.
         """
         return self._lifecycle.faces()
 
     @property
     def shutting_down(self) -> bool:
-        """Whether the server is ending, or has ended. Any thread."""
+        """Whether the server is ending or has ended. Any thread."""
         return self._shutting_down.is_set()
 
     async def wait_shutting_down(self) -> None:
-        """Until the server begins to end.
+        """Waits until the server begins to end.
 
         :raises RuntimeError: in another event loop
         """
@@ -101,17 +101,17 @@ class Server:
         await self._shutting_down.wait()
 
     def statistics(self) -> ServerStatistics:
-        """Counters of now; works after the end too. Any thread: the counters are of one moment, and
-        ``accepted`` is ``active`` and the sum of ``closed``.
+        """The current counters; works after the end too. Any thread: the counters are of one
+        moment, and ``accepted`` is ``active`` plus the sum of ``closed``.
         """
         return self._lifecycle.statistics()
 
     async def shutdown(self, timeout: float | None = None) -> None:
-        """Ends the server gracefully; returns when all is done.
+        """Ends the server gracefully; returns when it has ended.
 
-        :param timeout: seconds after which the handlers that still run are cancelled; ``None``:
-            ``shutdown_timeout``. Of several calls the shortest decides.
-        :raises RuntimeError: in another event loop; the server goes on then
+        :param timeout: seconds after which handlers still running are cancelled; ``None``:
+            ``shutdown_timeout``. Of several calls the shortest timeout wins.
+        :raises RuntimeError: in another event loop; the server keeps running then
         """
         timeout = seconds(timeout, "timeout")
         self._hub.check()
@@ -119,13 +119,13 @@ class Server:
         await self._ended.wait()
 
     def _owner_of_requests(self) -> Lifecycle | Guests:
-        """Who answers for a connection that goes into request mode."""
+        """The owner of a connection that enters request mode."""
         return self._guests if self._options.on_request is None else self._lifecycle
 
     # --- accepting -------------------------------------------------------------------------------
 
     def _adopt(self, listeners: Sequence[SocketListener]) -> None:
-        """Takes over listeners that were made by themselves: their sockets move to the account."""
+        """Takes over listeners created separately: their sockets move to the server's account."""
         if any(listener._closed for listener in listeners):
             raise ClosedResourceError
         self._open([listener._give_away() for listener in listeners])
@@ -148,12 +148,12 @@ class Server:
                 logger.error("A listener was closed while its server was running")
         except BrokenResourceError as exc:
             logger.error("A listener has failed: %s", exc.__cause__)
-            listener._close()  # or clients would wait in its backlog for ever
+            listener._close()  # or clients would wait in its backlog forever
         finally:
             self._accepting -= 1
             self._check_idle()
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def _check_idle(self) -> None:
         if self.shutting_down and not self._lifecycle.connections and not self._accepting:
@@ -175,12 +175,12 @@ class Server:
         self._check_idle()
 
     async def _wait_idle(self) -> None:
-        """Until the last connection has ended, or the grace is over."""
+        """Waits until the last connection has ended, or the grace period is over."""
         with anyio.CancelScope(deadline=self._deadline) as self._grace:
             await self._idle.wait()
 
     async def _lifetime(self, *, task_status: TaskStatus[None]) -> None:
-        """Everything a server has runs inside of this."""
+        """Everything that belongs to a server runs inside this."""
         try:
             async with anyio.create_task_group() as group:
                 self._lifecycle.open(group)

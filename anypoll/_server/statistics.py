@@ -1,4 +1,4 @@
-"""What a server has counted."""
+"""Server statistics: an immutable snapshot of the counters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ServerStatistics:
     active: int
     """connections that have not ended yet: ``len(server.connections)``"""
     rejected: int
-    """closed at once for ``max_connections_per_peer``; not among the accepted"""
+    """closed at once because of ``max_connections_per_peer``; not counted as accepted"""
     handler_errors: int
-    """exceptions of handlers, request calls and hooks that no peer can cause"""
+    """exceptions from handlers, request calls and hooks that no peer can cause"""
     closed: Mapping[str, int]
-    """how often connections ended for which reason; :doc:`/deployment` lists them"""
+    """how many connections ended for each reason; :doc:`/deployment` lists the reasons"""
     bytes_received: int
     bytes_sent: int

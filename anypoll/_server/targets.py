@@ -1,4 +1,4 @@
-"""What a server listens on: addresses, a path, sockets that somebody has bound, or listeners."""
+"""Listen targets: TCP addresses, a UNIX path, sockets already bound, or listeners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .._network.listener import SocketListener
 
 @dataclass(frozen=True, slots=True)
 class ListenTargets:
-    """What to listen on; exactly one kind."""
+    """What to listen on: exactly one kind of target."""
 
     host: Any
     port: int | None
@@ -48,7 +48,7 @@ class ListenTargets:
     async def sockets(self) -> list[socket.socket]:
         """Listening sockets.
 
-        :raises OSError: for a failed bind; nothing is left open
+        :raises OSError: if binding fails; nothing is left open
         """
         if self.path is not None:
             mode, backlog = self.path_mode, self.backlog
@@ -64,7 +64,7 @@ class ListenTargets:
         )
 
     def _listening(self, given: Any) -> list[socket.socket]:
-        """What was given, valid; if anything of it is not, all descriptors stay the caller's."""
+        """The given sockets, validated; if any is invalid, all descriptors stay the caller's."""
         families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
         sockets: list[socket.socket] = []
         made: list[socket.socket] = []
@@ -85,7 +85,7 @@ class ListenTargets:
 
 
 def flat(listeners: Any) -> Iterable[SocketListener]:
-    """The sockets' listeners in whatever :func:`anypoll.create_tcp_listener` and its like gave."""
+    """The socket listeners in what :func:`anypoll.create_tcp_listener` and the like returned."""
     if isinstance(listeners, SocketListener):
         yield listeners
     elif isinstance(listeners, MultiListener):
@@ -98,7 +98,7 @@ def flat(listeners: Any) -> Iterable[SocketListener]:
 
 
 def all_different(listeners: list[SocketListener]) -> list[SocketListener]:
-    """:raises ValueError: if there is none, or one is there twice"""
+    """:raises ValueError: if there are none, or one appears twice"""
     if not listeners or len(set(listeners)) < len(listeners):
         raise ValueError("listeners must be SocketListeners, at least one, and each only once")
     return listeners

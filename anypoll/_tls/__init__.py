@@ -1,6 +1,6 @@
-"""TLS over a connection: OpenSSL between two buffers, the reader and the writer over plaintext, the
-stream that is AnyIO's ``TLSStream``; and what a server needs beside it: handshakes with anybody,
-request mode, the sessions of its connections.
+"""TLS: the OpenSSL engine, a nocopy reader and writer over plaintext, AnyIO's ``TLSStream``.
 
-It imports ``_connection`` and what lies below that. The dialer and the server import it.
+For servers it adds handshakes with untrusted peers, request mode, and per-connection sessions.
+
+This wing imports ``_connection`` and what lies below it. The dialer and the server import it.
 """

@@ -1,4 +1,4 @@
-"""TLS over a connection: AnyIO's ``TLSStream`` with timeouts, a reader and a writer."""
+"""A TLS connection: AnyIO's ``TLSStream`` with timeouts, a nocopy reader and a nocopy writer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ("TLSConnection",)
 #: Seconds that a closing handshake may take if there is no ``write_timeout``.
 CLOSE_TIMEOUT = 10.0
 
-#: What ends a closing handshake early: the peer has gone, or somebody else has closed.
+#: Errors that end a closing handshake early: the peer has gone, or someone else has closed.
 _GONE = (BrokenResourceError, ClosedResourceError, EndOfStream, IdleTimeout, ssl.SSLError)
 
 
@@ -44,12 +44,12 @@ class TLSConnection(TLSStream):
     """An AnyIO ``TLSStream`` over a :class:`Connection`, made by :meth:`wrap`.
 
     It has a nocopy ``reader`` and ``writer`` over the decrypted bytes, and timeouts around its
-    operations, as a :class:`Connection` has. One task may read and another write at the same time.
-    The connection below is its own from then on: nobody else may read or write there.
+    operations, like a :class:`Connection`. One task may read while another writes. It owns the
+    connection below: nobody else may read or write there.
 
-    Unlike AnyIO's, a session survives that a call was cancelled or timed out, ``send()`` too. What
-    a peer does wrong after the handshake is a ``BrokenResourceError``, with the ``ssl.SSLError`` as
-    its cause.
+    Unlike AnyIO's, a session survives cancelled and timed-out calls, including ``send()``. A
+    protocol violation by the peer after the handshake raises ``BrokenResourceError``, with the
+    ``ssl.SSLError`` as its cause.
     """
 
     def __init__(
@@ -81,28 +81,28 @@ class TLSConnection(TLSStream):
         ssl_context: ssl.SSLContext | None = None,
         standard_compatible: bool = True,
     ) -> Self:
-        """Does the handshake. What the connection has read ahead belongs to it, and what its writer
-        has pending goes out before it.
+        """Performs the handshake. Input that the connection has read ahead is part of it, and the
+        writer's pending output goes out first.
 
-        The ``read_timeout`` and ``write_timeout`` of the connection become those of the session,
-        and the connection has none then. The handshake is one read. If it fails the connection has
+        The connection's ``read_timeout`` and ``write_timeout`` become those of the session, and the
+        connection then has none. The handshake counts as one read. If it fails, the connection gets
         its timeouts back, and stays open.
 
         :param transport_stream: a :class:`Connection`
         :param server_side: whether this is the server; ``None``: if there is no ``hostname``
-        :param hostname: of the peer, to be checked
+        :param hostname: the peer's name, to be checked
         :param ssl_context: ``None``: one with the defaults of :mod:`ssl`
         :param standard_compatible: whether each side must end with a ``close_notify``, so that
-            nobody else can cut the stream off unnoticed; ``False`` for protocols that tell where
-            they end
+            nobody else can truncate the stream unnoticed; ``False`` for protocols that mark their
+            own end
         :raises ssl.SSLError: if the handshake fails: the certificate, no common cipher, no TLS
         :raises ReadTimeout: after the connection's ``read_timeout`` seconds
-        :raises BrokenResourceError: if the peer has gone; ``EndOfStream``, if it has ended and this
-            is not ``standard_compatible``
+        :raises BrokenResourceError: if the peer has gone; ``EndOfStream`` if it has ended its side
+            and this is not ``standard_compatible``
         :raises ClosedResourceError: if the connection was closed, or has ended its side
         :raises BusyResourceError: while another task is reading or sending
         :raises TypeError, ValueError: for anything but a :class:`Connection` over a byte stream,
-            and other nonsense
+            and for other invalid arguments
         """
         connection = _connection(transport_stream)
         check_tls(ssl_context, hostname, "hostname")
@@ -124,7 +124,7 @@ class TLSConnection(TLSStream):
             )
         except BaseException as exc:
             connection.read_timeout, connection.write_timeout = timeouts
-            # not the end of the stream or the server, nor the program's own close
+            # Not the end of the stream or the server, nor the program's own close.
             if hasattr(exc, ORIGIN) and not isinstance(exc, (ClosedResourceError, EndOfStream)):
                 exc.__dict__[REASON] = "tls_handshake"
             raise
@@ -133,7 +133,7 @@ class TLSConnection(TLSStream):
         return stream  # type: ignore[no-any-return]
 
     async def _call_sslobject_method(self, func: Callable[..., Any], *args: object) -> Any:
-        """What AnyIO's ``wrap()`` does its handshake with."""
+        """AnyIO's ``wrap()`` performs its handshake with this."""
         result = await self._engine.run(func, *args)
         await self._connection._core.flush()
         return result
@@ -141,7 +141,7 @@ class TLSConnection(TLSStream):
     def __repr__(self) -> str:
         return f"<anypoll.{type(self).__name__} over {self._connection!r}>"
 
-    # --- the nocopy side -------------------------------------------------------------------------
+    # --- nocopy ----------------------------------------------------------------------------------
 
     @property
     def connection(self) -> Connection:
@@ -155,7 +155,7 @@ class TLSConnection(TLSStream):
 
     @property
     def writer(self) -> Writer:
-        """The nocopy output: bytes to be encrypted. It is flushed by itself as a connection's is:
+        """The nocopy output: bytes to be encrypted. Like a connection's, it is flushed by itself
         when the reader has to wait, when a server's handler ends, and in ``aclose()``.
         """
         return self._sink.writer
@@ -181,37 +181,38 @@ class TLSConnection(TLSStream):
     # --- AnyIO's stream --------------------------------------------------------------------------
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """At least one and at most ``max_bytes`` bytes, as soon as there are any. A checkpoint.
+        """Receives at least one and at most ``max_bytes`` bytes, as soon as there are any. A
+        checkpoint.
 
-        :raises EndOfStream: when the peer has ended its side with a ``close_notify``, or at all, if
-            this is not ``standard_compatible``
+        :raises EndOfStream: when the peer has ended its side with a ``close_notify``, or in any
+            way, if this is not ``standard_compatible``
         :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
-        :raises BrokenResourceError: after a reset, an end without ``close_notify``, or something
-            that is no TLS; with the ``OSError`` or ``ssl.SSLError`` as its cause
+        :raises BrokenResourceError: after a reset, an end without ``close_notify``, or data that is
+            not TLS; with the ``OSError`` or ``ssl.SSLError`` as its cause
         :raises ClosedResourceError, BusyResourceError: as :meth:`Connection.receive`
-        :raises ValueError, TypeError: for ``max_bytes`` below 1, or no integer
+        :raises ValueError, TypeError: if ``max_bytes`` is below 1, or not an integer
         """
         return await self._source.receive(positive(max_bytes, "max_bytes"))
 
     async def send(self, item: Buffer) -> None:
-        """Sends what the writer has pending, then ``item``. A checkpoint.
+        """Sends the writer's pending output, then ``item``. A checkpoint.
 
         Returns when the kernel has everything; ``item`` may be changed then. If the call is
-        cancelled or times out before anything of ``item`` was encrypted, none of it will be sent;
-        else the rest still goes out, before anything that is sent later.
+        cancelled or times out before any of ``item`` was encrypted, none of it will be sent;
+        otherwise the rest still goes out, before anything sent later.
 
         :param item: bytes, or anything bytes-like
         :raises WriteTimeout: after ``write_timeout`` seconds
         :raises BrokenResourceError, ClosedResourceError, BusyResourceError: as
             :meth:`Connection.send`
         :raises TypeError: if ``item`` is not bytes-like
-        :raises ValueError: if its bytes do not lie side by side
+        :raises ValueError: if ``item`` is not contiguous
         """
         await self._sink.send(item if type(item) is bytes else flat_view(item, "item"))
 
     async def send_eof(self) -> None:
-        """Flushes, and ends this side with a ``close_notify``; what the peer sends can still be
-        read. Idempotent.
+        """Flushes, and ends this side with a ``close_notify``; the peer's data can still be read.
+        Idempotent.
 
         :raises NotImplementedError: below TLS 1.3, where the peer would end its side too
             (RFC 5246, section 7.2.1)
@@ -223,13 +224,13 @@ class TLSConnection(TLSStream):
         await self._sink.send_eof()
 
     async def unwrap(self) -> tuple[Connection, bytes]:
-        """Flushes, and does the closing handshake. The connection stays open, and has its timeouts
-        back; what was decrypted and not consumed can still be read here.
+        """Flushes, and performs the closing handshake. The connection stays open, and gets its
+        timeouts back; decrypted bytes not yet consumed can still be read here.
 
-        :return: the connection, and what the peer has sent on it behind the end of the session
+        :return: the connection, and the bytes that the peer sent after the end of the session
         :raises ReadTimeout: after ``read_timeout`` seconds
         :raises BusyResourceError: while another task is reading or sending
-        :raises MessageTooLarge: if the peer sends more than ``read_limit`` bytes and does not end
+        :raises MessageTooLarge: if the peer sends more than ``read_limit`` bytes without ending
         """
         if self._source.is_busy:
             raise BusyResourceError("reading from")
@@ -245,12 +246,13 @@ class TLSConnection(TLSStream):
     async def aclose(self) -> None:
         """Closes the session and the connection. A checkpoint.
 
-        Every other call raises ``ClosedResourceError`` from now on, also one that is waiting. What
-        the writer has pending is sent, then a ``close_notify``; if this is ``standard_compatible``,
-        that of the peer is waited for, and what still comes before it is thrown away, but not much
-        more than 64 KiB of it. All that may take ``write_timeout``, or else 10 seconds, and is left
-        out if another task is sending, or has given up a ``send()`` of which something is still
-        unsent. What the peer does meanwhile is no error. The descriptor is closed on every way out.
+        From now on every other call raises ``ClosedResourceError``, including calls that are
+        waiting. The writer's pending output is sent, then a ``close_notify``. If this is
+        ``standard_compatible``, the peer's is awaited; what precedes that is discarded, but not
+        much more than 64 KiB of it. All this may take ``write_timeout``, or 10 seconds if that is
+        unset, and is skipped if another task is sending, or if an abandoned ``send()`` still has
+        unsent output. Errors that the peer causes meanwhile are ignored. The descriptor is closed
+        on every way out.
         """
         self._connection._core._check_loop()
         first, self._closing = not self._closing, True
@@ -275,7 +277,7 @@ class TLSConnection(TLSStream):
         self._sink.writer._close()
 
     async def _finish(self, timeout: float) -> None:
-        """The end of a server's handler that has returned: as ``Core.finish()``, with a
+        """Ends a connection whose handler has returned: like ``Core.finish()``, with a
         ``close_notify``.
         """
         deadline = anyio.current_time() + timeout
@@ -287,8 +289,8 @@ class TLSConnection(TLSStream):
 
     @property
     def read_timeout(self) -> float | None:
-        """Seconds that one read call may take as a whole, as a cancel scope around it: nothing is
-        lost, and the session stays usable after the ``ReadTimeout``. ``None`` for ever.
+        """Seconds that one read call may take in all, as if in a cancel scope: nothing is lost, and
+        the session stays usable after the ``ReadTimeout``. ``None``: forever.
         """
         return self._source.timeout
 
@@ -298,8 +300,8 @@ class TLSConnection(TLSStream):
 
     @property
     def write_timeout(self) -> float | None:
-        """Seconds that one ``send()`` or ``flush()`` may take; ``None`` for ever. After a
-        ``WriteTimeout`` the bytes that were not sent are still pending and go out first.
+        """Seconds that one ``send()`` or ``flush()`` may take; ``None``: forever. After a
+        ``WriteTimeout`` the bytes not sent are still pending and go out first.
         """
         return self._sink.timeout
 
@@ -309,18 +311,18 @@ class TLSConnection(TLSStream):
 
     @property
     def idle_timeout(self) -> float | None:
-        """That of the connection, see :attr:`Connection.idle_timeout`."""
+        """The connection's; see :attr:`Connection.idle_timeout`."""
         return self._connection.idle_timeout
 
     @idle_timeout.setter
     def idle_timeout(self, value: float | None) -> None:
         self._connection.idle_timeout = value
 
-    # --- of the connection -----------------------------------------------------------------------
+    # --- the connection's ------------------------------------------------------------------------
 
     @property
     def state(self) -> Any:
-        """That of the connection: any object of the user's."""
+        """The connection's: any object of the user's."""
         return self._connection.state
 
     @state.setter
@@ -329,7 +331,7 @@ class TLSConnection(TLSStream):
 
     @property
     def server(self) -> Any:
-        """The :class:`anypoll.Server` the connection was accepted by, or ``None``."""
+        """The :class:`anypoll.Server` that accepted the connection, or ``None``."""
         return self._connection.server
 
     @property
@@ -340,7 +342,7 @@ class TLSConnection(TLSStream):
 
     @property
     def at_eof(self) -> bool:
-        """Whether the peer has ended its side and everything was read."""
+        """Whether the peer has ended its side and everything has been read."""
         unread = len(self.reader)  # this looks at what has arrived
         return self._engine.ended and not unread and not self._engine.closed
 
@@ -355,7 +357,7 @@ class TLSConnection(TLSStream):
         return self._connection.remote_address
 
     def statistics(self) -> ConnectionStatistics:
-        """Those of the connection: encrypted bytes are counted. Any thread."""
+        """The connection's, which count encrypted bytes. Any thread."""
         return self._connection.statistics()
 
     def abort(self) -> None:
@@ -367,8 +369,10 @@ class TLSConnection(TLSStream):
         self._connection.abort()
 
     def add_close_callback(self, callback: Callback) -> None:
-        """As :meth:`Connection.add_close_callback`; a callback of one argument gets this stream."""
-        function: Any = callback  # which may be anything
+        """Like :meth:`Connection.add_close_callback`; a callback that takes an argument gets this
+        stream.
+        """
+        function: Any = callback  # of any type, still unchecked
         wants_it = callable(function) and _needs_an_argument(function)
         self._connection.add_close_callback(partial(function, self) if wants_it else function)
 
@@ -383,7 +387,7 @@ def _connection(stream: object) -> Connection:
 
 
 def check_tls(ssl_context: object, hostname: object, name: str) -> None:
-    """:raises TypeError: for what the handshake could not use"""
+    """:raises TypeError: for arguments that the handshake could not use"""
     if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
         kind = type(ssl_context).__name__
         raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {kind}")
@@ -392,7 +396,7 @@ def check_tls(ssl_context: object, hostname: object, name: str) -> None:
 
 
 def _check_idle(connection: Connection) -> None:
-    """Before a byte is sent: one that comes to nothing must not leave half a handshake pending."""
+    """Checks before a byte is sent: a doomed attempt must not leave half a handshake pending."""
     core = connection._core
     core._check_usable()
     if core._reading:
@@ -406,6 +410,6 @@ def _check_idle(connection: Connection) -> None:
 def _check_hostname(
     server_side: bool | None, hostname: str | None, context: ssl.SSLContext | None
 ) -> None:
-    """An ``SSLObject``, unlike an ``SSLSocket``, would silently check no name."""
+    """Requires a hostname: an ``SSLObject``, unlike an ``SSLSocket``, would silently check none."""
     if server_side is False and not hostname and (context is None or context.check_hostname):
         raise ValueError("hostname must be given: the context checks it")

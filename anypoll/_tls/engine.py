@@ -1,16 +1,14 @@
-"""OpenSSL between two buffers, and the connection's core that fills the one and takes the other.
+"""The TLS engine: OpenSSL between two memory BIOs, driven by the connection below.
 
-What OpenSSL has put out goes to the connection's own writer at once, without waiting. A record is
-numbered as soon as it exists, so the peer must get it whatever becomes of the call that made it,
-and what a connection's writer has is never lost: it goes out with the next flush, or when the
-reader has to wait.
+OpenSSL's output goes to the connection's own writer at once, without waiting. A record is numbered
+as soon as it exists, so the peer must get it whatever becomes of the call that made it; and what is
+in a connection's writer is never lost: it goes out with the next flush, or when the reader has to
+wait.
 
-Whoever needs more ciphertext pulls it, be it a reader, a handshake, or a write to which OpenSSL has
-said that it must read first. One task pulls, and the others wait until it has got something, or has
-given up.
+Whatever needs more ciphertext pulls it: a reader, a handshake, or a write that must read first
+according to OpenSSL. One task pulls, and the others wait until it has got some, or has given up.
 
-Timeouts are not here but around: the connection below has none, and nothing is lost by a call that
-is cancelled.
+Timeouts lie around this layer: the connection below has none, and a cancelled call loses nothing.
 """
 
 from __future__ import annotations
@@ -39,11 +37,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _AT_ONCE = 64 * 1024  # more than any record has
-_HEADER = 5  # bytes of a record's header; the last two are the length of the rest (RFC 8446, 5.1)
+_HEADER = 5  # bytes of a record header; the last two are the length of the rest (RFC 8446, 5.1)
 
 
 class Engine:
-    """See the module."""
+    """The TLS session of one connection; see the module."""
 
     __slots__ = (
         "_answered",
@@ -69,7 +67,7 @@ class Engine:
     )
 
     writer: Writer
-    """of plaintext; it is shut when nothing can be sent any more"""
+    """of plaintext; shut when nothing can be sent any more"""
 
     def __init__(
         self,
@@ -84,19 +82,19 @@ class Engine:
         self._incoming = incoming
         self._outgoing = outgoing
         self._standard_compatible = standard_compatible
-        self.chain = Chain()  # what is decrypted and not consumed
-        self.decrypted = 0  # bytes of plaintext, ever
+        self.chain = Chain()  # decrypted and not consumed
+        self.decrypted = 0  # bytes of plaintext, in total
         self.established = False  # the handshake is done
-        self.closed = False  # to its user: a closing handshake may still be under way
+        self.closed = False  # to the user: a closing handshake may still be under way
         self.ended = False  # the peer has ended its side
         self.ending = False  # the server is ending: a wait with nothing buffered does not begin
         self.failure: ssl.SSLError | None = None
         self._pulling = False
-        self._pulled: anyio.Event | None = None  # if somebody waits for that
-        self._dry = False  # OpenSSL has said that it needs more, and has got none since
-        self._fin = False  # the peer has ended the connection: there will be no more ciphertext
-        self._answered = 0  # bytes that OpenSSL has sent by itself since they last drained
-        self._header = b""  # what there is of the header of a record
+        self._pulled: anyio.Event | None = None  # set after the pull, if someone waits for it
+        self._dry = False  # OpenSSL has asked for more ciphertext, and has got none since
+        self._fin = False  # the peer has ended the connection: no more ciphertext will come
+        self._answered = 0  # bytes that OpenSSL has sent on its own since they last drained
+        self._header = b""  # the part of a record header that has come
         self._left = 0  # bytes of a record that have not come yet
 
     # --- errors ----------------------------------------------------------------------------------
@@ -110,14 +108,14 @@ class Engine:
         self.core._check_usable()
 
     def broken(self) -> Exception:
-        """The session cannot be used any more; why is the cause."""
+        """The error of a session that is unusable; the reason is its cause."""
         error = self.core._own(BrokenResourceError())
         error.__cause__ = self.failure
         return error
 
     def failed(self, exc: ssl.SSLError) -> Exception:
-        """What is raised for an error of OpenSSL; the peer is told by an alert."""
-        self.failure = self.failure or exc  # what comes of using it further says nothing
+        """The exception to raise for an OpenSSL error; an alert tells the peer."""
+        self.failure = self.failure or exc  # errors from further use mean nothing
         self._shut_output()
         self.collect()
         self.send_collected()
@@ -131,14 +129,14 @@ class Engine:
     # --- output ----------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Has the connection's writer take what OpenSSL has put out."""
+        """Moves OpenSSL's output to the connection's writer."""
         if self._outgoing.pending:
             ciphertext = self._outgoing.read()
-            if not self.core.writer._shut:  # else nobody can get it any more
+            if not self.core.writer._shut:  # otherwise nobody can get it any more
                 self.core.writer.write(ciphertext)
 
     def send_collected(self) -> None:
-        """Sends it without waiting: what the kernel does not take the poller sends."""
+        """Sends it without waiting: the poller sends what the kernel does not take."""
         core = self.core
         if core.writer._size:
             core._send(core.writer._take())
@@ -146,7 +144,7 @@ class Engine:
     def encrypt(self, data: Piece) -> None:
         """Encrypts all of ``data``, for the connection's writer.
 
-        :raises ssl.SSLWantReadError: if the peer must say something first; nothing has happened
+        :raises ssl.SSLWantReadError: if the peer must send something first; nothing has happened
         """
         try:
             self.ssl.write(data)
@@ -158,8 +156,8 @@ class Engine:
             self.collect()
 
     def say_goodbye(self) -> None:
-        """Ends this side with a ``close_notify``. What the peer has sent until now is decrypted
-        first: OpenSSL would take it for an answer, and a wrong one.
+        """Ends this side with a ``close_notify``. Input that has arrived is decrypted first:
+        OpenSSL would take it for an answer, and a wrong one.
         """
         while self.decrypt():
             if self.ended:
@@ -178,9 +176,9 @@ class Engine:
     # --- input -----------------------------------------------------------------------------------
 
     def decrypt(self) -> bool:
-        """Puts the next record of what OpenSSL has been given on the chain. False: there is none.
+        """Decrypts the next record that OpenSSL holds onto the chain. False: there is none.
 
-        :raises BrokenResourceError: if what has come is no TLS
+        :raises BrokenResourceError: if the input is not TLS
         """
         if self.ended:
             return True
@@ -197,7 +195,7 @@ class Engine:
             if self._standard_compatible:
                 raise self.failed(_cut_off()) from self.failure
             data = b""
-        except ssl.SSLZeroReturnError:  # it is one when this side has said goodbye
+        except ssl.SSLZeroReturnError:  # raised once this side has sent a close_notify
             data = b""
         except ssl.SSLError as exc:
             raise self.failed(exc) from exc
@@ -212,7 +210,7 @@ class Engine:
         return True
 
     def arrived(self) -> bool:
-        """Whether there is another record, or the end, without waiting for it."""
+        """Whether another record, or the end, has arrived; does not wait."""
         if self.decrypt():
             return not self.ended
         if self._pulling:
@@ -256,11 +254,11 @@ class Engine:
 
     @property
     def has_answered_much(self) -> bool:
-        """Whether what OpenSSL says by itself must drain, also while another task is sending."""
+        """Whether OpenSSL's own answers must drain, even while another task is sending."""
         return self._answered >= self.core.limits.write_high_water
 
     def has_drained(self) -> None:
-        """The kernel has what OpenSSL has sent by itself."""
+        """The kernel has what OpenSSL sent on its own."""
         self._answered = 0
 
     async def _pull(self) -> bool:
@@ -270,7 +268,7 @@ class Engine:
             await core._flush()
             self.has_drained()
         self.follow_draining()
-        if self._fin:  # and so no answer to what OpenSSL waits for
+        if self._fin:  # so no answer will come either
             raise self.failed(_cut_off())
         try:
             suspended = await core.fill(1)
@@ -280,7 +278,7 @@ class Engine:
         return suspended
 
     def follow_draining(self) -> None:
-        """The server is ending: a wait of the connection sees that unless something has begun."""
+        """The server is ending: the connection's wait sees that, unless something has begun."""
         core = self.core
         self.ending = self.ending or (core.draining and not self.closed)
         core.draining = self.ending and not self.closed and not self.has_begun
@@ -298,7 +296,7 @@ class Engine:
         return False
 
     async def interrupt(self) -> None:
-        """Has whoever pulls find that this is closed, and returns when that has happened."""
+        """Makes the pulling task find this closed; returns when that has happened."""
         if self._pulling:
             self._pulled = self._pulled or anyio.Event()
             self.core.end_if_idle()
@@ -306,14 +304,14 @@ class Engine:
         self.core.draining = False
 
     def _at_end_of_file(self) -> None:
-        """The peer's FIN. What came before is decrypted first. OpenSSL is not told: it might take
-        that for a ``close_notify``, since some Pythons set ``OP_IGNORE_UNEXPECTED_EOF``.
+        """Handles the peer's FIN. Earlier input is decrypted first. OpenSSL is not told: it might
+        take the FIN for a ``close_notify``, because some Pythons set ``OP_IGNORE_UNEXPECTED_EOF``.
         """
         self._fin = True
         self._dry = False
 
     def _feed(self) -> None:
-        """Gives OpenSSL what lies in the window of the connection's reader."""
+        """Gives OpenSSL the bytes in the window of the connection's reader."""
         reader = self.core.reader
         start, end = reader._start, reader._end
         view = reader._view[start:end] if end > start else EMPTY
@@ -326,11 +324,11 @@ class Engine:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is something unread, be it a part of a record only."""
+        """Whether anything is unread, even if it is only part of a record."""
         return bool(len(self.chain) or self._left or self._header)
 
     def _follow(self, view: memoryview) -> None:
-        """OpenSSL does not tell whether it has the beginning of a record."""
+        """Tracks record boundaries: OpenSSL does not tell whether it holds part of a record."""
         while view:
             if self._left:
                 step = min(self._left, len(view))
@@ -346,7 +344,7 @@ class Engine:
     # --- handshakes ------------------------------------------------------------------------------
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Calls what may want to read first, until it does not."""
+        """Repeats a call that may want to read first, until it does not."""
         while True:
             try:
                 return function(*args)
@@ -363,19 +361,19 @@ class Engine:
                 self.collect()
 
     def leftover(self) -> bytes:
-        """What came behind the end of the session."""
+        """The bytes that came after the end of the session."""
         return self._incoming.read()
 
 
 def _cut_off() -> ssl.SSLError:
-    """What OpenSSL says if it is told of a FIN, and not to ignore it."""
+    """The error that OpenSSL raises for a FIN, if it is told and must not ignore it."""
     exc = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
     exc.library, exc.reason = "SSL", "UNEXPECTED_EOF_WHILE_READING"
     return exc
 
 
 def _is_truncation(exc: ssl.SSLError) -> bool:
-    """Whether the peer has ended without saying so."""
+    """Whether the peer has ended without a ``close_notify``."""
     return isinstance(exc, (ssl.SSLEOFError, ssl.SSLSyscallError)) or "UNEXPECTED_EOF" in str(
         exc.reason
     )

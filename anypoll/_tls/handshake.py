@@ -1,4 +1,4 @@
-"""The handshake of a server with a peer that may be anybody."""
+"""The server's TLS handshake with an untrusted peer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ async def handshake(
     *,
     standard_compatible: bool = True,
 ) -> TLSConnection:
-    """A server's handshake. If it fails the connection is closed, and what is raised is something
-    that a peer can cause, and marked as that connection's; nothing is logged.
+    """Performs a server's handshake. On failure the connection is closed, and the exception is one
+    that a peer can cause, marked as that connection's; nothing is logged.
 
-    :param timeout: seconds for all of it; the connection's ``read_timeout`` holds afterwards
+    :param timeout: seconds for all of it; afterwards the connection's ``read_timeout`` applies
     :raises ReadTimeout: after ``timeout`` seconds
     :raises BrokenResourceError: if the peer has gone, or with the ``ssl.SSLError`` as its cause
     :raises EndOfStream: if the server is ending

@@ -1,4 +1,4 @@
-"""The input of a TLS connection: waiting for plaintext or a delimiter, with a timeout around it."""
+"""A TLS connection's receive path: waiting for plaintext or a delimiter, with a timeout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .output import Sink
 
-#: Why no more input can be looked at; a connection in request mode waits for it, and is busy.
+#: Errors that mean no more input can be examined; idle in request mode, a connection is busy.
 _NOTHING_THERE = (BrokenResourceError, BusyResourceError, EndOfStream, IdleTimeout, WouldBlock)
 
 
@@ -31,7 +31,7 @@ class Source(StreamSource):
     __slots__ = ("_engine", "_sink", "timeout")
 
     timeout: float | None
-    """seconds for one call as a whole"""
+    """seconds for one call in all"""
 
     def __init__(self, engine: Engine, sink: Sink, stream: ByteStream) -> None:
         super().__init__(stream, engine.core.budget)
@@ -55,14 +55,14 @@ class Source(StreamSource):
         return suspended
 
     async def _wait(self, ready: Callable[[], int]) -> tuple[int, bool]:
-        """Until there is a result; that, and whether the task was suspended."""
+        """Waits for a result; returns it, and whether the task was suspended."""
         if self._reading:
             raise BusyResourceError("reading from")
         self._reading = True
         reader, engine, writer = self.reader, self._engine, self._sink.writer
         try:
             self._settle()
-            reader._end = SHUT  # for whoever else comes while this one waits
+            reader._end = SHUT  # keeps others out while this task waits
             suspended = await self._before_reading()
             while not (result := ready()):
                 if engine.decrypt():
@@ -80,7 +80,7 @@ class Source(StreamSource):
 
     def _check_end(self, ready: Callable[[], int]) -> None:
         if self._engine.ended and not ready():
-            self._sink.push()  # what was written in answer to all that came before is not lost
+            self._sink.push()  # answers to earlier input must not be lost
             self._engine.send_collected()
             raise self._end_of_stream()
 
@@ -92,12 +92,12 @@ class Source(StreamSource):
             return await self._wait(ready)
         if self._sink.stands_high:
             raise self._engine.core._own(ReadTimeout(f"output not drained within {timeout} s"))
-        with suppress(WouldBlock):  # what has come together with the end of the time is given
+        with suppress(WouldBlock):  # data that came just as time ran out is returned
             return self._look(ready), True
         raise self._engine.core._own(ReadTimeout(f"not received within {timeout} s"))
 
     def _look(self, ready: Callable[[], int]) -> int:
-        """As :meth:`_wait`, at once or ``WouldBlock``."""
+        """Like :meth:`_wait`, but without waiting: raises ``WouldBlock``."""
         with self._entered():
             self._engine.check()
             while not (result := ready()):
@@ -110,11 +110,11 @@ class Source(StreamSource):
         hub = self._engine.core.hub
         try:
             suspended = await self.fill(1)
-        except EndOfStream:  # this is success, to code that makes b"" of it
+        except EndOfStream:  # a success, to code that turns it into b""
             await hub.checkpoint()
             raise
         if not suspended:
-            with self._entered():  # before anything is taken: cancelled, it stays
+            with self._entered():  # before anything is taken: if cancelled, the input stays
                 await hub.checkpoint()
             self._engine.check()
             self._open(1)
@@ -124,10 +124,10 @@ class Source(StreamSource):
         reader._start = stop
         return bytes(reader._view[start:stop])
 
-    # --- what the reader asks for ----------------------------------------------------------------
+    # --- for the reader --------------------------------------------------------------------------
 
     def check_request(self, n: int) -> None:
-        """:raises MessageTooLarge: if ``n`` is above the limit for a single request"""
+        """:raises MessageTooLarge: if ``n`` exceeds the limit for a single request"""
         limit = self.limits.read_limit
         if n > limit:
             text = f"{shown(n)} bytes asked for; read_limit is {limit}"
@@ -167,7 +167,7 @@ class Source(StreamSource):
         return self._engine.core.number
 
     def buffered(self) -> int:
-        """Bytes not consumed; those included that have arrived and were not decrypted yet, as far
+        """Bytes not consumed, including those that have arrived and are not decrypted yet, as far
         as memory for them is allowed.
         """
         if self.closed or self._engine.core.closed:
@@ -180,7 +180,7 @@ class Source(StreamSource):
 
     def _may_grow(self) -> bool:
         high = len(self._chain) >= self.limits.read_high_water
-        return not high and not self._sink.stands_high  # of what OpenSSL answers by itself
+        return not high and not self._sink.stands_high  # with what OpenSSL answers on its own
 
     @property
     def is_busy(self) -> bool:
@@ -200,7 +200,7 @@ class Source(StreamSource):
                     await self._engine.pull()
 
     def shut(self) -> None:
-        """No call finds anything any more."""
+        """From now on no call finds anything."""
         self.closed = True
         self._chain.clear()
         self.reader._close()

@@ -1,9 +1,9 @@
-"""The output of a TLS connection: plaintext, its order, and its timeout.
+"""A TLS connection's send path: ordering, encrypting and flushing plaintext, with a timeout.
 
 Plaintext that was written, or is being sent, stands in one queue, the writer's. Whoever comes first
-encrypts it from the front: a ``send()`` or ``flush()`` a chunk at a time, each of which the kernel
-must take before the next, or a reader that is about to wait, which lets all of it go along. So
-nothing comes between the parts of an item, and what was given up too late goes out first.
+encrypts it from the front: a ``send()`` or ``flush()``, one chunk at a time, each of which the
+kernel must take before the next; or a reader about to wait, which takes all of it along. So nothing
+comes between the parts of an item, and an item abandoned too late goes out first.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
-#: Bytes of ciphertext that a close takes in while it waits for the peer's end: one that goes on and
-#: on must not keep it until the time is over.
+#: Bytes of ciphertext that a close reads while it waits for the peer's end: a peer that keeps
+#: sending must not keep it until the timeout.
 CLOSE_MOST = 64 * 1024
 
-CHUNK = 128 * 1024  # plaintext that is encrypted before the kernel must have taken it
+CHUNK = 128 * 1024  # plaintext to encrypt before the kernel must have taken it
 
 
 async def within(
@@ -48,7 +48,7 @@ async def within(
     late: type[E],
     what: str,
 ) -> T:
-    """Awaits ``function()`` for at most so many seconds.
+    """Awaits ``function()`` for at most that many seconds.
 
     :raises Exception: a ``late``, when they are over
     """
@@ -60,7 +60,7 @@ async def within(
 
 
 class Sink:
-    """Encrypts and sends; see the module, and ``Sink`` of ``_writer``."""
+    """Encrypts and sends; see the module, and ``Sink`` in ``_buffers/writer.py``."""
 
     __slots__ = (
         "_engine",
@@ -85,13 +85,13 @@ class Sink:
         self.timeout = None
         self.eof_sent = False
         self._writing = False
-        self._taken = 0  # bytes of plaintext that were encrypted, ever
+        self._taken = 0  # bytes of plaintext encrypted, in total
         self.writer = engine.writer = Writer(self)
 
     # --- the queue -------------------------------------------------------------------------------
 
     def _take(self, limit: int) -> Piece:
-        """The first bytes of the queue, ``limit`` at most, in one piece."""
+        """Takes the first bytes off the queue, at most ``limit``, in one piece."""
         writer = self.writer
         if writer._size <= limit:
             return writer._take_joined()
@@ -109,9 +109,9 @@ class Sink:
         return head[0] if len(head) == 1 else b"".join(head)
 
     def _encrypt(self, limit: int = CHUNK) -> None:
-        """The first chunk of the queue, if there is one.
+        """Encrypts the first chunk of the queue, if there is one.
 
-        :raises ssl.SSLWantReadError: if the peer must say something first
+        :raises ssl.SSLWantReadError: if the peer must send something first
         """
         if not self.writer._size:
             return
@@ -123,13 +123,13 @@ class Sink:
         try:
             engine.encrypt(data)
         except ssl.SSLWantReadError:
-            writer._pieces, writer._size = before  # not joined: one of them may be given up
+            writer._pieces, writer._size = before  # not joined: one of them may be abandoned
             raise
         self._taken += len(data)
 
     def push(self) -> None:
-        """Encrypts all, and leaves it to the connection, which sends it when its reader waits. Not
-        while another task is sending: that one will do it.
+        """Encrypts everything, and leaves it to the connection, which sends it when its reader
+        waits. Does nothing while another task is sending: that task will do it.
         """
         if self._writing or self._engine.failure or self._engine.core.writer._shut:
             return
@@ -138,19 +138,19 @@ class Sink:
                 self._encrypt()
 
     def _withdraw(self, start: int, size: int) -> None:
-        """Gives up an item of ``size`` bytes, the first of which is byte ``start`` of all. If
-        nothing of it was encrypted it goes; else the poller sends its rest, and nobody waits for
-        that.
+        """Abandons an item of ``size`` bytes that begins at byte ``start`` of all plaintext. If
+        none of it was encrypted it is removed; otherwise the poller sends the rest, and nobody
+        waits for that.
         """
         if self._engine.closed or self._engine.core.closed:
-            return  # nothing is left of it
+            return  # nothing of it is left
         if self._taken > start:
             self._leave_to_the_poller(start + size)
             return
         if not size:
             return
         pieces, position, index = self.writer._pieces, self._taken, 0
-        while position < start or not pieces[index]:  # an empty piece may stand before it
+        while position < start or not pieces[index]:  # an empty piece may precede it
             position += len(pieces[index])
             index += 1
         del pieces[index]
@@ -164,7 +164,7 @@ class Sink:
             self._engine.send_collected()
             _epoll.conn_give_up(core.handle)
         except ssl.SSLWantReadError:
-            pass  # it stays the first to go
+            pass  # it stays at the front
         except (BrokenResourceError, ClosedResourceError, IdleTimeout):
             pass  # there is nobody to send it to
 
@@ -177,7 +177,7 @@ class Sink:
         self._writing = True
 
     def _leave(self) -> None:
-        """What was written meanwhile a reader may have left to this task."""
+        """Handles output written meanwhile, which a reader may have left to this task."""
         self._writing = False
         if self.writer._size and not self._engine.closed and self._engine.is_pulling:
             self.push()
@@ -196,14 +196,14 @@ class Sink:
             raise
 
     def _secure(self) -> None:
-        """What is pending is not waited for any more: copies what the caller may change now."""
+        """Nobody waits for pending output any more: copies whatever the caller may change now."""
         pieces = self.writer._pieces
         for index, piece in enumerate(pieces):
             if not is_constant(piece):
                 pieces[index] = bytes(piece)
 
     async def _pump(self, flush: Callable[[], Awaitable[None]]) -> None:
-        """Until the kernel has what is in the queue now."""
+        """Returns when the kernel has everything that is in the queue now."""
         target = self._taken + self.writer._size
         while True:
             if self._taken < target:
@@ -232,25 +232,25 @@ class Sink:
             self._leave()
 
     def claim(self) -> None:
-        """Nobody else may send from now on."""
+        """From now on nobody else may send."""
         self._enter()
 
     async def flush_claimed(self) -> None:
-        """``flush()``, for whoever is the one that sends."""
+        """``flush()`` for the holder of the claim."""
         if self.writer._shut:
             raise self.why_unwritable()
         self.writer._seal()
         await self._within_timeout(self._flush)
 
     def release(self) -> None:
-        """Ends the claim; what the writer still has is sent, or queued, without any waiting."""
+        """Ends the claim; what the writer still has is sent or queued, without waiting."""
         self._writing = False
         if self.writer._size and not self._engine.closed and not self.writer._shut:
             self.push()
             self._engine.send_collected()
 
     def why_broken(self) -> Exception | None:
-        """What a write would raise; asks nobody but C."""
+        """What a write would raise; asks only C."""
         if self.writer._shut or self._engine.closed:
             return self.why_unwritable()
         return self._engine.core.why_broken()
@@ -260,7 +260,7 @@ class Sink:
 
         async def send() -> None:
             core = self._engine.core
-            if core.writer._size or core.queued():  # to give up meanwhile leaves nothing of it
+            if core.writer._size or core.queued():  # abandoned meanwhile, the item leaves no trace
                 await core.flush()
             self.writer._seal()
             start = self._taken + self.writer._size
@@ -282,7 +282,7 @@ class Sink:
             self._leave()
 
     async def send_eof(self) -> None:
-        """Flushes, and says goodbye. Idempotent."""
+        """Flushes, and sends a ``close_notify``. Idempotent."""
 
         async def send() -> None:
             await self._flush()
@@ -301,7 +301,7 @@ class Sink:
         finally:
             self._leave()
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def _say_goodbye(self) -> None:
         if not self.eof_sent:
@@ -309,9 +309,9 @@ class Sink:
             self.eof_sent = self.writer._shut = True
 
     async def close(self, *, wait: bool) -> None:
-        """Sends what is pending, and says goodbye. If the peer's end is to be waited for, throws
-        away what comes before it, but stops at ``CLOSE_MOST``. Does nothing while output is under
-        way that nobody waits for.
+        """Sends pending output, then a ``close_notify``. If it waits for the peer's end, it
+        discards what comes before, but stops at ``CLOSE_MOST``. Does nothing while abandoned output
+        is under way.
         """
         engine = self._engine
         if self._writing or (engine.core.queued() and not self.unsent):
@@ -328,24 +328,24 @@ class Sink:
                     return
                 await engine.pull()
 
-    # --- what readers have to do with it ---------------------------------------------------------
+    # --- for the reader --------------------------------------------------------------------------
 
     @property
     def unsent(self) -> int:
-        """Bytes that somebody waits for, or will: without the rest of a send that was given up."""
+        """Bytes that someone waits for, or will: without the rest of an abandoned send."""
         core = self._engine.core
         return self.writer._size + core.writer._size + core._own_queued()
 
     @property
     def stands_high(self) -> bool:
-        """Whether a reader call must let output drain first. Not what another task is sending."""
+        """Whether a reader call must let output drain first, other than a sending task's."""
         if self._engine.has_answered_much:
             return True
         return not self._writing and self.unsent >= self.limits.write_high_water
 
     async def drain(self) -> bool:
-        """For a reader; nobody is busy meanwhile, and the writer is told of what goes wrong.
-        Returns whether nothing has.
+        """Drains output for a reader. Nobody is busy meanwhile, and errors are left to the writer.
+        Returns whether there were none.
         """
         try:
             await self._pump(self._engine.core._flush)
@@ -354,10 +354,10 @@ class Sink:
         self._engine.has_drained()
         return True
 
-    # --- what the writer asks for ----------------------------------------------------------------
+    # --- for the writer --------------------------------------------------------------------------
 
     def queued(self) -> int:
-        """Bytes that were encrypted, and that the kernel has not taken yet."""
+        """Bytes encrypted that the kernel has not taken yet."""
         core = self._engine.core
         return core.queued() + core.writer._size
 

@@ -1,9 +1,9 @@
-"""Request mode over TLS: calls for plaintext, made of calls for ciphertext.
+"""Request mode over TLS: calls for plaintext, driven by calls for ciphertext.
 
-The connection below is in request mode, and its call comes here. What has come may be a part of a
-record, a message of TLS itself, or several requests; so everything is decrypted, and the user's
-function is called as often as the rules of request mode say for the plaintext. The answers go out
-together, when there is no more to answer or a call has to wait.
+The connection below is in request mode, and its call comes here. The input may be part of a record,
+a message of TLS itself, or several requests. So everything is decrypted, and the user's function is
+called as often as the rules of request mode require for the plaintext. The answers go out together,
+when there is nothing more to answer or a call has to wait.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 
 class Calls:
-    """Of one TLS connection."""
+    """The calls for one TLS connection's plaintext."""
 
     __slots__ = ("_consumed", "_decrypted", "_function", "_stream")
 
     def __init__(self, stream: TLSConnection, function: Callable[[Any], Awaitable[Any]]) -> None:
         self._stream = stream
         self._function = function
-        self._consumed = self._decrypted = -1  # bytes of plaintext, when the last call began
+        self._consumed = self._decrypted = -1  # bytes of plaintext when the last call began
 
     async def make(self) -> None:
-        """Those that are due.
+        """Makes the calls that are due.
 
         :raises EndOfStream: if none will ever be due, because the peer has ended its side
-        :raises BrokenResourceError: if it has sent what is no TLS, or has cut the session off
-        :raises MessageTooLarge: if the last call has left more than ``read_limit`` where it was
+        :raises BrokenResourceError: if it has sent data that is not TLS, or has cut the session off
+        :raises MessageTooLarge: if the last call left more than ``read_limit`` unread
         :raises ReadTimeout: if output above high water did not drain within ``read_timeout``
         """
         while await self._make_some() and self._stream._sink.stands_high:
-            if not await self._drain():  # OpenSSL answers too, without any call
+            if not await self._drain():  # OpenSSL also answers without any call
                 return
 
     async def _make_some(self) -> bool:
-        """Those that are due as long as output does not stand high. False: it is closed."""
+        """Makes the due calls while output is below high water. False: the stream is closed."""
         stream, engine = self._stream, self._stream._engine
         budget = engine.core.budget
         while self._is_due():
@@ -55,7 +55,7 @@ class Calls:
             budget = budget or engine.core.budget
         if engine.closed:
             return False
-        stream._source.consume(0)  # what was consumed is nothing that has begun
+        stream._source.consume(0)  # consumed bytes no longer count as begun
         engine.follow_draining()
         if engine.failure:
             raise engine.broken()
@@ -69,9 +69,9 @@ class Calls:
         return await within(core, stream.read_timeout, drain, ReadTimeout, "output not drained")
 
     async def _after_call(self, *, pause: bool) -> None:
-        """What was written is encrypted, and goes together with the next answer.
+        """Encrypts what was written, to go out with the next answer.
 
-        :param pause: others get their turn
+        :param pause: give other tasks a turn
         """
         sink, core = self._stream._sink, self._stream._engine.core
         sink.push()
@@ -83,8 +83,8 @@ class Calls:
             await core.hub.checkpoint()
 
     def _is_due(self) -> bool:
-        """Whether there is anything unread; but if the last call has consumed nothing, only if
-        there is more than when it began.
+        """Whether anything is unread; but if the last call consumed nothing, only whether there is
+        more than when it began.
         """
         engine = self._stream._engine
         unread = len(self._stream.reader)  # this decrypts what has arrived
@@ -106,10 +106,10 @@ class Calls:
                 return True
         return False
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def explained(self, exc: BaseException | None) -> BaseException | None:
-        """An end of the connection is one of the session only if the peer has said so before."""
+        """The connection's end ends the session properly only if the peer announced it."""
         engine = self._stream._engine
         core = engine.core
         if exc is None or core.closed or engine.ended or not core.status() & IS_EOF:
@@ -123,7 +123,7 @@ class Calls:
         return exc
 
     def postpone_end(self) -> bool:
-        """The server is ending. Whether something has begun: the end is due behind that."""
+        """The server is ending. Returns whether something has begun, which the end waits for."""
         engine = self._stream._engine
         engine.ending = engine.ending or engine.has_begun
         return engine.has_begun

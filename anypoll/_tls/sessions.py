@@ -1,6 +1,6 @@
-"""What TLS adds to the lives of a server's connections.
+"""TLS sessions of a server's connections: handshake, request mode and closing of each.
 
-A server without it asks here too, and gets the plain connections: whoever asks need not know.
+A server without TLS asks here too, and gets the plain connections: the caller need not know.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class HandshakeError(Exception):
-    """A peer has not come to TLS; the cause says why."""
+    """A peer has failed the TLS handshake; the cause says why."""
 
 
 class TLSSessions:
     """The TLS sessions of one server.
 
-    :param context: ``None``: it has none
+    :param context: ``None``: no TLS
     :param timeout: seconds for a handshake
     :param on_request: ``None``: the server has a handler
     """
@@ -43,9 +43,9 @@ class TLSSessions:
         self._calls: dict[Connection, Calls] = {}
 
     async def open(self, connection: Connection) -> None:
-        """Does the handshake, if there is one to do.
+        """Performs the handshake, if the server uses TLS.
 
-        :raises HandshakeError: if nothing has come of it, for which the peer is to blame
+        :raises HandshakeError: if it fails through the fault of the peer
         :raises EndOfStream: if the server is ending
         """
         if self._context is None:
@@ -63,19 +63,19 @@ class TLSSessions:
             self._calls[connection] = Calls(stream, self._on_request)
 
     def is_open(self, connection: Connection) -> bool:
-        """Whether the user's code may get to see it."""
+        """Whether user code may see the connection yet."""
         return self._context is None or connection in self._streams
 
     def face(self, connection: Connection) -> Any:
-        """The connection as the user's code gets it."""
+        """The connection as user code sees it."""
         return self._streams.get(connection, connection)
 
     def call(self, connection: Connection, function: Function) -> Awaitable[Any]:
-        """Calls the handler; or the request function, as often as is due."""
+        """Calls the handler once, or the request function as often as is due."""
         calls = self._calls.get(connection)
         return function(self.face(connection)) if calls is None else calls.make()
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- end -------------------------------------------------------------------------------------
 
     def has_ended(self, connection: Connection) -> bool:
         """Whether the peer has ended its side in a way that the socket does not show."""
@@ -83,28 +83,28 @@ class TLSSessions:
         return stream is not None and stream._engine.ended
 
     def explained(self, connection: Connection, exc: BaseException | None) -> BaseException | None:
-        """The reason of an end, as the session knows it."""
+        """The reason for an end, as the session knows it."""
         calls = self._calls.get(connection)
         return exc if calls is None else calls.explained(exc)
 
     def postpone_end(self, connection: Connection) -> bool:
-        """The server is ending. Whether something has begun that the connection knows nothing of:
-        then it ends behind that.
+        """The server is ending. Returns whether something has begun that the connection knows
+        nothing of: then the end waits for that.
         """
         calls = self._calls.get(connection)
         return calls is not None and calls.postpone_end()
 
     async def finish(self, connection: Connection, timeout: float) -> None:
-        """What is pending goes out, and the peer gets the end of this side."""
+        """Sends pending output, then ends this side of the connection."""
         stream = self._streams.get(connection)
         await (connection._core.finish(timeout) if stream is None else stream._finish(timeout))
 
     def shut(self, connection: Connection) -> None:
-        """No call of the session finds anything any more."""
+        """From now on no call of the session finds anything."""
         if (stream := self._streams.get(connection)) is not None:
             stream._shut()
 
     def forget(self, connection: Connection) -> None:
-        """It has ended."""
+        """Forgets a connection that has ended."""
         self._streams.pop(connection, None)
         self._calls.pop(connection, None)

@@ -1,3 +1,1 @@
-"""Connections for code that was written for other libraries: one module for each, imported only by
-those who use it.
-"""
+"""Adapters for other networking libraries, one module each, imported only by their users."""

@@ -1,15 +1,15 @@
-"""httpcore over anypoll: a network backend for its connection pools, and so for httpx.
+"""An httpcore network backend: anypoll below its connection pools, and so below httpx.
 
-It serves ``httpcore`` and its fork ``httpcore2`` (below ``httpx2``) alike. Their interface is the
-same, but each knows only exceptions of its own, for which it retries or replaces a connection. So
-where both are installed, what is raised here is an exception of both.
+It serves ``httpcore`` and its fork ``httpcore2`` (below ``httpx2``) alike. They have the same
+interface, but each recognises only its own exceptions, on which it retries or replaces a
+connection. So where both are installed, an exception raised here belongs to both.
 
-A pool asks whether an idle connection is still good before each request. httpcore's own backends
-poll the descriptor for that; here the pollers have read ahead what arrived, an end of stream too,
-and the answer costs no system call.
+Before each request a pool asks whether an idle connection is still good. httpcore's own backends
+poll the descriptor for that; here the pollers have already read what arrived, including an end of
+stream, and the answer costs no system call.
 
-Timeouts of plain connections are those of the connection itself. Over TLS a scope lies around the
-operation: below a ``TLSStream`` a ``TimeoutError`` would be taken for a broken connection.
+Plain connections use the connection's own timeouts. Over TLS a scope surrounds the operation: below
+a ``TLSStream``, a ``TimeoutError`` would be taken for a broken connection.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         WriteTimeout,
     )
 
-    # Each names its own library's classes as results; the classes below return what is both.
+    # Each declares its own library's classes as results; the classes below return what is both.
     class AsyncNetworkBackend(  # type: ignore[misc]
         httpcore.AsyncNetworkBackend, httpcore2.AsyncNetworkBackend
     ): ...
@@ -74,7 +74,7 @@ else:
     _libraries = _installed()
 
     def _of_all(name: str) -> type:
-        """The class of that name, or one that is the class of each library."""
+        """The class of that name, or a class derived from that of each library."""
         classes = tuple(getattr(library, name) for library in _libraries)
         if len(classes) == 1:
             return classes[0]
@@ -93,18 +93,18 @@ _SocketOption = (
     tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 )
 
-#: How a connection fails, apart from a timeout; an ``ssl.SSLError`` is an ``OSError``.
+#: How a connection fails, apart from timeouts; an ``ssl.SSLError`` is an ``OSError``.
 _FAILURES = (BrokenResourceError, ClosedResourceError, EndOfStream, OSError)
 
 
 def _reason(exc: BaseException) -> str:
-    """AnyIO's exceptions say nothing; what caused them does."""
+    """The reason for an exception: AnyIO's own have no text, but their causes do."""
     return str(exc) or str(exc.__cause__ or "") or type(exc).__name__
 
 
 def _translated(kind: type[Exception], exc: Exception) -> Exception:
-    """What httpcore calls an exception of the connection, with its text and its attributes: by
-    these a server knows that it is about a connection of its own.
+    """The httpcore exception for one of the connection's, with its text and its attributes, which
+    tell a server that it is about one of its own connections.
     """
     error = kind(_reason(exc))
     error.__dict__.update(exc.__dict__)
@@ -114,7 +114,7 @@ def _translated(kind: type[Exception], exc: Exception) -> Exception:
 class AnypollBackend(AsyncNetworkBackend):
     """Opens the connections of a pool: ``AsyncConnectionPool(network_backend=AnypollBackend())``.
 
-    It has no state: one may serve any number of pools, in any event loops.
+    It has no state: one backend may serve any number of pools, in any event loops.
     """
 
     async def connect_tcp(
@@ -125,14 +125,14 @@ class AnypollBackend(AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[_SocketOption] | None = None,
     ) -> AnypollStream:
-        """Connects to a TCP server, over the first of its addresses that answers.
+        """Connects to a TCP server, at the first of its addresses that answers.
 
-        :param timeout: seconds for all of it, name resolution included
+        :param timeout: seconds for everything, including name resolution
         :param local_address: the host to connect from
-        :param socket_options: arguments of ``setsockopt``; set once it is connected
+        :param socket_options: arguments of ``setsockopt``; set once connected
         :raises httpcore.ConnectTimeout: after ``timeout`` seconds
         :raises httpcore.ConnectError: if no address could be connected, or an option is refused
-        :raises ValueError, TypeError: for nonsense
+        :raises ValueError, TypeError: for invalid arguments
         """
         options = _checked(socket_options)
         connecting = anypoll.connect_tcp(host, port, local_host=local_address, timeout=timeout)
@@ -144,18 +144,18 @@ class AnypollBackend(AsyncNetworkBackend):
         timeout: float | None = None,
         socket_options: Iterable[_SocketOption] | None = None,
     ) -> AnypollStream:
-        """Connects to a UNIX socket; the rest is as in :meth:`connect_tcp`."""
+        """Connects to a UNIX socket; otherwise like :meth:`connect_tcp`."""
         options = _checked(socket_options)
         return await _opened(anypoll.connect_unix(path, timeout=timeout), options)
 
     async def sleep(self, seconds: float) -> None:
-        """Sleeps, between tries to connect."""
+        """Sleeps between attempts to connect."""
         _check_timeout(seconds, "seconds")
         await anyio.sleep(seconds)
 
 
 def _checked(options: Iterable[_SocketOption] | None) -> list[_SocketOption]:
-    """Whether the kernel takes them shows when there is a socket; here, whether they are any."""
+    """Validates the form of options; only a socket will show whether the kernel takes them."""
     if options is None:
         return []
     if not isinstance(options, Iterable):
@@ -199,7 +199,7 @@ async def _opened(
 
 
 class AnypollStream(AsyncNetworkStream):
-    """A connection as httpcore sees it. A connected one comes from :class:`AnypollBackend`."""
+    """A connection as httpcore sees it. :class:`AnypollBackend` opens them."""
 
     def __init__(self, connection: anypoll.Connection) -> None:
         if not isinstance(connection, anypoll.Connection):
@@ -207,12 +207,12 @@ class AnypollStream(AsyncNetworkStream):
         self._connection = connection
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """At most ``max_bytes`` bytes; ``b""`` once the peer has ended its side.
+        """Returns at most ``max_bytes`` bytes; ``b""`` once the peer has ended its side.
 
         :param timeout: seconds; nothing is lost when they are over
         :raises httpcore.ReadTimeout: after ``timeout`` seconds
         :raises httpcore.ReadError: if the connection breaks or is closed
-        :raises ValueError, TypeError: for ``max_bytes`` below 1, and other nonsense
+        :raises ValueError, TypeError: if ``max_bytes`` is below 1, or for other invalid arguments
         """
         if not isinstance(max_bytes, int):
             raise TypeError(f"max_bytes must be a positive integer, not {max_bytes!r}")
@@ -229,12 +229,12 @@ class AnypollStream(AsyncNetworkStream):
             raise _translated(ReadError, exc) from exc
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Returns when the kernel has everything; nothing is done for an empty ``buffer``.
+        """Returns when the kernel has everything; an empty ``buffer`` does nothing.
 
         :param timeout: seconds
-        :raises httpcore.WriteTimeout: after ``timeout`` seconds; a part may have been sent
+        :raises httpcore.WriteTimeout: after ``timeout`` seconds; part may have been sent
         :raises httpcore.WriteError: if the connection breaks or is closed
-        :raises ValueError, TypeError: for nonsense; nothing is written then
+        :raises ValueError, TypeError: for invalid arguments; nothing is written then
         """
         if not isinstance(buffer, (bytes, bytearray, memoryview)):
             raise TypeError(f"buffer must be bytes, not {type(buffer).__name__}")
@@ -249,7 +249,7 @@ class AnypollStream(AsyncNetworkStream):
             raise _translated(WriteError, exc) from exc
 
     async def aclose(self) -> None:
-        """Closes the connection. Over TLS no closing handshake is made, as is usual for HTTP."""
+        """Closes the connection. Over TLS without a closing handshake, as is usual for HTTP."""
         await self._connection.aclose()
 
     async def start_tls(
@@ -258,16 +258,16 @@ class AnypollStream(AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> AnypollTLSStream:
-        """Makes the TLS handshake of a client; also over a stream that has TLS already.
+        """Performs a client's TLS handshake; also over a stream that has TLS already.
 
-        The connection is closed if that fails or is cancelled.
+        If it fails or is cancelled, the connection is closed.
 
-        :param server_hostname: whom the certificate must name, if the context checks that
+        :param server_hostname: the name the certificate must have, if the context checks that
         :param timeout: seconds for the handshake
         :raises httpcore.ConnectTimeout: after ``timeout`` seconds
         :raises httpcore.ConnectError: if the handshake fails
         :raises ValueError: without a ``server_hostname`` that the context would check
-        :raises ValueError, TypeError: for nonsense; the connection stays as it is
+        :raises ValueError, TypeError: for invalid arguments; the connection stays as it is
         """
         if not isinstance(ssl_context, ssl.SSLContext):
             raise TypeError(f"ssl_context must be an ssl.SSLContext, not {ssl_context!r}")
@@ -277,7 +277,7 @@ class AnypollStream(AsyncNetworkStream):
         self._connection.read_timeout = self._connection.write_timeout = None
         try:
             if ssl_context.check_hostname and server_hostname is None:
-                # an SSLObject, unlike an SSLSocket, would silently check no name
+                # An SSLObject, unlike an SSLSocket, would silently check no name.
                 raise ValueError("server_hostname is needed: the context checks it")
             with _within(timeout):
                 tls = await TLSStream.wrap(
@@ -297,11 +297,11 @@ class AnypollStream(AsyncNetworkStream):
         return AnypollTLSStream(self._connection, tls)
 
     def get_extra_info(self, info: str) -> Any:
-        """What is known by one of these names; ``None`` for others, and for what a closed
-        connection does not know any more.
+        """The information known by one of these names; ``None`` for other names, and for what a
+        closed connection no longer knows.
 
-        ``"is_readable"`` says, without any I/O, whether a connection that should be idle has
-        unread bytes, or has ended, or is dead or closed: whether a pool must give it up.
+        ``"is_readable"`` says, without any I/O, whether a connection that should be idle has unread
+        bytes, or is ended, dead or closed: in short, whether a pool must drop it.
         ``"client_addr"`` and ``"server_addr"`` are the two ends, ``"socket"`` is the socket, which
         must not be read, and ``"ssl_object"`` is the TLS session.
         """
@@ -318,7 +318,7 @@ class AnypollStream(AsyncNetworkStream):
             pass
         return None
 
-    # --- what TLS does in another way ------------------------------------------------------------
+    # --- what TLS does differently ---------------------------------------------------------------
 
     def _below(self) -> anyio.abc.ByteStream:
         return self._connection
@@ -337,7 +337,7 @@ class AnypollStream(AsyncNetworkStream):
 
 
 class AnypollTLSStream(AnypollStream):
-    """The same over TLS: what :meth:`AnypollStream.start_tls` gives."""
+    """A stream over TLS, as :meth:`AnypollStream.start_tls` returns it."""
 
     def __init__(self, connection: anypoll.Connection, tls: TLSStream) -> None:
         super().__init__(connection)
@@ -345,7 +345,7 @@ class AnypollTLSStream(AnypollStream):
             raise TypeError(f"expected an anyio TLSStream, got {type(tls).__qualname__}")
         self._tls = tls
         self._ended = False
-        """the session can't go on, whatever the connection below says"""
+        """the session cannot go on, whatever the connection below says"""
 
     def get_extra_info(self, info: str) -> Any:
         """See :meth:`AnypollStream.get_extra_info`."""
@@ -368,7 +368,7 @@ class AnypollTLSStream(AnypollStream):
         with _within(timeout):
             try:
                 await self._tls.send(buffer)
-            except BaseException:  # a record that was not sent as a whole can't be sent again
+            except BaseException:  # a partly sent record cannot be sent again
                 self._ended = True
                 raise
 
@@ -394,7 +394,7 @@ def _within(timeout: float | None) -> Any:
 
 def _has_unread(stream: Any) -> bool:
     """Whether a TLS stream, or one below it, has bytes that it took from its connection and nobody
-    has read: a rest of decrypted ones, or records that were not looked at.
+    has read: the rest of decrypted data, or records not yet examined.
     """
     while isinstance(stream, TLSStream):
         if stream.extra(TLSAttribute.ssl_object).pending() or stream._read_bio.pending:

@@ -1,12 +1,14 @@
-"""Trio's stream interfaces over connections and listeners, for code that was written for those:
-``trio.SSLStream``, ``trio.serve_listeners``, and whatever takes a :class:`trio.abc.Stream`.
+"""Trio's stream interfaces over connections and listeners.
 
-A stream here keeps Trio's contract to the letter. Every call is a checkpoint; a cancelled one has
-done nothing (``send_all`` and ``aclose`` apart, as Trio has it); the end of the stream is ``b""``;
-and the exceptions are Trio's. Such an exception has as its cause what Trio's own stream would give,
-the ``OSError`` of the socket, and where there is none, the connection's exception.
+For code written against them: ``trio.SSLStream``, ``trio.serve_listeners``, and anything that takes
+a :class:`trio.abc.Stream`.
 
-What lies below stays an anypoll connection: ``stream.connection`` has its addresses, options and
+A stream here keeps Trio's contract to the letter. Every call is a checkpoint; a cancelled call has
+done nothing (except ``send_all`` and ``aclose``, as in Trio); the end of the stream is ``b""``; and
+the exceptions are Trio's. The cause of each is what Trio's own stream would give, the socket's
+``OSError``, or, if there is none, the connection's exception.
+
+Below, there is still an anypoll connection: ``stream.connection`` has its addresses, options and
 statistics, and its nocopy reader and writer, which share the buffers with the stream.
 """
 
@@ -35,11 +37,11 @@ __all__ = (
     "serve_tcp",
 )
 
-_RECEIVE_SIZE = 65536  # as Trio's own streams
+_RECEIVE_SIZE = 65536  # as in Trio's own streams
 _BACKLOG = 65535  # likewise
 
-#: What a connection raises, and what Trio calls it. One that was ended for being idle is as dead as
-#: a broken one.
+#: A connection's exceptions, and Trio's names for them. A connection ended for being idle is as
+#: dead as a broken one.
 _TRIOS: dict[type[Exception], type[Exception]] = {
     anyio.BrokenResourceError: trio.BrokenResourceError,
     anyio.BusyResourceError: trio.BusyResourceError,
@@ -51,8 +53,8 @@ _ACCEPT_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, OSError)
 
 
 def _translated(exc: Exception) -> Exception:
-    """Trio's exception for one of ``_ERRORS``, with its text and its attributes: a server knows by
-    them that it is about a connection of its own, whose peer may go at any time.
+    """Trio's exception for one of ``_ERRORS``, with its text and its attributes, by which a server
+    recognises that it is about one of its own connections, whose peer may go at any time.
     """
     kind = next(trios for kind, trios in _TRIOS.items() if isinstance(exc, kind))
     error = kind(str(exc) or str(exc.__cause__ or ""))
@@ -69,12 +71,12 @@ def _has_messages(connection: anypoll.Connection) -> bool:
 class TrioStream(trio.abc.HalfCloseableStream):
     """A :class:`trio.abc.HalfCloseableStream` over a connection, which it owns.
 
-    ``read_timeout`` and ``write_timeout`` of the connection hold here too: ``receive_some`` and
-    ``send_all`` raise ``anypoll.ReadTimeout`` and ``anypoll.WriteTimeout``, which have no name in
-    Trio, and the stream stays usable.
+    The connection's ``read_timeout`` and ``write_timeout`` apply here too: ``receive_some`` and
+    ``send_all`` raise ``anypoll.ReadTimeout`` and ``anypoll.WriteTimeout``, which have no
+    counterpart in Trio, and the stream stays usable.
 
     :raises TypeError: if ``connection`` is not an :class:`anypoll.Connection`
-    :raises ValueError: if it has messages (``SOCK_SEQPACKET``) and no stream
+    :raises ValueError: if it carries messages (``SOCK_SEQPACKET``), not a stream
     """
 
     __slots__ = ("__weakref__", "_eof_sent", "connection")
@@ -94,14 +96,15 @@ class TrioStream(trio.abc.HalfCloseableStream):
         return f"<anypoll.integrations.trio.TrioStream over {self.connection!r}>"
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Sends what the connection's writer has pending, then ``data``.
+        """Sends the writer's pending output, then ``data``.
 
         Returns when the kernel has everything; ``data`` may be changed then. If the call is
-        cancelled before a byte of ``data`` was sent, none will be; if a part was sent, the rest
-        still goes out, before anything that is sent later.
+        cancelled before a byte of ``data`` was sent, none will be; if part of it was sent, the rest
+        still goes out, before anything sent later.
 
         :raises trio.BrokenResourceError: if the peer has gone
-        :raises trio.ClosedResourceError: if the stream was or is closed, or after ``send_eof()``
+        :raises trio.ClosedResourceError: if the stream is closed, before or during the call, or
+            after ``send_eof()``
         :raises trio.BusyResourceError: while another task is sending
         :raises anypoll.WriteTimeout: after the connection's ``write_timeout``
         """
@@ -113,10 +116,10 @@ class TrioStream(trio.abc.HalfCloseableStream):
             raise _translated(exc) from exc.__cause__ or exc
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Until the kernel has room, and what was sent before has gone out.
+        """Waits until the kernel has room, and earlier output has gone out.
 
         :raises trio.BrokenResourceError: if the peer has gone
-        :raises trio.ClosedResourceError: if the stream was or is closed
+        :raises trio.ClosedResourceError: if the stream is closed, before or during the call
         :raises trio.BusyResourceError: while another task is sending
         """
         try:
@@ -125,11 +128,11 @@ class TrioStream(trio.abc.HalfCloseableStream):
             raise _translated(exc) from exc.__cause__ or exc
 
     async def send_eof(self) -> None:
-        """Sends what the connection's writer has pending, then ends this side; what the peer sends
-        can still be received. Idempotent.
+        """Sends the writer's pending output, then ends this side; the peer's data can still be
+        received. Idempotent.
 
         :raises trio.BrokenResourceError: if the peer has gone
-        :raises trio.ClosedResourceError: if the stream was or is closed
+        :raises trio.ClosedResourceError: if the stream is closed, before or during the call
         :raises trio.BusyResourceError: while another task is sending
         """
         try:
@@ -139,12 +142,12 @@ class TrioStream(trio.abc.HalfCloseableStream):
         self._eof_sent = True
 
     async def receive_some(self, max_bytes: SupportsIndex | None = None) -> bytes:
-        """At least one and at most ``max_bytes`` bytes, as soon as there are any; ``b""`` when the
-        peer has ended its side.
+        """Returns at least one and at most ``max_bytes`` bytes, as soon as there are any; ``b""``
+        when the peer has ended its side.
 
         :param max_bytes: ``None``: 65536
         :raises trio.BrokenResourceError: after a reset
-        :raises trio.ClosedResourceError: if the stream was or is closed
+        :raises trio.ClosedResourceError: if the stream is closed, before or during the call
         :raises trio.BusyResourceError: while another task is reading
         :raises anypoll.ReadTimeout: after the connection's ``read_timeout``; nothing is lost
         :raises TypeError: if ``max_bytes`` is not an integer
@@ -154,7 +157,7 @@ class TrioStream(trio.abc.HalfCloseableStream):
             return await self.connection.receive(
                 _RECEIVE_SIZE if max_bytes is None else max_bytes  # type: ignore[arg-type]
             )
-        except anyio.EndOfStream:  # the connection has taken the checkpoint
+        except anyio.EndOfStream:  # the connection has already taken the checkpoint
             return b""
         except _ERRORS as exc:
             raise _translated(exc) from exc.__cause__ or exc
@@ -162,8 +165,8 @@ class TrioStream(trio.abc.HalfCloseableStream):
     async def aclose(self) -> None:
         """Closes the connection; its descriptor is closed on every way out.
 
-        What the connection's writer has pending is drained first, for at most ``write_timeout``,
-        unless the scope is cancelled.
+        The writer's pending output is drained first, for at most ``write_timeout``, unless the
+        scope is cancelled.
         """
         await self.connection.aclose()
 
@@ -171,14 +174,14 @@ class TrioStream(trio.abc.HalfCloseableStream):
 class TrioListener(trio.abc.Listener[TrioStream]):
     """A :class:`trio.abc.Listener` over anypoll's listeners, which it owns.
 
-    The pollers accept, and it is they who deal with a lack of descriptors or memory: they stop for
-    100 ms at a time, and say so once an episode (logger ``anypoll.server``, WARNING). ``accept()``
-    just waits meanwhile; :func:`trio.serve_listeners`, which would do the same, sees nothing of it.
+    The pollers accept, and handle a lack of descriptors or memory themselves: they stop for 100 ms
+    at a time, and report this once per episode (logger ``anypoll.server``, WARNING). ``accept()``
+    just waits meanwhile; :func:`trio.serve_listeners`, which would do the same, sees none of it.
 
-    :param listener: what :func:`anypoll.create_tcp_listener` and its like give: a
+    :param listener: from :func:`anypoll.create_tcp_listener` and the like: a
         :class:`anypoll.SocketListener`, or a ``MultiListener`` of such
     :raises TypeError: if it is anything else
-    :raises ValueError: if there is no listener in it
+    :raises ValueError: if it contains no listener
     """
 
     __slots__ = ("__weakref__", "_accepted", "_accepting", "_listeners", "listener")
@@ -191,26 +194,26 @@ class TrioListener(trio.abc.Listener[TrioStream]):
         self._listeners = tuple(_flat(listener))
         if not self._listeners:
             raise ValueError("a MultiListener without any listener accepts nothing")
-        self._accepted: deque[anypoll.Connection] = deque()  # beyond the one that was asked for
+        self._accepted: deque[anypoll.Connection] = deque()  # beyond the one requested
         self._accepting = False
 
     def __repr__(self) -> str:
         return f"<anypoll.integrations.trio.TrioListener over {self.listener!r}>"
 
     async def accept(self) -> TrioStream:
-        """The next connection, as a stream. Cancelled, it loses none.
+        """Returns the next connection, as a stream. If cancelled, it loses none.
 
-        :raises trio.ClosedResourceError: if the listener was or is closed
+        :raises trio.ClosedResourceError: if the listener is closed, before or during the call
         :raises trio.BusyResourceError: while another task is accepting
-        :raises OSError: if the listening socket has failed, or there are no resources for the
-            connection, which is closed then
+        :raises OSError: if the listening socket has failed, or resources for the connection are
+            exhausted, which is closed then
         """
         if self._accepting:
             raise trio.BusyResourceError("another task is already accepting from this listener")
         self._accepting = True
         try:
             return TrioStream(await self._next())
-        except anyio.BrokenResourceError as exc:  # which Trio's listeners do not know
+        except anyio.BrokenResourceError as exc:  # unknown to Trio's listeners
             error = exc.__cause__ or exc
         except _ERRORS as exc:
             raise _translated(exc) from exc
@@ -231,7 +234,7 @@ class TrioListener(trio.abc.Listener[TrioStream]):
 
     async def _accept_from_any(self) -> None:
         """Accepts from all listeners until one has a connection. Several may have one at the same
-        time; and if the caller is cancelled then, all of them wait for the next call.
+        time; if the caller is cancelled then, all of them wait for the next call.
         """
         errors: list[Exception] = []
 
@@ -281,7 +284,7 @@ def _flat(listener: Any) -> Iterator[anypoll.SocketListener]:
 
 
 def _text(host: str | bytes) -> str:
-    # what is not ASCII stays as surrogates, which no name has: a `gaierror`, as with Trio
+    # Non-ASCII bytes stay as surrogates, which no name has: a `gaierror`, as in Trio.
     return host.decode("ascii", "surrogateescape") if isinstance(host, bytes) else host
 
 
@@ -299,15 +302,15 @@ async def open_tcp_stream(
     happy_eyeballs_delay: float | None = 0.25,
     local_address: str | None = None,
 ) -> TrioStream:
-    """:func:`trio.open_tcp_stream` with anypoll's engine: :func:`anypoll.connect_tcp`.
+    """:func:`trio.open_tcp_stream` on anypoll's engine: :func:`anypoll.connect_tcp`.
 
     :param host: name or address
-    :param happy_eyeballs_delay: seconds after which the next address is tried as well; ``None``:
-        one at a time
+    :param happy_eyeballs_delay: seconds before the next address is tried as well; ``None``: one at
+        a time
     :param local_address: address or name to connect from
     :raises OSError: if no address could be connected, with the reasons as its cause
     :raises TypeError: if ``port`` is not an integer
-    :raises ValueError: if ``host`` is neither ``str`` nor ``bytes``, or ``port`` above 65535
+    :raises ValueError: if ``host`` is neither ``str`` nor ``bytes``, or ``port`` is above 65535
     """
     if not isinstance(host, (str, bytes)):
         raise ValueError(f"host must be str or bytes, not {type(host).__name__}")
@@ -323,7 +326,7 @@ async def open_tcp_stream(
 async def open_unix_socket(
     filename: str | bytes | os.PathLike[str] | os.PathLike[bytes],
 ) -> TrioStream:
-    """:func:`trio.open_unix_socket` with anypoll's engine: :func:`anypoll.connect_unix`.
+    """:func:`trio.open_unix_socket` on anypoll's engine: :func:`anypoll.connect_unix`.
 
     :param filename: the path of the socket
     :raises OSError: ``FileNotFoundError``, ``ConnectionRefusedError``, ...
@@ -334,17 +337,17 @@ async def open_unix_socket(
 async def open_tcp_listeners(
     port: int, *, host: str | bytes | None = None, backlog: int | None = None
 ) -> list[TrioListener]:
-    """:func:`trio.open_tcp_listeners` with anypoll's engine: :func:`anypoll.create_tcp_listener`.
+    """:func:`trio.open_tcp_listeners` on anypoll's engine: :func:`anypoll.create_tcp_listener`.
 
-    Two things are anypoll's: with port 0 all listeners have the same port, and without a host there
-    is one, for IPv4 and IPv6 together.
+    Two things differ from Trio: with port 0 all listeners have the same port, and without a host
+    there is one listener, for IPv4 and IPv6 together.
 
-    :param port: 0 chooses one
+    :param port: 0 chooses a port
     :param host: name or address; ``None``: all interfaces
     :param backlog: connections that may wait to be accepted; ``None``: 65535
     :return: one listener per address
-    :raises OSError: for a failed bind
-    :raises TypeError, ValueError: for a port or a backlog that is none
+    :raises OSError: if binding fails
+    :raises TypeError, ValueError: for an invalid port or backlog
     """
     _check_port(port)
     multi = await anypoll.create_tcp_listener(
@@ -364,15 +367,15 @@ async def serve_tcp(
     handler_nursery: trio.Nursery | None = None,
     task_status: trio.TaskStatus[list[TrioListener]] = trio.TASK_STATUS_IGNORED,
 ) -> NoReturn:
-    """:func:`trio.serve_tcp` with anypoll's engine: :func:`open_tcp_listeners`, then
+    """:func:`trio.serve_tcp` on anypoll's engine: :func:`open_tcp_listeners`, then
     :func:`trio.serve_listeners`.
 
     As there, an exception that leaves the handler ends the server. :func:`anypoll.serve` logs it
-    and goes on; so for a server that need not be Trio's, take that one.
+    and goes on, so prefer that for a server that need not be Trio's.
 
-    :param handler: called with each stream, which is closed when it returns
-    :param handler_nursery: where the handlers run, if not in a nursery of this function
-    :param task_status: told the listeners
+    :param handler: called with each stream, which is closed when the handler returns
+    :param handler_nursery: where the handlers run, if not in a nursery of this function's
+    :param task_status: receives the listeners
     """
     listeners = await open_tcp_listeners(port, host=host, backlog=backlog)
     await trio.serve_listeners(

@@ -1,4 +1,4 @@
-"""What a server program needs in order to be started and measured by run.py.
+"""The launcher shared by the benchmark servers: options, event loop, and readiness message.
 
 Every program takes the same options, listens on an ephemeral port of 127.0.0.1, says ``PORT n`` on
 its standard output as soon as it accepts, and serves until it is killed.

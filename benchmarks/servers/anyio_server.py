@@ -1,4 +1,4 @@
-"""AnyIO's own streams: rpc through a buffered stream with one send per reply, echo plainly."""
+"""A benchmark server on AnyIO's own streams: rpc buffered with one send per reply, plain echo."""
 
 from __future__ import annotations
 

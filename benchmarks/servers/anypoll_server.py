@@ -1,4 +1,4 @@
-"""anypoll, a coroutine per connection: rpc through the nocopy reader and writer, echo plainly."""
+"""A benchmark server on anypoll, a task per connection: nocopy rpc, plain echo."""
 
 from __future__ import annotations
 

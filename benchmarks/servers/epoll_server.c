@@ -1,4 +1,4 @@
-/* The upper bound: an echo and rpc server with nothing between it and the system calls.
+/* A benchmark server on bare epoll, the upper bound: nothing between it and the system calls.
  *
  * One thread, level-triggered epoll. A connection has one buffer. What was received goes to its
  * end; the answer is its beginning: everything that has arrived (echo), or the frames that are

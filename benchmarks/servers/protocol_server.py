@@ -1,4 +1,4 @@
-"""asyncio callbacks, no coroutine at all: one write per batch of received data.
+"""A benchmark server on asyncio protocols: no coroutine, one write per batch of received data.
 
 On uvloop this is the fastest that Python is known to do, and so the anchor of the comparison.
 """

@@ -1,4 +1,4 @@
-"""anypoll in request mode: no task per connection."""
+"""A benchmark server on anypoll in request mode: no task per connection."""
 
 from __future__ import annotations
 

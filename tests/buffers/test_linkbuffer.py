@@ -42,22 +42,6 @@ def test_what_is_written_can_be_read_after_flush() -> None:
     assert len(buffer) == 0
 
 
-@pytest.mark.parametrize("data", [b"abcd", bytearray(b"abcd"), memoryview(b"abcd")])
-def test_anything_bytes_like_is_written(data: Any) -> None:
-    buffer = LinkBuffer()
-    assert buffer.write(data) == 4
-    buffer.flush()
-    assert buffer.to_bytes() == b"abcd"
-
-
-def test_a_mutable_buffer_is_copied() -> None:
-    buffer, data = LinkBuffer(), bytearray(b"abcd")
-    buffer.write(data)
-    data[:] = b"xxxx"
-    buffer.flush()
-    assert buffer.to_bytes() == b"abcd"
-
-
 def test_text_and_single_bytes() -> None:
     buffer = LinkBuffer()
     assert buffer.write_str("ä") == 2
@@ -124,16 +108,6 @@ def test_malloc_ack_keeps_the_first_bytes() -> None:
     assert buffer.to_bytes() == b"abcdef!"
 
 
-def test_a_write_ends_the_reservation() -> None:
-    buffer = LinkBuffer()
-    buffer.malloc(2)[:] = b"ab"
-    buffer.write(b"c")
-    buffer.malloc(2)[:] = b"de"
-    buffer.append(filled(b"f"))
-    buffer.flush()
-    assert buffer.to_bytes() == b"abcdef"
-
-
 def test_write_direct_puts_pieces_into_a_reservation() -> None:
     """L27, netpoll's TestLinkBufferWriteDirect: five inserts into one malloc, one at its end."""
     buffer = LinkBuffer()
@@ -152,15 +126,6 @@ def test_write_direct_puts_pieces_into_a_reservation() -> None:
     assert buffer.to_bytes() == expected
 
 
-def test_the_memory_stays_writable_around_an_insert() -> None:
-    buffer = LinkBuffer()
-    memory = buffer.malloc(4)
-    buffer.write_direct(b"--", 2)
-    memory[:] = b"abcd"
-    buffer.flush()
-    assert buffer.to_bytes() == b"ab--cd"
-
-
 def test_malloc_ack_after_write_direct_keeps_its_bytes() -> None:
     """L27."""
     buffer = LinkBuffer()
@@ -169,17 +134,6 @@ def test_malloc_ack_after_write_direct_keeps_its_bytes() -> None:
     buffer.malloc_ack(5)
     buffer.flush()
     assert buffer.to_bytes() == b"ab123"
-
-
-def test_write_direct_across_several_mallocs() -> None:
-    buffer = LinkBuffer()
-    for data in (b"ab", b"cd", b"ef"):
-        buffer.malloc(2)[:] = data
-    buffer.write_direct(b"1", 4)
-    buffer.write_direct(b"2", 3)
-    buffer.write_direct(b"3", 0)
-    buffer.flush()
-    assert buffer.to_bytes() == b"ab1c2def3"
 
 
 def test_write_direct_without_a_reservation() -> None:
@@ -229,7 +183,7 @@ def test_peeks_across_blocks_take_constant_memory() -> None:
     """L37, netpoll's TestLinkBufferPeekOutOfMemory."""
     buffer = filled(*[pattern(100, i) for i in range(50)])
     data = buffer.to_bytes()
-    for i in range(10_000):
+    for i in range(1000):
         n = 4000 + i % 1000
         assert buffer.peek(n) == data[:n]
     held = {id(part.obj): len(part.obj) for part in buffer.parts()}  # type: ignore[arg-type]
@@ -250,11 +204,6 @@ def test_until() -> None:
     with pytest.raises(DelimiterNotFound):
         buffer.until(b"\r\n", max_bytes=6)
     assert buffer.until(b"\r\n", max_bytes=7) == b"three\r\n"
-
-
-def test_until_across_many_tiny_blocks() -> None:
-    buffer = filled(*[bytes([c]) for c in b"aaab" * 3 + b"aabaabab!"])
-    assert buffer.until(b"aabaabab") == b"aaab" * 3 + b"aabaabab"
 
 
 def test_until_does_not_look_twice_at_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,14 +254,6 @@ def test_the_nowait_calls_are_the_same(nowait: str, plain: str, argument: Any) -
     assert one.to_bytes() == two.to_bytes()
 
 
-def test_parts_and_to_bytes_consume_nothing() -> None:
-    buffer = filled(b"ab", b"cd")
-    buffer.skip(1)
-    assert [bytes(part) for part in buffer.parts()] == [b"b", b"cd"]
-    assert buffer.to_bytes() == b"bcd"
-    assert len(buffer) == 3
-
-
 # --- sharing -------------------------------------------------------------------------------------
 
 
@@ -338,17 +279,6 @@ def test_slices_of_slices_outlive_what_they_came_from() -> None:
     buffer.close()
     outer.close()
     assert inner.to_bytes() == pattern(5000) + pattern(5000, 1)[:1000]
-
-
-def test_a_view_stays_unchanged() -> None:
-    buffer = filled(b"abcd")
-    view = buffer.next(4)
-    for i in range(100):
-        buffer.write(pattern(50, i))
-        buffer.flush()
-        buffer.skip(25)
-    buffer.close()
-    assert view == b"abcd"
 
 
 def test_a_block_goes_with_its_last_view() -> None:
@@ -389,81 +319,101 @@ def test_append_moves_everything() -> None:
     assert two.to_bytes() == b"usable again"
 
 
-def test_append_of_what_is_not_a_buffer() -> None:
-    buffer = filled(b"x")
-    for nonsense in (b"x", None, [b"x"]):
-        with pytest.raises(TypeError, match="a LinkBuffer is required"):
-            buffer.append(nonsense)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="to itself"):
-        buffer.append(buffer)
-    closed = LinkBuffer()
-    closed.close()
-    buffer.malloc(1)
-    with pytest.raises(ClosedResourceError):
-        buffer.append(closed)
-    assert buffer.malloc_len == 1
-    assert buffer.to_bytes() == b"x"
-
-
 # --- nonsense, and the end -----------------------------------------------------------------------
 
-CALLS: list[tuple[str, Callable[[LinkBuffer], object]]] = [
-    ("peek", lambda b: b.peek(1)),
-    ("next", lambda b: b.next(1)),
-    ("skip", lambda b: b.skip(1)),
-    ("until", lambda b: b.until(b"x")),
-    ("next_parts", lambda b: b.next_parts(1)),
-    ("slice", lambda b: b.slice(1)),
-    ("read_bytes", lambda b: b.read_bytes(1)),
-    ("read_str", lambda b: b.read_str(1)),
-    ("read_byte", lambda b: b.read_byte()),
-    ("readinto", lambda b: b.readinto(bytearray(1))),
-    ("release", lambda b: b.release()),
-    ("parts", lambda b: b.parts()),
-    ("to_bytes", lambda b: b.to_bytes()),
-    ("write", lambda b: b.write(b"x")),
-    ("write_str", lambda b: b.write_str("x")),
-    ("write_byte", lambda b: b.write_byte(1)),
-    ("malloc", lambda b: b.malloc(1)),
-    ("malloc_ack", lambda b: b.malloc_ack(0)),
-    ("write_direct", lambda b: b.write_direct(b"x", 0)),
-    ("append", lambda b: b.append(LinkBuffer())),
-    ("flush", lambda b: b.flush()),
+CALLS: list[Callable[[LinkBuffer], object]] = [
+    lambda b: b.peek(1),
+    lambda b: b.next(1),
+    lambda b: b.skip(1),
+    lambda b: b.until(b"x"),
+    lambda b: b.next_parts(1),
+    lambda b: b.slice(1),
+    lambda b: b.read_bytes(1),
+    lambda b: b.read_str(1),
+    lambda b: b.read_byte(),
+    lambda b: b.readinto(bytearray(1)),
+    lambda b: b.release(),
+    lambda b: b.parts(),
+    lambda b: b.to_bytes(),
+    lambda b: b.write(b"x"),
+    lambda b: b.write_str("x"),
+    lambda b: b.write_byte(1),
+    lambda b: b.malloc(1),
+    lambda b: b.malloc_ack(0),
+    lambda b: b.write_direct(b"x", 0),
+    lambda b: b.append(LinkBuffer()),
+    lambda b: b.flush(),
 ]
 
 
-@pytest.mark.parametrize("call", [c for _, c in CALLS], ids=[n for n, _ in CALLS])
-def test_every_call_after_close(call: Callable[[LinkBuffer], object]) -> None:
+def test_every_call_after_close() -> None:
     buffer = filled(b"xyz")
     view = buffer.peek(3)
     buffer.close()
     buffer.close()
-    with pytest.raises(ClosedResourceError):
-        call(buffer)
+    for call in CALLS:
+        with pytest.raises(ClosedResourceError):
+            call(buffer)
     assert len(buffer) == 0
     assert view == b"xyz"
 
 
-@pytest.mark.parametrize("n", [-1, -(2**70), 1.5, "1", None])
-@pytest.mark.parametrize(
-    "method", ["peek", "next", "skip", "next_parts", "slice", "read_bytes", "malloc", "malloc_ack"]
-)
-def test_nonsense_counts(method: str, n: Any) -> None:
+COUNTED = ("peek", "next", "skip", "next_parts", "slice", "read_bytes")
+
+
+@pytest.mark.parametrize("method", [*COUNTED, "malloc", "malloc_ack"])
+def test_nonsense_counts(method: str) -> None:
     """L05, O11."""
     buffer = filled(b"abc")
     buffer.malloc(1)
-    with pytest.raises(ValueError if isinstance(n, int) else TypeError, match="n must be"):
-        getattr(buffer, method)(n)
+    for n in (-1, -(2**70), 1.5, "1", None):
+        with pytest.raises(ValueError if isinstance(n, int) else TypeError, match="n must be"):
+            getattr(buffer, method)(n)
+    for n in (4, 2**40, 2**70) if method in COUNTED else ():
+        with pytest.raises(WouldBlock):
+            getattr(buffer, method)(n)
     assert (buffer.to_bytes(), buffer.malloc_len) == (b"abc", 1)
 
 
-@pytest.mark.parametrize("n", [4, 2**40, 2**70])
-@pytest.mark.parametrize("method", ["peek", "next", "skip", "next_parts", "slice", "read_bytes"])
-def test_more_than_there_is(method: str, n: int) -> None:
+def test_nonsense_to_write() -> None:
+    buffer = filled(b"x")
+    buffer.malloc(1)
+    closed = LinkBuffer()
+    closed.close()
+    every_other = memoryview(b"abcdef")[::2]
+    for call, wrongs, error, text in (
+        (buffer.write, (5, "text", None, [1, 2]), TypeError, None),
+        (lambda d: buffer.write_direct(d, 0), (5, "text", None, [1, 2]), TypeError, None),
+        (lambda d: buffer.write_direct(d, 0), (every_other,), ValueError, "side by side"),
+        (buffer.write_byte, (-1, 256), ValueError, "value must be"),
+        (buffer.write_byte, (1.0, "a", None), TypeError, "value must be"),
+        (buffer.write_str, (b"bytes",), TypeError, "a str is required"),
+        (lambda text: buffer.write_str(text, "ascii"), ("ä",), UnicodeEncodeError, None),
+        (buffer.append, (b"x", None, [b"x"]), TypeError, "a LinkBuffer is required"),
+        (buffer.append, (buffer,), ValueError, "to itself"),
+        (buffer.append, (closed,), ClosedResourceError, None),
+        (LinkBuffer, (0, -1, 2**40), ValueError, "block_size must be"),
+        (LinkBuffer, ("4096", None, 1.0), TypeError, "block_size must be"),
+    ):
+        for wrong in wrongs:
+            with pytest.raises(error, match=text):
+                call(wrong)  # type: ignore[operator]
+            assert (buffer.to_bytes(), buffer.malloc_len) == (b"x", 1)
+    assert buffer.write(every_other) == 3
+    buffer.flush()
+    assert buffer.to_bytes() == b"x\0ace"
+
+
+def test_nonsense_delimiters() -> None:
     buffer = filled(b"abc")
-    with pytest.raises(WouldBlock):
-        getattr(buffer, method)(n)
-    assert buffer.to_bytes() == b"abc"
+    for wrong, most, error, text in (
+        (b"", 9, ValueError, "must not be empty"),
+        ("a", 9, TypeError, "must be bytes"),
+        (b"a", -1, ValueError, "max_bytes must be"),
+    ):
+        with pytest.raises(error, match=text):
+            buffer.until(wrong, max_bytes=most)  # type: ignore[arg-type]
+    assert buffer.until(bytearray(b"c")) == b"abc"
 
 
 def test_nothing_is_asked_for() -> None:
@@ -479,54 +429,6 @@ def test_nothing_is_asked_for() -> None:
     buffer.malloc_ack(0)
     buffer.flush()
     assert (len(buffer), buffer.parts()) == (0, [])
-
-
-@pytest.mark.parametrize("data", [5, "text", None, [1, 2]])
-def test_not_bytes_like(data: Any) -> None:
-    buffer = LinkBuffer()
-    for write in (buffer.write, lambda d: buffer.write_direct(d, 0)):
-        with pytest.raises(TypeError):
-            write(data)
-    buffer.flush()
-    assert len(buffer) == 0
-
-
-def test_bytes_that_do_not_lie_side_by_side() -> None:
-    buffer = LinkBuffer()
-    every_other = memoryview(b"abcdef")[::2]
-    assert buffer.write(every_other) == 3
-    with pytest.raises(ValueError, match="side by side"):
-        buffer.write_direct(every_other, 0)
-    buffer.flush()
-    assert buffer.to_bytes() == b"ace"
-
-
-@pytest.mark.parametrize("value", [-1, 256, 1.0, "a", None])
-def test_nonsense_bytes_and_text(value: Any) -> None:
-    buffer = LinkBuffer()
-    with pytest.raises((TypeError, ValueError), match="value must be"):
-        buffer.write_byte(value)
-    with pytest.raises(TypeError, match="a str is required"):
-        buffer.write_str(b"bytes")  # type: ignore[arg-type]
-    with pytest.raises(UnicodeEncodeError):
-        buffer.write_str("ä", "ascii")
-
-
-@pytest.mark.parametrize("size", [0, -1, 2**40, "4096", None, 1.0])
-def test_nonsense_block_sizes(size: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="block_size must be"):
-        LinkBuffer(size)
-
-
-def test_nonsense_delimiters() -> None:
-    buffer = filled(b"abc")
-    with pytest.raises(ValueError, match="must not be empty"):
-        buffer.until(b"")
-    with pytest.raises(TypeError, match="must be bytes"):
-        buffer.until("a")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_bytes must be"):
-        buffer.until(b"a", max_bytes=-1)
-    assert buffer.until(bytearray(b"c")) == b"abc"
 
 
 # --- two threads ---------------------------------------------------------------------------------

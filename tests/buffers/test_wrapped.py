@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -18,9 +16,8 @@ from anyio import (
     IncompleteRead,
     WouldBlock,
 )
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
+from anyio.abc import ByteReceiveStream, ByteSendStream
 from anyio.streams.stapled import StapledByteStream
-from anyio.streams.tls import TLSStream
 from peers import KIB, MIB, holds, opened, pattern, within
 
 import anypoll
@@ -222,14 +219,6 @@ async def test_two_readers_at_once() -> None:
     assert await reader.next(1) == b"f"
 
 
-async def test_a_view_stays_unchanged_while_more_comes() -> None:
-    reader = wrap_reader(Source(*[pattern(100, i) for i in range(100)]))
-    views = [(await reader.next(70), i) for i in range(100)]
-    whole = b"".join(pattern(100, i) for i in range(100))
-    for view, i in views:
-        assert view == whole[70 * i : 70 * (i + 1)]
-
-
 async def test_reads_that_find_their_bytes_are_checkpoints_now_and_then() -> None:
     reader = wrap_reader(Source(b"x" * 1000))
     await reader.next(1)
@@ -350,42 +339,6 @@ async def test_two_flushes_at_once() -> None:
 
 
 # --- over real streams ---------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def tls_pair(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Any]:
-    server_context, client_context = contexts
-    a, b = anypoll.socketpair()
-    streams: dict[str, TLSStream] = {}
-
-    async def wrap(name: str, stream: ByteStream, **options: Any) -> None:
-        streams[name] = await TLSStream.wrap(stream, standard_compatible=False, **options)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(lambda: wrap("server", a, server_side=True, ssl_context=server_context))
-        group.start_soon(
-            lambda: wrap("client", b, hostname="anypoll.test", ssl_context=client_context)
-        )
-    async with streams["server"], streams["client"]:
-        yield streams["server"], streams["client"]
-
-
-async def test_frames_over_tls(tls_contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    async with tls_pair(tls_contexts) as (server, client):
-        reader, writer = wrap_reader(server), wrap_writer(client)
-        frames = [pattern(n) for n in (0, 1, 100, 17 * KIB, 300 * KIB)]
-
-        async def send() -> None:
-            for frame in frames:
-                writer.write(len(frame).to_bytes(4, "big"))
-                writer.write(frame)
-                await writer.flush()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(send)
-            for frame in frames:
-                n = int.from_bytes(await within(reader.next(4)), "big")
-                assert await within(reader.next(n)) == frame
 
 
 async def test_a_pair_of_adapters_is_a_stream() -> None:

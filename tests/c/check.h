@@ -1,5 +1,4 @@
-/*
- * check.h - what a C test is made of.
+/* A minimal unit test framework for C: each test runs in a process of its own.
  *
  *     #include "check.h"
  *

@@ -1,5 +1,4 @@
-/*
- * fixture.h - a poller, a hub and connected sockets, without an event loop.
+/* Test fixtures: a poller, a hub and connected sockets, without an event loop.
  *
  * Most tests drive the poller themselves (ap_poller_step), so that one thread plays driver and
  * loop, and an interleaving is written down instead of hoped for. `world_start` starts the
@@ -57,6 +56,11 @@
 #define BUDGET 1024
 #define LITMUS \
     (4 * 1000 * MS) /* how long threads race at most: on a busy machine a round is slow */
+
+/* So many rounds of a race, or as many as there is time for. */
+#define RACE(round_, n_)                                    \
+    for (int64_t over_ = ap_now() + 2 * LITMUS, round_ = 0; \
+         round_ < ROUNDS(n_) && ap_now() < over_; round_++)
 
 /* ---- the world -------------------------------------------------------- */
 
@@ -228,29 +232,47 @@ static inline void world_close(struct world *w)
 
 /* ---- bytes ------------------------------------------------------------ */
 
-/* The byte at a place of a stream: neighbours, blocks and streams differ. */
+/* The bytes from a place of a stream on: neighbours, blocks and streams differ. Not instrumented,
+ * for the sanitizers look at what is compared with it. */
+__attribute__((no_sanitize("address", "thread", "undefined"))) static inline void pattern_fill(
+    uint8_t *bytes, uint64_t stream, uint64_t from, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t x = (from + i + 1) * 0x9e3779b97f4a7c15u + stream * 0xc2b2ae3d27d4eb4fu;
+        bytes[i] = (uint8_t)(x >> 40);
+    }
+}
+
 static inline uint8_t pattern(uint64_t stream, uint64_t at)
 {
-    uint64_t x = (at + 1) * 0x9e3779b97f4a7c15u + stream * 0xc2b2ae3d27d4eb4fu;
-    return (uint8_t)(x >> 40);
+    uint8_t byte;
+    pattern_fill(&byte, stream, at, 1);
+    return byte;
 }
 
 static inline uint8_t *pattern_make(uint64_t stream, uint64_t from, size_t n)
 {
     uint8_t *bytes = malloc(n ? n : 1);
     CHECK(bytes != NULL);
-    for (size_t i = 0; i < n; i++)
-        bytes[i] = pattern(stream, from + i);
+    pattern_fill(bytes, stream, from, n);
     return bytes;
 }
 
 static inline void pattern_check(const void *data, uint64_t stream, uint64_t from, size_t n)
 {
     const uint8_t *bytes = data;
-    for (size_t i = 0; i < n; i++) {
-        if (bytes[i] != pattern(stream, from + i))
-            CHECK_FAIL("stream %llu: byte %llu is 0x%02x, not 0x%02x", (unsigned long long)stream,
-                       (unsigned long long)(from + i), bytes[i], pattern(stream, from + i));
+    uint8_t expected[4096];
+    for (size_t done = 0; done < n; done += sizeof expected) {
+        size_t part = n - done < sizeof expected ? n - done : sizeof expected;
+        pattern_fill(expected, stream, from + done, part);
+        if (memcmp(bytes + done, expected, part) == 0)
+            continue;
+        for (size_t i = done; i < done + part; i++) {
+            if (bytes[i] != pattern(stream, from + i))
+                CHECK_FAIL("stream %llu: byte %llu is 0x%02x, not 0x%02x",
+                           (unsigned long long)stream, (unsigned long long)(from + i), bytes[i],
+                           pattern(stream, from + i));
+        }
     }
 }
 
@@ -399,13 +421,53 @@ static inline void peer_reset(struct link *l)
     l->peer = -1;
 }
 
+/* Once or again: a test may close what is closed for it anyway. */
 static inline void link_close(struct link *l)
 {
     link_drop_block(l);
-    ap_conn_release(l->conn);
+    if (l->conn)
+        ap_conn_release(l->conn);
     l->conn = NULL;
     peer_close(l);
 }
+
+enum {
+    TCP = 1 << AP_TCP,
+    UNIX = 1 << AP_UNIX,
+    MESSAGES = 1 << AP_SEQPACKET,
+    STREAMS = TCP | UNIX,
+};
+
+static inline void for_links(int kinds, uint32_t high, int count,
+                             void (*run)(struct world *, struct link *))
+{
+    CHECK(kinds && !(kinds & ~(STREAMS | MESSAGES)));
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        if (!(kinds & 1 << kind))
+            continue;
+        struct world *w = world_open();
+        struct link *links = calloc((size_t)count, sizeof *links);
+        CHECK(links != NULL);
+        for (int i = 0; i < count; i++)
+            links[i] = link_open(w, kind, high);
+        run(w, links);
+        for (int i = 0; i < count; i++)
+            link_close(&links[i]);
+        free(links);
+        world_close(w);
+    }
+}
+
+/* A test of so many connections, `l`, in a world of their own, `w`: it runs once over each kind. */
+#define LINKS_TEST(name_, kinds_, high_, count_)               \
+    static void name_##_over(struct world *w, struct link *l); \
+    TEST(name_)                                                \
+    {                                                          \
+        for_links(kinds_, high_, count_, name_##_over);        \
+    }                                                          \
+    static void name_##_over(__attribute__((unused)) struct world *w, struct link *l)
+
+#define LINK_TEST(name_, kinds_, high_) LINKS_TEST(name_, kinds_, high_, 1)
 
 /* Takes over the window that the head of the input begins. */
 static inline void link_fetch(struct link *l)
@@ -571,6 +633,19 @@ static inline void arrived_event(struct link *l, short events)
     }
 }
 
+/* ---- much output ------------------------------------------------------ */
+
+#define MUCH (8 * MB) /* more than the kernel takes for one connection */
+
+/* MUCH bytes of stream 1. They stay: for a test in which the memory matters, they are not. */
+static inline uint8_t *much(void)
+{
+    static uint8_t *bytes;
+    if (!bytes)
+        bytes = pattern_make(1, 0, MUCH);
+    return bytes;
+}
+
 /* ---- a look inside ---------------------------------------------------- */
 
 static inline uint8_t ready_flags(struct link *l)
@@ -579,6 +654,13 @@ static inline uint8_t ready_flags(struct link *l)
     uint8_t ready = l->conn->slot.ready;
     ap_slot_unlock(&l->conn->slot);
     return ready;
+}
+
+/* Sends MUCH bytes, of which the kernel takes a part. */
+static inline void stall(struct link *l, const uint8_t *data)
+{
+    CHECK(ap_conn_write(l->conn, (const char *)data, MUCH) > 0);
+    UNTIL(l->w, !(ready_flags(l) & AP_WRITABLE));
 }
 
 static inline bool is_paused(struct link *l)

@@ -1,4 +1,4 @@
-# The C tests: every tests/c/test_*.c is a program of its own, linked with all of csrc/*.c, and
+# Build rules for the C tests: every tests/c/test_*.c is a program, linked with all of csrc/*.c, and
 # built three times. Included by the Makefile; run with `make test-c`, or one variant with
 # `make test-c-plain`, `test-c-asan`, `test-c-tsan`.
 

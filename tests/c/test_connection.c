@@ -1,57 +1,13 @@
-/* connection.c: opening, deadlines, idleness, lingering, closing. */
+/* connection.c: its counters, and how the end of its peer is learned. */
 #include "fixture.h"
 
-#include <pthread.h>
-
-static const int kinds[] = {AP_TCP, AP_UNIX};
-#define EACH_KIND(kind) for (int i_ = 0, kind; i_ < 2 && (kind = kinds[i_], 1); i_++)
-
-/* ---- opening ---------------------------------------------------------- */
-
-TEST(connection_register_reports_each)
+LINK_TEST(connection_counts_itself, TCP, HIGH)
 {
-    struct world *w = world_open();
-    int fds[2], file = open("/dev/null", O_RDONLY | O_CLOEXEC), results[3] = {1, 1, 1};
-    sockets_of(AP_UNIX, fds);
-    ap_conn *conns[3];
-    CHECK_OK(ap_conn_new(w->poller, w->hub, fds[0], AP_UNIX, HIGH, &conns[0]));
-    CHECK_OK(ap_conn_new(w->poller, w->hub, file, AP_UNIX, HIGH, &conns[1])); /* no epoll there */
-    CHECK_OK(ap_conn_new(w->poller, w->hub, fds[1], AP_UNIX, HIGH, &conns[2]));
-    CHECK_EQ(ap_conn_register(conns, results, 3), 1);
-    CHECK_EQ(results[0], 0);
-    CHECK_EQ(results[1], -EPERM);
-    CHECK_EQ(results[2], 0);
-    for (int i = 0; i < 3; i++)
-        ap_conn_release(conns[i]);
-    world_close(w);
-}
-
-/* L26: no slot, no descriptor, no counter is left of one that failed. */
-TEST(connection_new_without_memory)
-{
-    struct world *w = world_open();
-    int fds[2];
-    sockets_of(AP_UNIX, fds);
-    CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
-    ap_conn *conn;
-    int rc = ap_conn_new(w->poller, w->hub, fds[0], AP_UNIX, HIGH, &conn);
-    ap_fault_clear();
-    CHECK_EQ(rc, -ENOMEM); /* the table's first chunk */
-    CHECK_EQ(stats(w).slots, 0);
-    struct link l = link_fd(w, AP_UNIX, HIGH, fds[0], fds[1]);
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(connection_counts_itself)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     int64_t before = ap_now_coarse();
-    peer_say(&l, 1, 0, 500);
-    expect(&l, 1, 0, 200);
-    CHECK_EQ(ap_conn_write(l.conn, "abc", 3), 0);
-    ap_conn_stats s = link_stats(&l);
+    peer_say(l, 1, 0, 500);
+    expect(l, 1, 0, 200);
+    CHECK_EQ(ap_conn_write(l->conn, "abc", 3), 0);
+    ap_conn_stats s = link_stats(l);
     CHECK_EQ(s.bytes_received, 500);
     CHECK_EQ(s.bytes_sent, 3);
     CHECK_EQ(s.writes, 1);
@@ -60,504 +16,184 @@ TEST(connection_counts_itself)
     CHECK(s.created_at <= ap_now() && s.last_activity >= before);
     CHECK_EQ(stats(w).bytes_received, 500);
     CHECK_EQ(stats(w).connections, 1);
-    link_close(&l);
-    world_close(w);
 }
 
-/* ---- idleness --------------------------------------------------------- */
+/* ---- the peer has gone ------------------------------------------------ */
 
-#define COARSE (10 * MS) /* the coarse clock's resolution, at most */
-
-/* L48, O27: a live but silent peer; what was received stays readable, and the peer sees the end. */
-TEST(connection_idle_end)
+static void gone_once(struct link *l)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        peer_say(&l, 1, 0, 100);
-        UNTIL(w, buffered(&l) == 100);
-        int64_t from = ap_now();
-        CHECK_OK(ap_conn_set_idle(l.conn, 30 * MS));
-        await(w, l.id, AP_MAIL_IDLE);
-        CHECK(ap_now() - from >= 30 * MS - COARSE);
-        CHECK(ap_conn_status(l.conn) & AP_IS_IDLE_END);
-        CHECK(ap_conn_status(l.conn) & AP_IS_BROKEN);
-        CHECK_EQ(ap_conn_write(l.conn, "x", 1), AP_EIDLE);
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), AP_EIDLE);
-        expect(&l, 1, 0, 100);
-        CHECK_EQ(want(&l, 1), AP_EIDLE);
-        peer_expect_eof(&l);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0); /* once */
-        link_close(&l);
-        world_close(w);
-    }
+    await(l->w, l->id, AP_MAIL_GONE);
+    settle(l->w);
+    CHECK_EQ(mail_of(l->w, l->id) & AP_MAIL_GONE, 0);
+    CHECK(ap_conn_status(l->conn) & AP_IS_GONE);
 }
 
-TEST(connection_idle_end_wakes_everybody)
+static void gone_after(int kind, uint32_t high, size_t unread, void (*end)(struct link *))
 {
     struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    char *data = calloc(1, 8 * MB);
-    CHECK(ap_conn_write(l.conn, data, 8 * MB) > 0);
+    struct link l = link_open(w, kind, high);
+    CHECK_OK(ap_conn_watch_peer(l.conn));
+    peer_push(&l, 1, 0, unread);
     settle(w);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-    CHECK_OK(ap_conn_set_idle(l.conn, 10 * MS));
-    uint32_t all = AP_MAIL_IDLE | AP_MAIL_READ | AP_MAIL_WRITE | AP_MAIL_SENT;
-    UNTIL(w, (collect(w), (mail_at(w, l.id)->bits & all) == all));
-    free(data);
+    CHECK_EQ(is_paused(&l), unread >= high);
+    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, 0);
+    CHECK(!(ap_conn_status(l.conn) & AP_IS_GONE));
+    end(&l);
+    gone_once(&l);
     link_close(&l);
     world_close(w);
 }
 
-/* Bytes in either direction postpone it, by an entry that is looked at and filed again. */
-static void stay_active(bool writing)
+static void shut_down(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    const int64_t idle = 60 * MS;
-    int64_t last = ap_now(), begin = last;
-    CHECK_OK(ap_conn_set_idle(l.conn, idle));
-    uint32_t bits = 0;
-    while (!bits && ap_now() - begin < 4 * idle) {
-        last = ap_now();
-        if (writing)
-            CHECK(ap_conn_write(l.conn, "x", 1) >= 0 || mail_of(w, l.id));
-        else
-            CHECK(send(l.peer, "x", 1, MSG_NOSIGNAL) == 1);
-        step(w, 5);
-        bits = mail_of(w, l.id) & AP_MAIL_IDLE;
-    }
-    if (!bits)
-        await(w, l.id, AP_MAIL_IDLE);
-    CHECK(ap_now() - last >= idle - COARSE); /* a busy machine may be late, never early */
-    link_close(&l);
-    world_close(w);
+    CHECK_OK(shutdown(l->peer, SHUT_WR));
 }
 
-TEST(connection_reads_postpone_the_idle_end)
+TEST(watch_fin)
 {
-    stay_active(false);
-}
-
-TEST(connection_writes_postpone_the_idle_end)
-{
-    stay_active(true);
-}
-
-TEST(connection_idle_can_be_taken_back)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(ap_conn_set_idle(l.conn, -1), -EINVAL);
-    CHECK_OK(ap_conn_set_idle(l.conn, 5 * MS));
-    CHECK_OK(ap_conn_set_idle(l.conn, 0));
-    for (int64_t end = ap_now() + 30 * MS; ap_now() < end;)
-        step(w, 5);
-    CHECK_EQ(mail_of(w, l.id), 0);
-    CHECK_EQ(w->poller->wheel.filed, 0); /* the entry was looked at and dropped */
-    link_close(&l);
-    world_close(w);
-}
-
-/* ---- lingering -------------------------------------------------------- */
-
-TEST(linger_has_nothing_to_do)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(ap_conn_write(l.conn, "bye", 3), 0);
-        char got[3];
-        UNTIL(w, unread_in_kernel(l.peer) == 3);
-        CHECK_EQ(recv(l.peer, got, 3, 0), 3);
-        /* not 40 ms for the acknowledgement: SIOCOUTQNSD, and not SIOCOUTQ (measured) */
-        CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-        link_close(&l);
-        world_close(w);
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        gone_after(kind, HIGH, 0, peer_close);
+        gone_after(kind, HIGH, 0, shut_down);
     }
 }
 
-/* Measured: with SIOCOUTQ, which counts what only waits for its acknowledgement, every close took
- * 40 ms. */
-TEST(linger_does_not_wait_for_acknowledgements)
+TEST(watch_fin_behind_paused_input)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    int off = 0, unacknowledged = 0;
-    for (uint64_t i = 0; i < 200 && !unacknowledged; i++) {
-        peer_say(&l, 1, i * 10, 10); /* a peer that talks delays its acknowledgements */
-        expect(&l, 1, i * 10, 10);
-        setsockopt(l.peer, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof off);
-        CHECK_EQ(ap_conn_write(l.conn, "x", 1), 0);
-        ioctl(l.fd, TIOCOUTQ, &unacknowledged);
+    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
+        gone_after(kind, 4 * KB, 100 * KB, shut_down);
+        gone_after(kind, 4 * KB, 100 * KB, peer_close);
     }
-    if (!unacknowledged)
-        SKIP("every byte is acknowledged at once here");
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
 }
 
-/* A peer that sends and sends before it reads. With a plain close its unread bytes turn into a
- * RST that destroys what it has not yet read: 127,574 of 1,000,000 bytes arrived (measured). */
-struct talker {
-    int fd;
-    size_t heard;
-    bool reset;
-};
-
-static void *talk_and_then_listen(void *arg)
+TEST(watch_reset)
 {
-    struct talker *t = arg;
-    static char junk[100 * 1024], buffer[64 * 1024];
-    size_t said = 0;
-    fcntl(t->fd, F_SETFL, 0);
-    while (said < 3 * MB) {
-        ssize_t n = send(t->fd, junk, sizeof junk, MSG_NOSIGNAL);
-        if (n <= 0)
-            break;
-        said += (size_t)n;
-    }
-    ssize_t got;
-    while ((got = recv(t->fd, buffer, sizeof buffer, 0)) > 0) {
-        pattern_check(buffer, 1, t->heard, (size_t)got);
-        t->heard += (size_t)got;
-    }
-    t->reset = got < 0;
-    close(t->fd);
-    return NULL;
+    gone_after(AP_TCP, HIGH, 0, peer_reset);
+    gone_after(AP_TCP, HIGH, 10, peer_reset);
+    gone_after(AP_TCP, 4 * KB, 100 * KB, peer_reset);
 }
 
-TEST(linger_loses_no_byte)
+/* One that begins to watch afterwards is told too. */
+LINK_TEST(watch_too_late, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    size_t n = MB;
-    uint8_t *data = pattern_make(1, 0, n);
-    struct talker t = {.fd = l.peer};
-    pthread_t thread;
-    CHECK(pthread_create(&thread, NULL, talk_and_then_listen, &t) == 0);
-    if (ap_conn_write(l.conn, (char *)data, n) > 0)
-        await(w, l.id, AP_MAIL_SENT);
-    arrived(&l, 1); /* something is unread */
-    int rc = ap_conn_linger(l.conn, l.pos, 0);
-    CHECK_EQ(rc, -EAGAIN);
-    CHECK_EQ(ap_conn_status(l.conn) & AP_IS_SHUT, AP_IS_SHUT);
-    await(w, l.id, AP_MAIL_READ); /* the peer closes after it has seen our end */
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    pthread_join(thread, NULL);
-    l.peer = -1;
-    CHECK_EQ(t.heard, n);
-    CHECK(!t.reset);
-    CHECK_EQ(bytes_in_use(w), 0); /* what was thrown away took no memory */
-    free(data);
-    link_close(&l);
-    world_close(w);
+    settle(w);
+    peer_close(l);
+    UNTIL(w, ap_conn_status(l->conn) & AP_IS_GONE);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0); /* nobody has asked */
+    CHECK_OK(ap_conn_watch_peer(l->conn));
+    gone_once(l);
 }
 
-/* The rule breaks without it: the same with a plain close. If this fails, the test above proves
- * nothing. */
-TEST(linger_is_needed)
+/* What this side has done is no departure: the end of its output, an idle end. */
+LINK_TEST(watch_own_ends, TCP, HIGH)
+{
+    CHECK_OK(ap_conn_watch_peer(l->conn));
+    CHECK_OK(shutdown(l->fd, SHUT_WR));
+    settle(w);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0);
+    CHECK_OK(ap_conn_set_idle(l->conn, MS));
+    await(w, l->id, AP_MAIL_IDLE);
+    settle(w);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_GONE, 0);
+    CHECK(!(ap_conn_status(l->conn) & AP_IS_GONE));
+}
+
+/* What was known before an own end is known behind it. */
+LINK_TEST(watch_own_ends_hide_nothing, TCP, HIGH)
+{
+    CHECK_OK(ap_conn_set_idle(l->conn, MS));
+    CHECK_OK(ap_conn_watch_peer(l->conn));
+    peer_close(l);
+    gone_once(l);
+    await(w, l->id, AP_MAIL_IDLE);
+    CHECK(ap_conn_status(l->conn) & AP_IS_GONE);
+}
+
+/* By the loop alone: no event has come to the driver, and perhaps none does before the handler has
+ * ended. And exactly once, when the events do come. */
+static void learned_by(int kind, void (*end)(struct link *), int64_t (*learn)(struct link *),
+                       bool gone)
 {
     struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, 300 * KB);
-    peer_say(&l, 2, 0, 100 * KB);
-    arrived(&l, 1);
-    if (ap_conn_write(l.conn, (char *)data, 300 * KB) > 0)
-        UNTIL(w, link_stats(&l).buffered_output < 300 * KB);
+    struct link l = link_open(w, kind, HIGH);
+    CHECK_OK(ap_conn_watch_peer(l.conn));
+    if (end)
+        end(&l);
+    CHECK(learn(&l) < 0);
+    ap_fault_clear();
+    CHECK_EQ(stats(w).polls, 0);
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
+    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, gone ? AP_MAIL_GONE : 0);
+    settle(w);
+    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_GONE, 0);
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone); /* behind our own shutdown, too */
     CHECK_OK(ap_conn_close(l.conn, 0, 0));
-    char buffer[16 * 1024];
-    size_t heard = 0;
-    ssize_t got;
-    usleep(10000); /* the RST may take a softirq; what it destroys does not come back */
-    while ((got = recv(l.peer, buffer, sizeof buffer, 0)) > 0)
-        heard += (size_t)got;
-    CHECK(got < 0 && errno == ECONNRESET);
-    CHECK(heard < 300 * KB);
-    free(data);
+    CHECK_EQ(!(ap_conn_status(l.conn) & AP_IS_GONE), !gone);
     link_close(&l);
     world_close(w);
 }
 
-TEST(linger_deadline)
+static int64_t by_reading(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    arrived(&l, 100);
-    int64_t deadline = ap_now() + 5 * MS;
-    int rc = ap_conn_linger(l.conn, l.pos, deadline);
-    CHECK_EQ(rc, -EAGAIN);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK(ap_now() >= deadline);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, deadline), AP_ELATE);
-    peer_expect_eof(&l);
-    link_close(&l);
-    world_close(w);
+    if (l->conn->type != AP_SEQPACKET)
+        return want(l, 1);
+    ap_view view;
+    int none = 0;
+    return ap_conn_receive(l->conn, 1, 0, &view, &none, &none);
 }
 
-TEST(linger_after_the_end)
+static int64_t by_writing(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    peer_close(&l);
-    expect(&l, 1, 0, 50);
-    CHECK_EQ(want_wait(&l, 100), AP_EEOF);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0); /* all was read, and nothing more comes */
-    link_close(&l);
-    world_close(w);
+    if (l->conn->type == AP_SEQPACKET)
+        return ap_conn_send_fds(l->conn, "x", 1, NULL, 0);
+    return ap_conn_write(l->conn, "x", 1);
 }
 
-TEST(linger_ends_with_a_reset)
+static int fault;
+
+static int64_t by_a_fault_of_writing(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    arrived(&l, 100);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
-    settle(w);
-    peer_reset(&l);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, fault, 0, 1, 0));
+    return ap_conn_write(l->conn, "x", 1);
 }
 
-/* A FIN in the middle of queued output would cut it off. */
-TEST(linger_does_not_cut_off_queued_output)
+static int64_t by_a_fault_of_reading(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, 8 * MB);
-    CHECK(ap_conn_write(l.conn, (char *)data, 8 * MB) > 0);
-    settle(w);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EBUSY);
-    peer_expect(&l, 1, 0, 8 * MB);
-    await(w, l.id, AP_MAIL_SENT);
-    free(data);
-    link_close(&l);
-    world_close(w);
+    CHECK_OK(ap_fault_set(AP_CALL_READ, fault, 0, 1, 0));
+    return want(l, 1);
 }
 
-/* ---- closing ---------------------------------------------------------- */
-
-/* AnyIO: the descriptor is closed when aclose() returns, and the peer sees it. */
-TEST(connection_close_is_immediate)
+TEST(watch_learned_by_the_loop)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(want_until(&l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
-        settle(w);
-        int fd = l.fd;
-        CHECK_OK(ap_conn_close(l.conn, 0, 0));
-        CHECK(fcntl(fd, F_GETFD) < 0);
-        peer_expect_eof(&l);
-        settle(w);
-        CHECK_EQ(w->poller->wheel.filed, 0); /* its deadline went with it */
-        CHECK_EQ(mail_of(w, l.id), 0);
-        link_close(&l);
-        world_close(w);
+    for (int kind = AP_TCP; kind <= AP_SEQPACKET; kind++) {
+        learned_by(kind, peer_close, by_reading, true);
+        if (kind != AP_TCP) /* which takes one more */
+            learned_by(kind, peer_close, by_writing, true);
     }
+    learned_by(AP_TCP, peer_reset, by_reading, true);
+    learned_by(AP_TCP, peer_reset, by_writing, true);
 }
 
-/* L13: a second close finds nothing to do, whoever has the number now (O4, L30). */
-TEST(connection_closes_once)
+static void stop_reading(struct link *l)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    int fd = l.fd, other[2];
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
-    sockets_of(AP_UNIX, other);
-    CHECK_EQ(other[0], fd);
-    CHECK_EQ(ap_conn_close(l.conn, 0, 0), -EBADF);
-    CHECK_EQ(ap_conn_close(l.conn, 1, 1), -EBADF);
-    ap_conn_release(l.conn);
-    CHECK(fcntl(fd, F_GETFD) >= 0);
-    l.conn = NULL;
-    peer_close(&l);
-    close(other[0]);
-    close(other[1]);
-    world_close(w);
+    CHECK_OK(shutdown(l->peer, SHUT_RD));
 }
 
-TEST(connection_disowned_descriptor)
+/* EPIPE says no more than that over UNIX sockets: the peer may still send. */
+TEST(watch_a_peer_that_only_stops_reading)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(ap_conn_fd(l.conn, 0), l.fd);
-    CHECK_EQ(ap_conn_fd(l.conn, 1), l.fd);
-    CHECK_EQ(ap_conn_close(l.conn, 0, 1), l.fd);
-    CHECK_EQ(ap_conn_fd(l.conn, 0), -EBADF);
-    close(l.fd);
-    link_close(&l);
-    world_close(w);
+    learned_by(AP_UNIX, stop_reading, by_writing, false);
+    learned_by(AP_SEQPACKET, stop_reading, by_writing, false);
 }
 
-/* A handle that is dropped without a close leaves a disowned descriptor open. */
-TEST(connection_release_keeps_a_disowned_descriptor)
+TEST(watch_errors_of_either_side)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(ap_conn_fd(l.conn, 1), l.fd);
-    ap_conn_release(l.conn);
-    l.conn = NULL;
-    CHECK(fcntl(l.fd, F_GETFD) >= 0);
-    close(l.fd);
-    peer_close(&l);
-    settle(w);
-    CHECK_EQ(stats(w).slots, 0);
-    world_close(w);
-}
-
-/* What was consumed in the window counts for what is unread. */
-TEST(linger_knows_what_was_consumed)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    CHECK_EQ(want_wait(&l, 100), 0);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), -EAGAIN);
-    link_close(&l);
-
-    l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    expect(&l, 1, 0, 100);
-    CHECK_EQ(ap_conn_linger(l.conn, l.pos, 0), 0);
-    link_close(&l);
-    world_close(w);
-}
-
-/* The poller lives as long as its slots, whatever order they go in. */
-TEST(connection_outlives_the_handles_of_poller_and_hub)
-{
-    ap_poller *poller;
-    ap_hub *hub;
-    ap_conn *conn;
-    int fds[2];
-    CHECK_OK(ap_poller_new(&poller));
-    CHECK_OK(ap_hub_new(&hub));
-    sockets_of(AP_UNIX, fds);
-    CHECK_OK(ap_conn_new(poller, hub, fds[0], AP_UNIX, HIGH, &conn));
-    ap_hub_unref(hub);
-    CHECK_EQ(ap_conn_write(conn, "x", 1), 0);
-    ap_conn_release(conn);
-    CHECK_OK(ap_poller_step(poller, 0, BUDGET)); /* the driver lets go */
-    ap_poller_unref(poller);
-    close(fds[1]);
-}
-
-/* ---- a whole scenario, with every allocation failing in turn ---------- */
-
-/* Returns whether all went well. Whatever happens, nothing may leak or crash. */
-static bool scenario(void)
-{
-    ap_poller *poller = NULL;
-    ap_hub *hub = NULL;
-    ap_conn *conn = NULL;
-    int fds[2], result;
-    char delimiter[40] = "................................";
-    struct world w = {0};
-    bool well = false;
-    sockets_of(AP_TCP, fds);
-    if (ap_poller_new(&poller) < 0)
-        goto out;
-    if (ap_hub_new(&hub) < 0)
-        goto out;
-    if (ap_conn_new(poller, hub, fds[0], AP_TCP, 16 * KB, &conn) < 0)
-        goto out;
-    if (ap_conn_register(&conn, &result, 1) != 0)
-        goto out;
-    w.poller = poller;
-    w.hub = hub;
-    struct link l = {.w = &w, .conn = conn, .id = ap_conn_id(conn), .fd = fds[0], .peer = fds[1]};
-    static char text[40 * 1024];
-    char *output = calloc(1, 4 * MB);
-    memset(text, 'x', sizeof text);
-    peer_send(&l, text, sizeof text);
-    int64_t rc = want(&l, 30 * KB);
-    for (int i = 0; rc == -EAGAIN && i < 100; i++) {
-        step(&w, 0);
-        rc = want(&l, 30 * KB);
+    static const int peers[] = {ECONNRESET, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETDOWN, ECONNABORTED};
+    static const int own[] = {ENOBUFS, ENOMEM, EPERM, EACCES, EINVAL, EFAULT, EMSGSIZE};
+    for (size_t i = 0; i < AP_ARRAY_SIZE(peers) + AP_ARRAY_SIZE(own); i++) {
+        bool gone = i < AP_ARRAY_SIZE(peers);
+        fault = gone ? peers[i] : own[i - AP_ARRAY_SIZE(peers)];
+        learned_by(AP_TCP, NULL, by_a_fault_of_writing, gone);
+        learned_by(AP_TCP, NULL, by_a_fault_of_reading, gone);
+        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked first */
     }
-    int64_t found = ap_conn_find(conn, l.pos, delimiter, 32, 10, 0, 0, NULL, 0);
-    int64_t left = ap_conn_write(conn, output, 4 * MB);
-    for (int i = 0; i < 20; i++)
-        step(&w, 0);
-    well = rc == 0 && found == AP_EDELIM && left > 0;
-    if (l.block)
-        ap_block_unref(l.block);
-    ap_conn_close(conn, 0, 0);
-    free(output);
-    fds[0] = -1;
-out:
-    if (conn)
-        ap_conn_release(conn);
-    else
-        close(fds[0]);
-    close(fds[1]);
-    if (hub) {
-        CHECK_OK(ap_hub_kill(hub));
-        ap_hub_unref(hub);
-    }
-    if (poller) {
-        ap_poller_stats s;
-        CHECK_OK(ap_poller_step(poller, 0, BUDGET));
-        CHECK_OK(ap_poller_statistics(poller, &s));
-        CHECK_EQ(s.slots, 0);
-        CHECK_EQ(s.blocks_in_use, 0);
-        CHECK_EQ(s.connections, 0);
-        ap_poller_unref(poller);
-    }
-    return well;
-}
-
-static void fail_each(int call, int error)
-{
-    bool well = false;
-    int failed = 0;
-    for (int skip = 0; !well; skip++) {
-        CHECK(skip < 1000);
-        int files = check_open_files();
-        CHECK_OK(ap_fault_set(call, error, skip, 1, 0));
-        well = scenario();
-        failed += !well;
-        ap_fault_clear();
-        CHECK_EQ(check_open_files(), files);
-    }
-    CHECK(failed > 0);
-}
-
-TEST(connection_every_allocation_may_fail)
-{
-    fail_each(AP_CALL_ALLOC, ENOMEM);
-}
-
-TEST(connection_every_mapping_may_fail)
-{
-    fail_each(AP_CALL_MAP, ENOMEM);
-}
-
-TEST(connection_every_epoll_ctl_may_fail)
-{
-    fail_each(AP_CALL_EPOLL_CTL, ENOSPC);
-}
-
-TEST(connection_every_descriptor_may_fail)
-{
-    fail_each(AP_CALL_EVENTFD, EMFILE);
-    fail_each(AP_CALL_EPOLL_CREATE, EMFILE);
-}
-
-TEST(connection_every_transfer_may_fail)
-{
-    fail_each(AP_CALL_READ, ECONNRESET);
-    fail_each(AP_CALL_WRITE, ECONNRESET);
 }

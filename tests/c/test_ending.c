@@ -48,7 +48,7 @@ TEST(ending_errors_that_are_final)
     }
 }
 
-/* Tried again; what needs no event is done meanwhile. */
+/* Tried again; what needs no event is done meanwhile (O18). */
 TEST(ending_errors_that_may_pass)
 {
     static const int errors[] = {ENOMEM, ENOBUFS, EAGAIN};
@@ -349,40 +349,33 @@ TEST(ending_poller_admits_nobody)
     world_close(w);
 }
 
-TEST(ending_may_be_called_off)
+LINK_TEST(ending_may_be_called_off, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     CHECK_OK(ap_poller_drain(w->poller, 1));
     settle(w);
     CHECK_OK(ap_poller_drain(w->poller, 0));
     CHECK_OK(ap_poller_drain(w->poller, 0));
     CHECK_EQ(ap_poller_state(w->poller), 0);
-    link_close(&l);
+    link_close(l);
     settle(w);
     CHECK_EQ(ap_poller_state(w->poller), 0);
-    l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    expect(&l, 1, 0, 100);
-    link_close(&l);
-    world_close(w);
+    *l = link_open(w, AP_TCP, HIGH);
+    peer_say(l, 1, 0, 100);
+    expect(l, 1, 0, 100);
 }
 
 /* In the moment in which the driver looks once more there may be a connection, which has come just
  * before: whoever were told that the poller has ended would stop its thread. */
-TEST(ending_may_be_called_off_at_the_last_moment)
+LINK_TEST(ending_may_be_called_off_at_the_last_moment, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     atomic_store(&w->poller->state, AP_ENDING);
     CHECK_OK(ap_poller_drain(w->poller, 0));
     CHECK_EQ(ap_poller_state(w->poller), 0);
-    peer_say(&l, 1, 0, 100);
-    expect(&l, 1, 0, 100);
-    link_close(&l);
+    peer_say(l, 1, 0, 100);
+    expect(l, 1, 0, 100);
+    link_close(l);
     settle(w);
     CHECK_EQ(ap_poller_state(w->poller), 0);
-    world_close(w);
 }
 
 /* The thread sleeps, for ever if it is not told. */
@@ -484,7 +477,8 @@ static void drain(struct world *w)
 TEST(ending_races_opening_against_draining)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(3000); round++) {
+    RACE(round, 3000)
+    {
         race(round, &o, drain);
         CHECK_EQ(o.opened + o.refused, 5);
         CHECK_EQ(o.broken, 0);
@@ -508,7 +502,8 @@ static void drain_and_keep(struct world *w)
 TEST(ending_races_opening_against_keeping)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(1000); round++) {
+    RACE(round, 1000)
+    {
         race(round, &o, drain_and_keep);
         CHECK_EQ(o.opened + o.refused, 5);
         CHECK_EQ(o.broken, 0);
@@ -525,8 +520,8 @@ static void break_down(struct world *w)
 TEST(ending_races_everything_against_failing)
 {
     struct opener o;
-    for (int round = 0; round < ROUNDS(3000); round++)
-        race(round, &o, break_down);
+    RACE(round, 3000)
+    race(round, &o, break_down);
 }
 
 static void *break_down_some_time(void *arg)
@@ -542,7 +537,8 @@ static void *break_down_some_time(void *arg)
  * same time. The thread is gone in any case, and nothing is left. */
 TEST(ending_races_stopping_against_failing)
 {
-    for (int round = 0; round < ROUNDS(1000); round++) {
+    RACE(round, 1000)
+    {
         struct world *w = world_open();
         struct link a = link_open(w, AP_TCP, HIGH), b = link_open(w, AP_UNIX, HIGH);
         struct opener o = {.w = w, .seed = (uint64_t)round + 1};

@@ -1,5 +1,5 @@
 /* fork.c: the child touches nothing that it inherited, and can start afresh. */
-#include "fixture.h"
+#include "verbs.h"
 
 /* Runs body(arg) in a child, with checks; the parent takes its result. */
 static void in_child(void (*body)(void *), void *arg)
@@ -66,6 +66,15 @@ static void parent_goes_on(struct family *f)
     close(peer);
 }
 
+/* The child does as it likes with a family of its parent's, which goes on. */
+static void fork_family(void (*child)(void *))
+{
+    struct family f = family_open();
+    in_child(child, &f);
+    parent_goes_on(&f);
+    family_close(&f);
+}
+
 /* ---- every entry ------------------------------------------------------ */
 
 static void poller_refuses(struct family *f)
@@ -98,30 +107,9 @@ static void conn_refuses(struct family *f)
 {
     ap_conn *c = f->l.conn;
     ap_conn_stats s;
-    ap_view view;
-    ap_piece piece = {"x", 1};
     char byte;
-    int result;
-    CHECK_EQ(ap_conn_register(&c, &result, 1), 1);
-    CHECK_EQ(result, -ECHILD);
+    verbs_all_fail(c, -ECHILD);
     CHECK_EQ(ap_conn_id(c), f->l.id);
-    CHECK_EQ(ap_conn_read(c, 0, 1, 0, 0, NULL, 0), -ECHILD);
-    CHECK_EQ(ap_conn_find(c, 0, "x", 1, 1, 0, 0, NULL, 0), -ECHILD);
-    CHECK_EQ(ap_conn_block(c, 0, &view), -ECHILD);
-    CHECK_EQ(ap_conn_consume(c, 0, 1), -ECHILD);
-    CHECK_EQ(ap_conn_buffered(c, 0), -ECHILD);
-    CHECK_EQ(ap_conn_disarm_read(c), -ECHILD);
-    CHECK_EQ(ap_conn_disarm_write(c), -ECHILD);
-    CHECK_EQ(ap_conn_send(c, &piece, 1), -ECHILD);
-    CHECK_EQ(ap_conn_write(c, "x", 1), -ECHILD);
-    CHECK_EQ(ap_conn_drain(c, 0, 0), -ECHILD);
-    CHECK_EQ(ap_conn_hold(c), -ECHILD);
-    CHECK_EQ(ap_conn_requeue(c, &piece, 1), -ECHILD);
-    CHECK_EQ(ap_conn_shutdown(c), -ECHILD);
-    CHECK_EQ(ap_conn_linger(c, 0, 0), -ECHILD);
-    CHECK_EQ(ap_conn_set_idle(c, 1), -ECHILD);
-    CHECK_EQ(ap_conn_close(c, 1, 0), -ECHILD);
-    CHECK_EQ(ap_conn_detach(c, 0), -ECHILD);
     CHECK_EQ(ap_conn_rest(c, &byte, 1), -ECHILD);
     CHECK_EQ(ap_conn_fd(c, 1), -ECHILD);
     CHECK_EQ(ap_conn_status(c) & AP_IS_CLOSED, AP_IS_CLOSED);
@@ -166,10 +154,7 @@ static void touch_everything(void *arg)
 /* Measured: an EPOLL_CTL_DEL of the child silenced the parent's connection. */
 TEST(fork_child_touches_nothing)
 {
-    struct family f = family_open();
-    in_child(touch_everything, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(touch_everything);
 }
 
 /* A poller's thread, and a mutex that somebody held at the moment of the fork. */
@@ -212,10 +197,7 @@ static void close_inherited(void *arg)
 
 TEST(fork_child_closes_what_the_core_owned)
 {
-    struct family f = family_open();
-    in_child(close_inherited, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(close_inherited);
 }
 
 struct accepted_fds {
@@ -275,17 +257,14 @@ static void spare_reused(void *arg)
     CHECK(is_open(*fd));
 }
 
-TEST(fork_child_spares_reused_numbers)
+LINK_TEST(fork_child_spares_reused_numbers, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    int fd = l.fd;
-    link_close(&l);
+    int fd = l->fd;
+    link_close(l);
     int mine = open("/dev/null", O_RDONLY | O_CLOEXEC);
     CHECK_EQ(mine, fd);
     in_child(spare_reused, &mine);
     close(mine);
-    world_close(w);
 }
 
 /* ---- starting afresh -------------------------------------------------- */
@@ -308,40 +287,30 @@ static void start_afresh(void *arg)
 
 TEST(fork_child_starts_afresh)
 {
-    struct family f = family_open();
-    in_child(start_afresh, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(start_afresh);
 }
-
-struct locked_slot {
-    uint32_t index;
-};
 
 static void avoid_the_slot(void *arg)
 {
-    struct locked_slot *locked = arg;
+    const uint32_t *locked = arg;
     CHECK_OK(ap_fork_child());
     struct world *w = world_open();
     struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK((uint32_t)l.id != locked->index);
+    CHECK((uint32_t)l.id != *locked);
     link_close(&l);
     world_close(w);
 }
 
 /* A free slot may be locked at the moment of the fork, by a driver with a late event: the child
  * does not use it. */
-TEST(fork_child_does_not_use_free_slots)
+LINK_TEST(fork_child_does_not_use_free_slots, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    struct locked_slot locked = {.index = (uint32_t)l.id};
-    link_close(&l);
+    uint32_t locked = (uint32_t)l->id;
+    link_close(l);
     settle(w);
-    ap_slot_lock(ap_slot_at(locked.index));
+    ap_slot_lock(ap_slot_at(locked));
     in_child(avoid_the_slot, &locked);
-    ap_slot_unlock(ap_slot_at(locked.index));
-    world_close(w);
+    ap_slot_unlock(ap_slot_at(locked));
 }
 
 static void fork_again(void *arg)
@@ -357,10 +326,7 @@ static void fork_again(void *arg)
 
 TEST(fork_grandchild)
 {
-    struct family f = family_open();
-    in_child(fork_again, &f);
-    parent_goes_on(&f);
-    family_close(&f);
+    fork_family(fork_again);
 }
 
 /* With the poller's thread at work: the child has no such thread, and needs none of its locks. */

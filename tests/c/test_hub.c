@@ -17,139 +17,102 @@ static void post(struct link *l, uint32_t bits)
     ap_slot_unlock(&l->conn->slot);
 }
 
-TEST(hub_keeps_the_order_of_arrival)
+LINKS_TEST(hub_keeps_the_order_of_arrival, UNIX, HIGH, 40)
 {
-    enum { N = 40 };
-    struct world *w = world_open();
-    struct link links[N];
-    ap_token tokens[N + 1];
-    for (int i = 0; i < N; i++)
-        links[i] = link_open(w, AP_UNIX, HIGH);
-    for (int i = 0; i < N; i++)
-        post(&links[(i * 7) % N], AP_MAIL_IDLE);
+    ap_token tokens[40 + 1];
+    for (int i = 0; i < 40; i++)
+        post(&l[(i * 7) % 40], AP_MAIL_IDLE);
     for (int i = 0; i < 10; i++)
-        post(&links[i], AP_MAIL_IDLE); /* queued already: keeps its place */
+        post(&l[i], AP_MAIL_IDLE); /* queued already: keeps its place */
     int n = 0;
     for (int got; (got = ap_hub_take(w->hub, tokens + n, 3)) > 0;) /* in portions */
         n += got;
-    CHECK_EQ(n, N);
-    for (int i = 0; i < N; i++)
-        CHECK_EQ(tokens[i].id, links[(i * 7) % N].id);
-    for (int i = 0; i < N; i++)
-        link_close(&links[i]);
-    world_close(w);
+    CHECK_EQ(n, 40);
+    for (int i = 0; i < 40; i++)
+        CHECK_EQ(tokens[i].id, l[(i * 7) % 40].id);
 }
 
 /* One write of the descriptor for any number of tokens, until the loop takes. */
-TEST(hub_is_signalled_once)
+LINKS_TEST(hub_is_signalled_once, UNIX, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
+    struct link *a = &l[0], *b = &l[1];
     for (int round = 0; round < 5; round++) {
         uint64_t wakeups = stats(w).wakeups, coalesced = stats(w).wakeups_coalesced;
         for (int i = 0; i < 10; i++) {
-            post(&a, AP_MAIL_IDLE);
-            post(&b, AP_MAIL_IDLE);
+            post(a, AP_MAIL_IDLE);
+            post(b, AP_MAIL_IDLE);
         }
         CHECK_EQ(signals_of(w), 1);
         CHECK_EQ(stats(w).wakeups, wakeups + 1);
         CHECK_EQ(stats(w).wakeups_coalesced, coalesced + 19);
-        CHECK_EQ(mail_of(w, a.id), AP_MAIL_IDLE);
-        CHECK_EQ(mail_of(w, b.id), AP_MAIL_IDLE);
+        CHECK_EQ(mail_of(w, a->id), AP_MAIL_IDLE);
+        CHECK_EQ(mail_of(w, b->id), AP_MAIL_IDLE);
         CHECK_EQ(signals_of(w), 0);
     }
-    link_close(&a);
-    link_close(&b);
-    world_close(w);
 }
 
 /* Between two portions of one list a slot may be posted again: it comes again, once. */
-TEST(hub_post_between_two_takes_of_one_list)
+LINKS_TEST(hub_post_between_two_takes_of_one_list, UNIX, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
+    struct link *a = &l[0], *b = &l[1];
     ap_token token;
-    post(&a, AP_MAIL_IDLE);
-    post(&b, AP_MAIL_IDLE);
+    post(a, AP_MAIL_IDLE);
+    post(b, AP_MAIL_IDLE);
     CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
-    CHECK_EQ(token.id, a.id);
-    post(&a, AP_MAIL_IDLE);
-    post(&b, AP_MAIL_IDLE); /* still in the list that was taken */
+    CHECK_EQ(token.id, a->id);
+    post(a, AP_MAIL_IDLE);
+    post(b, AP_MAIL_IDLE); /* still in the list that was taken */
     CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
-    CHECK_EQ(token.id, b.id);
+    CHECK_EQ(token.id, b->id);
     CHECK_EQ(signals_of(w), 1); /* the second post of a */
     CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
-    CHECK_EQ(token.id, a.id);
+    CHECK_EQ(token.id, a->id);
     CHECK_EQ(ap_hub_take(w->hub, &token, 1), 0);
-    link_close(&a);
-    link_close(&b);
-    world_close(w);
 }
 
 /* Only waits that are met *now* are reported: a hint that was overtaken is not. */
-TEST(hub_looks_at_the_target_again)
+LINK_TEST(hub_looks_at_the_target_again, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(want(&l, 4), -EAGAIN);
-    peer_say(&l, 1, 0, 4);
+    CHECK_EQ(want(l, 4), -EAGAIN);
+    peer_say(l, 1, 0, 4);
     settle(w);
-    CHECK_OK(ap_conn_disarm_read(l.conn)); /* the waiter was cancelled */
-    CHECK_EQ(mail_of(w, l.id), 0);
+    CHECK_OK(ap_conn_disarm_read(l->conn)); /* the waiter was cancelled */
+    CHECK_EQ(mail_of(w, l->id), 0);
 
-    CHECK_EQ(want(&l, 8), -EAGAIN); /* a new and larger wait under an old token */
-    post(&l, AP_MAIL_READ);
-    CHECK_EQ(mail_of(w, l.id), 0);
-    peer_say(&l, 1, 4, 4);
+    CHECK_EQ(want(l, 8), -EAGAIN); /* a new and larger wait under an old token */
+    post(l, AP_MAIL_READ);
+    CHECK_EQ(mail_of(w, l->id), 0);
+    peer_say(l, 1, 4, 4);
     settle(w);
-    CHECK_EQ(mail_of(w, l.id), AP_MAIL_READ);
-    expect(&l, 1, 0, 8);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(mail_of(w, l->id), AP_MAIL_READ);
+    expect(l, 1, 0, 8);
 }
 
 /* ---- the end ---------------------------------------------------------- */
 
-TEST(hub_kill_closes_what_is_open)
+LINKS_TEST(hub_kill_closes_what_is_open, STREAMS, HIGH, 5)
 {
-    struct world *w = world_open();
-    struct link links[5];
-    for (int i = 0; i < 5; i++)
-        links[i] = link_open(w, i % 2 ? AP_TCP : AP_UNIX, HIGH);
     for (int i = 0; i < 3; i++)
-        post(&links[i], AP_MAIL_IDLE); /* some of them are queued */
+        post(&l[i], AP_MAIL_IDLE); /* some of them are queued */
     CHECK_OK(ap_hub_kill(w->hub));
     for (int i = 0; i < 5; i++) {
-        CHECK_EQ(ap_conn_status(links[i].conn), AP_IS_CLOSED);
-        CHECK_EQ(want(&links[i], 1), -EBADF);
-        char byte;
-        CHECK_EQ(recv(links[i].peer, &byte, 1, 0), 0);
+        CHECK_EQ(ap_conn_status(l[i].conn), AP_IS_CLOSED);
+        CHECK_EQ(want(&l[i], 1), -EBADF);
+        peer_expect_eof(&l[i]);
     }
     CHECK_OK(ap_hub_kill(w->hub)); /* idempotent */
     CHECK_EQ(stats(w).connections, 0);
     CHECK_EQ(collect(w), 0);
-    for (int i = 0; i < 5; i++)
-        link_close(&links[i]);
-    world_close(w);
 }
 
-TEST(hub_kill_with_half_a_list_taken)
+LINKS_TEST(hub_kill_with_half_a_list_taken, UNIX, HIGH, 6)
 {
-    struct world *w = world_open();
-    struct link links[6];
     ap_token token;
     for (int i = 0; i < 6; i++)
-        links[i] = link_open(w, AP_UNIX, HIGH);
-    for (int i = 0; i < 6; i++)
-        post(&links[i], AP_MAIL_IDLE);
+        post(&l[i], AP_MAIL_IDLE);
     CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
-    post(&links[0], AP_MAIL_IDLE);
+    post(&l[0], AP_MAIL_IDLE);
     CHECK_OK(ap_hub_kill(w->hub));
-    for (int i = 0; i < 6; i++)
-        link_close(&links[i]);
-    settle(w);
-    CHECK_EQ(stats(w).slots, 0);
-    world_close(w);
 }
 
 TEST(hub_dead_takes_no_connections)
@@ -170,41 +133,33 @@ TEST(hub_dead_takes_no_connections)
 }
 
 /* A disowned descriptor is somebody else's to close: Python's socket has it. */
-TEST(hub_kill_keeps_disowned_descriptors)
+LINKS_TEST(hub_kill_keeps_disowned_descriptors, UNIX, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(ap_conn_fd(a.conn, 1), a.fd);
+    struct link *a = &l[0], *b = &l[1];
+    CHECK_EQ(ap_conn_fd(a->conn, 1), a->fd);
     CHECK_OK(ap_hub_kill(w->hub));
-    CHECK(fcntl(a.fd, F_GETFD) >= 0);
-    CHECK(fcntl(b.fd, F_GETFD) < 0);
+    CHECK(fcntl(a->fd, F_GETFD) >= 0);
+    CHECK(fcntl(b->fd, F_GETFD) < 0);
     uint64_t events = stats(w).events;
-    CHECK_EQ(write(a.peer, "x", 1), 1);
+    CHECK_EQ(write(a->peer, "x", 1), 1);
     settle(w);
     CHECK_EQ(stats(w).events, events); /* but it is out of epoll */
-    close(a.fd);
-    link_close(&a);
-    link_close(&b);
-    world_close(w);
+    close(a->fd);
 }
 
 /* A dead hub is never signalled: its descriptor's number may be somebody else's. */
-TEST(hub_dead_is_not_signalled)
+LINK_TEST(hub_dead_is_not_signalled, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     int efd = ap_hub_fd(w->hub);
     CHECK_OK(ap_hub_kill(w->hub));
     int other = ap_sys_eventfd();
     CHECK_EQ(other, efd);
     /* a post that comes late, as if its driver had slept */
-    ap_hub_post(&l.conn->slot, AP_MAIL_READ);
+    ap_hub_post(&l->conn->slot, AP_MAIL_READ);
     uint64_t count;
     CHECK(read(other, &count, sizeof count) < 0 && errno == EAGAIN);
     CHECK_OK(ap_hub_kill(w->hub)); /* takes it out again */
     ap_sys_close(other);
-    link_close(&l);
-    world_close(w);
 }
 
 /* The hub's memory lives until the last slot that names it. */
@@ -257,6 +212,7 @@ TEST(hub_new_unwinds)
  */
 
 #define SLOTS 3
+#define ALL_SLOTS ((1u << SLOTS) - 1)
 #define NO_MORE INT32_MAX
 
 struct rivals {
@@ -327,36 +283,42 @@ static void arm_again(struct link *l)
     ap_slot_unlock(&l->conn->slot);
 }
 
-static int collect_ends(struct rivals *r)
+/* Which slots ended, as bits. */
+static unsigned collect_ends(struct rivals *r)
 {
-    int ends = 0;
+    unsigned ended = 0;
     collect(r->w);
-    for (int k = 0; k < SLOTS; k++) {
+    for (unsigned k = 0; k < SLOTS; k++) {
         if (mail_of_quietly(r->w, r->links[k].id) & AP_MAIL_READ) {
             arm_again(&r->links[k]);
-            ends++;
+            ended |= 1u << k;
         }
     }
-    return ends;
+    return ended;
+}
+
+/* Without anything but the descriptor to depend on. */
+static void await_ends(struct rivals *r, int round, unsigned seen)
+{
+    while (seen != ALL_SLOTS) {
+        struct pollfd door = {.fd = ap_hub_fd(r->w->hub), .events = POLLIN};
+        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
+            CHECK_FAIL("round %d: only %x was seen, and no wake-up", round, seen);
+        seen |= collect_ends(r);
+    }
 }
 
 /* Mostly takes without being woken, to meet the driver at any step; when it does that no longer it
  * depends on the descriptor. */
 static void play_loop(struct rivals *r, int round, uint64_t *seed)
 {
-    int seen = 0;
+    unsigned seen = 0;
     atomic_store(&r->begun, round);
-    for (uint64_t busy = random_below(seed, 12); busy > 0 && seen < SLOTS; busy--) {
-        seen += collect_ends(r);
+    for (uint64_t busy = random_below(seed, 12); busy > 0 && seen != ALL_SLOTS; busy--) {
+        seen |= collect_ends(r);
         spin(seed, 20);
     }
-    while (seen < SLOTS) {
-        struct pollfd door = {.fd = ap_hub_fd(r->w->hub), .events = POLLIN};
-        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
-            CHECK_FAIL("round %d: %d of %d were seen, and no wake-up", round, seen, SLOTS);
-        seen += collect_ends(r);
-    }
-    CHECK_EQ(seen, SLOTS);
+    await_ends(r, round, seen);
 }
 
 /* L02 */
@@ -423,36 +385,17 @@ static void *aiming_driver(void *arg)
     return NULL;
 }
 
-/* Which slots ended, as bits. */
-static unsigned collect_which(struct rivals *r)
-{
-    unsigned ended = 0;
-    collect(r->w);
-    for (unsigned k = 0; k < SLOTS; k++) {
-        if (mail_of_quietly(r->w, r->links[k].id) & AP_MAIL_READ) {
-            arm_again(&r->links[k]);
-            ended |= 1u << k;
-        }
-    }
-    return ended;
-}
-
 static void duel_round(struct duel *d, int round)
 {
     enum aim aim = (enum aim)(round % AIMS);
     atomic_store_explicit(&d->r.begun, round, memory_order_release);
     wait_for(&d->ready, round);
     atomic_store_explicit(&d->go, round, memory_order_release);
-    unsigned seen = collect_which(&d->r);
+    unsigned seen = collect_ends(&d->r);
     bool early = seen & 1u << (aim == AT_LIST ? OUTSIDE : FIRST);
     int delay = atomic_load(&d->delay[aim]) + (early ? 3 : -3);
     atomic_store(&d->delay[aim], delay < 0 ? 0 : delay > 5000 ? 5000 : delay);
-    while (seen != (1u << SLOTS) - 1) {
-        struct pollfd door = {.fd = ap_hub_fd(d->r.w->hub), .events = POLLIN};
-        if (poll(&door, 1, (int)(PATIENCE / MS)) != 1)
-            CHECK_FAIL("round %d: only %x was seen, and no wake-up", round, seen);
-        seen |= collect_which(&d->r);
-    }
+    await_ends(&d->r, round, seen);
 }
 
 TEST(hub_litmus_aimed)

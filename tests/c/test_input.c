@@ -5,82 +5,57 @@
 #include <linux/net_tstamp.h>
 #include <sys/mman.h>
 
-static const int kinds[] = {AP_TCP, AP_UNIX};
-#define EACH_KIND(kind) for (int i_ = 0, kind; i_ < 2 && (kind = kinds[i_], 1); i_++)
-
 /* ---- woken once ------------------------------------------------------- */
 
 /* Never per segment (L02): the token comes with the last byte, and once. */
-TEST(input_wakes_once_per_request)
+LINK_TEST(input_wakes_once_per_request, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(want(&l, 1000), -EAGAIN);
-        for (uint64_t i = 0; i < 20; i++) {
-            CHECK_EQ(w->tokens, 0);
-            CHECK_EQ(mail_of(w, l.id), 0);
-            peer_say(&l, 1, i * 50, i == 19 ? 49 : 50);
-            UNTIL(w, buffered(&l) >= (int64_t)(i * 50 + 49));
-        }
-        CHECK_EQ(mail_of(w, l.id), 0); /* one byte is missing */
-        peer_say(&l, 1, 999, 1);
-        await(w, l.id, AP_MAIL_READ);
-        CHECK_EQ(w->tokens, 1);
-        CHECK_EQ(stats(w).wakeups + stats(w).wakeups_coalesced, 1);
-        expect(&l, 1, 0, 1000);
-        link_close(&l);
-        world_close(w);
+    CHECK_EQ(want(l, 1000), -EAGAIN);
+    for (uint64_t i = 0; i < 20; i++) {
+        CHECK_EQ(w->tokens, 0);
+        CHECK_EQ(mail_of(w, l->id), 0);
+        peer_say(l, 1, i * 50, i == 19 ? 49 : 50);
+        UNTIL(w, buffered(l) >= (int64_t)(i * 50 + 49));
     }
+    CHECK_EQ(mail_of(w, l->id), 0); /* one byte is missing */
+    peer_say(l, 1, 999, 1);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(w->tokens, 1);
+    CHECK_EQ(stats(w).wakeups + stats(w).wakeups_coalesced, 1);
+    expect(l, 1, 0, 1000);
 }
 
-TEST(input_wait_for_delimiter_wakes_with_its_last_byte)
+LINK_TEST(input_wait_for_delimiter_wakes_with_its_last_byte, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        const char *text = "a\rbc\nd\r\r\n";
-        CHECK_EQ(ap_conn_find(l.conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0), -EAGAIN);
-        for (size_t i = 0; i < strlen(text); i++) {
-            CHECK_EQ(mail_of(w, l.id), 0);
-            peer_send(&l, text + i, 1);
-            UNTIL(w, buffered(&l) == (int64_t)i + 1);
-        }
-        await(w, l.id, AP_MAIL_READ);
-        int64_t length = ap_conn_find(l.conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0);
-        CHECK_EQ(length & UINT32_MAX, strlen(text));
-        CHECK_EQ(w->tokens, 1);
-        link_close(&l);
-        world_close(w);
+    const char *text = "a\rbc\nd\r\r\n";
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0), -EAGAIN);
+    for (size_t i = 0; i < strlen(text); i++) {
+        CHECK_EQ(mail_of(w, l->id), 0);
+        peer_send(l, text + i, 1);
+        UNTIL(w, buffered(l) == (int64_t)i + 1);
     }
+    await(w, l->id, AP_MAIL_READ);
+    int64_t length = ap_conn_find(l->conn, 0, "\r\n", 2, 1000, 0, 0, NULL, 0);
+    CHECK_EQ(length & UINT32_MAX, strlen(text));
+    CHECK_EQ(w->tokens, 1);
 }
 
 /* max_bytes without the delimiter is an end of the wait too. */
-TEST(input_wait_for_delimiter_ends_at_max_bytes)
+LINK_TEST(input_wait_for_delimiter_ends_at_max_bytes, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 100, 0, 0, NULL, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\n", 1, 100, 0, 0, NULL, 0), -EAGAIN);
     for (int i = 0; i < 100; i++)
-        peer_send(&l, "x", 1);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 100, 0, 0, NULL, 0), AP_EDELIM);
-    link_close(&l);
-    world_close(w);
+        peer_send(l, "x", 1);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\n", 1, 100, 0, 0, NULL, 0), AP_EDELIM);
 }
 
-TEST(input_nobody_waits_nobody_is_woken)
+LINK_TEST(input_nobody_waits_nobody_is_woken, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 1000); /* L16: data before the first wait */
-    UNTIL(w, buffered(&l) == 1000);
+    peer_say(l, 1, 0, 1000); /* L16: data before the first wait */
+    UNTIL(w, buffered(l) == 1000);
     CHECK_EQ(collect(w), 0);
-    expect(&l, 1, 0, 1000);
-    link_close(&l);
-    world_close(w);
+    expect(l, 1, 0, 1000);
 }
 
 /* ---- the water marks -------------------------------------------------- */
@@ -102,197 +77,142 @@ static void consume_to(struct link *l, uint64_t *from, uint64_t level)
 }
 
 /* O16: what nobody waits for is bounded, and goes on below a quarter. */
-TEST(input_pauses_at_high_water_and_resumes_at_a_quarter)
+LINK_TEST(input_pauses_at_high_water_and_resumes_at_a_quarter, STREAMS, 64 * KB)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, 64 * KB);
-        uint64_t from = 0;
-        peer_say(&l, 1, 0, 64 * KB);
-        UNTIL(w, is_paused(&l));
-        peer_say(&l, 1, 64 * KB, 30 * KB);
-        arrived(&l, 1); /* more waits in the kernel (its count on UNIX is per message) */
-        settle(w);
-        CHECK_EQ(buffered(&l), 64 * KB);
-        consume_to(&l, &from, 16 * KB + 1);
-        settle(w);
-        CHECK(is_paused(&l));
-        CHECK_EQ(buffered(&l), 16 * KB + 1);
-        uint64_t events = stats(w).events;
-        consume_to(&l, &from, 16 * KB);
-        UNTIL(w, buffered(&l) == 46 * KB);
-        CHECK_EQ(stats(w).events, events); /* nothing of epoll: work left over has no edge */
-        expect_stream(&l, 1, from, 46 * KB);
-        link_close(&l);
-        world_close(w);
-    }
+    uint64_t from = 0;
+    peer_say(l, 1, 0, 64 * KB);
+    UNTIL(w, is_paused(l));
+    peer_say(l, 1, 64 * KB, 30 * KB);
+    arrived(l, 1); /* more waits in the kernel (its count on UNIX is per message) */
+    settle(w);
+    CHECK_EQ(buffered(l), 64 * KB);
+    consume_to(l, &from, 16 * KB + 1);
+    settle(w);
+    CHECK(is_paused(l));
+    CHECK_EQ(buffered(l), 16 * KB + 1);
+    uint64_t events = stats(w).events;
+    consume_to(l, &from, 16 * KB);
+    UNTIL(w, buffered(l) == 46 * KB);
+    CHECK_EQ(stats(w).events, events); /* nothing of epoll: work left over has no edge */
+    expect_stream(l, 1, from, 46 * KB);
 }
 
 /* Measured: 60 KB sent, a part read, and no further EPOLLIN. */
-TEST(input_left_in_the_kernel_has_no_edge)
+LINK_TEST(input_left_in_the_kernel_has_no_edge, STREAMS, 20000)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, 20000);
-        peer_say(&l, 1, 0, 60000);
-        UNTIL(w, is_paused(&l));
-        for (int tries = 0; unread_in_kernel(l.fd) < 40000 && tries < 1000; tries++)
-            usleep(100); /* all has left the peer */
-        settle(w);
-        uint64_t events = stats(w).events;
-        expect_stream(&l, 1, 0, 60000);
-        CHECK_EQ(stats(w).events, events);
-        link_close(&l);
-        world_close(w);
-    }
+    peer_say(l, 1, 0, 60000);
+    UNTIL(w, is_paused(l));
+    for (int tries = 0; unread_in_kernel(l->fd) < 40000 && tries < 1000; tries++)
+        usleep(100); /* all has left the peer */
+    settle(w);
+    uint64_t events = stats(w).events;
+    expect_stream(l, 1, 0, 60000);
+    CHECK_EQ(stats(w).events, events);
 }
 
 /* A wait lifts the mark: "paused at 256K, consumed to 100K, next(200_000)" hung for ever. */
-TEST(input_wait_reads_on_although_paused)
+LINK_TEST(input_wait_reads_on_although_paused, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t from = 0;
-        fill_to_pause(&l, HIGH);
-        size_t more = peer_push(&l, 1, HIGH, 150000);
-        consume_to(&l, &from, 100 * KB);
-        settle(w);
-        CHECK(is_paused(&l));
-        for (int64_t rc; (rc = want(&l, 200000)) != 0;) {
-            CHECK_EQ(rc, -EAGAIN);
-            if (!mail_of(w, l.id))
-                breathe(w);
-            if (more < 150000)
-                more += peer_push(&l, 1, HIGH + more, 150000 - more);
-        }
-        pattern_check(link_at(&l), 1, from, 200000);
-        link_close(&l);
-        world_close(w);
+    uint64_t from = 0;
+    fill_to_pause(l, HIGH);
+    size_t more = peer_push(l, 1, HIGH, 150000);
+    consume_to(l, &from, 100 * KB);
+    settle(w);
+    CHECK(is_paused(l));
+    for (int64_t rc; (rc = want(l, 200000)) != 0;) {
+        CHECK_EQ(rc, -EAGAIN);
+        if (!mail_of(w, l->id))
+            breathe(w);
+        if (more < 150000)
+            more += peer_push(l, 1, HIGH + more, 150000 - more);
     }
+    pattern_check(link_at(l), 1, from, 200000);
 }
 
-TEST(input_wait_above_high_water)
+LINK_TEST(input_wait_above_high_water, STREAMS, 32 * KB)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, 32 * KB);
-        CHECK_EQ(want(&l, MB), -EAGAIN);
-        peer_say(&l, 1, 0, MB);
-        expect(&l, 1, 0, MB);
-        CHECK_EQ(w->tokens, 1);
-        link_close(&l);
-        world_close(w);
-    }
+    CHECK_EQ(want(l, MB), -EAGAIN);
+    peer_say(l, 1, 0, MB);
+    expect(l, 1, 0, MB);
+    CHECK_EQ(w->tokens, 1);
 }
 
-TEST(input_wait_for_delimiter_above_high_water)
+LINK_TEST(input_wait_for_delimiter_above_high_water, TCP, 32 * KB)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, 32 * KB);
     char *text = malloc(300 * KB);
     memset(text, 'x', 300 * KB);
     text[300 * KB - 1] = '\n';
-    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, MB, 0, 0, NULL, 0), -EAGAIN);
-    peer_send(&l, text, 300 * KB);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, MB, 0, 0, NULL, 0) & UINT32_MAX, 300 * KB);
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\n", 1, MB, 0, 0, NULL, 0), -EAGAIN);
+    peer_send(l, text, 300 * KB);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\n", 1, MB, 0, 0, NULL, 0) & UINT32_MAX, 300 * KB);
     CHECK_EQ(w->tokens, 1);
     free(text);
-    link_close(&l);
-    world_close(w);
 }
 
 /* Reading is on while a wait is armed *and not met*: a loop that is busy must not make memory
  * grow up to max_bytes. */
-TEST(input_met_wait_reads_no_further_than_high_water)
+LINK_TEST(input_met_wait_reads_no_further_than_high_water, TCP, 32 * KB)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, 32 * KB);
-    CHECK_EQ(ap_conn_find(l.conn, 0, "\n", 1, 64 * MB, 0, 0, NULL, 0), -EAGAIN);
-    peer_send(&l, "line\n", 5);
-    UNTIL(w, buffered(&l) == 5);
+    CHECK_EQ(ap_conn_find(l->conn, 0, "\n", 1, 64 * MB, 0, 0, NULL, 0), -EAGAIN);
+    peer_send(l, "line\n", 5);
+    UNTIL(w, buffered(l) == 5);
     size_t pushed = 0;
     for (int i = 0; i < 50; i++) { /* the loop does not come */
-        pushed += peer_push(&l, 1, pushed, 64 * KB);
+        pushed += peer_push(l, 1, pushed, 64 * KB);
         settle(w);
     }
     CHECK(pushed > 64 * KB);
-    CHECK(buffered(&l) <= 64 * (int64_t)KB);
-    link_close(&l);
-    world_close(w);
+    CHECK(buffered(l) <= 64 * (int64_t)KB);
 }
 
-TEST(input_wait_for_bytes_reads_no_further_than_it_must)
+LINK_TEST(input_wait_for_bytes_reads_no_further_than_it_must, TCP, 32 * KB)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, 32 * KB);
-    CHECK_EQ(want(&l, 40 * KB), -EAGAIN);
-    size_t pushed = peer_push(&l, 1, 0, 300 * KB);
-    await(w, l.id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 40 * KB), -EAGAIN);
+    size_t pushed = peer_push(l, 1, 0, 300 * KB);
+    await(w, l->id, AP_MAIL_READ);
     for (int i = 0; i < 20; i++) {
-        pushed += peer_push(&l, 1, pushed, 64 * KB);
+        pushed += peer_push(l, 1, pushed, 64 * KB);
         settle(w);
     }
-    CHECK_EQ(buffered(&l), 40 * KB);
-    expect_stream(&l, 1, 0, pushed);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(buffered(l), 40 * KB);
+    expect_stream(l, 1, 0, pushed);
 }
 
 /* ---- ends ------------------------------------------------------------- */
 
 /* L09, L10: data and FIN together: all of the data, then the end, and one wake-up. */
-TEST(input_data_and_fin_at_once)
+LINK_TEST(input_data_and_fin_at_once, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(want(&l, 200), -EAGAIN);
-        peer_say(&l, 1, 0, 100);
-        peer_close(&l);
-        await(w, l.id, AP_MAIL_READ);
-        CHECK_EQ(want(&l, 200), AP_EEOF);
-        expect(&l, 1, 0, 100);
-        CHECK_EQ(want(&l, 1), AP_EEOF);
-        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF | AP_IS_GONE);
-        CHECK_EQ(w->tokens, 1);
-        link_close(&l);
-        world_close(w);
-    }
+    CHECK_EQ(want(l, 200), -EAGAIN);
+    peer_say(l, 1, 0, 100);
+    peer_close(l);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 200), AP_EEOF);
+    expect(l, 1, 0, 100);
+    CHECK_EQ(want(l, 1), AP_EEOF);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_EOF | AP_IS_GONE);
+    CHECK_EQ(w->tokens, 1);
 }
 
 /* L08: FIN alone is one wake-up, no spin. */
-TEST(input_fin_alone)
+LINK_TEST(input_fin_alone, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(want(&l, 1), -EAGAIN);
-        settle(w);
-        shutdown(l.peer, SHUT_WR);
-        await(w, l.id, AP_MAIL_READ);
-        CHECK_EQ(want(&l, 1), AP_EEOF);
-        uint64_t events = stats(w).events;
-        settle(w);
-        CHECK_EQ(stats(w).events, events);
-        CHECK_EQ(w->tokens, 1);
-        link_close(&l);
-        world_close(w);
-    }
+    CHECK_EQ(want(l, 1), -EAGAIN);
+    settle(w);
+    shutdown(l->peer, SHUT_WR);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 1), AP_EEOF);
+    uint64_t events = stats(w).events;
+    settle(w);
+    CHECK_EQ(stats(w).events, events);
+    CHECK_EQ(w->tokens, 1);
 }
 
 /* L10: send k bytes and close, for many k. */
 TEST(input_peer_that_sends_and_closes)
 {
-    EACH_KIND(kind)
-    {
+    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
         struct world *w = world_open();
         for (size_t k = 1; k < (SANITIZED ? 300000 : 4 * MB); k = k * 3 + 7) {
             struct link l = link_open(w, kind, 64 * KB);
@@ -313,70 +233,51 @@ TEST(input_peer_that_sends_and_closes)
 }
 
 /* O1: half-close is not close. */
-TEST(input_half_close_leaves_writing)
+LINK_TEST(input_half_close_leaves_writing, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        peer_say(&l, 1, 0, 10);
-        shutdown(l.peer, SHUT_WR);
-        expect(&l, 1, 0, 10);
-        CHECK_EQ(want_wait(&l, 1), AP_EEOF);
-        CHECK_EQ(ap_conn_write(l.conn, "answer", 6), 0);
-        char answer[6];
-        CHECK_EQ(recv(l.peer, answer, 6, MSG_WAITALL), 6);
-        CHECK_EQ(ap_conn_status(l.conn), AP_IS_EOF | AP_IS_GONE);
-        link_close(&l);
-        world_close(w);
-    }
+    peer_say(l, 1, 0, 10);
+    shutdown(l->peer, SHUT_WR);
+    expect(l, 1, 0, 10);
+    CHECK_EQ(want_wait(l, 1), AP_EEOF);
+    CHECK_EQ(ap_conn_write(l->conn, "answer", 6), 0);
+    char answer[6];
+    CHECK_EQ(recv(l->peer, answer, 6, MSG_WAITALL), 6);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_EOF | AP_IS_GONE);
 }
 
 /* Measured: what was received before a RST is still readable; the error comes after it, and is
  * an error and no FIN (O12). */
-TEST(input_reset_comes_after_the_data)
+LINK_TEST(input_reset_comes_after_the_data, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 1000);
-    arrived(&l, 1000);
-    peer_reset(&l);
-    arrived_event(&l, POLLERR);
-    expect(&l, 1, 0, 1000);
-    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
-    CHECK_EQ(want(&l, 1), -ECONNRESET); /* and stays */
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
-    link_close(&l);
-    world_close(w);
+    peer_say(l, 1, 0, 1000);
+    arrived(l, 1000);
+    peer_reset(l);
+    arrived_event(l, POLLERR);
+    expect(l, 1, 0, 1000);
+    CHECK_EQ(want_wait(l, 1), -ECONNRESET);
+    CHECK_EQ(want(l, 1), -ECONNRESET); /* and stays */
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_BROKEN | AP_IS_GONE);
 }
 
-TEST(input_reset_ends_a_wait)
+LINK_TEST(input_reset_ends_a_wait, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
+    CHECK_EQ(want(l, 1), -EAGAIN);
     settle(w);
-    peer_reset(&l);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(want(&l, 1), -ECONNRESET);
+    peer_reset(l);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 1), -ECONNRESET);
     CHECK_EQ(w->tokens, 1);
-    link_close(&l);
-    world_close(w);
 }
 
 /* A failed write takes the socket's error with it; the reader must not see a FIN then (O12). */
-TEST(input_reset_is_no_fin_after_a_failed_write)
+LINK_TEST(input_reset_is_no_fin_after_a_failed_write, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     settle(w);
-    peer_reset(&l);
-    arrived_event(&l, POLLERR);
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ECONNRESET);
-    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
-    link_close(&l);
-    world_close(w);
+    peer_reset(l);
+    arrived_event(l, POLLERR);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
+    CHECK_EQ(want_wait(l, 1), -ECONNRESET);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_BROKEN | AP_IS_GONE);
 }
 
 /* ---- events behind paused input --------------------------------------- */
@@ -409,38 +310,30 @@ TEST(input_paused_sees_no_event_storm)
     world_close(w);
 }
 
-TEST(input_reset_is_noticed_while_paused)
+LINK_TEST(input_reset_is_noticed_while_paused, TCP, 4 * KB)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, 4 * KB);
-    peer_say(&l, 1, 0, 10 * KB);
-    UNTIL(w, is_paused(&l));
-    arrived(&l, 6 * KB);
-    CHECK_EQ(ap_conn_status(l.conn), 0);
-    peer_reset(&l);
-    UNTIL(w, ap_conn_status(l.conn) & AP_IS_BROKEN);
-    expect_stream(&l, 1, 0, 10 * KB); /* found as such only by the reads that follow */
-    CHECK_EQ(want_wait(&l, 1), -ECONNRESET);
-    link_close(&l);
-    world_close(w);
+    peer_say(l, 1, 0, 10 * KB);
+    UNTIL(w, is_paused(l));
+    arrived(l, 6 * KB);
+    CHECK_EQ(ap_conn_status(l->conn), 0);
+    peer_reset(l);
+    UNTIL(w, ap_conn_status(l->conn) & AP_IS_BROKEN);
+    expect_stream(l, 1, 0, 10 * KB); /* found as such only by the reads that follow */
+    CHECK_EQ(want_wait(l, 1), -ECONNRESET);
 }
 
 /* A FIN behind paused input is no end yet (O16). */
-TEST(input_fin_behind_paused_input)
+LINK_TEST(input_fin_behind_paused_input, TCP, 4 * KB)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, 4 * KB);
-    peer_say(&l, 1, 0, 10 * KB);
-    UNTIL(w, is_paused(&l));
-    arrived(&l, 6 * KB);
-    peer_close(&l);
-    arrived_event(&l, POLLRDHUP);
+    peer_say(l, 1, 0, 10 * KB);
+    UNTIL(w, is_paused(l));
+    arrived(l, 6 * KB);
+    peer_close(l);
+    arrived_event(l, POLLRDHUP);
     settle(w);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_GONE);
-    expect_stream(&l, 1, 0, 10 * KB);
-    CHECK_EQ(want_wait(&l, 1), AP_EEOF);
-    link_close(&l);
-    world_close(w);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_GONE);
+    expect_stream(l, 1, 0, 10 * KB);
+    CHECK_EQ(want_wait(l, 1), AP_EEOF);
 }
 
 /* Puts a message into the error queue: EPOLLERR, and SO_ERROR is 0. */
@@ -482,28 +375,24 @@ TEST(input_error_queue_is_drained)
 }
 
 /* After an error was ever reported a short read says nothing: only EAGAIN does. */
-TEST(input_short_read_proves_nothing_after_an_error)
+LINK_TEST(input_short_read_proves_nothing_after_an_error, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 100);
-    expect(&l, 1, 0, 100);
+    peer_say(l, 1, 0, 100);
+    expect(l, 1, 0, 100);
     settle(w);
-    CHECK(!(ready_flags(&l) & AP_READABLE)); /* cleared by the short read */
+    CHECK(!(ready_flags(l) & AP_READABLE)); /* cleared by the short read */
     uint64_t again = stats(w).again;
-    peer_say(&l, 1, 100, 100);
-    expect(&l, 1, 100, 100);
+    peer_say(l, 1, 100, 100);
+    expect(l, 1, 100, 100);
     settle(w);
     CHECK_EQ(stats(w).again, again); /* which saves the EAGAIN */
-    make_queued_error(&l);
-    UNTIL(w, !(peek_events(l.fd, POLLERR) & POLLERR));
+    make_queued_error(l);
+    UNTIL(w, !(peek_events(l->fd, POLLERR) & POLLERR));
     again = stats(w).again;
-    peer_say(&l, 1, 200, 100);
-    expect(&l, 1, 200, 100);
+    peer_say(l, 1, 200, 100);
+    expect(l, 1, 200, 100);
     settle(w);
     CHECK(stats(w).again > again);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- where recv stops ------------------------------------------------- */
@@ -531,24 +420,6 @@ TEST(input_urgent_data_does_not_hang)
     world_close(w);
 }
 
-static void send_descriptor(int to, const char *text, int fd)
-{
-    union {
-        struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof(int))];
-    } control = {{0}};
-    struct iovec iov = {.iov_base = (char *)text, .iov_len = strlen(text)};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
-    message.msg_control = &control;
-    message.msg_controllen = sizeof control;
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    CHECK_EQ(sendmsg(to, &message, MSG_NOSIGNAL), strlen(text));
-}
-
 /* Measured: recv stops behind a message with descriptors, and no further edge comes. */
 TEST(input_short_read_proves_nothing_on_unix)
 {
@@ -556,8 +427,9 @@ TEST(input_short_read_proves_nothing_on_unix)
     struct link l = link_open(w, AP_UNIX, HIGH);
     CHECK_EQ(want(&l, 9), -EAGAIN);
     settle(w);
-    send_descriptor(l.peer, "abc", l.peer);
-    send_descriptor(l.peer, "def", l.peer);
+    size_t offered = 3;
+    CHECK_EQ(ap_sys_send_rights(l.peer, "abc", &offered, &l.peer, 1), 3);
+    CHECK_EQ(ap_sys_send_rights(l.peer, "def", &offered, &l.peer, 1), 3);
     peer_send(&l, "ghi", 3);
     CHECK_EQ(want_wait(&l, 9), 0);
     CHECK_BYTES(link_at(&l), "abcdefghi", 9);
@@ -568,115 +440,75 @@ TEST(input_short_read_proves_nothing_on_unix)
 /* ---- memory ----------------------------------------------------------- */
 
 /* A length prefix costs nothing: memory follows arrival. */
-TEST(input_memory_follows_arrival)
+LINK_TEST(input_memory_follows_arrival, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want(&l, 60 * MB), -EAGAIN);
-    peer_say(&l, 1, 0, 10000);
-    UNTIL(w, buffered(&l) == 10000);
+    CHECK_EQ(want(l, 60 * MB), -EAGAIN);
+    settle(w);
+    CHECK_EQ(bytes_in_use(w), 0);
+    peer_say(l, 1, 0, 10000);
+    UNTIL(w, buffered(l) == 10000);
     CHECK(bytes_in_use(w) <= 2 * HIGH);
     size_t sent = 10000;
     while (sent < 2 * MB) {
-        peer_say(&l, 1, sent, 64 * KB);
+        peer_say(l, 1, sent, 64 * KB);
         sent += 64 * KB;
-        UNTIL(w, buffered(&l) == (int64_t)sent);
+        UNTIL(w, buffered(l) == (int64_t)sent);
         CHECK(bytes_in_use(w) <= 5 * sent + 3 * HIGH); /* twice what arrived, in powers of two */
     }
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(input_idle_connections_have_no_block)
-{
-    struct world *w = world_open();
-    struct link links[20];
-    for (int i = 0; i < 20; i++) {
-        links[i] = link_open(w, AP_TCP, HIGH);
-        CHECK_EQ(want(&links[i], 60 * MB), -EAGAIN);
-    }
-    settle(w);
-    CHECK_EQ(bytes_in_use(w), 0);
-    for (int i = 0; i < 20; i++)
-        link_close(&links[i]);
-    world_close(w);
 }
 
 /* The first block is small, and later ones grow with what arrives. */
-TEST(input_blocks_grow_with_what_arrives)
+LINK_TEST(input_blocks_grow_with_what_arrives, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    peer_say(&l, 1, 0, 10);
-    expect(&l, 1, 0, 10);
-    CHECK_EQ(l.block->size, AP_BLOCK_MIN);
+    peer_say(l, 1, 0, 10);
+    expect(l, 1, 0, 10);
+    CHECK_EQ(l->block->size, AP_BLOCK_MIN);
     for (uint64_t i = 0; i < 30; i++) {
-        peer_say(&l, 1, 10 + i * 40 * KB, 40 * KB);
-        UNTIL(w, buffered(&l) == 40 * (int64_t)KB);
-        expect(&l, 1, 10 + i * 40 * KB, 40 * KB);
+        peer_say(l, 1, 10 + i * 40 * KB, 40 * KB);
+        UNTIL(w, buffered(l) == 40 * (int64_t)KB);
+        expect(l, 1, 10 + i * 40 * KB, 40 * KB);
     }
-    CHECK(l.block->size >= 40 * KB);
-    link_close(&l);
-    world_close(w);
+    CHECK(l->block->size >= 40 * KB);
 }
 
 /* Measured rule: a block is never rewound or moved while a view of it may exist. */
-TEST(input_views_stay_as_they_are)
+LINK_TEST(input_views_stay_as_they_are, STREAMS, HIGH)
 {
     enum { VIEWS = 64 };
-    struct world *w = world_open();
-    EACH_KIND(kind)
-    {
-        struct link l = link_open(w, kind, HIGH);
-        struct {
-            ap_block *block;
-            uint32_t pos;
-            uint64_t from;
-            size_t n;
-        } views[VIEWS];
-        uint64_t from = 0, seed = 17;
-        for (int i = 0; i < VIEWS; i++) {
-            size_t n = 1 + random_below(&seed, 40 * KB);
-            peer_say(&l, 1, from, n);
-            CHECK_EQ(want_wait(&l, n), 0);
-            ap_block_ref(l.block);
-            views[i].block = l.block;
-            views[i].pos = l.pos;
-            views[i].from = from;
-            views[i].n = n;
-            l.pos += (uint32_t)n;
-            from += n;
-        }
-        peer_say(&l, 1, from, 100 * KB);
-        expect_stream(&l, 1, from, 100 * KB);
-        for (int i = 0; i < VIEWS; i++)
-            pattern_check(ap_block_at(views[i].block, views[i].pos), 1, views[i].from, views[i].n);
-        link_drop_block(&l);
-        CHECK(link_stats(&l).pinned > 0);
-        for (int i = 0; i < VIEWS; i++)
-            ap_block_unref(views[i].block);
-        CHECK_EQ(bytes_pinned(w), 0);
-        CHECK_EQ(link_stats(&l).pinned, 0);
-        link_close(&l);
+    struct link views[VIEWS];
+    uint64_t begins[VIEWS + 1] = {0}, seed = 17;
+    for (int i = 0; i < VIEWS; i++) {
+        size_t n = 1 + random_below(&seed, 40 * KB);
+        peer_say(l, 1, begins[i], n);
+        CHECK_EQ(want_wait(l, n), 0);
+        ap_block_ref(l->block);
+        views[i] = *l;
+        l->pos += (uint32_t)n;
+        begins[i + 1] = begins[i] + n;
     }
-    world_close(w);
+    peer_say(l, 1, begins[VIEWS], 100 * KB);
+    expect_stream(l, 1, begins[VIEWS], 100 * KB);
+    for (int i = 0; i < VIEWS; i++)
+        pattern_check(link_at(&views[i]), 1, begins[i], begins[i + 1] - begins[i]);
+    link_drop_block(l);
+    CHECK(link_stats(l).pinned > 0);
+    for (int i = 0; i < VIEWS; i++)
+        ap_block_unref(views[i].block);
+    CHECK_EQ(bytes_pinned(w), 0);
+    CHECK_EQ(link_stats(l).pinned, 0);
 }
 
 /* L28, L37: a request at a time in one place: no more memory than the first block. */
-TEST(input_drained_block_begins_anew)
+LINK_TEST(input_drained_block_begins_anew, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     for (uint64_t i = 0; i < 200; i++) {
-        link_drop_block(&l); /* no view is left */
-        CHECK_EQ(want(&l, 100), -EAGAIN);
-        peer_say(&l, 1, i * 100, 100);
-        expect(&l, 1, i * 100, 100);
-        CHECK_EQ(l.pos, AP_BLOCK_HEADER + 100);
+        link_drop_block(l); /* no view is left */
+        CHECK_EQ(want(l, 100), -EAGAIN);
+        peer_say(l, 1, i * 100, 100);
+        expect(l, 1, i * 100, 100);
+        CHECK_EQ(l->pos, AP_BLOCK_HEADER + 100);
         CHECK_EQ(bytes_in_use(w), AP_BLOCK_MIN);
     }
-    link_close(&l);
-    world_close(w);
 }
 
 static bool is_mapped(void *page)
@@ -727,64 +559,49 @@ TEST(input_empty_block_is_taken_back)
 /* ---- faults ----------------------------------------------------------- */
 
 /* L21: interruptions, false EAGAINs and short reads between them lose nothing. */
-TEST(input_survives_faults_of_recv)
+LINK_TEST(input_survives_faults_of_recv, STREAMS, HIGH)
 {
     static const int errors[] = {EINTR, EAGAIN, 0};
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t from = 0, seed = 99;
-        for (int i = 0; i < 200; i++) {
-            size_t n = 1 + random_below(&seed, 5000);
-            CHECK_OK(ap_fault_set(AP_CALL_READ, errors[i % 3], (int)random_below(&seed, 3),
-                                  1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
-            peer_say(&l, 1, from, n);
-            while (want(&l, n) == -EAGAIN) {
-                kick(&l);
-                breathe(w);
-                collect(w);
-            }
-            expect(&l, 1, from, n);
-            from += n;
+    uint64_t from = 0, seed = 99;
+    for (int i = 0; i < 200; i++) {
+        size_t n = 1 + random_below(&seed, 5000);
+        CHECK_OK(ap_fault_set(AP_CALL_READ, errors[i % 3], (int)random_below(&seed, 3),
+                              1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
+        peer_say(l, 1, from, n);
+        while (want(l, n) == -EAGAIN) {
+            kick(l);
+            breathe(w);
+            collect(w);
         }
-        ap_fault_clear();
-        link_close(&l);
-        world_close(w);
+        expect(l, 1, from, n);
+        from += n;
     }
+    ap_fault_clear();
 }
 
-TEST(input_error_of_recv_is_reported)
+LINK_TEST(input_error_of_recv_is_reported, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
+    CHECK_EQ(want(l, 1), -EAGAIN);
     settle(w);
     CHECK_OK(ap_fault_set(AP_CALL_READ, ETIMEDOUT, 0, 1, 0));
-    peer_say(&l, 1, 0, 1);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(want(&l, 1), -ETIMEDOUT);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN | AP_IS_GONE);
+    peer_say(l, 1, 0, 1);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 1), -ETIMEDOUT);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_BROKEN | AP_IS_GONE);
     ap_fault_clear();
-    link_close(&l);
-    world_close(w);
 }
 
 /* Without memory the connection ends with an error, and what was received stays readable. */
-TEST(input_without_memory_ends_the_connection)
+LINK_TEST(input_without_memory_ends_the_connection, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want(&l, 100), -EAGAIN);
+    CHECK_EQ(want(l, 100), -EAGAIN);
     settle(w);
     CHECK_OK(ap_fault_set(AP_CALL_MAP, ENOMEM, 0, -1, 0));
-    peer_say(&l, 1, 0, 100);
-    await(w, l.id, AP_MAIL_READ);
-    CHECK_EQ(want(&l, 100), -ENOMEM);
-    CHECK_EQ(ap_conn_status(l.conn), AP_IS_BROKEN);
+    peer_say(l, 1, 0, 100);
+    await(w, l->id, AP_MAIL_READ);
+    CHECK_EQ(want(l, 100), -ENOMEM);
+    CHECK_EQ(ap_conn_status(l->conn), AP_IS_BROKEN);
     ap_fault_clear();
-    link_close(&l);
-    world_close(w);
 }
 
 /* The first block is as large as was asked for, later ones no smaller. */

@@ -7,6 +7,7 @@ struct door {
     ap_listener *listener;
     struct sockaddr_in address;
     int fd;
+    int peers[160], knocks;
 };
 
 static void door_open_at(struct door *d, struct world *w, ap_account *account)
@@ -26,22 +27,39 @@ static struct door door_open(void)
     return d;
 }
 
-static void door_close(struct door *d)
+/* Of one that shares its world and account with another. */
+static void door_shut(struct door *d)
 {
     ap_listener_release(d->listener);
+    for (int i = 0; i < d->knocks; i++)
+        close(d->peers[i]);
+}
+
+static void door_close(struct door *d)
+{
+    door_shut(d);
     ap_account_unref(d->account);
     world_close(d->w);
 }
 
+#define DOOR_TEST(name_)                    \
+    static void name_##_at(struct door *d); \
+    TEST(name_)                             \
+    {                                       \
+        struct door d = door_open();        \
+        name_##_at(&d);                     \
+        door_close(&d);                     \
+    }                                       \
+    static void name_##_at(struct door *d)
+
 /* Connects, and waits until the kernel has it in the backlog. */
-static int knock(struct door *d)
+static void knock(struct door *d, int times)
 {
-    int fd = connect_tcp(&d->address);
-    if (ap_listener_fd(d->listener, 0) >= 0) {
-        struct pollfd at = {.fd = d->fd, .events = POLLIN};
+    struct pollfd at = {.fd = d->fd, .events = POLLIN};
+    for (int i = 0; i < times; i++) {
+        d->peers[d->knocks++] = connect_tcp(&d->address);
         CHECK_EQ(poll(&at, 1, 10000), 1);
     }
-    return fd;
 }
 
 static uint64_t accepts(struct door *d)
@@ -65,97 +83,76 @@ static int take_and_close(struct door *d)
 
 /* ---- credits ---------------------------------------------------------- */
 
-TEST(listener_accepts_for_a_credit)
+DOOR_TEST(listener_accepts_for_a_credit)
 {
-    struct door d = door_open();
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
     ap_accepted got;
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), 1);
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), 1);
     struct sockaddr_in mine;
     socklen_t size = sizeof mine;
-    CHECK(getsockname(peer, (struct sockaddr *)&mine, &size) == 0);
+    CHECK(getsockname(d->peers[0], (struct sockaddr *)&mine, &size) == 0);
     CHECK_EQ(got.family, AF_INET);
     CHECK_EQ(got.port, ntohs(mine.sin_port));
     CHECK_BYTES(got.address, &mine.sin_addr, 4);
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), 0);
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), 0);
     ap_fd_close(got.fd);
-    close(peer);
-    door_close(&d);
 }
 
-TEST(listener_takes_no_more_than_its_credits)
+DOOR_TEST(listener_takes_no_more_than_its_credits)
 {
-    struct door d = door_open();
-    int peers[10];
-    for (int i = 0; i < 10; i++)
-        peers[i] = knock(&d);
-    settle(d.w);
-    CHECK_EQ(accepts(&d), 0);
+    knock(d, 10);
+    settle(d->w);
+    CHECK_EQ(accepts(d), 0);
     for (int i = 1; i <= 3; i++) {
-        CHECK_OK(ap_account_add(d.account, 3));
-        settle(d.w);
-        CHECK_EQ(accepts(&d), 3 * i);
-        CHECK_EQ(take_and_close(&d), 3);
+        CHECK_OK(ap_account_add(d->account, 3));
+        settle(d->w);
+        CHECK_EQ(accepts(d), 3 * i);
+        CHECK_EQ(take_and_close(d), 3);
     }
-    CHECK_EQ(ap_account_take_back(d.account), 0);
-    CHECK_OK(ap_account_add(d.account, 5));
-    settle(d.w);
-    CHECK_EQ(accepts(&d), 10);
+    CHECK_EQ(ap_account_take_back(d->account), 0);
+    CHECK_OK(ap_account_add(d->account, 5));
+    settle(d->w);
+    CHECK_EQ(accepts(d), 10);
     for (int i = 0; i < 4; i++) /* four of five are left */
-        CHECK_EQ(ap_account_take_back(d.account), 1);
-    CHECK_EQ(ap_account_take_back(d.account), 0);
-    CHECK_EQ(take_and_close(&d), 1);
-    for (int i = 0; i < 10; i++)
-        close(peers[i]);
-    door_close(&d);
+        CHECK_EQ(ap_account_take_back(d->account), 1);
+    CHECK_EQ(ap_account_take_back(d->account), 0);
+    CHECK_EQ(take_and_close(d), 1);
 }
 
 /* Measured: three in the backlog, one accepted, and no further event. */
-TEST(listener_backlog_has_no_further_edge)
+DOOR_TEST(listener_backlog_has_no_further_edge)
 {
-    struct door d = door_open();
-    int peers[3];
-    CHECK_OK(ap_account_add(d.account, 1));
-    for (int i = 0; i < 3; i++)
-        peers[i] = knock(&d);
-    settle(d.w);
-    CHECK_EQ(accepts(&d), 1);
-    uint64_t polls = stats(d.w).polls;
-    CHECK_OK(ap_account_add(d.account, 1)); /* whoever adds credits accepts at once */
-    CHECK_EQ(accepts(&d), 2);
-    CHECK_EQ(mail_of(d.w, ap_listener_id(d.listener)), AP_MAIL_ACCEPT);
-    CHECK_OK(ap_account_add(d.account, 1));
-    CHECK_EQ(accepts(&d), 3);
-    CHECK_EQ(stats(d.w).polls, polls);
-    CHECK_EQ(take_and_close(&d), 3);
-    for (int i = 0; i < 3; i++)
-        close(peers[i]);
-    door_close(&d);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 3);
+    settle(d->w);
+    CHECK_EQ(accepts(d), 1);
+    uint64_t polls = stats(d->w).polls;
+    CHECK_OK(ap_account_add(d->account, 1)); /* whoever adds credits accepts at once */
+    CHECK_EQ(accepts(d), 2);
+    CHECK_EQ(mail_of(d->w, ap_listener_id(d->listener)), AP_MAIL_ACCEPT);
+    CHECK_OK(ap_account_add(d->account, 1));
+    CHECK_EQ(accepts(d), 3);
+    CHECK_EQ(stats(d->w).polls, polls);
+    CHECK_EQ(take_and_close(d), 3);
 }
 
 /* More than a batch: the rest goes to the run list, without an event (O19). */
-TEST(listener_accepts_in_batches)
+DOOR_TEST(listener_accepts_in_batches)
 {
     enum { N = 150 };
-    struct door d = door_open();
-    int peers[N];
-    for (int i = 0; i < N; i++)
-        peers[i] = knock(&d);
-    settle(d.w);
-    CHECK_OK(ap_account_add(d.account, N));
-    CHECK_EQ(accepts(&d), AP_ACCEPT_BATCH);
-    uint64_t events = stats(d.w).events;
-    ap_poller_step(d.w->poller, 0, 1);
-    CHECK_EQ(accepts(&d), 2 * AP_ACCEPT_BATCH);
-    settle(d.w);
-    CHECK_EQ(accepts(&d), N);
-    CHECK_EQ(stats(d.w).events, events);
-    CHECK_EQ(take_and_close(&d), N);
-    for (int i = 0; i < N; i++)
-        close(peers[i]);
-    door_close(&d);
+    knock(d, N);
+    settle(d->w);
+    CHECK_OK(ap_account_add(d->account, N));
+    CHECK_EQ(accepts(d), AP_ACCEPT_BATCH);
+    uint64_t events = stats(d->w).events;
+    ap_poller_step(d->w->poller, 0, 1);
+    CHECK_EQ(accepts(d), 2 * AP_ACCEPT_BATCH);
+    settle(d->w);
+    CHECK_EQ(accepts(d), N);
+    CHECK_EQ(stats(d->w).events, events);
+    CHECK_EQ(take_and_close(d), N);
 }
 
 TEST(listener_credits_are_shared)
@@ -164,9 +161,8 @@ TEST(listener_credits_are_shared)
     door_open_at(&b, a.w, a.account);
     door_open_at(&c, a.w, a.account);
     struct door *doors[] = {&a, &b, &c};
-    int peers[9];
     for (int i = 0; i < 9; i++)
-        peers[i] = knock(doors[i % 3]);
+        knock(doors[i % 3], 1);
     settle(a.w);
     for (int i = 1; i <= 9; i++) {
         CHECK_OK(ap_account_add(a.account, 1));
@@ -175,10 +171,8 @@ TEST(listener_credits_are_shared)
     }
     for (int i = 0; i < 3; i++)
         CHECK_EQ(take_and_close(doors[i]), 3);
-    for (int i = 0; i < 9; i++)
-        close(peers[i]);
-    ap_listener_release(b.listener);
-    ap_listener_release(c.listener);
+    door_shut(&b);
+    door_shut(&c);
     door_close(&a);
 }
 
@@ -187,18 +181,15 @@ TEST(listener_credits_go_round)
 {
     struct door a = door_open(), b;
     door_open_at(&b, a.w, a.account);
-    int peers[20];
-    for (int i = 0; i < 20; i++)
-        peers[i] = knock(i % 2 ? &a : &b);
+    knock(&a, 10);
+    knock(&b, 10);
     settle(a.w);
     for (int i = 0; i < 6; i++)
         CHECK_OK(ap_account_add(a.account, 1));
     int of_a = take_and_close(&a), of_b = take_and_close(&b);
     CHECK_EQ(of_a + of_b, 6);
     CHECK(of_a > 0 && of_b > 0);
-    for (int i = 0; i < 20; i++)
-        close(peers[i]);
-    ap_listener_release(b.listener);
+    door_shut(&b);
     door_close(&a);
 }
 
@@ -209,17 +200,14 @@ TEST(listener_account_spans_pollers)
     struct world *other = world_open();
     struct door b;
     door_open_at(&b, other, a.account);
-    int peers[4];
-    for (int i = 0; i < 4; i++)
-        peers[i] = knock(i % 2 ? &a : &b);
+    knock(&a, 2);
+    knock(&b, 2);
     CHECK_OK(ap_account_add(a.account, 4));
     settle(a.w);
     settle(other);
     CHECK_EQ(take_and_close(&a), 2);
     CHECK_EQ(take_and_close(&b), 2);
-    for (int i = 0; i < 4; i++)
-        close(peers[i]);
-    ap_listener_release(b.listener);
+    door_shut(&b);
     world_close(other);
     door_close(&a);
 }
@@ -231,7 +219,7 @@ static void starve(struct door *d, int error, int episode)
     uint64_t id = ap_listener_id(d->listener);
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, error, 0, -1, 0));
     CHECK_OK(ap_account_add(d->account, 1));
-    int peer = knock(d);
+    knock(d, 1);
     int64_t begin = ap_now();
     uint64_t polls = stats(d->w).polls;
     await(d->w, id, AP_MAIL_STARVED);
@@ -246,146 +234,119 @@ static void starve(struct door *d, int error, int episode)
     CHECK(ap_now() - recovered < 100 * AP_ACCEPT_PAUSE);
     CHECK_EQ(take_and_close(d), 1);
     CHECK_EQ(accepts(d), episode);
-    close(peer);
 }
 
 /* L35, O5: every episode pauses and recovers, not only the first. */
-TEST(listener_starves_and_recovers)
+DOOR_TEST(listener_starves_and_recovers)
 {
-    struct door d = door_open();
-    starve(&d, EMFILE, 1);
-    starve(&d, EMFILE, 2);
-    starve(&d, ENOMEM, 3);
-    door_close(&d);
+    starve(d, EMFILE, 1);
+    starve(d, EMFILE, 2);
+    starve(d, ENOMEM, 3);
 }
 
-TEST(listener_pause_is_kept)
+DOOR_TEST(listener_pause_is_kept)
 {
-    struct door d = door_open();
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, ENFILE, 0, 1, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
     int64_t begin = ap_now();
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_STARVED);
-    CHECK_OK(ap_account_add(d.account, 5)); /* credits do not end it */
-    CHECK_EQ(accepts(&d), 0);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_STARVED);
+    CHECK_OK(ap_account_add(d->account, 5)); /* credits do not end it */
+    CHECK_EQ(accepts(d), 0);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
     CHECK(ap_now() - begin >= AP_ACCEPT_PAUSE);
     ap_fault_clear();
-    CHECK_EQ(take_and_close(&d), 1);
-    close(peer);
-    door_close(&d);
+    CHECK_EQ(take_and_close(d), 1);
 }
 
 /* No memory for the queue is starvation too. */
-TEST(listener_without_memory)
+DOOR_TEST(listener_without_memory)
 {
-    struct door d = door_open();
     CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, 1, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_STARVED);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_STARVED);
     ap_fault_clear();
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
-    CHECK_EQ(take_and_close(&d), 1);
-    close(peer);
-    door_close(&d);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
+    CHECK_EQ(take_and_close(d), 1);
 }
 
 /* ---- other errors ----------------------------------------------------- */
 
 /* A connection that died in the backlog is not the listener's error (O5). */
-TEST(listener_ignores_errors_of_connections)
+DOOR_TEST(listener_ignores_errors_of_connections)
 {
     static const int errors[] = {ECONNABORTED, EPROTO, ENETDOWN,  EHOSTUNREACH,
                                  ETIMEDOUT,    EPERM,  ECONNRESET};
-    struct door d = door_open();
     for (size_t i = 0; i < AP_ARRAY_SIZE(errors); i++) {
         CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, errors[i], 0, 5, 0));
-        CHECK_OK(ap_account_add(d.account, 1));
-        int peer = knock(&d);
-        uint32_t got = await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT | AP_MAIL_STARVED);
+        CHECK_OK(ap_account_add(d->account, 1));
+        knock(d, 1);
+        uint32_t got = await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT | AP_MAIL_STARVED);
         CHECK_EQ(got, AP_MAIL_ACCEPT);
-        CHECK_EQ(take_and_close(&d), 1);
-        close(peer);
+        CHECK_EQ(take_and_close(d), 1);
     }
     ap_fault_clear();
-    CHECK_EQ(ap_account_take_back(d.account), 0); /* their credits were not lost, nor doubled */
-    door_close(&d);
+    CHECK_EQ(ap_account_take_back(d->account), 0); /* their credits were not lost, nor doubled */
 }
 
-TEST(listener_interruptions)
+DOOR_TEST(listener_interruptions)
 {
-    struct door d = door_open();
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EINTR, 0, 50, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
     ap_fault_clear();
-    CHECK_EQ(take_and_close(&d), 1);
-    close(peer);
-    door_close(&d);
+    CHECK_EQ(take_and_close(d), 1);
 }
 
-TEST(listener_reports_other_errors_once)
+DOOR_TEST(listener_reports_other_errors_once)
 {
-    struct door d = door_open();
     ap_accepted got;
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EINVAL, 0, 1, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
     ap_fault_clear();
-    settle(d.w);
-    CHECK_EQ(accepts(&d), 0); /* it rests until the error was taken ... */
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), -EINVAL);
-    settle(d.w);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT); /* ... and goes on by itself */
-    CHECK_EQ(take_and_close(&d), 1);
-    CHECK_EQ(ap_account_take_back(d.account), 0);
-    close(peer);
-    door_close(&d);
+    settle(d->w);
+    CHECK_EQ(accepts(d), 0); /* it rests until the error was taken ... */
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), -EINVAL);
+    settle(d->w);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT); /* ... and goes on by itself */
+    CHECK_EQ(take_and_close(d), 1);
+    CHECK_EQ(ap_account_take_back(d->account), 0);
 }
 
 /* What was accepted before an error is handed over before it. */
-TEST(listener_error_comes_after_what_was_accepted)
+DOOR_TEST(listener_error_comes_after_what_was_accepted)
 {
-    struct door d = door_open();
-    int peers[3];
     ap_accepted got;
-    for (int i = 0; i < 3; i++)
-        peers[i] = knock(&d);
+    knock(d, 3);
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EINVAL, 2, 1, 0));
-    CHECK_OK(ap_account_add(d.account, 3));
-    settle(d.w);
+    CHECK_OK(ap_account_add(d->account, 3));
+    settle(d->w);
     ap_fault_clear();
     for (int i = 0; i < 2; i++) {
-        CHECK_EQ(ap_listener_take(d.listener, &got, 1), 1);
+        CHECK_EQ(ap_listener_take(d->listener, &got, 1), 1);
         ap_fd_close(got.fd);
     }
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), -EINVAL);
-    for (int i = 0; i < 3; i++)
-        close(peers[i]);
-    door_close(&d);
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), -EINVAL);
 }
 
 /* Nothing but errors that are ignored is no reason to spin. */
-TEST(listener_does_not_spin_on_ignored_errors)
+DOOR_TEST(listener_does_not_spin_on_ignored_errors)
 {
-    struct door d = door_open();
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EPERM, 0, -1, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    settle(d.w);
-    uint64_t polls = stats(d.w).polls;
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    settle(d->w);
+    uint64_t polls = stats(d->w).polls;
     for (int64_t end = ap_now() + AP_ACCEPT_PAUSE / 2; ap_now() < end;)
-        step(d.w, 10);
-    CHECK(stats(d.w).polls - polls < 50);
+        step(d->w, 10);
+    CHECK(stats(d->w).polls - polls < 50);
     ap_fault_clear();
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
-    CHECK_EQ(take_and_close(&d), 1);
-    close(peer);
-    door_close(&d);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_ACCEPT);
+    CHECK_EQ(take_and_close(d), 1);
 }
 
 /* The credits of those that nobody took come back, and serve the other listeners at once. */
@@ -393,21 +354,16 @@ TEST(listener_close_gives_credits_back)
 {
     struct door a = door_open(), b;
     door_open_at(&b, a.w, a.account);
-    int peers[4];
-    for (int i = 0; i < 2; i++)
-        peers[i] = knock(&a);
+    knock(&a, 2);
     CHECK_OK(ap_account_add(a.account, 2));
     settle(a.w);
     CHECK_EQ(accepts(&a), 2);
-    for (int i = 2; i < 4; i++)
-        peers[i] = knock(&b);
+    knock(&b, 2);
     settle(a.w);
     CHECK_EQ(accepts(&a), 2);
     CHECK_OK(ap_listener_close(a.listener, 0));
     CHECK_EQ(take_and_close(&b), 2);
-    for (int i = 0; i < 4; i++)
-        close(peers[i]);
-    ap_listener_release(b.listener);
+    door_shut(&b);
     door_close(&a);
 }
 
@@ -440,73 +396,64 @@ TEST(listener_new_unwinds)
 
 /* What was accepted and not taken is closed with the listener: the harness counts descriptors,
  * and the peers see it. */
-static void end_with_untaken(bool kill)
+static void end_with_untaken(struct door *d, bool kill)
 {
-    struct door d = door_open();
-    int peers[5];
     char byte;
-    CHECK_OK(ap_account_add(d.account, 5));
-    for (int i = 0; i < 5; i++)
-        peers[i] = knock(&d), settle(d.w);
-    CHECK_EQ(accepts(&d), 5);
+    CHECK_OK(ap_account_add(d->account, 5));
+    for (int i = 0; i < 5; i++) {
+        knock(d, 1);
+        settle(d->w);
+    }
+    CHECK_EQ(accepts(d), 5);
     ap_accepted got;
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), 1);
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), 1);
     if (kill)
-        CHECK_OK(ap_hub_kill(d.w->hub));
+        CHECK_OK(ap_hub_kill(d->w->hub));
     else
-        CHECK_OK(ap_listener_close(d.listener, 0));
-    CHECK_EQ(ap_listener_take(d.listener, &got, 1), -EBADF);
-    CHECK_EQ(ap_listener_close(d.listener, 0), -EBADF);
-    CHECK_EQ(ap_listener_fd(d.listener, 0), -EBADF);
-    CHECK_OK(ap_account_add(d.account, 1)); /* nobody is there */
+        CHECK_OK(ap_listener_close(d->listener, 0));
+    CHECK_EQ(ap_listener_take(d->listener, &got, 1), -EBADF);
+    CHECK_EQ(ap_listener_close(d->listener, 0), -EBADF);
+    CHECK_EQ(ap_listener_fd(d->listener, 0), -EBADF);
+    CHECK_OK(ap_account_add(d->account, 1)); /* nobody is there */
     for (int i = 1; i < 5; i++) {
-        struct pollfd at = {.fd = peers[i], .events = POLLIN};
+        struct pollfd at = {.fd = d->peers[i], .events = POLLIN};
         CHECK_EQ(poll(&at, 1, 10000), 1);
-        CHECK_EQ(recv(peers[i], &byte, 1, 0), 0);
+        CHECK_EQ(recv(d->peers[i], &byte, 1, 0), 0);
     }
     ap_fd_close(got.fd);
-    for (int i = 0; i < 5; i++)
-        close(peers[i]);
-    door_close(&d);
 }
 
-TEST(listener_close_closes_what_was_not_taken)
+DOOR_TEST(listener_close_closes_what_was_not_taken)
 {
-    end_with_untaken(false);
+    end_with_untaken(d, false);
 }
 
-TEST(listener_hub_kill_closes_what_was_not_taken)
+DOOR_TEST(listener_hub_kill_closes_what_was_not_taken)
 {
-    end_with_untaken(true);
+    end_with_untaken(d, true);
 }
 
-TEST(listener_close_while_paused)
+DOOR_TEST(listener_close_while_paused)
 {
-    struct door d = door_open();
     CHECK_OK(ap_fault_set(AP_CALL_ACCEPT, EMFILE, 0, -1, 0));
-    CHECK_OK(ap_account_add(d.account, 1));
-    int peer = knock(&d);
-    await(d.w, ap_listener_id(d.listener), AP_MAIL_STARVED);
-    CHECK_OK(ap_listener_close(d.listener, 0));
-    settle(d.w);
-    CHECK_EQ(d.w->poller->wheel.filed, 0);
+    CHECK_OK(ap_account_add(d->account, 1));
+    knock(d, 1);
+    await(d->w, ap_listener_id(d->listener), AP_MAIL_STARVED);
+    CHECK_OK(ap_listener_close(d->listener, 0));
+    settle(d->w);
+    CHECK_EQ(d->w->poller->wheel.filed, 0);
     ap_fault_clear();
-    close(peer);
-    door_close(&d);
 }
 
-TEST(listener_descriptor_can_be_kept)
+DOOR_TEST(listener_descriptor_can_be_kept)
 {
-    struct door d = door_open();
-    int peer = knock(&d);
-    CHECK_EQ(ap_listener_fd(d.listener, 1), d.fd);
-    CHECK_EQ(ap_listener_close(d.listener, 1), d.fd);
-    int fd = accept4(d.fd, NULL, NULL, SOCK_CLOEXEC);
+    knock(d, 1);
+    CHECK_EQ(ap_listener_fd(d->listener, 1), d->fd);
+    CHECK_EQ(ap_listener_close(d->listener, 1), d->fd);
+    int fd = accept4(d->fd, NULL, NULL, SOCK_CLOEXEC);
     CHECK(fd >= 0);
     close(fd);
-    close(peer);
-    close(d.fd);
-    door_close(&d);
+    close(d->fd);
 }
 
 /* A UNIX listener has no address to tell. */
@@ -521,13 +468,12 @@ TEST(listener_of_unix_sockets)
     CHECK_OK(ap_account_new(&d.account));
     CHECK_OK(ap_listener_new(w->poller, w->hub, fd, d.account, &d.listener));
     CHECK_OK(ap_account_add(d.account, 1));
-    int peer = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int peer = d.peers[d.knocks++] = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     CHECK(connect(peer, (struct sockaddr *)&address, sizeof address) == 0);
     await(w, ap_listener_id(d.listener), AP_MAIL_ACCEPT);
     ap_accepted got;
     CHECK_EQ(ap_listener_take(d.listener, &got, 1), 1);
     CHECK_EQ(got.family, AF_UNIX);
     ap_fd_close(got.fd);
-    close(peer);
     door_close(&d);
 }

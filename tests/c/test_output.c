@@ -1,19 +1,6 @@
-/* output.c: sending at once, the queue, and what is owed for it. */
+/* output.c: sending at once, the queue, and what is owed for it; output that goes along with a wait
+ * for input, and the mask of events. */
 #include "fixture.h"
-
-static const int kinds[] = {AP_TCP, AP_UNIX};
-#define EACH_KIND(kind) for (int i_ = 0, kind; i_ < 2 && (kind = kinds[i_], 1); i_++)
-
-#define MUCH (8 * MB)
-
-/* Sends until the kernel takes no more; what is queued is n bytes at least. */
-static int64_t stall(struct link *l, const uint8_t *data, size_t n)
-{
-    int64_t left = ap_conn_write(l->conn, (const char *)data, n);
-    CHECK(left > 0);
-    UNTIL(l->w, !(ready_flags(l) & AP_WRITABLE));
-    return (int64_t)link_stats(l).buffered_output;
-}
 
 static uint32_t epoll_mask(struct link *l)
 {
@@ -32,85 +19,44 @@ static uint32_t epoll_mask(struct link *l)
 
 /* ---- at once ---------------------------------------------------------- */
 
-TEST(output_small_writes_are_sent_inline)
+LINK_TEST(output_small_writes_are_sent_inline, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, 1000);
-        for (uint64_t i = 0; i < 10; i++)
-            CHECK_EQ(ap_conn_write(l.conn, (char *)data + i * 100, 100), 0);
-        CHECK_EQ(stats(w).polls, 0);
-        CHECK_EQ(link_stats(&l).writes, 10);
-        CHECK_EQ(link_stats(&l).bytes_sent, 1000);
-        peer_expect(&l, 1, 0, 1000);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0); /* nothing is owed for what was never queued */
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), 0);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
+    for (uint64_t i = 0; i < 10; i++)
+        CHECK_EQ(ap_conn_write(l->conn, (char *)much() + i * 100, 100), 0);
+    CHECK_EQ(stats(w).polls, 0);
+    CHECK_EQ(link_stats(l).writes, 10);
+    CHECK_EQ(link_stats(l).bytes_sent, 1000);
+    peer_expect(l, 1, 0, 1000);
+    settle(w);
+    CHECK_EQ(mail_of(w, l->id), 0); /* nothing is owed for what was never queued */
+    CHECK_EQ(ap_conn_drain(l->conn, 0, 0), 0);
 }
 
-TEST(output_of_nothing)
+LINK_TEST(output_of_nothing, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     ap_piece empty[3] = {{NULL, 0}, {"", 0}, {NULL, 0}}, mixed[3] = {{"", 0}, {"x", 1}, {"", 0}};
-    CHECK_EQ(ap_conn_send(l.conn, NULL, 0), 0); /* L05 */
-    CHECK_EQ(ap_conn_send(l.conn, empty, 3), 0);
-    CHECK_EQ(ap_conn_send(l.conn, mixed, 3), 0);
+    CHECK_EQ(ap_conn_send(l->conn, NULL, 0), 0); /* L05 */
+    CHECK_EQ(ap_conn_send(l->conn, empty, 3), 0);
+    CHECK_EQ(ap_conn_send(l->conn, mixed, 3), 0);
     char got[4];
-    UNTIL(w, unread_in_kernel(l.peer) > 0);
-    CHECK_EQ(recv(l.peer, got, 4, 0), 1);
-    link_close(&l);
-    world_close(w);
+    UNTIL(w, unread_in_kernel(l->peer) > 0);
+    CHECK_EQ(recv(l->peer, got, 4, 0), 1);
 }
 
 /* ---- the queue -------------------------------------------------------- */
 
 /* What the kernel does not take is finished by the driver, without the loop; and a token comes
  * whether anybody waits or not. */
-TEST(output_stalls_and_the_driver_finishes)
+LINK_TEST(output_stalls_and_the_driver_finishes, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH);
-        stall(&l, data, MUCH);
-        CHECK(stats(w).stalls > 0);
-        CHECK_EQ(mail_of(w, l.id), 0);
-        peer_expect(&l, 1, 0, MUCH);
-        CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-        CHECK_EQ(w->tokens, 1);
-        CHECK_EQ(link_stats(&l).buffered_output, 0);
-        CHECK_EQ(link_stats(&l).bytes_sent, MUCH);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-/* Later writes go behind what is queued. */
-TEST(output_keeps_the_order)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH + 100000);
-        stall(&l, data, MUCH);
-        for (size_t i = 0; i < 1000; i++)
-            CHECK(ap_conn_write(l.conn, (char *)data + MUCH + i * 100, 100) > 0);
-        peer_expect(&l, 1, 0, MUCH + 100000);
-        await(w, l.id, AP_MAIL_SENT);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
+    stall(l, much());
+    CHECK(stats(w).stalls > 0);
+    CHECK_EQ(mail_of(w, l->id), 0);
+    peer_expect(l, 1, 0, MUCH);
+    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+    CHECK_EQ(w->tokens, 1);
+    CHECK_EQ(link_stats(l).buffered_output, 0);
+    CHECK_EQ(link_stats(l).bytes_sent, MUCH);
 }
 
 static void send_pieces(int kind, size_t count, size_t each)
@@ -136,8 +82,7 @@ static void send_pieces(int kind, size_t count, size_t each)
 /* More than one call takes, and more than IOV_MAX (L20). */
 TEST(output_many_pieces)
 {
-    EACH_KIND(kind)
-    {
+    for (int kind = AP_TCP; kind <= AP_UNIX; kind++) {
         send_pieces(kind, 63, 10);
         send_pieces(kind, 64, 10);
         send_pieces(kind, 65, 10);
@@ -150,390 +95,110 @@ TEST(output_many_pieces)
 }
 
 /* Random pieces, queued and not, against the stream. */
-TEST(output_random_pieces)
+LINK_TEST(output_random_pieces, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t seed = 8, sent = 0, heard = 0, total = SANITIZED ? 4 * MB : 40 * MB;
-        uint8_t *data = pattern_make(2, 0, total + MB);
-        while (heard < total) {
-            ap_piece pieces[100];
-            int count = (int)random_below(&seed, 100);
-            for (int i = 0; i < count && sent < total; i++) {
-                size_t n = random_below(&seed, random_below(&seed, 4) ? 3000 : 30000);
-                n = n < total - sent ? n : total - sent;
-                pieces[i] = (ap_piece){data + sent, n};
-                sent += n;
-                if (sent == total)
-                    count = i + 1;
-            }
-            if (sent < total || count > 0)
-                CHECK_OK(ap_conn_send(l.conn, pieces, sent == heard ? 0 : count));
-            if (sent == heard) {
-                sent = heard;
-                continue;
-            }
-            uint64_t n = random_below(&seed, sent - heard + 1);
+    uint64_t seed = 8, sent = 0, heard = 0, total = SANITIZED ? 4 * MB : 40 * MB;
+    uint8_t *data = pattern_make(2, 0, total + MB);
+    while (heard < total) {
+        ap_piece pieces[100];
+        int count = (int)random_below(&seed, 100);
+        for (int i = 0; i < count && sent < total; i++) {
+            size_t n = random_below(&seed, random_below(&seed, 4) ? 3000 : 30000);
+            n = n < total - sent ? n : total - sent;
+            pieces[i] = (ap_piece){data + sent, n};
+            sent += n;
             if (sent == total)
-                n = total - heard;
-            peer_expect(&l, 2, heard, n);
-            heard += n;
+                count = i + 1;
         }
-        if (link_stats(&l).buffered_output)
-            await(w, l.id, AP_MAIL_SENT);
-        free(data);
-        link_close(&l);
-        world_close(w);
+        if (sent < total || count > 0)
+            CHECK_OK(ap_conn_send(l->conn, pieces, sent == heard ? 0 : count));
+        if (sent == heard) {
+            sent = heard;
+            continue;
+        }
+        uint64_t n = random_below(&seed, sent - heard + 1);
+        if (sent == total)
+            n = total - heard;
+        peer_expect(l, 2, heard, n);
+        heard += n;
     }
+    if (link_stats(l).buffered_output)
+        await(w, l->id, AP_MAIL_SENT);
+    free(data);
 }
 
 /* ---- what is owed ----------------------------------------------------- */
 
 /* Failed output owes the token as well: the loop holds memory for it. */
-TEST(output_failed_owes_a_token)
+LINK_TEST(output_failed_owes_a_token, STREAMS, HIGH)
 {
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH);
-        stall(&l, data, MUCH);
-        peer_reset(&l);
-        CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-        free(data); /* nothing looks at it any more */
-        CHECK_EQ(link_stats(&l).buffered_output, 0);
-        CHECK(ap_conn_write(l.conn, "x", 1) < 0);
-        CHECK(ap_conn_drain(l.conn, 0, 0) < 0);
-        CHECK(ap_conn_status(l.conn) & AP_IS_BROKEN);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id) & AP_MAIL_SENT, 0); /* and only once */
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-TEST(output_failure_wakes_a_drain)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-    peer_reset(&l);
-    UNTIL(w, (collect(w), (mail_at(w, l.id)->bits & AP_MAIL_WRITE)));
-    CHECK(ap_conn_drain(l.conn, 0, 0) < 0);
-    CHECK(mail_of(w, l.id) & AP_MAIL_SENT);
-    free(data);
-    link_close(&l);
-    world_close(w);
+    stall(l, data);
+    CHECK_EQ(ap_conn_drain(l->conn, 0, 0), -EAGAIN);
+    peer_reset(l);
+    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_WRITE, AP_MAIL_WRITE);
+    free(data); /* nothing looks at it any more */
+    CHECK_EQ(link_stats(l).buffered_output, 0);
+    CHECK(ap_conn_write(l->conn, "x", 1) < 0);
+    CHECK(ap_conn_drain(l->conn, 0, 0) < 0);
+    CHECK(ap_conn_status(l->conn) & AP_IS_BROKEN);
+    settle(w);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_SENT, 0); /* and only once */
 }
 
 /* ENOMEM while queueing ends the connection, and owes what was queued before. */
-TEST(output_without_memory)
+LINK_TEST(output_without_memory, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     uint8_t *data = pattern_make(1, 0, MUCH);
     CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ap_conn_write(l.conn, (char *)data, MUCH), -ENOMEM);
+    CHECK_EQ(ap_conn_write(l->conn, (char *)data, MUCH), -ENOMEM);
     ap_fault_clear();
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ENOMEM);
-    link_close(&l);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ENOMEM);
+    link_close(l);
 
-    l = link_open(w, AP_UNIX, HIGH);
-    stall(&l, data, MUCH);
+    *l = link_open(w, AP_UNIX, HIGH);
+    stall(l, data);
     ap_piece pieces[20];
     for (int i = 0; i < 20; i++)
         pieces[i] = (ap_piece){data, 1};
     CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ap_conn_send(l.conn, pieces, 20), -ENOMEM);
+    CHECK_EQ(ap_conn_send(l->conn, pieces, 20), -ENOMEM);
     ap_fault_clear();
-    CHECK_EQ(mail_of(w, l.id) & AP_MAIL_SENT, AP_MAIL_SENT);
+    CHECK_EQ(mail_of(w, l->id) & AP_MAIL_SENT, AP_MAIL_SENT);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
-TEST(output_to_a_closed_peer)
+LINK_TEST(output_to_a_closed_peer, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    peer_close(&l);
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -EPIPE);
-    CHECK_EQ(want_wait(&l, 1), AP_EEOF); /* it was no RST */
-    link_close(&l);
+    peer_close(l);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -EPIPE);
+    CHECK_EQ(want_wait(l, 1), AP_EEOF); /* it was no RST */
+    link_close(l);
 
-    l = link_open(w, AP_TCP, HIGH);
-    peer_reset(&l);
-    arrived_event(&l, POLLERR);
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ECONNRESET);
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ECONNRESET);
-    link_close(&l);
-    world_close(w);
-}
-
-/* ---- draining --------------------------------------------------------- */
-
-TEST(output_drain_waits_for_the_queue)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH);
-        stall(&l, data, MUCH);
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0);
-        peer_expect(&l, 1, 0, MUCH);
-        await(w, l.id, AP_MAIL_WRITE);
-        CHECK_EQ(mail_of(w, l.id), AP_MAIL_SENT); /* in one token */
-        CHECK_EQ(w->tokens, 1);
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), 0);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-/* Writable again, not only empty: what AnyIO's wait_writable wants. */
-TEST(output_drain_until_writable)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH);
-        size_t sent = 0;
-        CHECK_EQ(ap_conn_drain(l.conn, 1, 0), 0);
-        settle(w);
-        while (ready_flags(&l) & AP_WRITABLE) /* full, and nothing queued */
-            sent += (size_t)(1000 - ap_conn_write(l.conn, (char *)data + sent, 1000));
-        int64_t left = ap_conn_hold(l.conn);
-        CHECK_OK(ap_conn_requeue(l.conn, NULL, 0));
-        (void)left;
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), 0);
-        CHECK_EQ(ap_conn_drain(l.conn, 1, 0), -EAGAIN);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0);
-        peer_expect(&l, 1, 0, sent);
-        await(w, l.id, AP_MAIL_WRITE);
-        CHECK_EQ(ap_conn_drain(l.conn, 1, 0), 0);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-TEST(output_drain_deadline)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    int64_t deadline = ap_now() + 5 * MS;
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 1), AP_ELATE);
-    int rc = ap_conn_drain(l.conn, 0, deadline);
-    if (rc == -EAGAIN) {
-        await(w, l.id, AP_MAIL_WRITE);
-        rc = ap_conn_drain(l.conn, 0, deadline);
-    }
-    CHECK_EQ(rc, AP_ELATE);
-    CHECK(ap_now() >= deadline);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN); /* O10: goes on as if nothing had been */
-    peer_expect(&l, 1, 0, MUCH);
-    await(w, l.id, AP_MAIL_WRITE);
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(output_drain_taken_back)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-    CHECK_OK(ap_conn_disarm_write(l.conn));
-    peer_expect(&l, 1, 0, MUCH);
-    CHECK_EQ(await(w, l.id, AP_MAIL_SENT | AP_MAIL_WRITE), AP_MAIL_SENT);
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-/* Several tasks wait: the first deadline of all comes first, and none is lost with it. */
-TEST(output_drain_of_several_tasks)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    int64_t soon, late = ap_now() + 3600 * 1000 * MS;
-    CHECK_EQ(ap_conn_drain(l.conn, 0, 0), -EAGAIN);
-    CHECK_EQ(ap_conn_drain(l.conn, 1, late), -EAGAIN);
-    int rc;
-    do { /* until it is in time */
-        soon = ap_now() + 20 * MS;
-        rc = ap_conn_drain(l.conn, 0, soon);
-    } while (rc == AP_ELATE);
-    CHECK_EQ(rc, -EAGAIN);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, late), -EAGAIN); /* does not put it off */
-    await(w, l.id, AP_MAIL_WRITE);
-    CHECK(ap_now() >= soon);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, soon), AP_ELATE);
-    CHECK_EQ(ap_conn_drain(l.conn, 0, late), -EAGAIN); /* each looks again, and waits on */
-    settle(w);
-    CHECK_EQ(mail_of(w, l.id), 0);
-    peer_expect(&l, 1, 0, MUCH);
-    await(w, l.id, AP_MAIL_WRITE);
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-/* ---- hold and requeue ------------------------------------------------- */
-
-/* A cancelled send: the driver keeps its hands off between the two calls, the caller copies the
- * rest, and the stream stays byte-exact, as often as it happens. */
-TEST(output_hold_and_requeue)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t seed = 21, heard = 0;
-        size_t n = SANITIZED ? 2 * MB : MUCH;
-        char *data = (char *)pattern_make(1, 0, n), *old = NULL;
-        int64_t left = ap_conn_write(l.conn, data, n);
-        while (left > 0) {
-            uint64_t part = random_below(&seed, 300 * KB);
-            part = part < n - heard ? part : n - heard;
-            peer_expect(&l, 1, heard, part);
-            heard += part;
-            left = ap_conn_hold(l.conn);
-            CHECK_OK(left);
-            kick(&l);
-            settle(w);
-            CHECK_EQ(link_stats(&l).buffered_output, left); /* nothing moves */
-            char *copy = malloc((size_t)left + 1);
-            memcpy(copy, data + n - (size_t)left, (size_t)left);
-            memset(data, 0xee, n); /* the caller may do as it likes with it */
-            memcpy(data + n - (size_t)left, copy, (size_t)left);
-            ap_piece pieces[2] = {{copy, (size_t)left / 3},
-                                  {copy + left / 3, (size_t)(left - left / 3)}};
-            CHECK_EQ(ap_conn_requeue(l.conn, pieces, left ? 2 : 0), left);
-            settle(w);
-            free(old);
-            old = copy;
-            if (link_stats(&l).buffered_output == 0)
-                break;
-        }
-        peer_expect(&l, 1, heard, n - heard);
-        CHECK_EQ(ap_conn_drain(l.conn, 0, 0), 0);
-        settle(w);
-        free(old);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-/* The rest of a send that was given up goes out in front of what comes later, and only that is
- * waited for, however much of the rest is still there. */
-TEST(output_given_up)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        size_t later = 100 * KB;
-        char *data = (char *)pattern_make(1, 0, MUCH + later);
-        int64_t rest = ap_conn_write(l.conn, data, MUCH);
-        CHECK(rest > 0);
-        settle(w);
-        rest = ap_conn_queued(l.conn);
-        CHECK_EQ(ap_conn_awaited(l.conn), rest);
-        CHECK_OK(ap_conn_give_up(l.conn));
-        CHECK_EQ(ap_conn_awaited(l.conn), 0);
-        CHECK_EQ(ap_conn_write(l.conn, data + MUCH, later), rest + (int64_t)later);
-        CHECK_EQ(ap_conn_awaited(l.conn), later);
-        int64_t left = ap_conn_hold(l.conn); /* an own copy of all of it changes nothing */
-        ap_piece pieces[1] = {{data + MUCH + later - left, (size_t)left}};
-        CHECK_EQ(ap_conn_requeue(l.conn, pieces, 1), left);
-        CHECK_EQ(ap_conn_awaited(l.conn), later);
-        uint64_t heard = 0;
-        while ((left = ap_conn_queued(l.conn)) > 0) {
-            CHECK_EQ(ap_conn_awaited(l.conn), left < (int64_t)later ? left : (int64_t)later);
-            peer_expect(&l, 1, heard, 10 * KB);
-            heard += 10 * KB;
-            step(w, 0);
-        }
-        CHECK_EQ(ap_conn_awaited(l.conn), 0);
-        CHECK_OK(ap_conn_give_up(l.conn)); /* nothing is there */
-        peer_expect(&l, 1, heard, MUCH + later - heard);
-        settle(w);
-        free(data);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-TEST(output_requeue_after_failure)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    CHECK(ap_conn_hold(l.conn) > 0);
-    peer_reset(&l);
-    arrived_event(&l, POLLERR);
-    settle(w);
-    ap_piece piece = {data, 100};
-    int64_t left = ap_conn_requeue(l.conn, &piece, 1);
-    CHECK(left == 100 || left < 0);
-    if (left == 100)
-        await(w, l.id, AP_MAIL_SENT);
-    free(data);
-    CHECK(ap_conn_write(l.conn, "x", 1) < 0);
-    link_close(&l);
-    world_close(w);
+    *l = link_open(w, AP_TCP, HIGH);
+    peer_reset(l);
+    arrived_event(l, POLLERR);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
 }
 
 /* ---- handed over: output of a task that waits for input ---------------- */
 
 #define BUSY 6
 
-/* Connections that were ready together, so that the loop counts as busy. */
-struct busy {
-    struct world *w;
-    struct link links[BUSY];
-};
-
-static struct busy busy_open(int kind)
+/* Makes connections ready together, so that the loop counts as busy. */
+static void make_busy(struct world *w, struct link *links)
 {
-    struct busy b = {.w = world_open()};
     for (int i = 0; i < BUSY; i++) {
-        b.links[i] = link_open(b.w, kind, HIGH);
-        CHECK_EQ(want(&b.links[i], 10), -EAGAIN);
-        peer_say(&b.links[i], 1, 0, 10);
-        arrived(&b.links[i], 1);
+        CHECK_EQ(want(&links[i], 10), -EAGAIN);
+        peer_say(&links[i], 1, 0, 10);
+        arrived(&links[i], 1);
     }
-    settle(b.w);
-    CHECK_EQ(collect(b.w), BUSY);
+    settle(w);
+    CHECK_EQ(collect(w), BUSY);
     for (int i = 0; i < BUSY; i++)
-        expect(&b.links[i], 1, 0, 10);
-    return b;
-}
-
-static void busy_close(struct busy *b)
-{
-    for (int i = 0; i < BUSY; i++)
-        link_close(&b->links[i]);
-    world_close(b->w);
+        expect(&links[i], 1, 0, 10);
 }
 
 /* Asks for input, with n bytes of stream 9 as output, from memory that is gone right after. */
@@ -546,57 +211,48 @@ static int64_t ask(struct link *l, uint64_t from, size_t n)
     return rc;
 }
 
-TEST(output_handed_over_is_sent_by_the_driver)
+LINKS_TEST(output_handed_over_is_sent_by_the_driver, STREAMS, HIGH, BUSY)
 {
-    EACH_KIND(kind)
-    {
-        struct busy b = busy_open(kind);
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(ask(&b.links[i], 0, 500), -EAGAIN); /* Python keeps nothing */
-        CHECK_EQ(stats(b.w).writes, 0);
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(ap_conn_queued(b.links[i].conn), 500);
-        for (int i = 0; i < BUSY; i++) {
-            peer_expect(&b.links[i], 9, 0, 500);
-            CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
-            peer_say(&b.links[i], 1, 10, 10);
-            expect(&b.links[i], 1, 10, 10);
-        }
-        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
-        for (int i = 0; i < BUSY; i++)
-            CHECK_EQ(mail_of(b.w, b.links[i].id) & AP_MAIL_SENT, 0); /* nothing is owed */
-        busy_close(&b);
+    make_busy(w, l);
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(ask(&l[i], 0, 500), -EAGAIN); /* Python keeps nothing */
+    CHECK_EQ(stats(w).writes, 0);
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(ap_conn_queued(l[i].conn), 500);
+    for (int i = 0; i < BUSY; i++) {
+        peer_expect(&l[i], 9, 0, 500);
+        CHECK_EQ(ap_conn_queued(l[i].conn), 0);
+        peer_say(&l[i], 1, 10, 10);
+        expect(&l[i], 1, 10, 10);
     }
+    for (int i = 0; i < BUSY; i++)
+        CHECK_EQ(mail_of(w, l[i].id) & AP_MAIL_SENT, 0); /* nothing is owed */
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0);            /* the copies have gone back */
 }
 
 /* What follows it goes behind it, and only that is held and put back. */
-TEST(output_handed_over_stays_in_front)
+LINKS_TEST(output_handed_over_stays_in_front, STREAMS, HIGH, BUSY)
 {
-    EACH_KIND(kind)
-    {
-        struct busy b = busy_open(kind);
-        struct link *l = &b.links[0];
-        uint8_t *data = pattern_make(9, 500, MB), *copy = pattern_make(9, 500, MB);
-        CHECK_EQ(ask(l, 0, 500), -EAGAIN);
-        CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB + 500);
-        CHECK_EQ(ap_conn_hold(l->conn), MB);
-        settle(b.w);
-        memset(data, 0, MB);
-        ap_piece pieces[2] = {{copy, 1000}, {copy + 1000, MB - 1000}};
-        CHECK_EQ(ap_conn_requeue(l->conn, pieces, 2), MB + 500);
-        free(data);
-        peer_expect(l, 9, 0, 500 + MB);
-        CHECK_EQ(await(b.w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
-        free(copy);
-        busy_close(&b);
-    }
+    make_busy(w, l);
+    uint8_t *data = pattern_make(9, 500, MB), *copy = pattern_make(9, 500, MB);
+    CHECK_EQ(ask(l, 0, 500), -EAGAIN);
+    CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB + 500);
+    CHECK_EQ(ap_conn_hold(l->conn), MB);
+    settle(w);
+    memset(data, 0, MB);
+    ap_piece pieces[2] = {{copy, 1000}, {copy + 1000, MB - 1000}};
+    CHECK_EQ(ap_conn_requeue(l->conn, pieces, 2), MB + 500);
+    free(data);
+    peer_expect(l, 9, 0, 500 + MB);
+    CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+    free(copy);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* A cancelled send that had queued nothing of its own leaves the answer before it alone. */
-TEST(output_handed_over_survives_an_empty_requeue)
+LINKS_TEST(output_handed_over_survives_an_empty_requeue, TCP, HIGH, BUSY)
 {
-    struct busy b = busy_open(AP_TCP);
-    struct link *l = &b.links[0];
+    make_busy(w, l);
     CHECK_EQ(ask(l, 0, 500), -EAGAIN);
     CHECK_EQ(ap_conn_hold(l->conn), 0);
     CHECK_EQ(ap_conn_requeue(l->conn, NULL, 0), 500);
@@ -605,242 +261,149 @@ TEST(output_handed_over_survives_an_empty_requeue)
     CHECK_EQ(ap_conn_linger(l->conn, l->pos, 0), -EBUSY);
     CHECK_EQ(ap_conn_drain(l->conn, 0, 0), -EAGAIN);
     peer_expect(l, 9, 0, 500);
-    await(b.w, l->id, AP_MAIL_WRITE);
+    await(w, l->id, AP_MAIL_WRITE);
     CHECK_OK(ap_conn_shutdown(l->conn));
-    busy_close(&b);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
-TEST(output_handed_over_may_stall)
+LINKS_TEST(output_handed_over_may_stall, STREAMS, HIGH, BUSY)
 {
-    EACH_KIND(kind)
-    {
-        struct busy b = busy_open(kind);
-        struct link *l = &b.links[0];
-        CHECK_OK(ap_fault_set(AP_CALL_WRITE, 0, 0, 3, 100)); /* in portions */
-        CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
-        step(b.w, 0);
-        CHECK_OK(ap_fault_set(AP_CALL_WRITE, EAGAIN, 0, 1, 0));
-        ap_fault_clear();
-        peer_expect(l, 9, 0, 1000);
-        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
-        busy_close(&b);
-    }
+    make_busy(w, l);
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, 0, 0, 3, 100)); /* in portions */
+    CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
+    step(w, 0);
+    CHECK_OK(ap_fault_set(AP_CALL_WRITE, EAGAIN, 0, 1, 0));
+    ap_fault_clear();
+    peer_expect(l, 9, 0, 1000);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* The connection breaks, or is closed, with it under way: its block goes back. */
-TEST(output_handed_over_and_broken)
+LINKS_TEST(output_handed_over_and_broken, STREAMS, HIGH, BUSY)
 {
-    EACH_KIND(kind)
-    {
-        struct busy b = busy_open(kind);
-        for (int i = 0; i < BUSY; i++) {
-            struct link *l = &b.links[i];
-            CHECK_OK(ap_fault_set(AP_CALL_WRITE, ECONNRESET, 0, 1, 0));
-            CHECK_EQ(ask(l, 0, 1000), -EAGAIN);
-            if (i % 2)
-                settle(b.w);
-            else
-                CHECK_OK(ap_conn_close(l->conn, 0, 0));
-            CHECK_EQ(ap_conn_queued(l->conn), i % 2 ? 0 : -EBADF);
-            if (i % 2)
-                CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ECONNRESET);
-            ap_fault_clear();
-        }
-        CHECK_EQ(hub_blocks(b.w).blocks_in_use, 0);
-        busy_close(&b);
+    make_busy(w, l);
+    for (int i = 0; i < BUSY; i++) {
+        struct link *one = &l[i];
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, ECONNRESET, 0, 1, 0));
+        CHECK_EQ(ask(one, 0, 1000), -EAGAIN);
+        if (i % 2)
+            settle(w);
+        else
+            CHECK_OK(ap_conn_close(one->conn, 0, 0));
+        CHECK_EQ(ap_conn_queued(one->conn), i % 2 ? 0 : -EBADF);
+        if (i % 2)
+            CHECK_EQ(ap_conn_write(one->conn, "x", 1), -ECONNRESET);
+        ap_fault_clear();
     }
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* Without memory for a copy the caller sends it by itself. */
-TEST(output_not_handed_over)
+LINKS_TEST(output_not_handed_over, TCP, HIGH, BUSY)
 {
-    struct busy b = busy_open(AP_TCP);
+    make_busy(w, l);
     CHECK_OK(ap_fault_set(AP_CALL_MAP, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ask(&b.links[0], 0, 1000), -EAGAIN);
+    CHECK_EQ(ask(&l[0], 0, 1000), -EAGAIN);
     ap_fault_clear();
     CHECK_OK(ap_fault_set(AP_CALL_ALLOC, ENOMEM, 0, -1, 0));
-    CHECK_EQ(ask(&b.links[1], 0, 1000), -EAGAIN);
+    CHECK_EQ(ask(&l[1], 0, 1000), -EAGAIN);
     ap_fault_clear();
-    CHECK_EQ(ask(&b.links[2], 0, 32 * KB), -EAGAIN); /* too large to be copied */
-    CHECK_OK(ap_conn_shutdown(b.links[3].conn));
-    CHECK_EQ(ask(&b.links[3], 0, 10), -EAGAIN); /* nothing may be sent: not even tried */
+    CHECK_EQ(ask(&l[2], 0, 32 * KB), -EAGAIN); /* too large to be copied */
+    CHECK_OK(ap_conn_shutdown(l[3].conn));
+    CHECK_EQ(ask(&l[3], 0, 10), -EAGAIN); /* nothing may be sent: not even tried */
     for (int i = 0; i < 3; i++) {
-        CHECK_EQ(ap_conn_queued(b.links[i].conn), 0);
-        peer_expect(&b.links[i], 9, 0, i == 2 ? 32 * KB : 1000);
+        CHECK_EQ(ap_conn_queued(l[i].conn), 0);
+        peer_expect(&l[i], 9, 0, i == 2 ? 32 * KB : 1000);
     }
-    CHECK_EQ(stats(b.w).writes, 3);
-    busy_close(&b);
+    CHECK_EQ(stats(w).writes, 3);
+    CHECK_EQ(hub_blocks(w).blocks_in_use, 0); /* the copies have gone back */
 }
 
 /* ---- the mask --------------------------------------------------------- */
 
 /* On TCP EPOLLOUT is always watched; on UNIX sockets, where it would cost an event for every
  * reply, only while a write is stalled. */
-TEST(output_mask_of_tcp)
+LINK_TEST(output_mask_of_tcp, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK(epoll_mask(&l) & EPOLLOUT);
-    CHECK(epoll_mask(&l) & (uint32_t)EPOLLET);
-    CHECK(epoll_mask(&l) & EPOLLPRI);
-    CHECK(epoll_mask(&l) & EPOLLRDHUP);
+    CHECK(epoll_mask(l) & EPOLLOUT);
+    CHECK(epoll_mask(l) & (uint32_t)EPOLLET);
+    CHECK(epoll_mask(l) & EPOLLPRI);
+    CHECK(epoll_mask(l) & EPOLLRDHUP);
     settle(w);
     uint64_t events = stats(w).events;
     for (uint64_t i = 0; i < 100; i++) { /* and costs no event there */
-        uint8_t *data = pattern_make(1, i * 100, 100);
-        CHECK_EQ(ap_conn_write(l.conn, (char *)data, 100), 0);
-        peer_expect(&l, 1, i * 100, 100);
-        free(data);
+        CHECK_EQ(ap_conn_write(l->conn, (char *)much() + i * 100, 100), 0);
+        peer_expect(l, 1, i * 100, 100);
         step(w, 0);
     }
     CHECK(stats(w).events - events <= 2);
-    link_close(&l);
-    world_close(w);
 }
 
-TEST(output_mask_of_unix)
+LINK_TEST(output_mask_of_unix, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    CHECK(!(epoll_mask(&l) & EPOLLOUT));
-    CHECK_EQ(ap_conn_write(l.conn, (char *)data, 1000), 0);
-    CHECK(!(epoll_mask(&l) & EPOLLOUT));
-    peer_expect(&l, 1, 0, 1000);
+    CHECK(!(epoll_mask(l) & EPOLLOUT));
+    CHECK_EQ(ap_conn_write(l->conn, (char *)much(), 1000), 0);
+    CHECK(!(epoll_mask(l) & EPOLLOUT));
+    peer_expect(l, 1, 0, 1000);
     settle(w);
     CHECK_EQ(stats(w).events, 0); /* no event for a reply that was read */
     for (int i = 0; i < 3; i++) {
-        stall(&l, data, MUCH);
-        CHECK(epoll_mask(&l) & EPOLLOUT);
-        CHECK(epoll_mask(&l) & (uint32_t)EPOLLET);
-        peer_expect(&l, 1, 0, MUCH);
-        await(w, l.id, AP_MAIL_SENT);
+        stall(l, much());
+        CHECK(epoll_mask(l) & EPOLLOUT);
+        CHECK(epoll_mask(l) & (uint32_t)EPOLLET);
+        peer_expect(l, 1, 0, MUCH);
+        await(w, l->id, AP_MAIL_SENT);
         settle(w);
-        CHECK(!(epoll_mask(&l) & EPOLLOUT));
+        CHECK(!(epoll_mask(l) & EPOLLOUT));
     }
-    free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* A wait for room that was taken back leaves nothing behind. */
-TEST(output_mask_of_unix_after_a_cancelled_drain)
+LINK_TEST(output_mask_of_unix_after_a_cancelled_drain, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    CHECK_EQ(ap_conn_drain(l.conn, 1, 0), -EAGAIN);
-    CHECK_OK(ap_conn_disarm_write(l.conn));
-    peer_expect(&l, 1, 0, MUCH);
-    await(w, l.id, AP_MAIL_SENT);
+    stall(l, much());
+    CHECK_EQ(ap_conn_drain(l->conn, 1, 0), -EAGAIN);
+    CHECK_OK(ap_conn_disarm_write(l->conn));
+    peer_expect(l, 1, 0, MUCH);
+    await(w, l->id, AP_MAIL_SENT);
     settle(w);
     for (int i = 0; i < 3; i++) { /* full, and waited for room, and given up */
         size_t sent = 0;
-        while (ready_flags(&l) & AP_WRITABLE)
-            sent += (size_t)(1000 - ap_conn_write(l.conn, (char *)data + sent, 1000));
-        ap_conn_hold(l.conn);
-        CHECK_OK(ap_conn_requeue(l.conn, NULL, 0));
-        CHECK_EQ(ap_conn_drain(l.conn, 1, 0), -EAGAIN);
-        CHECK_OK(ap_conn_disarm_write(l.conn));
-        peer_expect(&l, 1, 0, sent);
+        while (ready_flags(l) & AP_WRITABLE)
+            sent += (size_t)(1000 - ap_conn_write(l->conn, (char *)much() + sent, 1000));
+        ap_conn_hold(l->conn);
+        CHECK_OK(ap_conn_requeue(l->conn, NULL, 0));
+        CHECK_EQ(ap_conn_drain(l->conn, 1, 0), -EAGAIN);
+        CHECK_OK(ap_conn_disarm_write(l->conn));
+        peer_expect(l, 1, 0, sent);
         settle(w);
-        mail_of(w, l.id);
-        CHECK(!(epoll_mask(&l) & EPOLLOUT));
-    }
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-/* ---- shutdown --------------------------------------------------------- */
-
-TEST(output_shutdown)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        CHECK_EQ(ap_conn_write(l.conn, "last", 4), 0);
-        CHECK_OK(ap_conn_shutdown(l.conn));
-        CHECK_OK(ap_conn_shutdown(l.conn));
-        CHECK_EQ(ap_conn_write(l.conn, "x", 1), -EPIPE);
-        CHECK_EQ(ap_conn_status(l.conn), AP_IS_SHUT);
-        char got[8];
-        CHECK_EQ(recv(l.peer, got, 4, MSG_WAITALL), 4);
-        peer_expect_eof(&l);
-        peer_say(&l, 1, 0, 100); /* the other direction is open */
-        expect(&l, 1, 0, 100);
-        link_close(&l);
-        world_close(w);
-    }
-}
-
-TEST(output_shutdown_with_queued_output_is_refused)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
-    stall(&l, data, MUCH);
-    CHECK_EQ(ap_conn_shutdown(l.conn), -EBUSY);
-    peer_expect(&l, 1, 0, MUCH);
-    await(w, l.id, AP_MAIL_SENT);
-    CHECK_OK(ap_conn_shutdown(l.conn));
-    peer_expect_eof(&l);
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-/* Closing drops what is queued, and the memory is free from then on. */
-TEST(output_close_drops_the_queue)
-{
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint8_t *data = pattern_make(1, 0, MUCH);
-        stall(&l, data, MUCH);
-        CHECK_OK(ap_conn_close(l.conn, 0, 0));
-        free(data);
-        settle(w);
-        CHECK_EQ(mail_of(w, l.id), 0);
-        link_close(&l);
-        world_close(w);
+        mail_of(w, l->id);
+        CHECK(!(epoll_mask(l) & EPOLLOUT));
     }
 }
 
 /* ---- faults ----------------------------------------------------------- */
 
-TEST(output_survives_faults_of_send)
+LINK_TEST(output_survives_faults_of_send, STREAMS, HIGH)
 {
     static const int errors[] = {EINTR, EAGAIN, 0};
-    EACH_KIND(kind)
-    {
-        struct world *w = world_open();
-        struct link l = link_open(w, kind, HIGH);
-        uint64_t at = 0, seed = 4;
-        uint8_t *data = pattern_make(1, 0, 2 * MB);
-        for (int i = 0; i < 200; i++) {
-            size_t n = 1 + random_below(&seed, 8000);
-            CHECK_OK(ap_fault_set(AP_CALL_WRITE, errors[i % 3], (int)random_below(&seed, 2),
-                                  1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
-            ap_piece pieces[2] = {{data + at, n / 3}, {data + at + n / 3, n - n / 3}};
-            int64_t left = ap_conn_send(l.conn, pieces, 2);
-            CHECK_OK(left);
-            while (link_stats(&l).buffered_output) {
-                kick(&l);
-                step(w, 0);
-            }
-            if (left)
-                CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-            ap_fault_clear();
-            peer_expect(&l, 1, at, n);
-            at += n;
+    uint64_t at = 0, seed = 4;
+    for (int i = 0; i < 200; i++) {
+        size_t n = 1 + random_below(&seed, 8000);
+        CHECK_OK(ap_fault_set(AP_CALL_WRITE, errors[i % 3], (int)random_below(&seed, 2),
+                              1 + (int)random_below(&seed, 3), 1 + random_below(&seed, 100)));
+        ap_piece pieces[2] = {{much() + at, n / 3}, {much() + at + n / 3, n - n / 3}};
+        int64_t left = ap_conn_send(l->conn, pieces, 2);
+        CHECK_OK(left);
+        while (link_stats(l).buffered_output) {
+            kick(l);
+            step(w, 0);
         }
-        free(data);
-        link_close(&l);
-        world_close(w);
+        if (left)
+            CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
+        ap_fault_clear();
+        peer_expect(l, 1, at, n);
+        at += n;
     }
 }
 
@@ -861,23 +424,17 @@ TEST(output_error_of_send)
     world_close(w);
 }
 
-TEST(output_error_of_epoll_while_stalled)
+LINK_TEST(output_error_of_epoll_while_stalled, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    uint8_t *data = pattern_make(1, 0, MUCH);
     CHECK_OK(ap_fault_set(AP_CALL_EPOLL_CTL, ENOMEM, 0, 1, 0));
-    int64_t left = ap_conn_write(l.conn, (char *)data, MUCH);
+    int64_t left = ap_conn_write(l->conn, (char *)much(), MUCH);
     if (left > 0) { /* the driver got to the stall */
         for (int i = 0; i < 50; i++)
             step(w, 0);
-        CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
+        CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
     }
-    CHECK_EQ(ap_conn_write(l.conn, "x", 1), -ENOMEM);
+    CHECK_EQ(ap_conn_write(l->conn, "x", 1), -ENOMEM);
     ap_fault_clear();
-    free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* A socket that lives on after a failed write would leave both ends waiting: the peer for the

@@ -239,7 +239,8 @@ TEST(pool_takes_blocks_back_from_other_threads)
 /* The owner leaves while others still give back: whoever is last frees the pool. */
 TEST(pool_ends_with_its_last_block_in_any_thread)
 {
-    for (int round = 0; round < ROUNDS(1000); round++) {
+    RACE(round, 1000)
+    {
         static struct exchange x;
         atomic_store(&x.done, false);
         ap_pool *pool = ap_pool_new();

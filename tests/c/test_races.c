@@ -1,6 +1,7 @@
-/*
- * Several threads at once: the poller's, the loop's (the test's own), peers, and a third one that
- * drops references as a garbage collector does.
+/* Race tests: several threads at once.
+ *
+ * The threads are the poller's, the loop's (the test's own), peers, and one that drops references
+ * as a garbage collector does.
  *
  * Each connection carries a pattern of its own, so that a byte of another one is noticed (L14). A
  * loop that waits has every link armed, so a wake-up that is lost ends the test.
@@ -70,35 +71,8 @@ struct job {
 struct storm {
     struct world *w;
     int kind;
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-    struct job jobs[64];
-    size_t first, count;
-    bool over;
+    int jobs[2]; /* a pipe: its end is the end of the storm */
 };
-
-static bool next_job(struct storm *s, struct job *job)
-{
-    pthread_mutex_lock(&s->mutex);
-    while (s->count == 0 && !s->over)
-        pthread_cond_wait(&s->changed, &s->mutex);
-    bool have = s->count > 0;
-    if (have) {
-        *job = s->jobs[s->first++ % 64];
-        s->count--;
-    }
-    pthread_mutex_unlock(&s->mutex);
-    return have;
-}
-
-static void add_job(struct storm *s, const struct job *job)
-{
-    pthread_mutex_lock(&s->mutex);
-    CHECK(s->count < 64);
-    s->jobs[(s->first + s->count++) % 64] = *job;
-    pthread_cond_signal(&s->changed);
-    pthread_mutex_unlock(&s->mutex);
-}
 
 static void listen_to_the_end(const struct job *job)
 {
@@ -142,7 +116,7 @@ static void *peer_thread(void *arg)
     struct storm *s = arg;
     struct job job;
     uint64_t seed = seed_of((uintptr_t)&job);
-    while (next_job(s, &job))
+    while (read(s->jobs[0], &job, sizeof job) == sizeof job)
         play_peer(&job, &seed);
     return NULL;
 }
@@ -162,15 +136,18 @@ static void visitor_open(struct storm *s, struct visitor *v, uint64_t stream, ui
     v->job = (struct job){.fd = fds[1], .stream = stream};
     v->job.total = random_below(seed, random_below(seed, 4) ? 3000 : 40000);
     v->job.ending = (enum ending)random_below(seed, ENDINGS);
-    bool early = random_below(seed, 2);
-    if (early)
-        add_job(s, &v->job); /* L02: data comes before, while and after it is registered */
-    link_register(&v->l);
     uint8_t *answer = pattern_make(stream + ANSWERS, 0, ANSWER);
-    CHECK(ap_conn_write(v->l.conn, (char *)answer, ANSWER) <= 0);
+    bool early = random_below(seed, 2);
+    if (!early) {
+        link_register(&v->l);
+        CHECK(ap_conn_write(v->l.conn, (char *)answer, ANSWER) <= 0);
+    }
+    CHECK_EQ(write(s->jobs[1], &v->job, sizeof v->job), sizeof v->job);
+    if (early) { /* L02: data comes before, while and after it is registered */
+        link_register(&v->l);
+        CHECK(ap_conn_write(v->l.conn, (char *)answer, ANSWER) <= 0);
+    }
     free(answer);
-    if (!early)
-        add_job(s, &v->job);
 }
 
 /* A RST, or on UNIX a close with our answer unread, takes bytes along. */
@@ -209,14 +186,14 @@ static void storm(int kind, int connections)
     struct visitor visitors[LINKS];
     pthread_t peers[PEERS];
     uint64_t seed = seed_of((uint64_t)kind), opened = 0;
-    pthread_mutex_init(&s.mutex, NULL);
-    pthread_cond_init(&s.changed, NULL);
+    CHECK(pipe2(s.jobs, O_CLOEXEC) == 0);
     world_start(s.w);
     for (int i = 0; i < PEERS; i++)
         spawn(&peers[i], peer_thread, &s);
     for (int i = 0; i < LINKS; i++)
         visitor_open(&s, &visitors[i], ++opened, &seed);
     int open_now = LINKS;
+    int64_t over = ap_now() + 2 * LITMUS;
     while (open_now > 0) {
         bool changed = false;
         for (int i = 0; i < LINKS; i++) {
@@ -224,7 +201,7 @@ static void storm(int kind, int connections)
             if (v->done || visitor_read(&s, v, &seed))
                 continue;
             link_close(&v->l);
-            v->done = opened >= (uint64_t)connections;
+            v->done = opened >= (uint64_t)connections || ap_now() > over;
             open_now -= v->done;
             if (!v->done)
                 visitor_open(&s, v, ++opened, &seed);
@@ -235,12 +212,10 @@ static void storm(int kind, int connections)
             CHECK_FAIL("no wake-up, with %d links armed", open_now);
         collect(s.w);
     }
-    pthread_mutex_lock(&s.mutex);
-    s.over = true;
-    pthread_cond_broadcast(&s.changed);
-    pthread_mutex_unlock(&s.mutex);
+    close(s.jobs[1]);
     for (int i = 0; i < PEERS; i++)
         pthread_join(peers[i], NULL);
+    close(s.jobs[0]);
     world_close(s.w);
 }
 
@@ -375,8 +350,8 @@ static void brawl(int kind, uint64_t seed)
 /* L39 */
 TEST(races_every_verb_at_once)
 {
-    for (int i = 0; i < ROUNDS(1200); i++)
-        brawl(i % 2 ? AP_TCP : AP_UNIX, seed_of((uint64_t)i + 1000));
+    RACE(i, 1200)
+    brawl(i % 2 ? AP_TCP : AP_UNIX, seed_of((uint64_t)i + 1000));
 }
 
 /* ---- views that die in another thread --------------------------------- */
@@ -451,13 +426,11 @@ static void *speak(void *arg)
 }
 
 /* Blocks are returned, and rewound, while the driver appends; what a view shows never changes. */
-static void views_die_elsewhere(int kind)
+LINK_TEST(races_views_die_in_another_thread, STREAMS, 64 * KB)
 {
     static struct viewers v;
     memset(&v, 0, sizeof v);
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, 64 * KB);
-    struct speaker s = {.fd = l.peer, .total = SANITIZED ? 5 * MB : 100 * MB};
+    struct speaker s = {.fd = l->peer, .total = SANITIZED ? 5 * MB : 100 * MB};
     pthread_t threads[2];
     uint64_t seed = seed_of(9);
     world_start(w);
@@ -466,24 +439,17 @@ static void views_die_elsewhere(int kind)
     for (size_t read = 0; read < s.total;) {
         size_t n = 1 + random_below(&seed, 20000);
         n = n < s.total - read ? n : s.total - read;
-        CHECK_EQ(want_wait(&l, n), 0);
-        keep_view(&v, &l, n, read);
-        l.pos += (uint32_t)n;
+        CHECK_EQ(want_wait(l, n), 0);
+        keep_view(&v, l, n, read);
+        l->pos += (uint32_t)n;
         read += n;
         if (random_below(&seed, 4) == 0)
-            link_drop_block(&l);
+            link_drop_block(l);
     }
-    link_close(&l);
+    link_close(l);
     atomic_store(&v.over, true);
     for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
-    world_close(w);
-}
-
-TEST(races_views_die_in_another_thread)
-{
-    views_die_elsewhere(AP_TCP);
-    views_die_elsewhere(AP_UNIX);
 }
 
 /* The last view dies while the connection is closed and its slot freed. */
@@ -505,7 +471,8 @@ TEST(races_last_view_against_close)
 {
     struct world *w = world_open();
     world_start(w);
-    for (int i = 0; i < ROUNDS(3000); i++) {
+    RACE(i, 3000)
+    {
         struct link l = link_open(w, AP_UNIX, HIGH);
         struct last_view v = {0};
         pthread_t thread;
@@ -596,8 +563,8 @@ TEST(races_hub_is_killed_while_others_post)
 {
     struct world *w = world_open();
     world_start(w);
-    for (int i = 0; i < ROUNDS(1500); i++)
-        kill_while_posting(w, seed_of((uint64_t)i));
+    RACE(i, 1500)
+    kill_while_posting(w, seed_of((uint64_t)i));
     world_close(w);
 }
 
@@ -627,22 +594,21 @@ static void *toss(void *arg)
 }
 
 /* L02, L31, L41: a wait ends with the bytes or with the timeout, never without either. */
-TEST(races_deadlines_against_data)
+LINK_TEST(races_deadlines_against_data, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    struct tosser t = {.fd = l.peer};
+    struct tosser t = {.fd = l->peer};
     pthread_t thread;
     uint64_t seed = seed_of(32), read = 0, timeouts = 0;
     world_start(w);
     spawn(&thread, toss, &t);
-    for (int i = 0; i < ROUNDS(20000); i++) {
+    RACE(i, 20000)
+    {
         size_t n = 1 + random_below(&seed, 30);
         int64_t deadline = ap_now() + 1 + (int64_t)random_below(&seed, 2000000);
-        int64_t rc = want_until(&l, n, deadline);
+        int64_t rc = want_until(l, n, deadline);
         if (rc == -EAGAIN) {
-            await(w, l.id, AP_MAIL_READ);
-            rc = want_until(&l, n, deadline);
+            await(w, l->id, AP_MAIL_READ);
+            rc = want_until(l, n, deadline);
         }
         if (rc == AP_ELATE) {
             CHECK(ap_now() >= deadline);
@@ -650,15 +616,13 @@ TEST(races_deadlines_against_data)
             continue;
         }
         CHECK_EQ(rc, 0);
-        pattern_check(link_at(&l), 6, read, n);
-        l.pos += (uint32_t)n;
+        pattern_check(link_at(l), 6, read, n);
+        l->pos += (uint32_t)n;
         read += n;
     }
     atomic_store(&t.over, true);
     pthread_join(thread, NULL);
     CHECK_EQ(stats(w).timeouts, timeouts);
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- output that is held while the driver sends ------------------------ */
@@ -684,11 +648,9 @@ static void *hear_all(void *arg)
 }
 
 /* A cancelled send takes its memory back at any moment: nothing is sent twice or left out. */
-static void hold_while_sending(int kind)
+LINK_TEST(races_output_is_held_while_it_is_sent, STREAMS, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, kind, HIGH);
-    struct listener_thread t = {.fd = l.peer, .total = SANITIZED ? 4 * MB : 60 * MB};
+    struct listener_thread t = {.fd = l->peer, .total = SANITIZED ? 4 * MB : 60 * MB};
     pthread_t thread;
     uint64_t seed = seed_of(42);
     world_start(w);
@@ -696,33 +658,25 @@ static void hold_while_sending(int kind)
     for (size_t done = 0; done < t.total;) {
         size_t n = t.total - done < MB ? t.total - done : MB;
         uint8_t *data = pattern_make(8, done, n), *rest = NULL;
-        int64_t left = ap_conn_write(l.conn, (char *)data, n);
+        int64_t left = ap_conn_write(l->conn, (char *)data, n);
         CHECK_OK(left);
         for (uint64_t i = random_below(&seed, 20); i > 0; i--)
             pause_a_little(&seed);
         if (left > 0 && random_below(&seed, 2)) {
-            left = ap_conn_hold(l.conn);
+            left = ap_conn_hold(l->conn);
             rest = malloc((size_t)left + 1);
             memcpy(rest, data + n - (size_t)left, (size_t)left);
             memset(data, 0, n);
             ap_piece piece = {rest, (size_t)left};
-            CHECK_EQ(ap_conn_requeue(l.conn, &piece, left > 0), left);
+            CHECK_EQ(ap_conn_requeue(l->conn, &piece, left > 0), left);
         }
-        while (ap_conn_drain(l.conn, 0, 0) == -EAGAIN)
-            await(w, l.id, AP_MAIL_WRITE);
+        while (ap_conn_drain(l->conn, 0, 0) == -EAGAIN)
+            await(w, l->id, AP_MAIL_WRITE);
         free(rest);
         free(data);
         done += n;
     }
     pthread_join(thread, NULL);
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(races_output_is_held_while_it_is_sent)
-{
-    hold_while_sending(AP_UNIX);
-    hold_while_sending(AP_TCP);
 }
 
 /* ---- listeners -------------------------------------------------------- */
@@ -768,7 +722,8 @@ TEST(races_credits_and_accepts)
     world_start(w);
     for (int i = 0; i < 2; i++)
         spawn(&threads[i], knock_and_run, &c);
-    while (taken < (uint64_t)ROUNDS(4000)) {
+    int64_t over = ap_now() + 2 * LITMUS;
+    while (taken < (uint64_t)ROUNDS(4000) && ap_now() < over) {
         ap_accepted got[4];
         int n = 1 + (int)random_below(&seed, 3);
         CHECK_OK(ap_account_add(account, n));
@@ -805,7 +760,8 @@ TEST(races_listener_closes_while_accepting)
     int fd = listen_tcp(64, &c.address);
     world_start(w);
     spawn(&thread, knock_and_run, &c);
-    for (int i = 0; i < ROUNDS(1000); i++) {
+    RACE(i, 1000)
+    {
         ap_account *account;
         ap_listener *listener;
         int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
@@ -829,26 +785,22 @@ TEST(races_listener_closes_while_accepting)
 /* ---- the lease -------------------------------------------------------- */
 
 /* A loop that steps the poller by itself while the thread is there: one of them drives. */
-TEST(races_two_drivers)
+LINK_TEST(races_two_drivers, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    struct speaker s = {.fd = l.peer, .total = SANITIZED ? 3 * MB : 50 * MB};
+    struct speaker s = {.fd = l->peer, .total = SANITIZED ? 3 * MB : 50 * MB};
     pthread_t thread;
     world_start(w);
     spawn(&thread, speak, &s);
     for (size_t read = 0; read < s.total;) {
         size_t n = s.total - read < 10000 ? s.total - read : 10000;
-        while (want(&l, n) == -EAGAIN) {
+        while (want(l, n) == -EAGAIN) {
             int rc = ap_poller_step(w->poller, 0, 10);
             CHECK(rc >= 0 || rc == -EBUSY);
             breathe(w);
             collect(w);
         }
-        expect(&l, 5, read, n);
+        expect(l, 5, read, n);
         read += n;
     }
     pthread_join(thread, NULL);
-    link_close(&l);
-    world_close(w);
 }

@@ -1,115 +1,7 @@
 /* slot.c: every (state, verb) of its table, generations, and events that come late. */
-#include "fixture.h"
+#include "verbs.h"
 
 /* ---- every (state, verb) ---------------------------------------------- */
-
-struct verb {
-    const char *name;
-    int64_t (*call)(ap_conn *conn);
-};
-
-static int64_t do_register(ap_conn *c)
-{
-    int result;
-    int failed = ap_conn_register(&c, &result, 1);
-    CHECK_EQ(failed, result < 0);
-    return result;
-}
-static int64_t do_read(ap_conn *c)
-{
-    return ap_conn_read(c, 0, 1, 0, 0, NULL, 0);
-}
-static int64_t do_find(ap_conn *c)
-{
-    return ap_conn_find(c, 0, "\n", 1, 100, 0, 0, NULL, 0);
-}
-static int64_t do_block(ap_conn *c)
-{
-    ap_view view;
-    return ap_conn_block(c, 0, &view);
-}
-static int64_t do_consume(ap_conn *c)
-{
-    return ap_conn_consume(c, 0, 0);
-}
-static int64_t do_buffered(ap_conn *c)
-{
-    return ap_conn_buffered(c, 0);
-}
-static int64_t do_disarm_read(ap_conn *c)
-{
-    return ap_conn_disarm_read(c);
-}
-static int64_t do_disarm_write(ap_conn *c)
-{
-    return ap_conn_disarm_write(c);
-}
-static int64_t do_write(ap_conn *c)
-{
-    return ap_conn_write(c, "x", 1);
-}
-static int64_t do_send_nothing(ap_conn *c)
-{
-    return ap_conn_send(c, NULL, 0);
-}
-static int64_t do_drain(ap_conn *c)
-{
-    return ap_conn_drain(c, 0, 0);
-}
-static int64_t do_hold(ap_conn *c)
-{
-    return ap_conn_hold(c);
-}
-static int64_t do_requeue(ap_conn *c)
-{
-    return ap_conn_requeue(c, NULL, 0);
-}
-static int64_t do_idle(ap_conn *c)
-{
-    return ap_conn_set_idle(c, 0);
-}
-static int64_t do_fd(ap_conn *c)
-{
-    return ap_conn_fd(c, 0) < 0 ? -EBADF : 0;
-}
-static int64_t do_linger(ap_conn *c)
-{
-    return ap_conn_linger(c, 0, 0);
-}
-static int64_t do_shutdown(ap_conn *c)
-{
-    return ap_conn_shutdown(c);
-}
-static int64_t do_detach(ap_conn *c)
-{
-    return ap_conn_detach(c, 0);
-}
-static int64_t do_close(ap_conn *c)
-{
-    return ap_conn_close(c, 0, 0);
-}
-
-static const struct verb verbs[] = {
-    {"register", do_register},
-    {"read", do_read},
-    {"find", do_find},
-    {"block", do_block},
-    {"consume", do_consume},
-    {"buffered", do_buffered},
-    {"disarm_read", do_disarm_read},
-    {"disarm_write", do_disarm_write},
-    {"write", do_write},
-    {"send nothing", do_send_nothing},
-    {"drain", do_drain},
-    {"hold", do_hold},
-    {"requeue", do_requeue},
-    {"set_idle", do_idle},
-    {"fd", do_fd},
-    {"linger", do_linger},
-    {"shutdown", do_shutdown},
-};
-
-static const struct verb endings[] = {{"close", do_close}, {"detach", do_detach}};
 
 /* Each verb on an open slot does what it does, and is no crash in any order (L04, L05). */
 TEST(slot_open_takes_every_verb)
@@ -119,10 +11,9 @@ TEST(slot_open_takes_every_verb)
         int fds[2];
         sockets_of(kind, fds);
         struct link l = link_fd(w, kind, HIGH, fds[0], fds[1]);
-        for (size_t i = 0; i < AP_ARRAY_SIZE(verbs); i++) {
-            int64_t rc = verbs[i].call(l.conn);
-            if (rc == -EBADF)
-                CHECK_FAIL("%s on an open slot: %lld", verbs[i].name, (long long)rc);
+        for (enum verb verb = 0; verb < VERB_detach; verb++) {
+            if (verb_call(verb, l.conn) == -EBADF)
+                CHECK_FAIL("%s on an open slot", verb_names[verb]);
             settle(w);
         }
         link_close(&l);
@@ -130,58 +21,45 @@ TEST(slot_open_takes_every_verb)
     world_close(w);
 }
 
-static void end_with(struct world *w, const struct verb *ending)
-{
-    struct link l = link_open(w, AP_TCP, HIGH);
-    int fd = l.fd;
-    int64_t rc = ending->call(l.conn);
-    CHECK_EQ(rc, ending->call == do_detach ? fd : 0);
-    for (size_t i = 0; i < AP_ARRAY_SIZE(verbs); i++) {
-        int64_t got = verbs[i].call(l.conn);
-        if (got != -EBADF)
-            CHECK_FAIL("%s after %s: %lld", verbs[i].name, ending->name, (long long)got);
-    }
-    CHECK_EQ(do_close(l.conn), -EBADF);
-    CHECK_EQ(do_detach(l.conn), -EBADF);
-    CHECK_EQ(ap_conn_status(l.conn) & AP_IS_CLOSED, AP_IS_CLOSED);
-    CHECK_EQ(ap_conn_id(l.conn), l.id);
-    link_stats(&l);
-    if (ending->call == do_detach)
-        close(fd);
-    settle(w);
-    CHECK_EQ(stats(w).slots, 1); /* the handle is still there */
-    link_close(&l);
-    CHECK_EQ(stats(w).slots, 0);
-}
-
 /* L04, L12: after any end every verb says so and touches nothing. */
 TEST(slot_closed_refuses_every_verb)
 {
+    static const enum verb ends[] = {VERB_detach, VERB_close};
     struct world *w = world_open();
-    for (size_t i = 0; i < AP_ARRAY_SIZE(endings); i++)
-        end_with(w, &endings[i]);
+    for (size_t i = 0; i < AP_ARRAY_SIZE(ends); i++) {
+        struct link l = link_open(w, AP_TCP, HIGH);
+        bool detach = ends[i] == VERB_detach;
+        CHECK_EQ(verb_call(ends[i], l.conn), detach ? l.fd : 0);
+        verbs_all_fail(l.conn, -EBADF);
+        CHECK_EQ(ap_conn_status(l.conn) & AP_IS_CLOSED, AP_IS_CLOSED);
+        CHECK_EQ(ap_conn_id(l.conn), l.id);
+        link_stats(&l);
+        if (detach)
+            close(l.fd);
+        settle(w);
+        CHECK_EQ(stats(w).slots, 1); /* the handle is still there */
+        link_close(&l);
+        CHECK_EQ(stats(w).slots, 0);
+    }
     world_close(w);
 }
 
 /* A slot is free when the handle *and* the driver have let go, in either order. */
-TEST(slot_is_free_when_handle_and_driver_let_go)
+LINK_TEST(slot_is_free_when_handle_and_driver_let_go, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    uint32_t index = (uint32_t)l.id;
-    link_close(&l);
+    uint32_t index = (uint32_t)l->id;
+    link_close(l);
     CHECK_EQ(stats(w).slots, 1); /* the driver has not seen it */
     settle(w);
     CHECK_EQ(stats(w).slots, 0);
 
-    l = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ((uint32_t)l.id, index); /* reused, and told apart */
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    *l = link_open(w, AP_UNIX, HIGH);
+    CHECK_EQ((uint32_t)l->id, index); /* reused, and told apart */
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
     settle(w);
     CHECK_EQ(stats(w).slots, 1); /* the handle has not let go */
-    link_close(&l);
+    link_close(l);
     CHECK_EQ(stats(w).slots, 0);
-    world_close(w);
 }
 
 TEST(slot_generation_grows_with_each_life)
@@ -267,24 +145,21 @@ TEST(slot_drops_events_of_an_earlier_generation)
 }
 
 /* Closed between remembering the batch and serving it: the driver still has its reference. */
-TEST(slot_closed_while_on_the_run_list)
+LINKS_TEST(slot_closed_while_on_the_run_list, TCP, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_TCP, HIGH), b = link_open(w, AP_TCP, HIGH);
-    peer_say(&a, 1, 0, 10);
-    peer_say(&b, 1, 0, 10);
-    arrived(&a, 10);
-    arrived(&b, 10);
+    struct link *a = &l[0], *b = &l[1];
+    peer_say(a, 1, 0, 10);
+    peer_say(b, 1, 0, 10);
+    arrived(a, 10);
+    arrived(b, 10);
     CHECK_EQ(ap_poller_step(w->poller, 0, 0), 0); /* remembered, none served */
-    CHECK(a.conn->slot.on_run && b.conn->slot.on_run);
-    link_close(&a);
+    CHECK(a->conn->slot.on_run && b->conn->slot.on_run);
+    link_close(a);
     CHECK_EQ(ap_poller_step(w->poller, 0, 0), 0); /* takes the message: still on the list */
     CHECK_EQ(stats(w).slots, 2);
     settle(w);
     CHECK_EQ(stats(w).slots, 1);
-    expect(&b, 1, 0, 10);
-    link_close(&b);
-    world_close(w);
+    expect(b, 1, 0, 10);
 }
 
 /* L17: a closed descriptor leaves the epoll set, also when somebody else still has the socket. */
@@ -328,29 +203,13 @@ TEST(slot_descriptor_zero)
     world_close(w);
 }
 
-TEST(slot_close_can_keep_the_descriptor)
+LINK_TEST(slot_close_with_reset, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    int fd = l.fd;
-    CHECK_EQ(ap_conn_close(l.conn, 0, 1), fd);
-    CHECK_EQ(send(fd, "still", 5, MSG_NOSIGNAL), 5);
-    close(fd);
-    link_close(&l);
-    world_close(w);
-}
-
-TEST(slot_close_with_reset)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     char byte;
-    CHECK_OK(ap_conn_close(l.conn, 1, 0));
+    CHECK_OK(ap_conn_close(l->conn, 1, 0));
     ssize_t got;
-    UNTIL(w, (got = recv(l.peer, &byte, 1, MSG_DONTWAIT)) >= 0 || errno != EAGAIN);
+    UNTIL(w, (got = recv(l->peer, &byte, 1, MSG_DONTWAIT)) >= 0 || errno != EAGAIN);
     CHECK(got < 0 && errno == ECONNRESET);
-    link_close(&l);
-    world_close(w);
 }
 
 /* More slots than one chunk, many at once, reused in any order. */
@@ -388,25 +247,22 @@ TEST(slot_new_refuses_nonsense)
 }
 
 /* A slot that views keep alive is not used again, and ends with the last view (O14). */
-TEST(slot_lives_as_long_as_its_pinned_blocks)
+LINK_TEST(slot_lives_as_long_as_its_pinned_blocks, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    peer_say(&l, 3, 0, 1000);
-    CHECK_EQ(want_wait(&l, 1000), 0);
-    ap_block *view = l.block;
-    uint32_t at = l.pos;
-    l.block = NULL;
-    CHECK_OK(ap_conn_close(l.conn, 0, 0));
+    peer_say(l, 3, 0, 1000);
+    CHECK_EQ(want_wait(l, 1000), 0);
+    ap_block *view = l->block;
+    uint32_t at = l->pos;
+    l->block = NULL;
+    CHECK_OK(ap_conn_close(l->conn, 0, 0));
     CHECK_EQ(bytes_pinned(w), view->size);
-    link_close(&l);
+    link_close(l);
     settle(w);
     CHECK_EQ(stats(w).slots, 1);
     pattern_check(ap_block_at(view, at), 3, 0, 1000);
     ap_block_unref(view);
     CHECK_EQ(stats(w).slots, 0);
     CHECK_EQ(bytes_pinned(w), 0);
-    world_close(w);
 }
 
 /* The same when the chain is dropped only with the slot: a detached connection. */

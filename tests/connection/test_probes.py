@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from peers import holds, opened, read_all, reset, send_all, send_until_full, settle
+from calls import called
+from peers import at_once, holds, opened, read_all, reset, send_all, send_until_full, settle
 
 from anypoll import Connection
 
@@ -66,39 +67,42 @@ async def test_an_idle_connection_is_good(wire: Wire) -> None:
     assert conn.statistics() == before  # nothing was read, written or waited for
 
 
-async def test_the_peers_end_is_noticed_while_nobody_reads(wire: Wire) -> None:
+def resets(conn: Connection, peer: socket.socket) -> None:
+    if conn.extra(SocketAttribute.family) == socket.AF_UNIX:
+        at_once(conn.writer.flush())  # the only kind of reset there is: it closes with input unread
+    reset(peer)
+
+
+def ends_idle(conn: Connection, _: socket.socket) -> None:
+    conn.idle_timeout = 0.001
+
+
+#: What happens; whether it is still active then, at its end, and what there is to read.
+NEWS: dict[str, tuple[Callable[[Connection, socket.socket], object], bool | None, bool, int]] = {
+    "close": (lambda _, peer: peer.close(), None, True, 0),
+    "half-close": (lambda _, peer: peer.shutdown(socket.SHUT_WR), True, True, 0),
+    "reset": (resets, False, False, 0),
+    "stray bytes": (lambda _, peer: peer.send(b"HTTP/1.1 408 Request Timeout"), True, False, 28),
+    "idle": (ends_idle, False, False, 0),
+}
+
+
+@pytest.mark.parametrize(("happens", "active", "eof", "buffered"), NEWS.values(), ids=NEWS)
+async def test_news_are_noticed_while_nobody_reads(
+    wire: Wire,
+    happens: Callable[[Connection, socket.socket], object],
+    active: bool | None,
+    eof: bool,
+    buffered: int,
+) -> None:
+    """O22."""
     conn, peer = wire
-    peer.close()
+    conn.writer.write(b"unread")
+    happens(conn, peer)
     assert noticed(lambda: not good(conn))
-    assert conn.at_eof
-
-
-async def test_a_half_close_is_noticed_while_nobody_reads(wire: Wire) -> None:
-    conn, peer = wire
-    peer.shutdown(socket.SHUT_WR)
-    assert noticed(lambda: not good(conn))
-    assert conn.at_eof
-    assert conn.is_active  # it can still send
-
-
-async def test_a_reset_is_noticed_while_nobody_reads(wire: Wire, kind: str) -> None:
-    conn, peer = wire
-    if kind == "unix":  # the only kind of reset there is: the peer closes with input unread
-        await conn.send(b"unread")
-        peer.close()
-    else:
-        reset(peer)
-    assert noticed(lambda: not good(conn))
-    assert not conn.is_active
-    assert not conn.at_eof
-
-
-async def test_stray_bytes_are_noticed_while_nobody_reads(wire: Wire) -> None:
-    conn, peer = wire
-    peer.send(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
-    assert noticed(lambda: not good(conn))
-    assert conn.reader.buffered == len(conn.reader) == 32
-    assert conn.is_active
+    assert conn.at_eof == eof
+    assert conn.reader.buffered == len(conn.reader) == buffered
+    assert active in (conn.is_active, None)
 
 
 async def test_stray_bytes_and_the_end_are_noticed_while_nobody_reads(wire: Wire) -> None:
@@ -114,23 +118,11 @@ async def test_stray_bytes_and_the_end_are_noticed_while_nobody_reads(wire: Wire
 @pytest.mark.parametrize("how", ["aclose", "abort", "detach"])
 async def test_the_own_close_is_known_at_once(wire: Wire, how: str) -> None:
     conn, _ = wire
-    if how == "aclose":
-        await conn.aclose()
-    elif how == "abort":
-        conn.abort()
-    else:
+    if how == "detach":
         conn.detach()[0].close()
-    assert not good(conn)
-    assert not conn.is_active
-    assert not conn.at_eof
-    assert conn.reader.buffered == 0
-
-
-async def test_an_idle_end_is_noticed_while_nobody_reads(wire: Wire) -> None:
-    conn, _ = wire
-    conn.idle_timeout = 0.001
-    assert noticed(lambda: not good(conn))
-    assert not conn.is_active
+    else:
+        await called(getattr(conn, how))
+    assert (conn.is_active, conn.at_eof, conn.reader.buffered) == (False, False, 0)
 
 
 async def test_probes_while_another_task_reads(wire: Wire) -> None:
@@ -163,11 +155,8 @@ async def test_paused_input_is_not_good(kind: str) -> None:
 async def test_a_reset_behind_paused_input_is_noticed_while_nobody_reads(kind: str) -> None:
     async with opened(kind) as (conn, peer):
         buffered = await paused(conn, peer)
-        if kind == "unix":
-            await conn.send(b"unread")
-            peer.close()
-        else:
-            reset(peer)
+        conn.writer.write(b"unread")
+        resets(conn, peer)
         assert noticed(lambda: not conn.is_active)
         assert conn.reader.buffered == buffered
         assert not conn.at_eof

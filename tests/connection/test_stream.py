@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
-import errno
 import functools
 import gc
 import inspect
@@ -12,7 +12,6 @@ import os
 import random
 import socket
 import types
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,15 +24,14 @@ from anyio import (
     BusyResourceError,
     ClosedResourceError,
     EndOfStream,
-    TypedAttributeLookupError,
 )
 from anyio.abc import SocketAttribute
-from anyio.streams.buffered import BufferedByteReceiveStream
 from peers import (
     KIB,
     MIB,
     arrive,
     arrived,
+    blocked,
     given_up,
     holds,
     opened,
@@ -43,7 +41,6 @@ from peers import (
     read_to_end,
     reset,
     send_all,
-    send_until_full,
     settle,
     socket_pair,
     stalled,
@@ -58,7 +55,6 @@ pytestmark = pytest.mark.anyio
 Pair = tuple[Connection, Connection]
 Wire = tuple[Connection, socket.socket]
 
-READING = "Another task is already reading from this resource"
 WRITING = "Another task is already writing to this resource"
 #: More than the kernel's buffers of a connection hold.
 HUGE = 16 * MIB
@@ -95,27 +91,6 @@ async def wire(kind: str) -> AsyncIterator[Wire]:
     """A connection, and the plain socket at its other end."""
     async with opened(kind) as both:
         yield both
-
-
-@asynccontextmanager
-async def blocked(call: Callable[[], Awaitable[Any]]) -> AsyncIterator[list[Any]]:
-    """Runs the call in a task; the block begins when that waits, and ends when it has ended. The
-    list gets its result or exception.
-    """
-    outcome: list[Any] = []
-
-    async def run() -> None:
-        try:
-            outcome.append(await call())
-        except Exception as exc:  # noqa: BLE001 -- the test looks at it
-            outcome.append(exc)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(run)
-        await settle()
-        assert outcome == []
-        yield outcome
-        await holds(lambda: outcome)
 
 
 async def cancelled(call: Callable[[], Awaitable[Any]]) -> None:
@@ -155,6 +130,19 @@ async def yields(call: Callable[[], Awaitable[Any]]) -> Any:
         assert suspensions, "not a checkpoint"
 
 
+async def all_of(conn: Connection) -> bytes:
+    """What comes, to the end of the stream."""
+    return b"".join([piece async for piece in conn])
+
+
+async def rest_with(conn: Connection, peer: socket.socket, last: bytes) -> bytes:
+    """Sends this as the last of all; what the peer gets of everything."""
+    async with blocked(lambda: read_to_end(peer)) as outcome:
+        await within(conn.send(last))
+        await conn.send_eof()
+    return outcome[0]  # type: ignore[no-any-return]
+
+
 async def fill(conn: Connection) -> bytes:
     """Sends until neither side's buffers take more; the call was cancelled then."""
     data = pattern(HUGE, 99)
@@ -185,61 +173,23 @@ async def test_receive(wire: Wire) -> None:
     assert await conn.receive() == b", world"
 
 
-async def test_receive_waits_for_the_first_byte_only(wire: Wire) -> None:
+async def test_receive_refuses_what_is_no_number_of_bytes(wire: Wire) -> None:
+    """Before anything else, and what is there stays."""
     conn, peer = wire
-    async with blocked(lambda: conn.receive(1000)) as outcome:
-        await send_all(peer, b"x")
-    assert outcome == [b"x"]
 
+    async def refused() -> None:
+        for wrong in (0, -1, 1.5, 2.0, "1", None):
+            error = ValueError if type(wrong) is int else TypeError
+            with pytest.raises(error, match=r"^max_bytes must be a positive integer"):
+                await within(conn.receive(wrong))  # type: ignore[arg-type]
 
-async def test_receive_never_gives_nothing_or_too_much(wire: Wire) -> None:
-    conn, peer = wire
-    data = pattern(100 * KIB)
-    got = bytearray()
-    async with anyio.create_task_group() as group:
-        group.start_soon(send_all, peer, data)
-        with anyio.fail_after(30):
-            for size in [1, 2, 3, 1000, 65536] * 100:
-                piece = await conn.receive(min(size, len(data) - len(got)))
-                assert 1 <= len(piece) <= size
-                got += piece
-                if len(got) == len(data):
-                    break
-    assert got == data
-
-
-async def test_chunks_are_at_most_64_kib_by_default(wire: Wire) -> None:
-    conn, peer = wire
-    async with anyio.create_task_group() as group:
-        group.start_soon(send_all, peer, bytes(MIB))
-        await holds(lambda: len(conn.reader) > 100 * KIB)
-        total = 0
-        while total < MIB:
-            piece = await within(conn.receive())
-            assert 0 < len(piece) <= 65536
-            total += len(piece)
-
-
-@pytest.mark.parametrize("wrong", [0, -1])
-async def test_receive_refuses_nonsense(wire: Wire, wrong: int) -> None:
-    conn, _ = wire
-    with pytest.raises(ValueError, match=r"^max_bytes must be a positive integer$"):
-        await conn.receive(wrong)
-    await conn.aclose()
-    with pytest.raises(ValueError, match=r"^max_bytes must be a positive integer$"):
-        await conn.receive(wrong)  # before anything else
-
-
-@pytest.mark.parametrize("wrong", [1.5, 2.0, "1", None])
-async def test_receive_refuses_what_is_no_number_of_bytes(wire: Wire, wrong: Any) -> None:
-    """At once, and what is there stays."""
-    conn, peer = wire
-    for data in (b"", b"abc"):
-        await arrive(conn, peer, data)
-        with pytest.raises(TypeError, match=r"^max_bytes must be a positive integer, not "):
-            await within(conn.receive(wrong))
+    await refused()
+    await arrive(conn, peer, b"abc")
+    await refused()
     assert await conn.receive(2) == b"ab"
     assert await conn.receive(10**30) == b"c"
+    await conn.aclose()
+    await refused()
 
 
 async def test_the_end_of_the_stream_stays(wire: Wire) -> None:
@@ -252,13 +202,6 @@ async def test_the_end_of_the_stream_stays(wire: Wire) -> None:
             await within(conn.receive())
     assert conn.at_eof
     assert conn.is_active
-
-
-async def test_the_end_of_the_stream_wakes_the_reader(wire: Wire) -> None:
-    conn, peer = wire
-    async with blocked(conn.receive) as outcome:
-        peer.shutdown(socket.SHUT_WR)
-    assert isinstance(outcome[0], EndOfStream)
 
 
 async def test_iteration(wire: Wire) -> None:
@@ -279,55 +222,18 @@ async def test_iteration(wire: Wire) -> None:
     assert [piece async for piece in conn] == []
 
 
-async def test_iteration_of_a_closed_connection(wire: Wire) -> None:
-    conn, _ = wire
-    await conn.aclose()
-    with pytest.raises(ClosedResourceError):
-        await conn.__anext__()
-
-
-async def test_two_readers(wire: Wire) -> None:
-    conn, peer = wire
-    async with blocked(conn.receive) as outcome:
-        for call in (conn.receive, lambda: conn.next(1), lambda: conn.until(b"\n")):
-            with pytest.raises(BusyResourceError, match=f"^{READING}$"):
-                await call()
-        await send_all(peer, b"for the first")
-    assert outcome == [b"for the first"]
-
-
 # --- send ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        pytest.param(b"bytes", id="bytes"),
-        pytest.param(bytearray(b"bytearray"), id="bytearray"),
-        pytest.param(memoryview(b"view"), id="memoryview"),
-        pytest.param(memoryview(b"a-b-c-d-")[::2], id="strided"),
-        pytest.param(__import__("array").array("I", [1, 2, 3]), id="array"),
-        pytest.param(pattern(100 * KIB), id="large"),
-    ],
-)
-async def test_send_takes_what_is_like_bytes(wire: Wire, item: Any) -> None:
+async def test_send_takes_what_is_like_bytes(wire: Wire) -> None:
     conn, peer = wire
-    expected = bytes(item)
-    if isinstance(item, memoryview) and not item.contiguous:
-        with pytest.raises((TypeError, ValueError, BufferError)):
-            await conn.send(item)
-        return
-    await conn.send(item)
-    assert await read_all(peer, len(expected)) == expected
-
-
-@pytest.mark.parametrize("item", ["text", None, 5])
-async def test_send_refuses_everything_else(wire: Wire, item: Any) -> None:
-    conn, peer = wire
-    with pytest.raises(TypeError):
+    for item in (b"1", bytearray(b"2"), memoryview(b"-3-")[1:2], array.array("B", [52])):
         await conn.send(item)
-    await conn.send(b"still usable")
-    assert await read_all(peer, 12) == b"still usable"
+    for wrong in ("text", None, 5, memoryview(b"a-b-")[::2]):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            await conn.send(wrong)  # type: ignore[arg-type]
+    await conn.send(b"5")
+    assert await read_all(peer, 5) == b"12345"
 
 
 async def test_sending_nothing(wire: Wire) -> None:
@@ -335,12 +241,9 @@ async def test_sending_nothing(wire: Wire) -> None:
     await yields(lambda: conn.send(b""))
     await cancelled(lambda: conn.send(b""))
     assert conn.statistics().writes == 0
-    await conn.aclose()
-    with pytest.raises(ClosedResourceError):
-        await conn.send(b"")
 
 
-@pytest.mark.parametrize("size", [1, 4096, 65536, 65537, MIB, 5 * MIB])
+@pytest.mark.parametrize("size", [1, 65537, 5 * MIB])
 async def test_large_and_small_items_arrive(pair: Pair, size: int) -> None:
     first, second = pair
     data = pattern(size)
@@ -349,19 +252,16 @@ async def test_large_and_small_items_arrive(pair: Pair, size: int) -> None:
         await first.send(data)
         await first.send_eof()
 
-    got = bytearray()
     async with anyio.create_task_group() as group:
         group.start_soon(send)
-        async for piece in second:
-            got += piece
-    assert got == data
+        assert await within(all_of(second)) == data
 
 
 async def test_both_directions_at_once(pair: Pair) -> None:
     results: dict[Connection, bytes] = {}
 
     async def collect(conn: Connection) -> None:
-        results[conn] = b"".join([piece async for piece in conn])
+        results[conn] = await all_of(conn)
 
     async def send(conn: Connection, data: bytes) -> None:
         await conn.send(data)
@@ -375,23 +275,6 @@ async def test_both_directions_at_once(pair: Pair) -> None:
                 group.start_soon(collect, conn)
                 group.start_soon(send, conn, data)
     assert results == {first: back, second: there}
-
-
-async def test_two_writers(wire: Wire) -> None:
-    """L36."""
-    conn, peer = wire
-    data = pattern(HUGE)
-    async with blocked(lambda: conn.send(data)) as outcome:
-        for call in (
-            lambda: conn.send(b"x"),
-            lambda: conn.send(b""),
-            conn.send_eof,
-            conn.wait_writable,
-        ):
-            with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
-                await call()
-        assert await read_all(peer, len(data)) == data
-    assert outcome == [None]
 
 
 async def test_the_buffer_may_be_changed_after_the_send(wire: Wire) -> None:
@@ -423,25 +306,6 @@ async def test_writer_output_goes_first(wire: Wire) -> None:
     assert await read_all(peer, 18) == b"first second third"
 
 
-async def test_send_to_a_peer_that_has_gone(wire: Wire) -> None:
-    conn, peer = wire
-    peer.close()
-
-    async def send_on_and_on() -> None:
-        while True:
-            await conn.send(b"x")
-
-    with pytest.raises(BrokenResourceError) as caught:
-        await within(send_on_and_on())
-    assert isinstance(caught.value.__cause__, (BrokenPipeError, ConnectionResetError))
-    assert not conn.is_active
-    with pytest.raises(BrokenResourceError):
-        await conn.send(b"x")
-    await conn.aclose()
-    with pytest.raises(ClosedResourceError):
-        await conn.send(b"x")
-
-
 # --- send_eof ------------------------------------------------------------------------------------
 
 
@@ -466,18 +330,9 @@ async def test_send_eof_sends_what_is_written_until_then(wire: Wire) -> None:
     conn.writer.write(data)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(conn.send_eof)
-        await holds(lambda: conn._core.queued() > 0)
+        await holds(lambda: conn._core.number in conn._core.hub.writers)
         conn.writer.write(b"and this")
         assert await within(read_to_end(peer)) == data + b"and this"
-
-
-@pytest.mark.parametrize("item", [b"", b"x"])
-async def test_sending_after_send_eof(wire: Wire, item: bytes) -> None:
-    """As Trio has it: this side has been closed. Also for nothing at all."""
-    conn, _ = wire
-    await conn.send_eof()
-    with pytest.raises(ClosedResourceError):
-        await conn.send(item)
 
 
 async def test_send_eof_while_another_task_reads(wire: Wire) -> None:
@@ -489,159 +344,43 @@ async def test_send_eof_while_another_task_reads(wire: Wire) -> None:
     assert outcome == [b"answer"]
 
 
-async def test_sending_after_the_peers_end(wire: Wire) -> None:
-    conn, peer = wire
-    peer.shutdown(socket.SHUT_WR)
-    with pytest.raises(EndOfStream):
-        await within(conn.receive())
-    assert conn.is_active
-    data = pattern(MIB)
-    async with anyio.create_task_group() as group:
-        group.start_soon(conn.send, data)
-        assert await read_all(peer, len(data)) == data
-    await conn.send_eof()
-    assert await within(read_to_end(peer)) == b""
-
-
 async def test_half_close_in_both_orders(pair: Pair) -> None:
     first, second = pair
     await first.send(b"question")
     await first.send_eof()
-    assert b"".join([piece async for piece in second]) == b"question"
+    assert await all_of(second) == b"question"
     await second.send(b"answer")
     await second.send_eof()
-    assert b"".join([piece async for piece in first]) == b"answer"
-
-
-async def test_send_eof_of_a_closed_connection(wire: Wire) -> None:
-    conn, _ = wire
-    await conn.aclose()
-    with pytest.raises(ClosedResourceError):
-        await conn.send_eof()
-
-
-async def test_send_eof_waits_for_what_is_pending(wire: Wire) -> None:
-    conn, peer = wire
-    data = pattern(HUGE)
-    conn.writer.write(data)
-    async with blocked(conn.send_eof) as outcome:
-        assert await within(read_to_end(peer)) == data
-    assert outcome == [None]
-
-
-# --- resets --------------------------------------------------------------------------------------
-
-
-async def test_a_reset_wakes_the_reader() -> None:
-    async with opened("tcp") as (conn, peer):
-        async with blocked(conn.receive) as outcome:
-            reset(peer)
-        assert isinstance(outcome[0], BrokenResourceError)
-        assert isinstance(outcome[0].__cause__, ConnectionResetError)
-        assert outcome[0].__cause__.errno == errno.ECONNRESET
-        assert not conn.is_active
-        assert not conn.at_eof
-        for _ in range(2):
-            with pytest.raises(BrokenResourceError) as caught:
-                await conn.receive()
-            assert isinstance(caught.value.__cause__, ConnectionResetError)
-        with pytest.raises(BrokenResourceError):
-            await conn.send(b"x")
-        await conn.aclose()
-        with pytest.raises(ClosedResourceError):
-            await conn.receive()
-
-
-async def test_a_reset_wakes_the_writer() -> None:
-    async with opened("tcp") as (conn, peer):
-        async with blocked(lambda: conn.send(bytes(HUGE))) as outcome:
-            reset(peer)
-        assert isinstance(outcome[0], BrokenResourceError)
-        assert isinstance(outcome[0].__cause__, OSError)
-
-
-async def test_what_came_before_a_reset_is_readable() -> None:
-    async with opened("tcp") as (conn, peer):
-        await arrive(conn, peer, b"before")
-        reset(peer)
-        await holds(lambda: not conn.is_active)
-        assert await conn.receive(3) == b"bef"
-        with pytest.raises(BrokenResourceError):
-            await conn.next(4)  # more than there is: not an IncompleteRead
-        assert await conn.receive() == b"ore"
-        with pytest.raises(BrokenResourceError) as caught:
-            await conn.receive()
-        assert isinstance(caught.value.__cause__, ConnectionResetError)
-
-
-async def test_a_reset_is_noticed_without_io() -> None:
-    async with opened("tcp") as (conn, peer):
-        assert conn.is_active
-        reset(peer)
-        await holds(lambda: not conn.is_active)
-
-
-async def test_a_reset_behind_an_end() -> None:
-    async with opened("tcp") as (conn, peer):
-        await arrive(conn, peer, b"data")
-        peer.shutdown(socket.SHUT_WR)
-        assert await conn.receive() == b"data"
-        with pytest.raises(EndOfStream):
-            await conn.receive()
-        reset(peer)
-        await holds(lambda: not conn.is_active)
-        with pytest.raises(BrokenResourceError):
-            await conn.send(b"x")
+    assert await all_of(first) == b"answer"
 
 
 # --- peers that send and close at once -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, 4095, 4096, 65536, 65537, 300_000, MIB, 4 * MIB])
+@pytest.mark.parametrize("size", [0, 1, 4096, 65537, 4 * MIB])
 async def test_send_and_close_at_once(kind: str, size: int) -> None:
     """Every byte arrives, and then the end, whatever the poller has seen by then."""
     data = pattern(size)
-    for _ in range(8 if size < MIB else 2):
+    for _ in range(4):
         async with connected(kind) as (first, second):
 
             async def send(conn: Connection = first) -> None:
                 await conn.send(data)
                 await conn.aclose()
 
-            got = bytearray()
             async with anyio.create_task_group() as group:
                 group.start_soon(send)
-                with anyio.fail_after(30):
-                    async for piece in second:
-                        got += piece
-            assert got == data
+                assert await within(all_of(second)) == data
 
 
 async def test_many_send_and_close_before_anybody_looks() -> None:
-    for n in range(50):
+    for n in range(20):
         ours, peer = socket_pair("unix" if n % 2 else "tcp")
         data = pattern(n * 500, n)
         peer.sendall(data)
         peer.close()
         async with await Connection.from_socket(ours) as conn:
-            assert b"".join([piece async for piece in conn]) == data
-
-
-async def test_close_right_after_a_large_send(pair: Pair) -> None:
-    """`send()` has returned, so all of it is the kernel's: a close must not take it back."""
-    first, second = pair
-    data = pattern(4 * MIB)
-    got = bytearray()
-
-    async def receive() -> None:
-        async for piece in second:
-            got.extend(piece)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(receive)
-        await first.send(data)
-        await first.aclose()
-    assert got == data
+            assert await all_of(conn) == data
 
 
 # --- aclose --------------------------------------------------------------------------------------
@@ -680,40 +419,6 @@ async def test_aclose(wire: Wire) -> None:
             plain()
 
 
-async def test_what_the_kernel_has_still_goes_out(wire: Wire) -> None:
-    conn, peer = wire
-    await conn.send(b"last words")
-    await conn.aclose()
-    assert await within(read_to_end(peer)) == b"last words"
-
-
-@pytest.mark.parametrize("operation", ["receive", "send", "until", "wait_writable", "send_eof"])
-async def test_aclose_wakes_who_waits(wire: Wire, operation: str) -> None:
-    conn, _ = wire
-    if operation == "wait_writable":
-        await fill(conn)
-    if operation == "send_eof":
-        conn.writer.write(bytes(HUGE))
-    call: Callable[[], Awaitable[Any]] = {
-        "receive": conn.receive,
-        "until": lambda: conn.until(b"\n"),
-        "send": lambda: conn.send(bytes(HUGE)),
-        "wait_writable": conn.wait_writable,
-        "send_eof": conn.send_eof,
-    }[operation]
-    async with blocked(call) as outcome:
-        await within(conn.aclose())
-        assert conn.fileno() == -1
-    assert type(outcome[0]) is ClosedResourceError
-
-
-async def test_aclose_wakes_reader_and_writer_together(wire: Wire) -> None:
-    conn, _ = wire
-    async with blocked(conn.receive) as read, blocked(lambda: conn.send(bytes(HUGE))) as sent:
-        await within(conn.aclose())
-    assert type(read[0]) is type(sent[0]) is ClosedResourceError
-
-
 async def test_aclose_in_a_cancelled_scope(wire: Wire) -> None:
     conn, _ = wire
     fd = conn.fileno()
@@ -742,12 +447,6 @@ async def test_concurrent_aclose(wire: Wire) -> None:
     assert fds == [-1] * 5
 
 
-async def test_aclose_of_a_closed_connection_sees_cancellation(wire: Wire) -> None:
-    conn, _ = wire
-    await conn.aclose()
-    await cancelled(conn.aclose)
-
-
 async def test_aclose_drains_the_writer(wire: Wire) -> None:
     conn, peer = wire
     data = pattern(HUGE)
@@ -761,38 +460,24 @@ async def test_aclose_drains_the_writer(wire: Wire) -> None:
     assert conn.statistics().bytes_sent == len(data)
 
 
-async def test_aclose_drains_for_no_longer_than_the_write_timeout(wire: Wire) -> None:
-    conn, _ = wire
-    conn.write_timeout = 0.02
-    conn.writer.write(bytes(HUGE))
-    await within(conn.aclose())
-    assert conn.fileno() == -1
-
-
-@pytest.mark.parametrize("how", ["aclose", "abort", "cancel"])
-async def test_a_draining_aclose_can_be_ended(wire: Wire, how: str) -> None:
-    conn, _ = wire
-    raw = conn.extra(SocketAttribute.raw_socket)
-    conn.writer.write(bytes(HUGE))
-    async with anyio.create_task_group() as group:
-        group.start_soon(conn.aclose)
-        await settle()
-        assert raw.fileno() >= 0
-        if how == "aclose":
-            await within(conn.aclose())
-        elif how == "abort":
-            conn.abort()
-        else:
-            group.cancel_scope.cancel()
-    assert raw.fileno() == -1
-
-
-async def test_a_reset_ends_a_draining_aclose() -> None:
-    async with opened("tcp") as (conn, peer):
+@pytest.mark.parametrize("how", ["aclose", "abort", "cancel", "timeout", "reset"])
+async def test_a_draining_aclose_can_be_ended(kind: str, how: str) -> None:
+    async with opened("tcp" if how == "reset" else kind) as (conn, peer):
+        raw = conn.extra(SocketAttribute.raw_socket)
         conn.writer.write(bytes(HUGE))
-        async with blocked(conn.aclose) as outcome:
-            reset(peer)
-        assert outcome == [None]
+        if how == "timeout":
+            conn.write_timeout = 0.02
+            await within(conn.aclose())
+        else:
+            async with blocked(conn.aclose, cancel=how == "cancel"):
+                assert raw.fileno() >= 0
+                if how == "aclose":
+                    await within(conn.aclose())
+                elif how == "abort":
+                    conn.abort()
+                elif how == "reset":
+                    reset(peer)
+        assert raw.fileno() == -1
 
 
 async def test_aclose_does_not_wait_for_a_send_that_was_given_up(wire: Wire) -> None:
@@ -857,51 +542,26 @@ async def test_aclose_waits_for_an_answer_after_a_send_that_was_given_up() -> No
             assert await within(read_to_end(peer)) == bytes(full) + b"bye"
 
 
-async def test_the_block_closes(kind: str) -> None:
-    async with opened(kind) as (conn, _):
-        async with conn as same:
-            assert same is conn
-        assert conn.fileno() == -1
-
-
 # --- abort ---------------------------------------------------------------------------------------
 
 
-async def test_abort_is_a_reset() -> None:
-    async with opened("tcp") as (conn, peer):
-        await conn.send(b"sent")
-        conn.writer.write(b"dropped")
-        conn.abort()
-        conn.abort()
-        assert conn.fileno() == -1
-        with pytest.raises(ConnectionResetError):
-            await within(read_to_end(peer))
-        with pytest.raises(ClosedResourceError):
-            await conn.receive()
-        await conn.aclose()
-
-
-async def test_abort_after_the_raw_socket_was_asked_for() -> None:
-    async with opened("tcp") as (conn, peer):
+@pytest.mark.parametrize("with_raw", [False, True])
+async def test_abort_drops_what_is_pending(wire: Wire, kind: str, with_raw: bool) -> None:
+    """And is a RST, where there are any."""
+    conn, peer = wire
+    if with_raw:
         raw = conn.extra(SocketAttribute.raw_socket)
-        conn.abort()
+    conn.writer.write(b"dropped")
+    conn.abort()
+    conn.abort()
+    assert conn.fileno() == -1
+    if with_raw:
         assert raw.fileno() == -1
+    if kind == "unix":
+        assert await within(read_to_end(peer)) == b""
+    else:
         with pytest.raises(ConnectionResetError):
             await within(read_to_end(peer))
-
-
-async def test_abort_of_a_unix_connection() -> None:
-    async with opened("unix") as (conn, peer):
-        conn.writer.write(b"dropped")
-        conn.abort()
-        assert await within(read_to_end(peer)) == b""
-
-
-async def test_abort_wakes_who_waits(wire: Wire) -> None:
-    conn, _ = wire
-    async with blocked(conn.receive) as read, blocked(lambda: conn.send(bytes(HUGE))) as sent:
-        conn.abort()
-    assert type(read[0]) is type(sent[0]) is ClosedResourceError
 
 
 # --- checkpoints and cancellation ----------------------------------------------------------------
@@ -932,16 +592,6 @@ async def test_a_cancelled_scope_consumes_and_sends_nothing(wire: Wire) -> None:
     await conn.send(b"only this")
     await conn.send_eof()
     assert await within(read_to_end(peer)) == b"only this"
-
-
-async def test_the_end_and_errors_are_checkpoints_too(wire: Wire) -> None:
-    conn, peer = wire
-    peer.shutdown(socket.SHUT_WR)
-    await holds(lambda: conn.at_eof)
-    for _ in range(2):
-        with pytest.raises(EndOfStream):
-            await yields(conn.receive)
-        await cancelled(conn.receive)
 
 
 async def test_a_cancelled_receive_loses_nothing(wire: Wire) -> None:
@@ -1000,16 +650,7 @@ async def test_a_send_that_did_not_start_sends_nothing(wire: Wire) -> None:
                 group.start_soon(conn.send, b"never")
                 await settle()
                 scope.cancel()
-    got = bytearray()
-
-    async def collect() -> None:
-        got.extend(await within(read_to_end(peer)))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(collect)
-        await conn.send(b"the end")
-        await conn.send_eof()
-    assert got == first + b"the end"
+    assert await rest_with(conn, peer, b"the end") == first + b"the end"
 
 
 def in_foreign_memory(data: bytes) -> memoryview:
@@ -1034,44 +675,20 @@ async def test_the_rest_of_a_cancelled_send_goes_first(
             scope.cancel()
     if item_of is not bytes:
         item[:] = bytes(len(item))
-    after = b"and this comes after it"
-
-    async def collect() -> None:
-        nonlocal got
-        got += await within(read_to_end(peer))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(collect)
-        await within(conn.send(after))
-        await conn.send_eof()
-    assert got == data + after
+    assert got + await rest_with(conn, peer, b"behind it") == data + b"behind it"
 
 
-async def test_only_the_item_that_was_given_up_is_taken_back(wire: Wire) -> None:
+@pytest.mark.parametrize("given_up_item", [pattern(HUGE), b""], ids=["the same", "nothing"])
+async def test_only_the_item_that_was_given_up_is_taken_back(
+    wire: Wire, given_up_item: bytes
+) -> None:
     """Not the same bytes that were written before it."""
     conn, peer = wire
     data = pattern(HUGE)
-    async with anyio.create_task_group() as group:
-        conn.writer.write(data)
-        conn.writer.write(data)
-        group.start_soon(conn.send, data)
-        await holds(lambda: conn._core.number in conn._core.hub.writers)
-        group.cancel_scope.cancel()
-    async with anyio.create_task_group() as group:
-        group.start_soon(conn.send, b"end")
-        assert await within(read_all(peer, 2 * HUGE + 3)) == data + data + b"end"
-
-
-async def test_pending_output_is_not_taken_back_with_nothing(wire: Wire) -> None:
-    conn, peer = wire
-    data = pattern(HUGE)
-    async with anyio.create_task_group() as group:
-        conn.writer.write(data)
-        conn.writer.write(data)
-        group.start_soon(conn.send, b"")
-        await holds(lambda: conn._core.number in conn._core.hub.writers)
-        group.cancel_scope.cancel()
-    assert await within(read_all(peer, 2 * HUGE)) == data + data
+    conn.writer.write(data)
+    conn.writer.write(data)
+    await given_up(conn, conn.send, given_up_item)
+    assert await rest_with(conn, peer, b"end") == data + data + b"end"
 
 
 async def test_a_given_up_rest_goes_out_by_itself(wire: Wire) -> None:
@@ -1085,62 +702,7 @@ async def test_a_given_up_rest_goes_out_by_itself(wire: Wire) -> None:
     assert await read_all(peer, 1) == b"."
 
 
-async def test_cancelled_several_times(wire: Wire) -> None:
-    conn, peer = wire
-    data = await fill(conn)
-    for _ in range(3):
-        await given_up(conn, conn.wait_writable)
-        await given_up(conn, conn.writer.flush)
-        await given_up(conn, conn.send_eof)
-    async with blocked(conn.send_eof):
-        assert await within(read_to_end(peer)) == data
-
-
-@pytest.mark.parametrize("seed", range(3))
-async def test_cancellation_races_of_receive(pair: Pair, seed: int) -> None:
-    """Receives are cancelled at random moments while bytes come in: the stream stays whole."""
-    first, second = pair
-    random_ = random.Random(seed)
-    data = pattern(60 * KIB, seed)
-    got = bytearray()
-
-    async def send() -> None:
-        rest = data
-        while rest:
-            size = random_.randint(1, 3000)
-            await second.send(rest[:size])
-            rest = rest[size:]
-            if random_.random() < 0.3:
-                await anyio.sleep(0)
-
-    async def receive(scope: anyio.CancelScope) -> None:
-        with scope:
-            operation = random_.randrange(3)
-            missing = len(data) - len(got)
-            if operation == 0:
-                got.extend(await first.receive(random_.randint(1, 5000)))
-            elif operation == 1:
-                got.extend(await first.next(min(missing, random_.randint(1, 3000))))
-            else:
-                await first.peek(min(missing, 100))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(send)
-        with anyio.fail_after(30):
-            while len(got) < len(data):
-                scope = anyio.CancelScope()
-                async with anyio.create_task_group() as attempts:
-                    attempts.start_soon(receive, scope)
-                    for _ in range(random_.randrange(5)):
-                        await anyio.sleep(0)
-                    if random_.random() < 0.2:
-                        await anyio.sleep(0.0005)
-                    if random_.random() < 0.7:
-                        scope.cancel()
-    assert got == data
-
-
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_cancellation_races_of_send(pair: Pair, seed: int) -> None:
     """Sends are cancelled at random moments. Each message goes out whole, or as a prefix whose rest
     follows, or not at all; and never out of order.
@@ -1227,59 +789,6 @@ async def test_closing_races(kind: str, seed: int) -> None:
 # --- timeouts ------------------------------------------------------------------------------------
 
 
-async def test_read_timeout(wire: Wire) -> None:
-    conn, peer = wire
-    assert conn.read_timeout is None
-    conn.read_timeout = 0.01
-    assert conn.read_timeout == 0.01
-    for call in (conn.receive, lambda: conn.next(3), lambda: conn.until(b"\n")):
-        with pytest.raises(ReadTimeout):
-            await within(call())
-    await arrive(conn, peer, b"ab")
-    with pytest.raises(ReadTimeout):
-        await within(conn.next(3))
-    assert await conn.receive() == b"ab"  # nothing was lost
-    await arrive(conn, peer, b"abc\n")
-    assert await conn.until(b"\n") == b"abc\n"
-    assert conn.is_active
-    conn.read_timeout = None
-    async with blocked(conn.receive) as outcome:
-        await anyio.sleep(0.03)
-        assert outcome == []
-        await send_all(peer, b"late")
-    assert outcome == [b"late"]
-
-
-async def test_a_read_timeout_of_zero(wire: Wire) -> None:
-    conn, peer = wire
-    conn.read_timeout = 0
-    with pytest.raises(ReadTimeout):
-        await conn.receive()
-    await arrive(conn, peer, b"here already")
-    assert await conn.receive(4) == b"here"
-    assert await conn.next(8) == b" already"
-    with pytest.raises(ReadTimeout):
-        await conn.receive()
-
-
-async def test_the_read_timeout_holds_for_the_operation_as_a_whole(wire: Wire) -> None:
-    """Bytes that drip in do not put it off."""
-    conn, peer = wire
-
-    async def drip() -> None:
-        while True:
-            await arrive(conn, peer, b"x")
-            await anyio.sleep(0.002)
-
-    conn.read_timeout = 0.05
-    async with anyio.create_task_group() as group:
-        group.start_soon(drip)
-        await holds(lambda: len(conn.reader) > 0)
-        with pytest.raises(ReadTimeout):
-            await within(conn.next(MIB))
-        group.cancel_scope.cancel()
-
-
 async def test_an_outer_scope_wins_over_the_read_timeout(wire: Wire) -> None:
     conn, peer = wire
     conn.read_timeout = 30
@@ -1291,15 +800,6 @@ async def test_an_outer_scope_wins_over_the_read_timeout(wire: Wire) -> None:
     assert not isinstance(caught.value, ReadTimeout)
     await send_all(peer, b"still usable")
     assert await within(conn.next(12)) == b"still usable"
-
-
-async def test_the_read_timeout_wins_over_an_outer_scope(wire: Wire) -> None:
-    conn, _ = wire
-    conn.read_timeout = 0.01
-    with anyio.move_on_after(30) as scope:
-        with pytest.raises(ReadTimeout):
-            await conn.receive()
-    assert not scope.cancelled_caught
 
 
 async def test_write_timeout(wire: Wire) -> None:
@@ -1314,16 +814,7 @@ async def test_write_timeout(wire: Wire) -> None:
     with pytest.raises(WriteTimeout):
         await within(conn.send(b"never"))  # not a byte of it
     conn.write_timeout = None
-    got = bytearray()
-
-    async def collect() -> None:
-        got.extend(await within(read_to_end(peer)))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(collect)
-        await within(conn.send(b"the end"))
-        await conn.send_eof()
-    assert got == data + b"the end"
+    assert await rest_with(conn, peer, b"the end") == data + b"the end"
 
 
 async def test_a_write_timeout_of_zero(wire: Wire) -> None:
@@ -1333,19 +824,16 @@ async def test_a_write_timeout_of_zero(wire: Wire) -> None:
     assert await read_all(peer, 29) == b"the kernel takes this at once"
     with pytest.raises(WriteTimeout):
         await conn.send(bytes(HUGE))
-
-
-async def test_an_outer_scope_wins_over_the_write_timeout(wire: Wire) -> None:
-    conn, _ = wire
-    conn.write_timeout = 30
+    conn.write_timeout = 1000
     with anyio.move_on_after(0.02) as scope:
-        await conn.send(bytes(HUGE))
+        await conn.send(b"more")
     assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize("name", ["read_timeout", "write_timeout"])
 async def test_timeouts_refuse_nonsense(wire: Wire, name: str) -> None:
     conn, _ = wire
+    assert getattr(conn, name) is None
     setattr(conn, name, 1)
     for wrong, error in ((-1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
         with pytest.raises(error):
@@ -1358,34 +846,6 @@ async def test_timeouts_refuse_nonsense(wire: Wire, name: str) -> None:
 # --- what a connection knows ---------------------------------------------------------------------
 
 
-async def test_at_eof(wire: Wire) -> None:
-    conn, peer = wire
-    assert not conn.at_eof
-    await arrive(conn, peer, b"unread")
-    peer.shutdown(socket.SHUT_WR)
-    await pollers_have_looked()
-    assert not conn.at_eof
-    assert conn.is_active
-    assert await conn.receive() == b"unread"
-    await holds(lambda: conn.at_eof)
-    assert conn.is_active
-
-
-async def test_an_end_is_noticed_without_a_read(wire: Wire) -> None:
-    """O22."""
-    conn, peer = wire
-    peer.shutdown(socket.SHUT_WR)
-    await holds(lambda: conn.at_eof)
-
-
-async def test_unexpected_bytes_are_noticed_without_a_read(wire: Wire) -> None:
-    """What a connection pool asks: is there anything on an idle connection?"""
-    conn, peer = wire
-    assert len(conn.reader) == 0
-    await send_all(peer, b"surprise")
-    await holds(lambda: len(conn.reader) == 8)
-
-
 async def test_state_and_server(wire: Wire) -> None:
     conn, _ = wire
     assert conn.state is None
@@ -1393,12 +853,6 @@ async def test_state_and_server(wire: Wire) -> None:
     conn.state = thing = object()
     await conn.aclose()
     assert conn.state is thing
-
-
-async def test_addresses_of_tcp() -> None:
-    async with opened("tcp") as (conn, peer):
-        assert conn.local_address == peer.getpeername()
-        assert conn.remote_address == peer.getsockname()
 
 
 async def test_addresses_of_both_ends(pair: Pair) -> None:
@@ -1453,15 +907,11 @@ async def test_nodelay_is_set_and_can_be_changed() -> None:
 async def test_keepalive() -> None:
     async with opened("tcp") as (conn, _):
         raw = conn.extra(SocketAttribute.raw_socket)
-        conn.set_keepalive(True)
-        assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        conn.set_keepalive(anypoll.Keepalive(idle=11, interval=7, count=3))
+        for value in (True, anypoll.Keepalive(idle=11, interval=7, count=3), False):
+            conn.set_keepalive(value)
+            assert bool(raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) == bool(value)
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         assert [raw.getsockopt(socket.IPPROTO_TCP, o) for o in options] == [11, 7, 3]
-        conn.set_keepalive(False)
-        assert not raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        with pytest.raises(TypeError):
-            conn.set_keepalive(5)  # type: ignore[arg-type]
 
 
 # --- the raw socket and the attributes -----------------------------------------------------------
@@ -1487,14 +937,6 @@ async def test_the_raw_socket(pair: Pair) -> None:
         assert conn.extra(SocketAttribute.raw_socket) is raw
 
 
-async def test_the_raw_socket_of_from_socket_is_the_one_given(kind: str) -> None:
-    ours, peer = socket_pair(kind)
-    with peer:
-        async with await Connection.from_socket(ours) as conn:
-            assert conn.extra(SocketAttribute.raw_socket) is ours
-        assert ours.fileno() == -1
-
-
 async def test_closing_tells_who_waits_for_the_raw_socket(wire: Wire) -> None:
     conn, _ = wire
     raw = conn.extra(SocketAttribute.raw_socket)
@@ -1511,32 +953,12 @@ async def test_waiting_for_the_raw_socket_does_not_disturb(wire: Wire) -> None:
     assert await within(conn.receive()) == b"x"
 
 
-async def test_attributes_of_tcp_are_anyios() -> None:
-    async with opened("tcp") as (conn, peer):
-        raw = conn.extra(SocketAttribute.raw_socket)
-        host, port = raw.getsockname()
-        remote_host, remote_port = peer.getsockname()
-        assert conn.extra(SocketAttribute.family) == socket.AF_INET
-        assert conn.extra(SocketAttribute.local_address) == (host, port)
-        assert conn.extra(SocketAttribute.local_port) == port
-        assert conn.extra(SocketAttribute.remote_address) == (remote_host, remote_port)
-        assert conn.extra(SocketAttribute.remote_port) == remote_port
+async def test_attributes_are_anyios(kind: str) -> None:
+    async with opened(kind) as (conn, _):
         theirs = anyio.abc.SocketStream.extra_attributes.fget(conn)  # type: ignore[attr-defined]
-        ours = conn.extra_attributes
-        assert set(theirs) <= set(ours)  # beside AnyIO's there are our own
+        ours = conn.extra_attributes  # there are our own beside them
         assert {k: ours[k]() for k in theirs} == {k: v() for k, v in theirs.items()}
-
-
-async def test_attributes_of_unix_are_anyios() -> None:
-    async with opened("unix") as (conn, _):
-        assert conn.extra(SocketAttribute.family) == socket.AF_UNIX
-        with pytest.raises(TypedAttributeLookupError):
-            conn.extra(SocketAttribute.local_port)
-        assert conn.extra(SocketAttribute.remote_port, None) is None
-        theirs = anyio.abc.SocketStream.extra_attributes.fget(conn)  # type: ignore[attr-defined]
-        ours = conn.extra_attributes
-        assert set(theirs) <= set(ours)  # beside AnyIO's there are our own
-        assert {k: ours[k]() for k in theirs} == {k: v() for k, v in theirs.items()}
+        assert (SocketAttribute.local_port in ours) == (kind == "tcp")
 
 
 # --- detach --------------------------------------------------------------------------------------
@@ -1598,10 +1020,6 @@ async def test_detach_before_it_was_told_that_all_is_sent(wire: Wire) -> None:
 
 async def test_detach_of_a_busy_connection(wire: Wire) -> None:
     conn, peer = wire
-    async with blocked(conn.receive):
-        with pytest.raises(BusyResourceError, match=f"^{READING}$"):
-            conn.detach()
-        await send_all(peer, b"x")
     conn.writer.write(b"pending")
     with pytest.raises(BusyResourceError, match=f"^{WRITING}$"):
         conn.detach()
@@ -1634,67 +1052,39 @@ async def test_from_socket(kind: str, as_fd: bool) -> None:
             os.fstat(fd)
 
 
+@pytest.mark.parametrize(
+    "cls", [Connection, UNIXConnection, anyio.abc.UNIXSocketStream], ids=["any", "unix", "AnyIO's"]
+)
+async def test_from_socket_refuses_what_is_no_connected_stream(cls: Any, tmp_path: Any) -> None:
+    """L47. In the words of AnyIO, whose own class is asked the same; and leaves it open."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(tmp_path / "file", "wb"))
+        tcp = [stack.enter_context(sock) for sock in socket_pair("tcp")]
+        wrong: list[tuple[Any, str]] = [
+            ("x", "expected an int or socket, got str instead"),
+            (file.fileno(), "the file descriptor does not refer to a socket"),
+        ]
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+            pair = [stack.enter_context(s) for s in socket.socketpair(type=kind)]
+            text = f"socket type mismatch: expected SOCK_STREAM, got {kind.name}"
+            wrong.append((pair[0], text))
+        unconnected = stack.enter_context(socket.socket(socket.AF_UNIX))
+        wrong += [(s, "the socket must be connected") for s in (unconnected, unconnected.fileno())]
+        if cls is not Connection:
+            text = "address family mismatch: expected AF_UNIX, got AF_INET"
+            wrong += [(sock, text) for sock in tcp]
+        for given, text in wrong:
+            with pytest.raises((TypeError, ValueError), match=f"^{text}$"):
+                await cls.from_socket(given)
+            if given != "x":
+                os.fstat(given if isinstance(given, int) else given.fileno())
+
+
 @pytest.mark.parametrize("fd", [-1, 10**30])
 async def test_from_socket_refuses_what_no_descriptor_can_be(fd: int) -> None:
     for cls in (Connection, UNIXConnection, anypoll.SocketListener):
         with pytest.raises(ValueError):
             await cls.from_socket(fd)
-
-
-async def test_from_socket_of_the_unix_class() -> None:
-    ours, peer = socket_pair("unix")
-    with peer:
-        async with await UNIXConnection.from_socket(ours) as conn:
-            assert type(conn) is UNIXConnection
-    ours, peer = socket_pair("tcp")
-    with ours, peer:
-        message = r"^address family mismatch: expected AF_UNIX, got AF_INET$"
-        with pytest.raises(ValueError, match=message):
-            await UNIXConnection.from_socket(ours)
-        assert ours.fileno() >= 0
-
-
-async def test_from_socket_refuses_what_is_no_socket(tmp_path: Any) -> None:
-    with pytest.raises(TypeError, match=r"^expected an int or socket, got str instead$"):
-        await Connection.from_socket("socket")  # type: ignore[arg-type]
-    with open(tmp_path / "file", "wb") as file:
-        message = r"^the file descriptor does not refer to a socket$"
-        with pytest.raises(ValueError, match=message):
-            await Connection.from_socket(file.fileno())
-        os.fstat(file.fileno())
-    with socket.socket() as unconnected:
-        for given in (unconnected, unconnected.fileno()):
-            with pytest.raises(ValueError, match=r"^the socket must be connected$"):
-                await Connection.from_socket(given)
-        assert unconnected.fileno() >= 0
-        os.fstat(unconnected.fileno())
-
-
-async def test_from_socket_refuses_other_kinds() -> None:
-    """L47."""
-    message = r"^socket type mismatch: expected SOCK_STREAM, got SOCK_DGRAM$"
-    a, b = socket.socketpair(type=socket.SOCK_DGRAM)
-    with a, b, pytest.raises(ValueError, match=message):
-        await Connection.from_socket(a)
-    message = r"^socket type mismatch: expected SOCK_STREAM, got SOCK_SEQPACKET$"
-    a, b = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    with a, b, pytest.raises(ValueError, match=message):
-        await Connection.from_socket(a)
-
-
-async def test_from_socket_messages_are_anyios() -> None:
-    """The same complaint, whichever library is asked."""
-
-    async def complaint(cls: Any, given: Any) -> str:
-        with pytest.raises((TypeError, ValueError)) as caught:
-            await cls.from_socket(given)
-        return f"{type(caught.value).__name__}: {caught.value}"
-
-    dgram, other = socket.socketpair(type=socket.SOCK_DGRAM)
-    with dgram, other, socket.socket() as unconnected:
-        for given in ("x", dgram, unconnected):
-            theirs = await complaint(anyio.abc.UNIXSocketStream, given)
-            assert await complaint(UNIXConnection, given) == theirs
 
 
 async def test_socketpair() -> None:
@@ -1734,17 +1124,6 @@ async def test_a_forgotten_connection_in_a_cycle(kind: str) -> None:
                 del conn
                 gc.collect()
         assert second.is_active
-
-
-async def test_a_closed_connection_warns_of_nothing(wire: Wire) -> None:
-    ours, peer = socket_pair("tcp")
-    with peer:
-        conn = await Connection.from_socket(ours)
-        await conn.aclose()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            del conn
-            gc.collect()
 
 
 async def test_a_connection_that_is_waited_for_is_not_forgotten(wire: Wire) -> None:
@@ -1787,16 +1166,8 @@ async def test_output_that_is_being_sent_outlives_the_connection(kind: str) -> N
 # --- with AnyIO's wrappers -----------------------------------------------------------------------
 
 
-async def test_anyios_buffered_stream(pair: Pair) -> None:
-    first, second = pair
-    buffered = BufferedByteReceiveStream(second)
-    await first.send(b"line one\nexactly")
-    assert await buffered.receive_until(b"\n", 100) == b"line one"
-    assert await buffered.receive_exactly(7) == b"exactly"
-
-
 async def test_many_connections_at_once(kind: str) -> None:
-    count = 60
+    count = 30
 
     async def talk(n: int) -> None:
         async with connected(kind) as (first, second):
@@ -1811,14 +1182,6 @@ async def test_many_connections_at_once(kind: str) -> None:
         async with anyio.create_task_group() as group:
             for n in range(count):
                 group.start_soon(talk, n)
-
-
-async def test_backpressure_reaches_the_peer(wire: Wire) -> None:
-    """A connection that nobody reads takes what it may read ahead, and then no more."""
-    conn, peer = wire
-    sent = await send_until_full(conn, peer, bytes(64 * MIB))
-    assert sent < 32 * MIB
-    assert len(conn.reader) <= 512 * KIB
 
 
 async def test_two_sends_that_were_given_up_do_not_deadlock(pair: Pair) -> None:

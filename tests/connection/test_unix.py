@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import calls
 import pytest
 from anyio import (
     BrokenResourceError,
@@ -23,7 +24,7 @@ from anyio import (
     EndOfStream,
 )
 from anyio.abc import SocketAttribute
-from peers import KIB, MIB, holds, pattern, read_all, suspends, within
+from peers import KIB, MIB, blocked, given_up, holds, pattern, read_all, suspends, within
 
 import anypoll
 from anypoll import ReadTimeout, UNIXConnection, WriteTimeout, _epoll
@@ -68,6 +69,13 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
+async def taken(conn: Any, most: int, most_fds: int) -> tuple[bytes, int]:
+    """What is received: bytes, and how many descriptors, which are closed."""
+    message, fds = await conn.receive_fds(most, most_fds)
+    close_all(fds)
+    return message, len(fds)
+
+
 def same_file(a: int, b: int) -> bool:
     return os.path.sameopenfile(a, b)
 
@@ -92,14 +100,6 @@ async def pair(kind: int = STREAM) -> AsyncIterator[tuple[UNIXConnection, socket
 
 async def buffered(conn: UNIXConnection, size: int) -> None:
     await holds(lambda: len(conn.reader) == size)
-
-
-async def given_up(conn: UNIXConnection, function: Callable[..., Any], *args: Any) -> None:
-    """Begins to send, and cancels that when it waits for room."""
-    async with anyio.create_task_group() as group:
-        group.start_soon(function, *args)
-        await holds(lambda: conn._core.number in conn._core.hub.writers)
-        group.cancel_scope.cancel()
 
 
 # --- what descriptors go with --------------------------------------------------------------------
@@ -148,9 +148,7 @@ async def test_they_belong_to_all_bytes_that_came_with_them() -> None:
         probe = push(peer, b"carrying", 2)
         await buffered(conn, 13)
         assert await conn.receive_fds(3, 9) == (b"pla", [])
-        message, fds = await conn.receive_fds(4, 9)
-        assert (message, len(fds)) == (b"inca", 2)
-        close_all(fds)
+        assert await taken(conn, 4, 9) == (b"inca", 2)
         assert await conn.receive_fds(100, 9) == (b"rrying", [])
         probe.end()
 
@@ -160,9 +158,7 @@ async def test_bytes_end_behind_those_with_descriptors() -> None:
         probes = [push(peer, b"one"), push(peer, b"two")]
         peer.send(b"three")
         for text in (b"one", b"two"):
-            message, fds = await conn.receive_fds(100, 9)
-            assert (message, len(fds)) == (text, 1)
-            close_all(fds)
+            assert await taken(conn, 100, 9) == (text, 1)
         assert await conn.receive_fds(100, 9) == (b"three", [])
         for probe in probes:
             probe.end()
@@ -171,9 +167,7 @@ async def test_bytes_end_behind_those_with_descriptors() -> None:
 async def test_more_than_wanted_are_closed() -> None:
     async with pair() as (conn, peer):
         probe = push(peer, b"many", 253)
-        message, fds = await conn.receive_fds(100, 2)
-        assert (message, len(fds)) == (b"many", 2)
-        close_all(fds)
+        assert await taken(conn, 100, 2) == (b"many", 2)
         probe.end()
 
 
@@ -183,9 +177,7 @@ async def test_no_bytes_wanted() -> None:
         assert await conn.receive_fds(0, 1) == (b"", [])
         assert await conn.receive_fds(2**40, 2**40) == (b"ab", [])
         probe = push(peer, b"c")
-        message, fds = await conn.receive_fds(0, 1)
-        assert (message, len(fds)) == (b"", 1)
-        close_all(fds)
+        assert await taken(conn, 0, 1) == (b"", 1)
         assert await conn.receive() == b"c"
         probe.end()
 
@@ -209,19 +201,6 @@ async def test_a_message_across_blocks_is_taken_whole() -> None:
 # --- calls that do not ask -----------------------------------------------------------------------
 
 
-async def test_receive_closes_what_it_passes_over() -> None:
-    async with pair() as (conn, peer):
-        probe = push(peer, b"abc")
-        assert await conn.receive(2) == b"ab"
-        assert not probe.gone
-        assert await conn.receive() == b"c"
-        probe.end()
-
-
-async def skip(conn: UNIXConnection) -> None:
-    await conn.skip(4)
-
-
 async def piecemeal(conn: UNIXConnection) -> None:
     for _ in range(4):
         await conn.next(1)
@@ -240,7 +219,8 @@ async def receive_and_next(conn: UNIXConnection) -> None:
 
 READS: dict[str, Callable[[UNIXConnection], Awaitable[Any]]] = {
     "next": lambda conn: conn.next(4),
-    "skip": skip,
+    "receive": lambda conn: conn.receive(),
+    "skip": lambda conn: conn.skip(4),
     "until": lambda conn: conn.until(b"\n"),
     "next_parts": lambda conn: conn.reader.next_parts(4),
     "read_bytes": lambda conn: conn.reader.read_bytes(4),
@@ -275,9 +255,7 @@ async def test_a_peek_does_not() -> None:
         for _ in range(5):
             await anyio.sleep(0)
         assert not probe.gone
-        message, fds = await conn.receive_fds(100, 1)
-        assert (message, len(fds)) == (b"abcd", 1)
-        close_all(fds)
+        assert await taken(conn, 100, 1) == (b"abcd", 1)
         probe.end()
 
 
@@ -301,9 +279,7 @@ async def test_a_request_across_messages_with_descriptors_ends() -> None:
         probes = [push(peer, b"ab") for _ in range(10)]
         assert await within(conn.next(19)) == b"ab" * 9 + b"a"
         assert [probe.gone for probe in probes] == [True] * 9 + [False]
-        message, fds = await conn.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"b", 1)
-        close_all(fds)
+        assert await taken(conn, 9, 9) == (b"b", 1)
         for probe in probes:
             probe.end()
 
@@ -401,9 +377,7 @@ async def test_receiving_at_the_end_of_the_stream() -> None:
     async with pair() as (conn, peer):
         probe = push(peer, b"last")
         peer.shutdown(socket.SHUT_WR)
-        message, fds = await conn.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"last", 1)
-        close_all(fds)
+        assert await taken(conn, 9, 9) == (b"last", 1)
         for _ in range(2):
             with pytest.raises(EndOfStream):
                 await conn.receive_fds(9, 9)
@@ -422,9 +396,7 @@ async def test_a_cancelled_receive_takes_nothing(kind: int) -> None:
             scope.cancel()
             await conn.receive_fds(9, 9)
             pytest.fail("it is a checkpoint")
-        message, fds = await conn.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"abc", 1)
-        close_all(fds)
+        assert await taken(conn, 9, 9) == (b"abc", 1)
         probe.end()
 
 
@@ -457,45 +429,32 @@ async def test_a_read_timeout(kind: int) -> None:
 
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
 async def test_two_that_receive_and_a_close(kind: int) -> None:
-    seen: list[type[BaseException]] = []
-
     async with pair(kind) as (conn, _):
-
-        async def wait() -> None:
-            with pytest.raises(ClosedResourceError):
-                await conn.receive_fds(9, 9)
-            seen.append(ClosedResourceError)
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: conn._core.number in conn._core.hub.readers)
-            with pytest.raises(BusyResourceError, match="reading from"):
-                await conn.receive_fds(9, 9)
-            with pytest.raises(BusyResourceError, match="reading from"):
-                await conn.receive()
+        async with blocked(lambda: conn.receive_fds(9, 9)) as outcome:
+            for call in (lambda: conn.receive_fds(9, 9), conn.receive):
+                with pytest.raises(BusyResourceError, match="reading from"):
+                    await call()
             await conn.aclose()
-        assert seen == [ClosedResourceError]
-        with pytest.raises(ClosedResourceError):
-            await conn.receive_fds(9, 9)
-        with pytest.raises(ClosedResourceError):
-            await conn.send_fds(b"x", [0])
+        assert type(outcome[0]) is ClosedResourceError
+        for call in (lambda: conn.receive_fds(9, 9), lambda: conn.send_fds(b"x", [0])):
+            with pytest.raises(ClosedResourceError):
+                await call()
 
 
 @pytest.mark.loops("asyncio", "uvloop")
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
 async def test_a_native_cancel_after_the_wake_up_loses_nothing(kind: int) -> None:
     async with pair(kind) as (conn, peer):
-        task = asyncio.ensure_future(conn.receive_fds(9, 9))
+        task = asyncio.ensure_future(taken(conn, 9, 9))
         await holds(lambda: conn._core.number in conn._core.hub.readers)
         probe = push(peer, b"abc")
         await holds(lambda: conn._core.number not in conn._core.hub.readers or task.done())
         task.cancel()
         try:
-            message, fds = await task
+            got = await task
         except asyncio.CancelledError:
-            message, fds = await conn.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"abc", 1)
-        close_all(fds)
+            got = await taken(conn, 9, 9)
+        assert got == (b"abc", 1)
         probe.end()
 
 
@@ -588,19 +547,12 @@ async def test_the_rest_of_a_message_that_was_given_up_goes_out(timed: bool) -> 
 
 
 async def test_two_that_send_and_a_close() -> None:
-    async with pair() as (conn, peer):
-        del peer
-
-        async def wait() -> None:
-            with pytest.raises(ClosedResourceError):
-                await conn.send_fds(b"x" * 8 * MIB, [0])
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: conn._core.number in conn._core.hub.writers)
+    async with pair() as (conn, _):
+        async with blocked(lambda: conn.send_fds(b"x" * 8 * MIB, [0])) as outcome:
             with pytest.raises(BusyResourceError, match="writing to"):
                 await conn.send_fds(b"x", [0])
             await conn.aclose()
+        assert type(outcome[0]) is ClosedResourceError
 
 
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
@@ -730,9 +682,7 @@ async def test_interruptions(call: str, faults: Callable[..., None]) -> None:
         assert isinstance(second, UNIXConnection)
         faults(call, errno.EINTR, times=20)
         await first.send_fds(b"abc", [0])
-        message, fds = await second.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"abc", 1)
-        close_all(fds)
+        assert await taken(second, 9, 9) == (b"abc", 1)
 
 
 async def test_short_writes_and_no_room(faults: Callable[..., None]) -> None:
@@ -812,17 +762,10 @@ async def test_messages_to_and_from_anyio(tmp_path: Path) -> None:
 
 async def test_messages_are_never_read_ahead(tmp_path: Path) -> None:
     async with message_pair(tmp_path) as (client, accepted):
-        received_messages: list[bytes] = []
-
-        async def wait() -> None:
-            received_messages.append(await client.receive())
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait)
-            await holds(lambda: client._core.number in client._core.hub.readers)
+        async with blocked(client.receive) as outcome:
             for message in (b"first", b"second", b"third"):
                 await accepted.send(message)
-        assert received_messages == [b"first"]
+        assert outcome == [b"first"]
         assert len(client.reader) == 0
         sock, rest = client.detach()
         with sock:
@@ -833,19 +776,13 @@ async def test_messages_are_never_read_ahead(tmp_path: Path) -> None:
 async def test_descriptors_with_messages() -> None:
     async with pair(SEQPACKET) as (conn, peer):
         probes = [push(peer, b"one", 3), push(peer, b"two"), push(peer, b"", 1), push(peer, b"4")]
-        message, fds = await conn.receive_fds(2, 2)
-        assert (message, len(fds)) == (b"on", 2)
-        close_all(fds)
+        assert await taken(conn, 2, 2) == (b"on", 2)
         probes[0].end()
         assert await conn.receive() == b"two"
         probes[1].end()
-        message, fds = await conn.receive_fds(9, 9)
-        assert (message, len(fds)) == (b"", 1)
-        close_all(fds)
+        assert await taken(conn, 9, 9) == (b"", 1)
         probes[2].end()
-        message, fds = await conn.receive_fds(0, 9)
-        assert (message, len(fds)) == (b"", 1)
-        close_all(fds)
+        assert await taken(conn, 0, 9) == (b"", 1)
         probes[3].end()
         await conn.send_fds(b"back", [0, 1])
         assert received(peer, 99) == (b"back", 2)
@@ -923,27 +860,14 @@ async def test_an_empty_message_is_the_end_once() -> None:
 async def test_reader_and_writer_refuse_messages() -> None:
     async with pair(SEQPACKET) as (conn, peer):
         peer.send(b"message")
-        reader, writer = conn.reader, conn.writer
-        reads: list[Awaitable[Any]] = [
-            conn.peek(1), conn.next(0), conn.skip(0), conn.until(b"\n"), reader.next_parts(1),
-            reader.read_bytes(1), reader.read_str(1), reader.read_byte(),
-            reader.readinto(bytearray(9)),
-        ]  # fmt: skip
-        for read in reads:
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                await read
-        for call in (reader.peek_nowait, reader.next_nowait, reader.skip_nowait):
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                call(1)
-        with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-            reader.until_nowait(b"\n")
-        writes: list[Callable[[], Any]] = [
-            lambda: writer.write(b"x"), lambda: writer.write_str("x"), lambda: writer.malloc(1),
-        ]  # fmt: skip
-        for write in writes:
-            with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
-                write()
-        await writer.flush()
+        refused = {
+            name: call for name, call in calls.READS.items() if name not in ("receive", "iteration")
+        }
+        refused |= calls.NOWAIT | {
+            name: calls.SENDS[name] for name in ("write", "write_str", "malloc")
+        }
+        await calls.all_raise(refused, ValueError, conn, match="SOCK_SEQPACKET")
+        await conn.writer.flush()
         assert await conn.receive() == b"message"
         await conn.send(b"answer")
         assert peer.recv(99) == b"answer"
@@ -974,14 +898,6 @@ async def test_a_server_of_messages(tmp_path: Path) -> None:
         with pytest.raises(EndOfStream):
             await client.receive()
     assert ends == [EndOfStream]
-
-
-async def test_from_socket_refuses_messages_as_anyio_does() -> None:
-    a, b = socket.socketpair(socket.AF_UNIX, SEQPACKET)
-    with a, b:
-        for cls in (UNIXConnection, anyio.abc.UNIXSocketStream):
-            with pytest.raises(ValueError, match="expected SOCK_STREAM, got SOCK_SEQPACKET"):
-                await cls.from_socket(a)
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, 99, "x", None])
@@ -1017,10 +933,9 @@ def names(tmp_path: Path) -> list[bytes]:
 FORMS: dict[str, Callable[[bytes], Any]] = {"bytes": bytes, "str": os.fsdecode}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
+@pytest.mark.parametrize(("form", "kind"), [("bytes", STREAM), ("str", SEQPACKET)])
 @pytest.mark.parametrize("which", range(4))
-async def test_addresses_are_anyios(tmp_path: Path, which: int, kind: int, form: str) -> None:
+async def test_addresses_are_anyios(tmp_path: Path, which: int, form: str, kind: int) -> None:
     name = FORMS[form](names(tmp_path)[which])
     path: Any = Path(os.fsdecode(name)) if which == 0 else name
     local, remote = SocketAttribute.local_address, SocketAttribute.remote_address

@@ -6,13 +6,11 @@ import asyncio
 import gc
 import os
 import select
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -21,7 +19,6 @@ import trio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute
 from peers import arrive, given_up, holds, opened, read_all, settle, within
-from programs import output_at_end, run_to_end
 
 import anypoll
 from anypoll import Connection, _epoll
@@ -49,12 +46,6 @@ RUNNERS: dict[str, Callable[[Main], Any]] = {
     "anyio.run": anyio.run,
     "anyio.run trio": lambda main: anyio.run(main, backend="trio"),
 }
-
-
-@pytest.fixture(params=RUNNERS)
-def run(request: pytest.FixtureRequest) -> Callable[[Main], Any]:
-    """Runs a main function to its end, in one of the ways there are."""
-    return RUNNERS[request.param]
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -98,37 +89,10 @@ def closed(peer: socket.socket) -> bool:
 # --- ways to run ---------------------------------------------------------------------------------
 
 
-def test_one_loop_after_another(run: Callable[[Main], Any]) -> None:
-    for _ in range(3):
-        run(talk)
-
-
-def test_all_kinds_of_loops_in_turn() -> None:
+@pytest.mark.parametrize("name", RUNNERS)
+def test_one_loop_after_another(name: str) -> None:
     for _ in range(2):
-        for name, run in RUNNERS.items():
-            if name != "uvloop.run" or uvloop is not None:
-                run(talk)
-
-
-def test_loops_in_several_threads_at_once() -> None:
-    errors: list[BaseException] = []
-    start = threading.Barrier(6)
-
-    def work(run: Callable[[Main], Any]) -> None:
-        try:
-            start.wait(30)
-            for _ in range(5):
-                run(talk)
-        except BaseException as exc:  # noqa: BLE001 -- the test looks at it
-            errors.append(exc)
-
-    chosen = [RUNNERS[name] for name in ("asyncio.run", "trio.run", "anyio.run")] * 2
-    threads = [threading.Thread(target=work, args=(run,)) for run in chosen]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert errors == []
+        RUNNERS[name](talk)
 
 
 def test_trio_guest_mode() -> None:
@@ -158,128 +122,63 @@ def test_trio_guest_mode() -> None:
 # --- a loop that ends with things open -----------------------------------------------------------
 
 
-def test_a_connection_that_outlives_its_loop(run: Callable[[Main], Any]) -> None:
-    left: list[Connection] = []
+def test_what_outlives_its_loop(run: Callable[[Main], Any]) -> None:
+    """Connections, sockets and listeners are closed; views stay what they are."""
+    left: dict[str, Any] = {}
     ours, peer = socket.socketpair()
 
     async def main() -> None:
-        left.append(await Connection.from_socket(ours.detach()))
-        await left[0].send(b"x")
+        conn = left["conn"] = await Connection.from_socket(ours)
+        left["socket"] = conn.extra(SocketAttribute.raw_socket)
+        left["listener"] = multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
+        left["address"] = multi.extra(SocketAttribute.local_address)
+        await conn.send(b"x")
+        peer.send(b"viewed")
+        left["view"] = await conn.next(6)
 
     with peer:
         run(main)
         gc.collect()
         assert peer.recv(1) == b"x"
         assert closed(peer)
-    [conn] = left
-    assert conn.fileno() == -1
+    conn = left["conn"]
+    assert conn.fileno() == left["socket"].fileno() == -1
     assert not conn.is_active
     assert "closed" in repr(conn)
     assert conn.statistics().bytes_sent == 1
     with pytest.raises(ClosedResourceError):
         conn.writer.write(b"x")
     conn.abort()
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+        client.connect(left["address"])
 
     async def afterwards() -> None:
-        for call in (conn.receive, lambda: conn.send(b"x"), lambda: conn.next(1)):
+        [listener] = left["listener"].listeners
+        for call in (conn.receive, lambda: conn.send(b"x"), lambda: conn.next(1), listener.accept):
             with pytest.raises(ClosedResourceError):
                 await call()
         await conn.aclose()
-
-    run(afterwards)
-
-
-def test_a_raw_socket_that_outlives_its_loop(run: Callable[[Main], Any]) -> None:
-    left: list[Any] = []
-    ours, peer = socket.socketpair()
-
-    async def main() -> None:
-        conn = await Connection.from_socket(ours)
-        left.extend([conn, conn.extra(SocketAttribute.raw_socket)])
-
-    with peer:
-        run(main)
-        gc.collect()
-        assert closed(peer)
-    assert left[1].fileno() == -1
-
-
-def test_a_listener_that_outlives_its_loop(run: Callable[[Main], Any]) -> None:
-    left: list[Any] = []
-
-    async def main() -> None:
-        left.append(await anypoll.create_tcp_listener(local_host="127.0.0.1"))
-        left.append(left[0].extra(SocketAttribute.local_address))
-
-    run(main)
-    gc.collect()
-    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
-        client.connect(left[1])
-
-    async def afterwards() -> None:
-        [listener] = left[0].listeners
-        with pytest.raises(ClosedResourceError):
-            await listener.accept()
         await listener.aclose()
+        await talk()
 
     run(afterwards)
+    assert left["view"] == b"viewed"
 
 
-def test_views_outlive_the_loop(run: Callable[[Main], Any]) -> None:
-    views: list[memoryview] = []
-
-    async def main() -> None:
-        first, second = anypoll.socketpair()
-        async with first, second:
-            for n in range(100):
-                await first.send(bytes([n]) * 1000)
-                views.append(await second.next(1000))
-
-    run(main)
-    gc.collect()
-    run(talk)
-    assert views == [bytes([n]) * 1000 for n in range(100)]
-
-
-def test_a_loop_that_is_closed_while_tasks_wait(
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
+@pytest.mark.parametrize("does", ["reads", "writes"])
+def test_a_loop_that_is_closed_while_a_task_waits(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], does: str
 ) -> None:
     """`loop.close()` drops the tasks where they stand."""
     loop = new_loop()
     ours, peer = socket.socketpair()
 
-    async def main() -> asyncio.Task[bytes]:
+    async def main() -> asyncio.Task[Any]:
         conn = await Connection.from_socket(ours.detach())
-
-        async def read() -> bytes:
-            return await conn.receive()
-
-        task = asyncio.ensure_future(read())
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert not task.done()
-        return task
-
-    with peer:
-        task = loop.run_until_complete(main())
-        loop.close()
-        gc.collect()
-        assert closed(peer)
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
-        del task
-        gc.collect()
-
-
-def test_a_loop_that_is_closed_while_output_is_stalled(
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
-) -> None:
-    loop = new_loop()
-    ours, peer = socket.socketpair()
-
-    async def main() -> asyncio.Task[None]:
-        conn = await Connection.from_socket(ours.detach())
-        task = asyncio.ensure_future(conn.send(bytes(8 << 20)))
-        while not conn.statistics().buffered_output:
+        call = conn.receive() if does == "reads" else conn.send(bytes(8 << 20))
+        task = asyncio.ensure_future(call)
+        waiting = conn._core.hub.readers if does == "reads" else conn._core.hub.writers
+        while conn._core.number not in waiting:
             await asyncio.sleep(0)
         return task
 
@@ -459,25 +358,64 @@ def test_an_async_generators_finaliser_uses_a_connection(run: Callable[[Main], A
 # --- the wrong loop ------------------------------------------------------------------------------
 
 
-def test_objects_of_another_loop(run: Callable[[Main], Any]) -> None:
-    """While its own loop lives, another one must not touch a connection."""
-    message = "event loop"
+Stay = Callable[[], Awaitable[None]]
+
+
+@contextmanager
+def elsewhere(main: Callable[[Stay], Awaitable[None]]) -> Iterator[None]:
+    """Runs the function in an event loop of another thread. The block begins when it calls what it
+    is given, and that returns when the block has ended.
+    """
     ready, done = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    async def stay() -> None:
+        ready.set()
+        while not done.is_set():
+            await anyio.sleep(0.001)
+
+    def work() -> None:
+        try:
+            anyio.run(main, stay)
+        except BaseException as exc:  # noqa: BLE001 -- for the test's thread
+            failures.append(exc)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert ready.wait(30), failures
+        yield
+    finally:
+        done.set()
+        thread.join(30)
+    assert not failures
+    assert not thread.is_alive()
+
+
+def test_objects_of_another_loop(run: Callable[[Main], Any]) -> None:
+    """While its own loop lives, another one must not touch a connection, a listener or a server;
+    nobody waits for ever for what cannot be seen there.
+    """
     shared: list[Any] = []
 
-    async def owner() -> None:
+    async def hang_up(conn: Connection) -> None:
+        await conn.send(b"x")
+
+    async def owner(stay: Stay) -> None:
         first, second = anypoll.socketpair()
         multi = await anypoll.create_tcp_listener(local_host="127.0.0.1")
-        async with first, second, multi:
-            shared.extend([first, multi.listeners[0]])
-            ready.set()
-            while not done.is_set():
-                await anyio.sleep(0.001)
+        server = anypoll.serve(hang_up, host="127.0.0.1", port=0)
+        async with first, second, multi, server as serving:
+            shared.extend([first, multi.listeners[0], serving])
+            await stay()
             await second.send(b"x")
             assert await first.receive() == b"x"  # it was not disturbed
+            assert not serving.shutting_down
+            async with await anypoll.connect_tcp("127.0.0.1", serving.port) as conn:
+                assert await conn.receive() == b"x"
 
     async def intruder() -> None:
-        conn, listener = shared
+        conn, listener, server = shared
         for call in (
             conn.receive,
             lambda: conn.send(b"x"),
@@ -488,67 +426,19 @@ def test_objects_of_another_loop(run: Callable[[Main], Any]) -> None:
             lambda: conn.until(b"\n"),
             lambda: conn.skip(1),
             listener.accept,
+            server.shutdown,
+            lambda: server.shutdown(0),
+            server.wait_shutting_down,
         ):
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match="event loop"), anyio.fail_after(30):
                 await call()
-        with pytest.raises(RuntimeError, match=message):
-            conn.detach()
-
-    thread = threading.Thread(target=lambda: RUNNERS["asyncio.run"](owner))
-    thread.start()
-    try:
-        assert ready.wait(30)
-        run(intruder)
-    finally:
-        done.set()
-        thread.join(30)
-    assert not thread.is_alive()
-
-
-def test_a_server_of_another_loop(run: Callable[[Main], Any]) -> None:
-    """It is not ended from there, and nobody waits for ever for what cannot be seen there."""
-    started, done = threading.Event(), threading.Event()
-    servers: list[anypoll.Server] = []
-
-    async def hang_up(conn: Connection) -> None:
-        await conn.send(b"x")
-
-    async def owner() -> None:
-        async with anypoll.serve(hang_up, host="127.0.0.1", port=0) as server:
-            servers.append(server)
-            started.set()
-            while not done.is_set():
-                await anyio.sleep(0.001)
-            assert not server.shutting_down
-            async with await anypoll.connect_tcp("127.0.0.1", server.port) as conn:
-                assert await conn.receive() == b"x"
-
-    async def intruder() -> None:
-        [server] = servers
-        with anyio.fail_after(30):
-            for call in (server.shutdown, lambda: server.shutdown(0), server.wait_shutting_down):
-                with pytest.raises(RuntimeError, match="event loop"):
-                    await call()
+        for function in (conn.detach, lambda: conn.add_close_callback(print)):
+            with pytest.raises(RuntimeError, match="event loop"):
+                function()
         assert server.statistics().active == 0  # to look is allowed
 
-    failed: list[BaseException] = []
-
-    def owning() -> None:
-        try:
-            RUNNERS["trio.run"](owner)
-        except BaseException as exc:  # noqa: BLE001 -- for the test's thread
-            failed.append(exc)
-
-    thread = threading.Thread(target=owning)
-    thread.start()
-    try:
-        assert started.wait(30)
+    with elsewhere(owner):
         run(intruder)
-    finally:
-        done.set()
-        thread.join(30)
-    assert not failed
-    assert not thread.is_alive()
 
 
 def test_outside_of_any_loop() -> None:
@@ -697,11 +587,9 @@ async def test_a_wake_up_without_news_is_a_hint() -> None:
 
         group.start_soon(read)
         for _ in range(5):
-            for _ in range(5):
-                await anyio.sleep(0)
+            await settle()
             conn._core.hub.wake_reader(conn._core.number)
-        for _ in range(5):
-            await anyio.sleep(0)
+        await settle()
         assert got == []
         peer.send(b"x")
         await holds(lambda: got)
@@ -722,279 +610,6 @@ def test_a_dead_hub_is_replaced() -> None:
     assert hubs[0] is not hubs[1]
     hubs[0].end()
     hubs.clear()
-
-
-# --- the process ---------------------------------------------------------------------------------
-
-
-def python(code: str) -> str:
-    done = run_to_end(
-        # as `-X dev`, but for asyncio's debug mode, which complains of steps that take long
-        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code],
-        env={"PYTHONMALLOC": "debug", **os.environ},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
-
-
-def test_import_starts_no_thread() -> None:
-    """L34."""
-    python(
-        "import os\n"
-        "import anypoll\n"
-        "assert len(os.listdir('/proc/self/task')) == 1\n"
-        "assert anypoll.statistics().pollers == ()\n"
-    )
-
-
-@pytest.mark.unsanitized
-@pytest.mark.parametrize("library", ["asyncio", "trio"])
-def test_interpreter_exit_with_open_connections(library: str) -> None:
-    """L34. Open in a module's global, with a view, stalled output, a listener: a clean exit."""
-    out = python(
-        f"import {library}, anypoll\n"
-        "async def main():\n"
-        "    global first, second, listener, view\n"
-        "    first, second = anypoll.socketpair()\n"
-        "    listener = await anypoll.create_tcp_listener(local_host='127.0.0.1')\n"
-        "    await second.send(b'hello')\n"
-        "    view = await first.next(5)\n"
-        "    first.writer.write(bytes(8 << 20))\n"
-        "    import anyio\n"
-        "    with anyio.move_on_after(0.01):\n"
-        "        await first.writer.flush()\n"
-        "    assert first.writer.buffered > 0\n"
-        f"{library}.run({'main()' if library == 'asyncio' else 'main'})\n"
-        "print(bytes(view))\n"
-    )
-    assert out == "b'hello'\n"
-
-
-@pytest.mark.unsanitized
-def test_interpreter_exit_while_a_loop_is_running_elsewhere() -> None:
-    """A daemon thread with a loop, pollers at work: the exit neither hangs nor crashes."""
-    python(
-        "import asyncio, threading, anypoll, time\n"
-        "going = threading.Event()\n"
-        "async def main():\n"
-        "    a, b = anypoll.socketpair()\n"
-        "    while True:\n"
-        "        await a.send(b'x')\n"
-        "        await b.receive()\n"
-        "        going.set()\n"
-        "threading.Thread(target=lambda: asyncio.run(main()), daemon=True).start()\n"
-        "assert going.wait(30)\n"
-    )
-
-
-EXIT_INSIDE = """
-import asyncio, sys, anypoll
-async def main():
-    a, b = anypoll.socketpair()
-    asyncio.ensure_future(a.receive())
-    await asyncio.sleep(0)
-    sys.exit(7)
-asyncio.run(main())
-"""
-
-
-@pytest.mark.unsanitized
-def test_interpreter_exit_inside_the_loop() -> None:
-    done = run_to_end([sys.executable, "-c", EXIT_INSIDE])
-    assert done.returncode == 7
-    assert "Traceback" not in done.stderr
-
-
-INTERRUPTED = """
-import asyncio, anypoll
-async def main():
-    a, b = anypoll.socketpair()
-    async with a, b:
-        print("ready", flush=True)
-        await a.receive()
-try:
-    asyncio.run(main())
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-
-
-def test_signals_reach_the_main_thread() -> None:
-    """Pollers block them: Ctrl-C interrupts a loop that waits for a connection."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            INTERRUPTED,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert output_at_end(process)[0] == "interrupted\n"
-    assert process.returncode == 0
-
-
-# --- fork ----------------------------------------------------------------------------------------
-
-
-FORK = """
-import gc, os, socket, sys, warnings
-import anyio, anypoll
-from anyio import ClosedResourceError
-from anyio.abc import SocketAttribute
-
-warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-backend = sys.argv[1]
-
-def targets():
-    names = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            names.append(os.readlink("/proc/self/fd/" + name))
-        except OSError:
-            pass
-    return names
-
-def target(thing):
-    return os.readlink("/proc/self/fd/%d" % thing.fileno())
-
-async def in_child(inherited):
-    for conn in inherited:
-        for call in (conn.receive, lambda: conn.send(b"intruder"), lambda: conn.next(1)):
-            try:
-                await call()
-            except ClosedResourceError:
-                pass
-            else:
-                raise AssertionError("an inherited connection was used")
-        assert conn.fileno() == -1, conn.fileno()
-        assert not conn.is_active
-        conn.abort()
-        await conn.aclose()
-    assert anypoll.statistics().pollers == ()
-
-    async def echo(conn):
-        async for piece in conn:
-            await conn.send(piece)
-
-    async with anypoll.serve(echo, host="127.0.0.1", port=0) as server:
-        async with await anypoll.connect_tcp("127.0.0.1", server.port) as client:
-            await client.send(b"of its own")
-            assert await client.next(10) == b"of its own"
-    assert len(anypoll.statistics().pollers) == 1
-
-async def main():
-    first, second = anypoll.socketpair()
-    third, fourth = anypoll.socketpair()
-    raw = third.extra(SocketAttribute.raw_socket)
-    listener = await anypoll.create_tcp_listener(local_host="127.0.0.1")
-    async with first, second, third, fourth, listener:
-        await first.send(b"unread")
-        async with anyio.create_task_group() as group:
-            group.start_soon(third.send, bytes(4 << 20))
-            while third._core.number not in third._core.hub.writers:  # until it is stalled
-                await anyio.sleep(0.001)
-            group.cancel_scope.cancel()
-        ours = [target(each) for each in (first, second, third, fourth)]
-        ours.append(target(listener.extra(SocketAttribute.raw_socket)))
-        assert len(set(ours) & set(targets())) == 5
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                assert not set(ours) & set(targets()), targets()
-                assert raw.fileno() == -1
-                import threading
-                errors = []
-                def work():
-                    try:
-                        anyio.run(in_child, [first, second, third, fourth], backend=backend)
-                    except BaseException as exc:
-                        errors.append(exc)
-                thread = threading.Thread(target=work)
-                thread.start()
-                thread.join()
-                if errors:
-                    raise errors[0]
-                gc.collect()
-                code = 0
-            finally:
-                if code:
-                    import traceback
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                os._exit(code)
-        # the parent goes on at once, while the child closes what it has inherited
-        for n in range(200):
-            message = b"%d" % n
-            await second.send(message)
-            assert await first.receive() == message
-        status = await anyio.to_thread.run_sync(os.waitpid, pid, 0)
-        assert os.waitstatus_to_exitcode(status[1]) == 0
-        assert await second.receive() == b"unread"
-        got = 0
-        while got < 4 << 20:
-            got += len(await fourth.receive())
-        async with await anypoll.connect_tcp(
-            "127.0.0.1", listener.extra(SocketAttribute.local_port)
-        ) as client:
-            async with await listener.listeners[0].accept() as accepted:
-                await client.send(b"x")
-                assert await accepted.receive() == b"x"
-    print("undisturbed")
-
-anyio.run(main, backend=backend)
-"""
-
-
-@pytest.mark.unsanitized
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_fork(backend: str) -> None:
-    done = run_to_end([sys.executable, "-c", FORK, backend])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "undisturbed\n"
-    assert done.stderr == ""
-
-
-@pytest.mark.unsanitized
-def test_fork_before_first_use() -> None:
-    out = python(
-        "import os, anyio, anypoll\n"
-        "pid = os.fork()\n"
-        "async def main():\n"
-        "    a, b = anypoll.socketpair()\n"
-        "    async with a, b:\n"
-        "        await a.send(b'x')\n"
-        "        assert await b.receive() == b'x'\n"
-        "anyio.run(main)\n"
-        "if pid:\n"
-        "    assert os.waitpid(pid, 0)[1] == 0\n"
-        "    print('both')\n"
-    )
-    assert out == "both\n"
-
-
-@pytest.mark.unsanitized
-def test_subprocesses_inherit_nothing() -> None:
-    """O20."""
-    out = python(
-        "import anyio, anypoll, os, subprocess, sys\n"
-        "async def main():\n"
-        "    a, b = anypoll.socketpair()\n"
-        "    listener = await anypoll.create_tcp_listener(local_host='127.0.0.1')\n"
-        "    async with a, b, listener:\n"
-        "        done = subprocess.run([sys.executable, '-c', 'import os; print(len(os.listdir('\n"
-        "            '\"/proc/self/fd\")))'], close_fds=False, capture_output=True, text=True,\n"
-        "            check=True)\n"
-        "        print(done.stdout.strip())\n"
-        "anyio.run(main)\n"
-    )
-    assert int(out) == 4  # the three standard ones, and that of the listing
 
 
 # --- peers that go while nobody looks ------------------------------------------------------------

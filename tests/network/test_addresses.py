@@ -115,6 +115,7 @@ async def complaint(cls: Any, make: Callable[[], Made]) -> str:
     ids=["Connection", "UNIXConnection", "SocketListener"],
 )
 async def test_from_socket_complains_as_anyio_does(ours: Any, theirs: Any, make: Any) -> None:
+    """L47."""
     assert await complaint(ours, make) == await complaint(theirs, make)
 
 
@@ -140,34 +141,21 @@ async def test_other_families_are_refused() -> None:
 # --- options -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", ["listener", "serve", "dialled", "from_socket"])
-async def test_nodelay_is_set_however_a_connection_was_made(of: str) -> None:
-    async def is_set(conn: Connection) -> None:
-        raw = conn.extra(SocketAttribute.raw_socket)
-        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        assert raw.gettimeout() == 0
-        seen.append(conn)
-
-    seen: list[Connection] = []
-    if of == "from_socket":
-        given, [_, other] = connected()
+async def test_nodelay_is_set_however_a_connection_was_made() -> None:
+    given, [_, other] = connected()
+    async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
+        [listener] = multi.listeners
+        port = listener.extra(SocketAttribute.local_port)
         with other:
-            async with await Connection.from_socket(given) as conn:
-                await is_set(conn)
-    elif of == "serve":
-        async with anypoll.serve(is_set, host="127.0.0.1", port=0) as server:
-            conn = await anypoll.connect_tcp("127.0.0.1", server.port)
-            async with conn:
-                with pytest.raises(anyio.EndOfStream):
-                    await within(conn.receive())
-    else:
-        async with await anypoll.create_tcp_listener(local_host="127.0.0.1") as multi:
-            [listener] = multi.listeners
-            port = listener.extra(SocketAttribute.local_port)
-            client = await anypoll.connect_tcp("127.0.0.1", port)
-            async with client, await within(listener.accept()) as conn:
-                await is_set(conn if of == "listener" else client)
-    assert len(seen) == 1
+            async with (
+                await Connection.from_socket(given) as made,
+                await anypoll.connect_tcp("127.0.0.1", port) as dialled,
+                await within(listener.accept()) as accepted,
+            ):
+                for conn in (made, dialled, accepted):
+                    raw = conn.extra(SocketAttribute.raw_socket)
+                    assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                    assert raw.gettimeout() == 0
 
 
 # --- scopes --------------------------------------------------------------------------------------

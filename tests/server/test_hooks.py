@@ -4,8 +4,7 @@ cancellation can do to them.
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import asyncio
 import fcntl
 import itertools
 import logging
@@ -15,28 +14,36 @@ import socket
 import sys
 import termios
 import textwrap
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio import BrokenResourceError, EndOfStream
 from certificates import client_context, server_context
-from peers import (
-    KIB,
-    holds,
-    pattern,
-    pollers_have_looked,
-    read_all,
-    read_to_end,
-    reset,
-    send_all,
-    within,
-)
+from peers import KIB, holds, pattern, read_to_end, reset, send_all, within
 from programs import run_to_end
-from serving import all_is_accounted_for, client, connected, errors, gone, local  # noqa: F401
+from serving import (
+    FOR_EVER,
+    HOST,
+    MODES,
+    all_is_accounted_for,  # noqa: F401
+    client,
+    connected,
+    ends,
+    errors,
+    faults_are_undone,  # noqa: F401
+    gone,
+    is_served,
+    local,
+    no_event_comes,  # noqa: F401
+    once,
+    stubborn,
+    turned_away,
+)
 
 import anypoll
 from anypoll import Connection, IdleTimeout, TLSConnection, _epoll
@@ -44,7 +51,6 @@ from anypoll.mux import ShardQueue
 
 pytestmark = pytest.mark.anyio
 
-MODES = ["handler", "on_request"]
 ENDS: dict[str, Callable[[socket.socket], None]] = {"FIN": socket.socket.close, "RST": reset}
 
 
@@ -117,6 +123,19 @@ class Story:
         finally:
             self.over.set()
 
+    async def ends(self, server: anypoll.Server, errors: int = 0) -> str:
+        """Until it is over; no more than so many errors were counted. Returns the reason."""
+        await within(self.over.wait())
+        await holds(lambda: not server.connections)
+        statistics = server.statistics()
+        assert (statistics.accepted, statistics.active) == (1, 0)
+        assert statistics.handler_errors == errors
+        assert len(self.told) == len(set(self.told))
+        assert self.told[-1] == "on_close"
+        [(reason, times)] = statistics.closed.items()
+        assert times == 1
+        return reason
+
     def forget(self) -> None:
         """Lets go of everything that the test of leaks would find."""
         self.conn = None
@@ -131,6 +150,10 @@ def raising(_conn: Connection) -> Any:
 
 async def consume(conn: Connection) -> None:
     await conn.receive()
+
+
+async def next_byte(conn: Connection) -> None:
+    await conn.next(1)
 
 
 async def known_gone(conn: Connection) -> None:
@@ -156,47 +179,8 @@ async def test_they_run_in_order_and_once(mode: str, end: str) -> None:
             assert story.conn is not None
             await holds(lambda: not len(story.conn.reader))  # type: ignore[union-attr]
             ENDS[end](peer)
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        statistics = server.statistics()
-        assert (statistics.accepted, statistics.active, statistics.handler_errors) == (1, 0, 0)
-        assert sum(statistics.closed.values()) == 1
+        await story.ends(server)
     assert story.told == ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
-    story.forget()
-
-
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hooks", [*itertools.product([False, True], repeat=3)])
-async def test_the_end_is_told_whatever_hooks_there_are(
-    hooks: tuple[bool, bool, bool], mode: str, end: str
-) -> None:
-    """L07: each that there is, and each close callback, exactly once."""
-    names = ("on_prepare", "on_connect", "on_disconnect")
-    left_out = [name for name, there in zip(names, hooks, strict=True) if not there]
-
-    async def wait_for_the_end(conn: Connection) -> None:
-        with pytest.raises((EndOfStream, BrokenResourceError)):
-            await conn.next(1)
-
-    story = Story(mode, handler=wait_for_the_end)
-    async with local(**story.options(*left_out)) as server:
-        with connected(server) as peer:
-            await holds(lambda: server.connections)
-            [conn] = server.connections
-            calls: list[str] = []
-            conn.add_close_callback(partial(calls.append, "plain"))
-            if mode == "handler":
-                await holds(lambda: "handler" in story.told)
-            else:
-                await holds(lambda: conn._core.requests is None or conn._core.requests.idle)
-            ENDS[end](peer)
-        await holds(lambda: not server.connections)
-        assert calls == ["plain"]
-    expected = [name for name in names if name not in left_out]
-    if mode == "handler":
-        expected.insert(len(expected) - hooks[2], "handler")
-    assert story.told == expected + ["on_close"] * hooks[0]
     story.forget()
 
 
@@ -269,44 +253,13 @@ async def test_the_handler_waits_for_on_connect(mode: str) -> None:
     story.forget()
 
 
-@pytest.mark.parametrize("where", ["on_prepare", "on_connect"])
-async def test_a_hook_may_set_what_requests_are_for(where: str) -> None:
-    """O6: what was set first is not called at all, also for what has come before."""
-    called: list[tuple[str, bytes]] = []
-
-    async def first(conn: Connection) -> None:
-        called.append(("first", bytes(await conn.receive())))
-
-    async def second(conn: Connection) -> None:
-        called.append(("second", bytes(await conn.receive())))
-        await conn.send(b".")
-
-    def prepare(conn: Connection) -> None:
-        if where == "on_prepare":
-            conn.set_on_request(second)
-
-    async def connect(conn: Connection) -> None:
-        await holds(lambda: len(conn.reader) or conn.statistics().bytes_received)
-        if where == "on_connect":
-            conn.set_on_request(second)
-
-    async with local(on_request=first, on_prepare=prepare, on_connect=connect) as server:
-        async with client(server) as peer:
-            for text in (b"one", b"two"):
-                await send_all(peer, text)
-                assert await read_all(peer, 1) == b"."
-        await holds(lambda: not server.connections)
-    assert called == [("second", b"one"), ("second", b"two")]
-
-
 # --- exceptions ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("hook", ["on_prepare", "on_connect", "work", "on_disconnect"])
 @pytest.mark.parametrize("mode", MODES)
 async def test_an_exception_is_one_of_the_handler(
-    mode: str, hook: str, plain: bool, log: pytest.LogCaptureFixture
+    mode: str, hook: str, log: pytest.LogCaptureFixture
 ) -> None:
     """Logged once, counted, told to ``on_error``; the connection is closed, the callbacks run."""
 
@@ -318,41 +271,22 @@ async def test_an_exception_is_one_of_the_handler(
             await within(story.disconnected.wait())
 
     story = Story(mode, **{mode: work, hook: work if hook == "work" else raising})
-    options = story.options()
-    told: list[tuple[Connection, Exception]] = []
-    if plain:
-        options["on_error"] = lambda conn, exc: told.append((conn, exc))
-    async with local(**options) as server:
+    async with local(**story.options()) as server:
         with connected(server) as peer:
             await send_all(peer, b"x")
             if hook == "on_disconnect":
                 await holds(lambda: mode in story.told)
                 peer.shutdown(socket.SHUT_WR)
-            try:
-                assert await read_to_end(peer) == b""
-            except ConnectionResetError:
-                pass  # closed with unread input
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        statistics = server.statistics()
-        assert (statistics.accepted, statistics.handler_errors) == (1, 1)
-        assert sum(statistics.closed.values()) == 1
-        assert hook == "on_disconnect" or statistics.closed == {"error": 1}
-    assert story.told.count("on_close") == 1
+            assert await turned_away(peer)
+        reason = await story.ends(server, errors=1)
+        assert hook == "on_disconnect" or reason == "error"
     [record] = errors(log)
     assert (record.name, record.levelname) == ("anypoll.server", "ERROR")
     text = logging.Formatter().format(record)
     assert "Traceback" in text
     assert "Unrelated: no good" in text
-    if plain:
-        [(conn, exc)] = told
-        assert conn is story.conn
-        exc.__traceback__ = None
-        del conn, exc
-        told.clear()
-    else:
-        [failure] = story.failures
-        assert type(failure) is Unrelated
+    [failure] = story.failures
+    assert type(failure) is Unrelated
     story.forget()
 
 
@@ -361,48 +295,38 @@ async def test_an_exception_is_one_of_the_handler(
 async def test_an_exception_in_on_error_is_only_logged(
     mode: str, plain: bool, log: pytest.LogCaptureFixture
 ) -> None:
+    """It may be a plain function as well."""
+    told: list[tuple[Connection, str]] = []
+
     async def failing(_conn: Connection) -> None:
         raise Unrelated("no good")
 
-    def on_error(_conn: Connection, _exc: Exception) -> None:
+    def on_error(conn: Connection, exc: Exception) -> None:
+        told.append((conn, repr(exc)))
         raise ZeroDivisionError("neither")
 
-    story = Story(mode, on_connect=failing)
-    options = story.options()
-    if plain:
-        options["on_error"] = on_error
-    else:
-        story.at["on_error"] = failing
+    story = Story(mode, on_connect=failing, on_error=failing)
+    options = story.options() | ({"on_error": on_error} if plain else {})
     async with local(**options) as server:
-        for _ in range(2):
+        for n in (1, 2):
             async with client(server) as peer:
                 assert await read_to_end(peer) == b""
-            await holds(lambda: not server.connections)
+            await ends(server, error=n)
+            assert not plain or told.pop() == (story.conn, "Unrelated('no good')")
             story.conn = None
         assert server.statistics().handler_errors == 2
-        assert server.statistics().closed == {"error": 2}
     texts = [record.getMessage() for record in errors(log)]
-    assert len(texts) == 4
     assert [text.startswith("on_error has failed for") for text in texts] == [False, True] * 2
     story.forget()
 
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_what_a_peer_can_cause_in_a_hook_is_only_counted(mode: str) -> None:
-    async def ask(conn: Connection) -> None:
-        await conn.next(1)
-
-    async def ask_again(conn: Connection) -> None:
-        await conn.next(1)  # the end of the stream, in a hook
-
-    story = Story(mode, on_connect=ask, on_disconnect=ask_again)
+    story = Story(mode, on_connect=next_byte, on_disconnect=next_byte)  # the end of the stream
     async with local(**story.options()) as server:
         async with client(server):
             pass
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed == {"eof": 1}
-        assert server.statistics().handler_errors == 0
+        assert await story.ends(server) == "eof"
     assert story.told == ["on_prepare", "on_connect", "on_disconnect", "on_close"]
     story.forget()
 
@@ -422,7 +346,7 @@ async def test_on_prepare_must_be_a_plain_function(
     async with local(**{mode: consume}, on_prepare=innocent) as server:  # type: ignore[arg-type]
         async with client(server) as peer:
             assert await read_to_end(peer) == b""
-        await holds(lambda: server.statistics().closed == {"error": 1})
+        await ends(server, error=1)
     [record] = errors(log)
     assert "must be a plain function" in logging.Formatter().format(record)
     async with (
@@ -454,54 +378,34 @@ async def test_a_peer_that_goes_at_any_time(mode: str, at: str, end: str) -> Non
             ENDS[end](peer)
             if stage != "on_close":
                 await known_gone(conn)
-        elif stage == "on_disconnect":
-            pass
 
     async def work(conn: Connection) -> None:
-        if len(conn.reader):
-            await conn.skip(len(conn.reader))
+        await conn.skip(len(conn.reader))
         await go("work", conn)
+        if at == "on_close":
+            await conn.aclose()
+            return
         if at == "on_disconnect":
             peer.shutdown(socket.SHUT_WR)
-        if at != "on_close" and mode == "handler":
+        if mode == "handler":
             await within(story.disconnected.wait())
-        elif at == "on_close":
-            await conn.aclose()
 
     stages = {name: partial(go, name) for name in ("on_connect", "on_disconnect", "on_close")}
     story = Story(mode, on_prepare=prepare, **stages, **{mode: work})
     async with local(**story.options()) as server:
         peer = connected(server)
         await send_all(peer, b"x")
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
+        await story.ends(server)
         peer.close()
-        statistics = server.statistics()
-        assert (statistics.accepted, statistics.handler_errors) == (1, 0)
-        assert sum(statistics.closed.values()) == 1
     told = story.told
     assert told[:2] == ["on_prepare", "on_connect"]
-    assert told[-1] == "on_close"
     assert told.count("on_disconnect") == (at != "on_close")
-    assert len(told) == len(set(told))
     if end == "FIN" or at not in ("on_prepare", "on_connect"):
         assert mode in told
     story.forget()
 
 
 # --- whoever learns it ---------------------------------------------------------------------------
-
-
-@pytest.fixture(name="deaf")
-def no_event_comes() -> Iterator[Callable[[], Awaitable[None]]]:
-    """Makes the pollers deaf: from then on only the loop learns anything."""
-
-    async def deafen() -> None:
-        _epoll.set_fault("EPOLL_WAIT", errno.EINTR, times=-1)
-        await pollers_have_looked()
-
-    yield deafen
-    _epoll.clear_faults()
 
 
 async def raises(conn: Any, _disconnected: anyio.Event) -> None:
@@ -516,8 +420,8 @@ async def goes_on(_conn: Any, disconnected: anyio.Event) -> None:
     await within(disconnected.wait())
 
 
-async def is_cancelled(_conn: Any, _disconnected: anyio.Event) -> None:
-    await anyio.sleep_forever()
+async def is_cancelled(conn: Any, _disconnected: anyio.Event) -> None:
+    await stubborn(conn)
 
 
 async def reads_on(conn: Any, _disconnected: anyio.Event) -> None:
@@ -540,8 +444,14 @@ AFTERWARDS: dict[Callable[[Any, anyio.Event], Awaitable[None]], set[str]] = {
 }
 
 
-@pytest.mark.parametrize("learned", ["tcp-written", "unix-written", "tls-written", "tcp-read"])
-@pytest.mark.parametrize("afterwards", AFTERWARDS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    ("learned", "afterwards"),
+    [
+        *itertools.product(["tcp-written", "tls-written"], AFTERWARDS),
+        *itertools.product(["unix-written", "tcp-read"], [raises, goes_on]),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 @pytest.mark.parametrize("mode", MODES)
 async def test_an_end_is_told_whoever_learns_it(
     mode: str,
@@ -580,7 +490,7 @@ async def test_an_end_is_told_whoever_learns_it(
     if kind == "unix":
         options["path"] = tmp_path / "socket"
     else:
-        options.update(host="127.0.0.1", port=0)
+        options.update(host=HOST, port=0)
     if kind == "tls":
         options["ssl_context"] = server_context()
     cancel = afterwards is is_cancelled
@@ -590,10 +500,10 @@ async def test_an_end_is_told_whoever_learns_it(
         elif kind == "tls":
             context = client_context()
             peer = await anypoll.connect_tcp(
-                "127.0.0.1", server.port, tls=True, ssl_context=context, tls_hostname="anypoll.test"
+                HOST, server.port, tls=True, ssl_context=context, tls_hostname="anypoll.test"
             )
         else:
-            peer = await anypoll.connect_tcp("127.0.0.1", server.port)
+            peer = await anypoll.connect_tcp(HOST, server.port)
         await peer.send(b"x\n")
         await within(lost.wait())
         if afterwards is not reads_on:  # the end of the server is told to whoever reads
@@ -641,9 +551,7 @@ async def test_an_end_behind_unread_input(kind: str) -> None:
         with connected(server) as peer:
             await within(send_all(peer, data))
             peer.shutdown(socket.SHUT_WR)
-            await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed == {"done": 1}
+            assert await story.ends(server) == "done"
     assert story.told == ["on_prepare", "on_connect", "handler", "on_disconnect", "on_close"]
     story.forget()
 
@@ -667,9 +575,7 @@ async def test_a_peer_that_has_ended_its_side_is_answered(mode: str) -> None:
             await send_all(peer, b"x")
             peer.shutdown(socket.SHUT_WR)
             assert await read_to_end(peer) == b"goodbye"
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed in ({"done": 1}, {"eof": 1})
+        assert await story.ends(server) in {"done", "eof"}
     story.forget()
 
 
@@ -758,28 +664,17 @@ async def test_an_own_end_is_no_disconnect(
                 await read_to_end(peer)
             except ConnectionResetError:
                 assert end is own_abort
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
+        await story.ends(server)
     assert story.told == ["on_prepare", "on_connect", mode, "on_close"]
     story.forget()
 
 
-@pytest.mark.parametrize("mode", MODES)
-async def test_an_idle_end_is_no_disconnect(mode: str) -> None:
+async def test_an_idle_end_is_no_disconnect() -> None:
     """Of a connection that nobody looks at, too."""
-
-    async def work(conn: Connection) -> None:
-        with pytest.raises(IdleTimeout):
-            await conn.next(1)
-
-    story = Story(mode, handler=work)
-    async with local(**story.options(), idle_timeout=0.02) as server:
-        async with client(server) as peer:
-            assert await read_to_end(peer) == b""
-            await within(story.over.wait())
-            await holds(lambda: not server.connections)
-        assert sum(server.statistics().closed.values()) == 1
+    story = Story("on_request")
+    async with local(**story.options(), idle_timeout=0.02) as server, client(server) as peer:
+        assert await read_to_end(peer) == b""
+        await story.ends(server)
     assert "on_disconnect" not in story.told
     story.forget()
 
@@ -805,10 +700,8 @@ async def test_on_prepare_may_refuse(mode: str, how: str) -> None:
                     await read_to_end(peer)
             else:
                 assert await read_to_end(peer) == b""
-        await holds(lambda: not server.connections)
+        assert await story.ends(server) == "refused"
         assert story.told == ["on_prepare", "on_close"]
-        assert server.statistics().closed == {"refused": 1}
-        assert server.statistics().accepted == 1
         refuse = False
         story.conn = None
         async with client(server) as peer:
@@ -827,13 +720,9 @@ async def test_on_connect_may_refuse(
     story = Story(mode, on_connect=how)
     async with local(**story.options()) as server:
         async with client(server) as peer:
-            try:
-                assert await read_to_end(peer) == b""
-            except ConnectionResetError:
-                assert how is own_abort
-        await holds(lambda: not server.connections)
+            assert await turned_away(peer)
+        await story.ends(server)
     assert story.told == ["on_prepare", "on_connect", "on_close"]
-    assert server.statistics().handler_errors == 0
     story.forget()
 
 
@@ -858,8 +747,7 @@ async def test_on_prepare_may_end_everything(mode: str) -> None:
             await anyio.sleep_forever()
     assert "Stop()" in repr(caught.value)
     for sock in socks:
-        with contextlib.suppress(ConnectionResetError):
-            assert await within(read_to_end(sock)) == b""
+        assert await turned_away(sock)
         sock.close()
     statistics = server.statistics()
     assert server.connections == ()
@@ -879,7 +767,7 @@ async def test_the_handler_is_cancelled_when_the_peer_goes(mode: str, end: str, 
     async def work(conn: Connection) -> None:
         conn.writer.write(b"for nobody")
         try:
-            await anyio.sleep_forever()
+            await stubborn(conn)
         finally:
             story.told.append("cancelled")
 
@@ -891,16 +779,10 @@ async def test_the_handler_is_cancelled_when_the_peer_goes(mode: str, end: str, 
             await holds(lambda: mode in story.told)
             if end == "half-close":
                 peer.shutdown(socket.SHUT_WR)
-                try:
-                    assert await read_to_end(peer) == b""
-                except ConnectionResetError:
-                    pass  # closed with unread input
+                assert await turned_away(peer)
             else:
                 ENDS[end](peer)
-            await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed == {"disconnected": 1}
-        assert server.statistics().handler_errors == 0
+            assert await story.ends(server) == "disconnected"
     rest = [name for name in story.told if name != "on_disconnect"]
     assert rest == ["on_prepare", "on_connect", mode, "cancelled", "on_close"]
     assert story.told.count("on_disconnect") == hook
@@ -916,20 +798,14 @@ async def test_on_connect_is_not_cancelled(mode: str) -> None:
         await anyio.sleep(0)
         conn.state = "whole"
 
-    async def work(conn: Connection) -> None:
-        await anyio.sleep_forever()
-
     async def disconnect(conn: Connection) -> None:
         assert conn.state == "whole"
 
-    story = Story(mode, on_connect=connect, **{mode: work}, on_disconnect=disconnect)
+    story = Story(mode, on_connect=connect, **{mode: stubborn}, on_disconnect=disconnect)
     async with local(**story.options(), cancel_on_disconnect=True) as server:
         with connected(server) as peer:
             await send_all(peer, b"x")
-        await within(story.over.wait())
-        await holds(lambda: not server.connections)
-        assert server.statistics().closed == {"disconnected": 1}
-        assert server.statistics().handler_errors == 0
+        assert await story.ends(server) == "disconnected"
     assert sorted(story.told) == sorted(
         ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
     )
@@ -943,7 +819,7 @@ async def test_a_cancelled_handler_may_still_fail_or_return(
 
     async def fail(conn: Connection) -> None:
         try:
-            await anyio.sleep_forever()
+            await stubborn(conn)
         finally:
             raise Unrelated
 
@@ -951,30 +827,14 @@ async def test_a_cancelled_handler_may_still_fail_or_return(
         with anyio.CancelScope(shield=True):
             await known_gone(conn)
 
-    for handler, reason in ((fail, "error"), (shielded, "done")):
+    for handler, reason, failures in ((fail, "error", 1), (shielded, "done", 0)):
         story = Story(handler=handler)
         async with local(**story.options(), cancel_on_disconnect=True) as server:
             with connected(server):
                 await holds(lambda: "handler" in story.told)  # noqa: B023
-            await within(story.over.wait())
-            await holds(lambda: not server.connections)
-            assert server.statistics().closed == {reason: 1}
+            assert await story.ends(server, failures) == reason
+        assert len(errors(log)) == failures
         story.forget()
-    assert len(errors(log)) == 1
-
-
-async def test_the_servers_end_is_not_a_disconnect() -> None:
-    async def work(conn: Connection) -> None:
-        await anyio.sleep_forever()
-
-    story = Story(handler=work)
-    with pytest.raises(Unrelated):  # noqa: PT012
-        async with local(**story.options(), cancel_on_disconnect=True) as server, client(server):
-            await holds(lambda: "handler" in story.told)
-            raise Unrelated
-    assert server.statistics().closed == {"cancelled": 1}
-    assert story.told == ["on_prepare", "on_connect", "handler", "on_close"]
-    story.forget()
 
 
 # --- ends by force -------------------------------------------------------------------------------
@@ -987,14 +847,14 @@ def stuck_story(mode: str, where: str, stuck: anyio.Event) -> Story:
 
     async def never(conn: Connection) -> None:
         stuck.set()
-        await anyio.sleep_forever()
+        await stubborn(conn)
 
     async def work(conn: Connection) -> None:
         await consume(conn)
         if where == "work":
             await never(conn)
         elif where == "on_disconnect":
-            await anyio.sleep_forever()
+            await stubborn(conn)
         elif where == "on_disconnect behind":
             await known_gone(conn)
         elif where == "on_error":
@@ -1006,20 +866,37 @@ def stuck_story(mode: str, where: str, stuck: anyio.Event) -> Story:
     return Story(mode, **{mode: work} | ({} if where == "work" else {name: never}))
 
 
+def ended_by_force(story: Story, server: anypoll.Server) -> None:
+    assert server.connections == ()
+    assert server.shutting_down
+    assert story.told.count("on_close") == 1
+    assert len(story.told) == len(set(story.told))
+    statistics = server.statistics()
+    assert (statistics.accepted, statistics.active) == (1, 0)
+    assert sum(statistics.closed.values()) == 1
+    story.forget()
+
+
 @pytest.mark.parametrize("how", ["exception", "cancelled", "timeout"])
 @pytest.mark.parametrize("where", STUCK)
 @pytest.mark.parametrize("mode", MODES)
 async def test_an_end_by_force_during_each_of_them(
     mode: str, where: str, how: str, log: pytest.LogCaptureFixture
 ) -> None:
-    """Everything has ended when the block has; its own exception leaves unchanged."""
+    """Everything has ended when the block has, without grace but for the timeout; its own exception
+    leaves unchanged. To the handler it is no disconnect.
+    """
     stuck = anyio.Event()
     story = stuck_story(mode, where, stuck)
     mine = Unrelated("mine")
     caught: BaseException | None = None
+    options: dict[str, Any] = {"shutdown_timeout": 0.05}
+    at_once = where == "work" and how != "timeout"
+    if at_once:
+        options = {"shutdown_timeout": FOR_EVER, "cancel_on_disconnect": True}
     with anyio.fail_after(30), anyio.CancelScope() as scope:
         try:
-            async with local(**story.options(), shutdown_timeout=0.05) as server:
+            async with local(**story.options(), **options) as server:
                 with connected(server) as peer:
                     await send_all(peer, b"x")
                     if "disconnect" in where:
@@ -1034,16 +911,13 @@ async def test_an_end_by_force_during_each_of_them(
             caught = exc
     assert caught is (mine if how == "exception" else None)
     assert scope.cancelled_caught == (how == "cancelled")
-    assert story.told.count("on_close") == 1
-    assert len(story.told) == len(set(story.told))
-    assert server.connections == ()
-    statistics = server.statistics()
-    assert (statistics.accepted, statistics.active) == (1, 0)
-    assert sum(statistics.closed.values()) == 1
+    if at_once:
+        assert story.told == ["on_prepare", "on_connect", mode, "on_close"]
+        assert server.statistics().closed == {"cancelled": 1}
     assert len(errors(log)) == (where in ("on_error", "on_close"))
     mine.__traceback__ = None
     del caught
-    story.forget()
+    ended_by_force(story, server)
 
 
 async def test_a_refusal_and_the_end_of_the_server_at_once(log: pytest.LogCaptureFixture) -> None:
@@ -1053,37 +927,15 @@ async def test_a_refusal_and_the_end_of_the_server_at_once(log: pytest.LogCaptur
 
         async def never(conn: Connection, stuck: anyio.Event = stuck) -> None:
             stuck.set()
-            await anyio.sleep_forever()
+            await stubborn(conn)
 
         story = Story("on_request", on_prepare=hook, on_error=never, on_close=never)
         with pytest.raises(Unrelated, match="mine"):  # noqa: PT012
             async with local(**story.options(), shutdown_timeout=0.05) as server, client(server):
                 await within(stuck.wait())
                 raise Unrelated("mine")
-        assert story.told.count("on_close") == 1
-        assert server.statistics().active == 0
-        assert sum(server.statistics().closed.values()) == 1
-        story.forget()
+        ended_by_force(story, server)
     errors(log)
-
-
-async def test_a_handler_with_requests_ends_once_by_force() -> None:
-    """Its connection has a handler's task, so nobody else ends it."""
-
-    async def work(conn: Connection) -> None:
-        conn.set_on_request(consume)
-        await anyio.sleep_forever()
-
-    story = Story(handler=work)
-    with pytest.raises(Unrelated):  # noqa: PT012
-        async with local(**story.options()) as server, client(server):
-            await holds(lambda: story.conn and story.conn._core.requests is not None)
-            assert story.conn is not None
-            await holds(lambda: story.conn._core.requests.idle)  # type: ignore[union-attr]
-            raise Unrelated
-    assert server.statistics().closed == {"cancelled": 1}
-    assert story.told == ["on_prepare", "on_connect", "handler", "on_close"]
-    story.forget()
 
 
 @pytest.mark.loops("asyncio", "uvloop")
@@ -1092,8 +944,6 @@ async def test_a_native_cancel_during_each_of_them(
     where: str, log: pytest.LogCaptureFixture
 ) -> None:
     """Of the task that serves, by asyncio's own `Task.cancel()`."""
-    import asyncio
-
     stuck = anyio.Event()
     story = stuck_story("handler", where, stuck)
     servers: list[anypoll.Server] = []
@@ -1113,11 +963,8 @@ async def test_a_native_cancel_during_each_of_them(
         task.cancel()
         with anyio.fail_after(30), pytest.raises(asyncio.CancelledError):
             await task
-    assert story.told.count("on_close") == 1
-    assert servers[0].connections == ()
-    assert sum(servers[0].statistics().closed.values()) == 1
     errors(log)
-    story.forget()
+    ended_by_force(story, servers[0])
 
 
 TEARDOWN = """
@@ -1167,14 +1014,14 @@ def test_a_hook_that_has_not_begun_when_the_loop_is_torn_down(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_under_the_run_function_of_each_loop(
-    mode: str, anyio_backend: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+    mode: str, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:
     """Not `anyio.run()`, which tells everybody in which event loop they are. Tasks begin from its
     callbacks, too.
     """
 
     async def work(conn: Connection) -> None:
-        await conn.send(await conn.receive())
+        await once(conn)
         if mode == "handler":
             await within(story.disconnected.wait())
 
@@ -1185,24 +1032,15 @@ def test_under_the_run_function_of_each_loop(
             with connected(server) as peer:
                 await holds(lambda: mode == "on_request" or mode in story.told)
                 await anyio.wait_all_tasks_blocked()
-                await send_all(peer, b"x")
-                assert await read_all(peer, 1) == b"x"
-            await within(story.over.wait())
-            await holds(lambda: not server.connections)
-        assert server.statistics().handler_errors == 0
+                await is_served(peer)
+            await story.ends(server)
 
     story: Story
-    if anyio_backend[0] == "trio":
-        import trio
-
+    name, options = anyio_backend
+    if name == "trio":
         trio.run(main)
-    elif "uvloop" in request.node.name:
-        import uvloop
-
-        uvloop.run(main())
     else:
-        import asyncio
-
-        asyncio.run(main())
+        with asyncio.Runner(**options) as runner:  # which is what their run functions use
+            runner.run(main())
     assert story.told == ["on_prepare", "on_connect", mode, "on_disconnect", "on_close"]
     story.forget()

@@ -5,6 +5,7 @@ throughout.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import select
@@ -18,8 +19,8 @@ from typing import Any
 import anyio
 import pytest
 from anyio import DelimiterNotFound, EndOfStream
-from peers import KIB, MIB, holds, read_all, read_to_end, reset, send_all, within
-from serving import all_is_accounted_for, client, connected, local  # noqa: F401
+from peers import KIB, MIB, holds, read_to_end, reset, send_all, within
+from serving import MODES, all_is_accounted_for, client, connected, is_served, local  # noqa: F401
 
 import anypoll
 from anypoll import Connection, MessageTooLarge
@@ -39,22 +40,25 @@ def resident() -> int:
         return int(statm.read().split()[1]) * 4096
 
 
-async def is_served(sock: socket.socket) -> None:
-    """A well-behaved client gets its answer."""
-    await send_all(sock, b"good\n")
-    assert await within(read_all(sock, 5)) == b"good\n"
+async def echo_line(conn: Connection) -> None:
+    await conn.send(await conn.until(b"\n"))
+
+
+async def echo_lines(conn: Connection) -> None:
+    with contextlib.suppress(EndOfStream):
+        while True:
+            await echo_line(conn)
+
+
+LINES: dict[str, Any] = {"handler": echo_lines, "on_request": echo_line}
+is_answered = functools.partial(is_served, data=b"good\n")
 
 
 def beside(bad: Callable[[Connection], Any]) -> Callable[[Connection], Any]:
     """A handler that echoes the lines of those that begin with ``g``, and is ``bad`` to others."""
 
     async def handler(conn: Connection) -> None:
-        if bytes(await conn.peek(1)) != b"g":
-            await bad(conn)
-            return
-        with contextlib.suppress(EndOfStream):
-            while True:
-                await conn.send(await conn.until(b"\n"))
+        await (echo_lines if bytes(await conn.peek(1)) == b"g" else bad)(conn)
 
     return handler
 
@@ -71,7 +75,7 @@ async def test_one_that_never_reads() -> None:
             conn.state += 1
 
     async with local(beside(bad), shutdown_timeout=0) as server, client(server) as good:
-        await is_served(good)
+        await is_answered(good)
         with connected(server) as sock:
             asked = 0
             stuck = 0
@@ -79,7 +83,7 @@ async def test_one_that_never_reads() -> None:
             while stuck < 20:
                 with contextlib.suppress(BlockingIOError):
                     asked += sock.send(question * 1000)
-                await is_served(good)
+                await is_answered(good)
                 bad_conn = next(c for c in server.connections if c.state is not None)
                 statistics = bad_conn.statistics()
                 assert statistics.buffered_output <= 256 * KIB + len(answer)
@@ -109,41 +113,33 @@ async def test_a_byte_at_a_time() -> None:
                 await send_all(sock, b"x")
             sent += 1
             if sent % 50 == 0:
-                await is_served(good)
+                await is_answered(good)
             await anyio.lowlevel.checkpoint()
         assert sent >= 1000
         assert result[0].wakeups < 10
         assert in_use() - before < 256 * KIB
 
 
-@pytest.mark.parametrize("mode", ["handler", "on_request"])
-@pytest.mark.parametrize("timeout", ["idle_timeout", "read_timeout"])
+@pytest.mark.parametrize(
+    ("mode", "timeout"),
+    [("handler", "idle_timeout"), ("handler", "read_timeout"), ("on_request", "idle_timeout")],
+)
 async def test_those_that_open_and_never_speak(mode: str, timeout: str) -> None:
-    if (mode, timeout) == ("on_request", "read_timeout"):
-        pytest.skip("nobody reads in request mode: only the idle timeout ends it")
-
-    async def work(conn: Connection) -> None:
-        await conn.send(await conn.until(b"\n"))
-        if mode == "handler":
-            with contextlib.suppress(EndOfStream):
-                while True:
-                    await conn.send(await conn.until(b"\n"))
-
     def prepare(conn: Connection) -> None:
         if conn.server is not None and len(conn.server.connections) == 1:
             setattr(conn, timeout, None)  # the good one, who comes first and may take its time
 
-    options: dict[str, Any] = {mode: work, timeout: 0.1, "on_prepare": prepare}
+    options: dict[str, Any] = {mode: LINES[mode], timeout: 0.1, "on_prepare": prepare}
     async with local(**options) as server, client(server) as good:
-        await is_served(good)
+        await is_answered(good)
         silent = [connected(server) for _ in range(50)]
         await holds(lambda: server.statistics().accepted == 51)
-        await is_served(good)
+        await is_answered(good)
         for sock in silent:
             assert await within(read_to_end(sock)) == b""
             sock.close()
         await holds(lambda: len(server.connections) == 1)
-        await is_served(good)
+        await is_answered(good)
         assert server.statistics().closed == {timeout: 50}
         assert server.statistics().handler_errors == 0
 
@@ -174,7 +170,7 @@ async def test_a_hostile_length() -> None:
             await send_all(sock, (60 * MIB).to_bytes(4, "big") + b"and no more")
         await holds(lambda: len(sizes) == 22)
         await anyio.wait_all_tasks_blocked()
-        await is_served(good)
+        await is_answered(good)
         assert in_use() - before < 20 * 64 * KIB
         for sock in promising:
             sock.close()
@@ -182,20 +178,13 @@ async def test_a_hostile_length() -> None:
         assert server.statistics().closed == {"message_too_large": 2, "incomplete": 20}
 
 
-@pytest.mark.parametrize("mode", ["handler", "on_request"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_connects_and_resets_in_a_row(mode: str, count: int) -> None:
     """Some before they are accepted, others after they have spoken."""
 
-    async def work(conn: Connection) -> None:
-        await conn.send(await conn.until(b"\n"))
-        if mode == "handler":
-            with contextlib.suppress(EndOfStream):
-                while True:
-                    await conn.send(await conn.until(b"\n"))
-
     memory = 0
-    options: dict[str, Any] = {mode: work}
+    options: dict[str, Any] = {mode: LINES[mode]}
     async with local(**options) as server, client(server) as good:
         for number in range(count):
             sock = connected(server)
@@ -205,10 +194,10 @@ async def test_connects_and_resets_in_a_row(mode: str, count: int) -> None:
                 await anyio.lowlevel.checkpoint()
             reset(sock)
             if number % 100 == 0:
-                await is_served(good)
+                await is_answered(good)
             if number == count // 2:
                 memory = resident()
-        await is_served(good)
+        await is_answered(good)
 
         def all_have_ended() -> bool:  # more may still come out of the backlog
             statistics = server.statistics()
@@ -233,7 +222,7 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as sock:
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("mode", ["handler", "on_request"])
+@pytest.mark.parametrize("mode", MODES)
 async def test_an_idle_peer_of_a_process_that_computes(mode: str) -> None:
     """The pollers end it, and it sees that, while this process does not give up the interpreter
     for anything else: the event loop has its turn afterwards.

@@ -1,4 +1,5 @@
-/* poller.c: driving, sleeping and being woken, the run list. */
+/* driver.c, with poller.c, inbox.c and runlist.c: driving, sleeping and being woken, the run list.
+ */
 #include "fixture.h"
 
 #include <sys/resource.h>
@@ -41,18 +42,14 @@ TEST(poller_starts_and_stops)
 }
 
 /* L40: stopping is an event, not the next tick of something. */
-TEST(poller_stops_at_once)
+LINK_TEST(poller_stops_at_once, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     world_start(w);
-    CHECK_EQ(want(&l, 1), -EAGAIN);
+    CHECK_EQ(want(l, 1), -EAGAIN);
     UNTIL(w, stats(w).waits > 0);
     int64_t before = ap_now();
     world_stop(w);
     CHECK(ap_now() - before < PATIENCE); /* it would be for ever */
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- the lease -------------------------------------------------------- */
@@ -87,20 +84,16 @@ TEST(poller_has_one_driver_at_a_time)
 }
 
 /* Whoever drives, the work is the same: the seam for lending the lease. */
-TEST(poller_may_change_its_driver)
+LINK_TEST(poller_may_change_its_driver, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     for (uint64_t i = 0; i < 20; i++) {
         if (i % 2)
             world_start(w);
-        peer_say(&l, 1, i * 1000, 1000);
-        expect(&l, 1, i * 1000, 1000);
+        peer_say(l, 1, i * 1000, 1000);
+        expect(l, 1, i * 1000, 1000);
         if (i % 2)
             world_stop(w);
     }
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- sleeping and being woken ----------------------------------------- */
@@ -119,12 +112,11 @@ static void wait_asleep(struct world *w)
 }
 
 /* What a driver that is asleep is woken for: what is due before it would wake by itself. */
-TEST(poller_is_woken_only_for_what_is_due_earlier)
+LINKS_TEST(poller_is_woken_only_for_what_is_due_earlier, UNIX, HIGH, 2)
 {
-    struct world *w = world_open();
-    struct link a = link_open(w, AP_UNIX, HIGH), b = link_open(w, AP_UNIX, HIGH);
-    CHECK_EQ(want_until(&a, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
-    CHECK_EQ(want(&b, 1), -EAGAIN);
+    struct link *a = &l[0], *b = &l[1];
+    CHECK_EQ(want_until(a, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
+    CHECK_EQ(want(b, 1), -EAGAIN);
     settle(w);
     world_start(w);
     wait_asleep(w);
@@ -132,32 +124,27 @@ TEST(poller_is_woken_only_for_what_is_due_earlier)
     uint64_t events = stats(w).events, polls = stats(w).polls;
     CHECK(until != AP_FOREVER);
 
-    CHECK_EQ(want_until(&b, 1, ap_now() + 7200 * 1000 * MS), -EAGAIN); /* later: no wake */
-    link_close(&a);                                                    /* retired: never due */
+    CHECK_EQ(want_until(b, 1, ap_now() + 7200 * 1000 * MS), -EAGAIN); /* later: no wake */
+    link_close(a);                                                    /* retired: never due */
     CHECK_EQ(sleeps_until(w), until);
     CHECK_EQ(stats(w).polls, polls);
 
     /* Earlier than it would wake, which may be long before the deadline: the wheel files anew. */
-    CHECK_EQ(want_until(&b, 1, ap_now() + (until - ap_now()) / 2), -EAGAIN);
+    CHECK_EQ(want_until(b, 1, ap_now() + (until - ap_now()) / 2), -EAGAIN);
     UNTIL(w, stats(w).events > events);
     UNTIL(w, stats(w).slots == 1); /* and then it takes what was retired */
     wait_asleep(w);
     CHECK(sleeps_until(w) < until);
-    link_close(&b);
-    world_close(w);
 }
 
-TEST(poller_nudged_recycles_what_was_retired)
+LINK_TEST(poller_nudged_recycles_what_was_retired, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     world_start(w);
     wait_asleep(w);
-    link_close(&l);
+    link_close(l);
     CHECK_EQ(stats(w).slots, 1);
     CHECK_OK(ap_poller_nudge(w->poller));
     UNTIL(w, stats(w).slots == 0);
-    world_close(w);
 }
 
 /* Litmus: a push never finds the driver asleep beyond it. The driver has nothing else to do, and
@@ -187,10 +174,8 @@ static void await_box_empty(struct link *l, int round)
     }
 }
 
-TEST(poller_litmus_no_push_is_missed)
+LINK_TEST(poller_litmus_no_push_is_missed, UNIX, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
     uint64_t seed = 3;
     int64_t delay = 1000;
     w->poller->sweep_at = AP_FOREVER - 1; /* no sweep, which would wake it after a second */
@@ -200,69 +185,35 @@ TEST(poller_litmus_no_push_is_missed)
         for (volatile int64_t i = delay + (int64_t)random_below(&seed, 64); i > 0; i--)
             ;
         bool asleep = sleeps_until(w) != 0;
-        push_work(&l);
+        push_work(l);
         delay += asleep ? -(int64_t)random_below(&seed, 16) : (int64_t)random_below(&seed, 16);
         delay = delay < 0 ? 0 : delay > 20000 ? 20000 : delay;
-        await_box_empty(&l, round);
+        await_box_empty(l, round);
     }
-    link_close(&l);
-    world_close(w);
 }
 
 /* ---- the run list ----------------------------------------------------- */
 
-static int unsent_in_kernel(int fd)
+/* A write that was cut by the bound (256 KiB), not by the kernel, asks for no event (O17). */
+LINK_TEST(poller_bound_needs_no_edge, UNIX, HIGH)
 {
-    int n = 0;
-    ioctl(fd, TIOCOUTQ, &n);
-    return n;
-}
-
-/* Measured: 256 KiB accepted whole, and no EPOLLOUT ever. What is beyond the bound goes on
- * without an event (O17). */
-TEST(poller_finishes_what_stopped_at_the_bound)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     int size = 4 * 1024 * 1024;
-    setsockopt(l.fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
-    setsockopt(l.peer, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
-    uint8_t *data = pattern_make(1, 0, MB);
-    settle(w);
-    int64_t left = ap_conn_write(l.conn, (char *)data, MB);
-    CHECK(left > 0);
-    peer_expect(&l, 1, 0, MB); /* breathes: the driver does it, with or without events */
-    CHECK_EQ(await(w, l.id, AP_MAIL_SENT), AP_MAIL_SENT);
-    CHECK_EQ(unsent_in_kernel(l.fd) >= 0, 1);
-    free(data);
-    link_close(&l);
-    world_close(w);
-}
-
-/* A write that was cut by the bound (256 KiB), not by the kernel, asks for no event. */
-TEST(poller_bound_needs_no_edge)
-{
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_UNIX, HIGH);
-    int size = 4 * 1024 * 1024;
-    if (setsockopt(l.fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
+    if (setsockopt(l->fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0)
         SKIP("no right to a large socket buffer");
     uint8_t *data = pattern_make(1, 0, MB);
     settle(w);
     uint64_t events = stats(w).events;
-    CHECK_EQ(ap_conn_write(l.conn, (char *)data, MB), MB - AP_BOUND);
+    CHECK_EQ(ap_conn_write(l->conn, (char *)data, MB), MB - AP_BOUND);
     step(w, 0); /* each turn is bounded as well: what is done under the mutex, and fairness */
-    CHECK_EQ(link_stats(&l).buffered_output, MB - 2 * AP_BOUND);
+    CHECK_EQ(link_stats(l).buffered_output, MB - 2 * AP_BOUND);
     for (int i = 0; i < 10; i++)
         step(w, 0);
-    CHECK_EQ(link_stats(&l).buffered_output, 0);
+    CHECK_EQ(link_stats(l).buffered_output, 0);
     CHECK_EQ(stats(w).events, events);
     CHECK_EQ(stats(w).stalls, 0);
-    CHECK_EQ(mail_of(w, l.id), AP_MAIL_SENT);
-    peer_expect(&l, 1, 0, MB);
+    CHECK_EQ(mail_of(w, l->id), AP_MAIL_SENT);
+    peer_expect(l, 1, 0, MB);
     free(data);
-    link_close(&l);
-    world_close(w);
 }
 
 /* Work left over keeps epoll_wait from blocking, and a budget does not lose it. */
@@ -327,28 +278,12 @@ TEST(poller_is_fair)
     world_close(w);
 }
 
-/* O18 */
-TEST(poller_survives_a_failing_wait)
-{
-    struct world *w = world_open();
-    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, ENOMEM, 0, 1, 0));
-    CHECK_EQ(ap_poller_step(w->poller, 0, BUDGET), -ENOMEM);
-    CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, EINTR, 0, 5, 0));
-    for (int i = 0; i < 5; i++)
-        CHECK_EQ(ap_poller_step(w->poller, -1, BUDGET), 0);
-    ap_fault_clear();
-    CHECK_OK(ap_poller_step(w->poller, 0, BUDGET)); /* the lease is free again */
-    world_close(w);
-}
-
 /* Events 5: after a wait that found something it polls once more before it blocks. */
-TEST(poller_polls_once_more_before_it_blocks)
+LINK_TEST(poller_polls_once_more_before_it_blocks, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
     settle(w);
-    peer_say(&l, 1, 0, 1);
-    arrived(&l, 1);
+    peer_say(l, 1, 0, 1);
+    arrived(l, 1);
     CHECK(step(w, 0) > 0);
     ap_poller_stats before = stats(w);
     CHECK_EQ(step(w, 1), 0);
@@ -356,16 +291,12 @@ TEST(poller_polls_once_more_before_it_blocks)
     CHECK_EQ(stats(w).waits, before.waits + 1);
     CHECK_EQ(step(w, 1), 0); /* and only then */
     CHECK_EQ(stats(w).polls, before.polls + 3);
-    link_close(&l);
-    world_close(w);
 }
 
 /* An idle poller costs nothing: it neither wakes nor polls (O15). */
-TEST(poller_idle_does_not_wake)
+LINK_TEST(poller_idle_does_not_wake, TCP, HIGH)
 {
-    struct world *w = world_open();
-    struct link l = link_open(w, AP_TCP, HIGH);
-    CHECK_EQ(want_until(&l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
+    CHECK_EQ(want_until(l, 1, ap_now() + 3600 * 1000 * MS), -EAGAIN);
     settle(w);
     world_start(w);
     wait_asleep(w);
@@ -376,6 +307,4 @@ TEST(poller_idle_does_not_wake)
     usleep(100 * 1000);
     polls = stats(w).polls - polls;
     CHECK(polls == 0 || ap_now() >= until);
-    link_close(&l);
-    world_close(w);
 }
