@@ -356,7 +356,8 @@ async def test_a_gateway_slows_down_who_sends_too_fast(example: Any) -> None:
                 tg.start_soon(send_all, client, data)
                 await holds(lambda: server.connections)
                 [conn] = server.connections
-                await holds(lambda: conn.statistics().buffered_input >= 200 * KIB)
+                # what the target still has to take counts towards the high water, too
+                await holds(lambda: conn.statistics().buffered_input >= 100 * KIB)
                 assert conn.statistics().buffered_input <= MIB
                 assert await read_all(origin, len(data)) == data
 
