@@ -378,8 +378,8 @@ AP_API int ap_conn_shutdown(ap_conn *conn);
 AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
 
 /* Asks for AP_MAIL_GONE, once, when the peer has ended its side or has reset the
- * connection, noticed also behind unread and paused input, or by a write that has
- * failed; an idle end is none, nor an error that is this side's own (ENOBUFS).
+ * connection, noticed also behind unread and paused input, or by a write or a shutdown
+ * that has failed; an idle end is none, nor an error that is this side's own (ENOBUFS).
  * Thread: loop. Returns 0; -EBADF. */
 AP_API int ap_conn_watch_peer(ap_conn *conn);
 

@@ -103,6 +103,8 @@ void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);
 /* After anything that may say that the peer has gone: remembers it, and tells the hub, once. */
 void ap_conn_learn(ap_conn *conn);
+/* After an error that may be the peer's doing: the socket tells. */
+void ap_conn_ask(ap_conn *conn);
 /* This side is about to end the socket, or will not look at it any more. */
 void ap_conn_cut(ap_conn *conn);
 /* Whether an error of the socket (-errno) says that nobody is at the other end any more. */

@@ -152,6 +152,7 @@ static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *ri
     if (got != -ECONNRESET)
         return got;
     conn->send_error = -ECONNRESET;
+    conn->peer_gone |= !conn->cut; /* the caller tells */
     got = receive_once(conn, into, rights);
     return got == -EAGAIN ? -ECONNRESET : got;
 }
