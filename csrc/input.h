@@ -15,6 +15,8 @@ bool ap_input_read(ap_context *context, ap_conn *conn);
 void ap_input_probe(ap_conn *conn);
 /* recvmsg said EAGAIN. */
 void ap_input_nothing(ap_conn *conn);
+/* recvmsg, or the socket, has an error (-errno). */
+void ap_input_fail(ap_conn *conn, int error);
 /* recvmsg said 0: AP_EEOF, or the error that somebody else was told. */
 int ap_input_end(const ap_conn *conn);
 /* Counts received bytes, and adapts the size of blocks. */

@@ -573,7 +573,8 @@ TEST(watch_errors_of_either_side)
         fault = gone ? peers[i] : own[i - AP_ARRAY_SIZE(peers)];
         learned_by(AP_TCP, NULL, by_a_fault_of_writing, gone);
         learned_by(AP_TCP, NULL, by_a_fault_of_reading, gone);
-        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked first */
+        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked */
+        learned_by(AP_TCP, peer_close, by_a_fault_of_reading, true);
     }
 }
 
