@@ -379,7 +379,7 @@ AP_API int ap_conn_linger(ap_conn *conn, uint32_t pos, int64_t deadline);
 
 /* Asks for AP_MAIL_GONE, once, when the peer has ended its side or reset the
  * connection. This is noticed even behind unread and paused input, or by a failed
- * write; an idle end does not count, nor an error of this side's own (ENOBUFS).
+ * write or shutdown; an idle end does not count, nor an error of this side's own (ENOBUFS).
  * Thread: loop. Returns 0; -EBADF. */
 AP_API int ap_conn_watch_peer(ap_conn *conn);
 

@@ -43,6 +43,7 @@ size_t ap_conn_left(const ap_conn *conn, uint32_t pos)
  *   reading    recvmsg returns 0, or the socket's error.
  *   writing    sendmsg returns the error. That takes it away from the reader, and the
  *              handler that gets it may end before any event comes.
+ *   shutting   shutdown finds the socket no longer connected.
  *   asking     before this side ends the socket itself (an idle end, a write that failed
  *              for lack of memory): everything it shows afterwards is of our own making.
  *
@@ -85,6 +86,12 @@ void ap_conn_learn(ap_conn *conn)
         return;
     conn->watching_peer = false;
     ap_hub_post(&conn->slot, AP_MAIL_GONE);
+}
+
+void ap_conn_ask(ap_conn *conn)
+{
+    conn->peer_gone |= !conn->cut && ap_sys_hung_up(conn->slot.fd);
+    ap_conn_learn(conn);
 }
 
 void ap_conn_cut(ap_conn *conn)

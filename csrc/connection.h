@@ -103,6 +103,8 @@ void ap_conn_note_deadline(ap_conn *conn, int64_t deadline);
 void ap_conn_note_activity(ap_conn *conn);
 /* After anything that may show that the peer has gone: remembers it, and tells the hub, once. */
 void ap_conn_learn(ap_conn *conn);
+/* After an error that may be the peer's doing: asks the socket. */
+void ap_conn_ask(ap_conn *conn);
 /* This side is about to end the socket, or to stop watching it. */
 void ap_conn_cut(ap_conn *conn);
 /* Whether a socket error (-errno) means that nobody is at the other end any more. */

@@ -232,6 +232,15 @@ static void adapt(ap_conn *conn, size_t got)
 
 /* ---- reading ---------------------------------------------------------- */
 
+/* An error that is not known to be the peer's may be all the same: a timeout reports the last
+ * ICMP error, of which there are many. The caller tells the hub. */
+void ap_input_fail(ap_conn *conn, int error)
+{
+    conn->read_end = error;
+    if (!conn->cut && !ap_is_of_peer(error))
+        conn->peer_gone |= ap_sys_hung_up(conn->slot.fd);
+}
+
 /* Read first, and ask for SO_ERROR only if that yields nothing: asking clears the
  * error, and an RST would then look like a FIN. What was received before the RST
  * is still readable. */
@@ -245,7 +254,7 @@ void ap_input_nothing(ap_conn *conn)
     slot->ready &= (uint8_t)~AP_ERR;
     int error = ap_sys_socket_error(slot->fd);
     if (error)
-        conn->read_end = -error;
+        ap_input_fail(conn, -error);
     else
         ap_sys_drain_error_queue(slot->fd);
 }
@@ -301,8 +310,10 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
     }
     if (got == -EAGAIN)
         ap_input_nothing(conn);
+    else if (got < 0)
+        ap_input_fail(conn, (int)got);
     else
-        conn->read_end = got == 0 ? ap_input_end(conn) : (int)got;
+        conn->read_end = ap_input_end(conn);
     return 0;
 }
 

@@ -15,6 +15,8 @@ bool ap_input_read(ap_context *context, ap_conn *conn);
 void ap_input_probe(ap_conn *conn);
 /* Handles EAGAIN from recvmsg. */
 void ap_input_nothing(ap_conn *conn);
+/* Handles an error (-errno) of recvmsg, or of the socket. */
+void ap_input_fail(ap_conn *conn, int error);
 /* Handles 0 from recvmsg: AP_EEOF, or the error that another call was told. */
 int ap_input_end(const ap_conn *conn);
 /* Counts received bytes, and adapts the size of blocks. */

@@ -148,8 +148,10 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
         return 0;
     if (!conn->shut) {
         conn->shut = true;
-        if (ap_sys_shutdown(conn->slot.fd, SHUT_WR) < 0)
+        if (ap_sys_shutdown(conn->slot.fd, SHUT_WR) < 0) {
+            ap_conn_ask(conn);
             return 0; /* no longer connected: nothing to wait for */
+        }
     }
     conn->discarding = true;
     ap_input_drop(conn);

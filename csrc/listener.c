@@ -335,7 +335,8 @@ static const ap_slot_ops operations = {
 
 int ap_listener_new(ap_poller *poller, ap_hub *hub, int fd, ap_account *account, ap_listener **out)
 {
-    if (poller->epoch != ap_epoch_now() || hub->epoch != ap_epoch_now())
+    uint32_t now = ap_epoch_now();
+    if (poller->epoch != now || hub->epoch != now || account->epoch != now)
         return -ECHILD;
     ap_slot *slot;
     int rc = ap_endpoint_open(&operations, poller, hub, fd, &slot);

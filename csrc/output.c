@@ -91,8 +91,7 @@ void ap_output_break(ap_conn *conn, int error)
     conn->send_error = error;
     ap_output_fail(conn, error);
     if (error == -EPIPE && conn->type != AP_TCP) {
-        conn->peer_gone |= !conn->cut && ap_sys_hung_up(conn->slot.fd);
-        ap_conn_learn(conn);
+        ap_conn_ask(conn);
         return;
     }
     conn->peer_gone |= !conn->cut && ap_is_of_peer(error);

@@ -152,6 +152,7 @@ static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *ri
     if (got != -ECONNRESET)
         return got;
     conn->send_error = -ECONNRESET;
+    conn->peer_gone |= !conn->cut; /* the caller tells */
     got = receive_once(conn, into, rights);
     return got == -EAGAIN ? -ECONNRESET : got;
 }
@@ -159,8 +160,9 @@ static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *ri
 static int64_t not_received(ap_conn *conn, ssize_t error)
 {
     if (error != -EAGAIN)
-        return conn->read_end = (int)error;
-    ap_input_nothing(conn);
+        ap_input_fail(conn, (int)error);
+    else
+        ap_input_nothing(conn);
     return conn->read_end ? conn->read_end : -EAGAIN;
 }
 

@@ -151,6 +151,8 @@ int ap_conn_shutdown(ap_conn *conn)
     else if (!conn->shut) {
         rc = ap_sys_shutdown(conn->slot.fd, SHUT_WR);
         conn->shut = true;
+        if (rc < 0)
+            ap_conn_ask(conn);
     }
     ap_slot_unlock(&conn->slot);
     return rc;

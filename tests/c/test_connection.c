@@ -148,6 +148,40 @@ static int64_t by_writing(struct link *l)
     return ap_conn_write(l->conn, "x", 1);
 }
 
+static int64_t by_shutting_down(struct link *l)
+{
+    return ap_conn_shutdown(l->conn);
+}
+
+static void say_and_reset(struct link *l)
+{
+    peer_say(l, 1, 0, 10);
+    peer_reset(l);
+}
+
+static int64_t by_lingering(struct link *l)
+{
+    CHECK_EQ(ap_conn_linger(l->conn, 0, 0), 0); /* there is nothing to wait for */
+    return -ENOTCONN;
+}
+
+/* Over UNIX sockets a close with unread input is a reset. */
+static void say_and_close_unread(struct link *l)
+{
+    CHECK_EQ(by_writing(l), 1);
+    peer_say(l, 1, 0, 1);
+    peer_close(l);
+}
+
+static int64_t by_reading_what_came_before(struct link *l)
+{
+    ap_view view;
+    int none = 0;
+    CHECK_EQ(ap_conn_receive(l->conn, 1, 0, &view, &none, &none), 1);
+    ap_block_unref(view.block);
+    return -ECONNRESET;
+}
+
 static int fault;
 
 static int64_t by_a_fault_of_writing(struct link *l)
@@ -171,6 +205,9 @@ TEST(watch_learned_by_the_loop)
     }
     learned_by(AP_TCP, peer_reset, by_reading, true);
     learned_by(AP_TCP, peer_reset, by_writing, true);
+    learned_by(AP_TCP, peer_reset, by_shutting_down, true);
+    learned_by(AP_TCP, say_and_reset, by_lingering, true);
+    learned_by(AP_SEQPACKET, say_and_close_unread, by_reading_what_came_before, true);
 }
 
 static void stop_reading(struct link *l)
@@ -194,6 +231,7 @@ TEST(watch_errors_of_either_side)
         fault = gone ? peers[i] : own[i - AP_ARRAY_SIZE(peers)];
         learned_by(AP_TCP, NULL, by_a_fault_of_writing, gone);
         learned_by(AP_TCP, NULL, by_a_fault_of_reading, gone);
-        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked first */
+        learned_by(AP_TCP, peer_close, by_a_fault_of_writing, true); /* the socket is asked */
+        learned_by(AP_TCP, peer_close, by_a_fault_of_reading, true);
     }
 }

@@ -86,6 +86,8 @@ static void poller_refuses(struct family *f)
     CHECK_EQ(ap_poller_stop(p), -ECHILD);
     CHECK_EQ(ap_poller_nudge(p), -ECHILD);
     CHECK_EQ(ap_poller_statistics(p, &s), -ECHILD);
+    CHECK_EQ(ap_poller_drain(p, 1), -ECHILD);
+    CHECK_EQ(ap_poller_state(p), -ECHILD);
     int32_t refs = atomic_load(&p->refs);
     ap_poller_unref(p);
     CHECK_EQ(atomic_load(&p->refs), refs);
@@ -95,7 +97,10 @@ static void hub_refuses(struct family *f)
 {
     ap_hub *h = f->w->hub;
     ap_token token;
+    ap_poller_stats s;
     CHECK_EQ(ap_hub_fd(h), -ECHILD);
+    CHECK_EQ(ap_hub_trim(h), -ECHILD);
+    CHECK_EQ(ap_hub_statistics(h, &s), -ECHILD);
     CHECK_EQ(ap_hub_take(h, &token, 1), -ECHILD);
     CHECK_EQ(ap_hub_kill(h), -ECHILD);
     int32_t refs = atomic_load(&h->refs);
@@ -112,6 +117,20 @@ static void conn_refuses(struct family *f)
     CHECK_EQ(ap_conn_id(c), f->l.id);
     CHECK_EQ(ap_conn_rest(c, &byte, 1), -ECHILD);
     CHECK_EQ(ap_conn_fd(c, 1), -ECHILD);
+    CHECK_EQ(ap_conn_want(c, 0, 1), -ECHILD);
+    CHECK_EQ(ap_conn_request(c, 0, 1, NULL, 0), -ECHILD);
+    CHECK_EQ(ap_conn_set_window(c, 1), -ECHILD);
+    CHECK_EQ(ap_conn_set_block(c, AP_BLOCK_MIN), -ECHILD);
+    CHECK_EQ(ap_conn_arrived(c, 0), -ECHILD);
+    CHECK_EQ(ap_conn_queued(c), -ECHILD);
+    CHECK_EQ(ap_conn_awaited(c), -ECHILD);
+    CHECK_EQ(ap_conn_give_up(c), -ECHILD);
+    CHECK_EQ(ap_conn_watch_peer(c), -ECHILD);
+    CHECK_EQ(ap_conn_report(c, 0), -ECHILD);
+    CHECK_EQ(ap_conn_take_fds(c, 0, &byte, 1, &result, &result), -ECHILD);
+    c->type = AP_SEQPACKET; /* the child's copy of it */
+    CHECK_EQ(ap_conn_send_fds(c, "x", 1, NULL, 0), -ECHILD);
+    CHECK_EQ(ap_conn_receive(c, 1, 0, &view, &result, &result), -ECHILD);
     CHECK_EQ(ap_conn_status(c) & AP_IS_CLOSED, AP_IS_CLOSED);
     CHECK_EQ(ap_conn_statistics(c, 0, &s), -ECHILD);
     uint32_t refs = atomic_load(&f->l.block->refs);
@@ -142,11 +161,21 @@ static void listener_refuses(struct family *f)
     CHECK_EQ(ap_conn_new(f->w->poller, f->w->hub, 0, AP_TCP, HIGH, &conn), -ECHILD);
 }
 
+/* The account's mutex may be held for ever, whoever the listener's poller and hub belong to. */
+static void account_refuses(struct family *f)
+{
+    struct world *w = world_open();
+    ap_listener *made;
+    CHECK_EQ(ap_listener_new(w->poller, w->hub, f->listening, f->account, &made), -ECHILD);
+    world_close(w);
+}
+
 static void touch_everything(void *arg)
 {
     struct family *f = arg;
     conn_refuses(f);
     listener_refuses(f);
+    account_refuses(f);
     hub_refuses(f);
     poller_refuses(f);
 }
