@@ -191,6 +191,8 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     if (waiting < 0)
         return waiting;
     bool empty = waiting == 0 && !untouched && ap_sys_message_waits(conn->slot.fd);
+    if (empty && (waiting = ap_sys_unread(conn->slot.fd)) < 0) /* it may have bytes after all */
+        return waiting;
     if ((uint64_t)waiting > seen || empty) {
         conn->slot.ready |= AP_READABLE;
         conn->request_at = received;

@@ -112,7 +112,9 @@ static void conn_refuses(struct family *f)
 {
     ap_conn *c = f->l.conn;
     ap_conn_stats s;
+    ap_view view;
     char byte;
+    int result = 0;
     verbs_all_fail(c, -ECHILD);
     CHECK_EQ(ap_conn_id(c), f->l.id);
     CHECK_EQ(ap_conn_rest(c, &byte, 1), -ECHILD);
