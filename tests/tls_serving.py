@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from certificates import server_context
-from peers import MIB, holds, within
+from peers import MIB, within
 from serving import connected, local
 from tls_peers import Peer
 
@@ -29,13 +29,6 @@ async def talking(server: anypoll.Server) -> AsyncIterator[Peer]:
         peer = Peer(sock)
         await within(peer.shake_hands())
         yield peer
-
-
-async def ends(server: anypoll.Server, **reasons: int) -> None:
-    """Until so many connections have ended, for these reasons."""
-    await holds(lambda: sum(server.statistics().closed.values()) == sum(reasons.values()))
-    assert dict(server.statistics().closed) == reasons
-    assert server.connections == ()
 
 
 async def echo_line(stream: TLSConnection) -> None:

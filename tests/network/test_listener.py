@@ -29,7 +29,7 @@ import pytest
 from anyio import BusyResourceError, ClosedResourceError
 from anyio.abc import SocketAttribute
 from anyio.streams.stapled import MultiListener
-from peers import holds, pollers_have_looked, settle, within
+from peers import blocked, holds, pollers_have_looked, settle, within
 
 import anypoll
 from anypoll import Connection, SocketListener, UNIXConnection
@@ -75,25 +75,6 @@ def take_from_backlog(listener: SocketListener) -> None:
     raw = raw_of(listener)
     assert select.select([raw], [], [], 30)[0]
     raw.accept()[0].close()
-
-
-@asynccontextmanager
-async def blocked(call: Callable[[], Awaitable[Any]]) -> AsyncIterator[list[Any]]:
-    """Runs the call in a task; the block begins when that waits, and ends when it has ended."""
-    outcome: list[Any] = []
-
-    async def run() -> None:
-        try:
-            outcome.append(await call())
-        except Exception as exc:  # noqa: BLE001 -- the test looks at it
-            outcome.append(exc)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(run)
-        await settle()
-        assert outcome == []
-        yield outcome
-        await holds(lambda: outcome)
 
 
 async def ping(client: socket.socket, conn: Connection) -> None:

@@ -12,9 +12,9 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute
 from peers import KIB, MIB, holds, pattern, read_all, reset, send_all, stalled, within
-from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
+from serving import all_is_accounted_for, connected, ends, errors, local  # noqa: F401
 from tls_peers import Instead, Peer
-from tls_serving import MODES, echo, echo_line, ends, rest, secure, talking
+from tls_serving import MODES, echo, echo_line, rest, secure, talking
 
 import anypoll
 from anypoll import TLSConnection

@@ -17,9 +17,9 @@ import trustme
 from anyio import ClosedResourceError
 from certificates import client_context, server_context
 from peers import MIB, holds, pattern, read_to_end, reset, send_all, within
-from serving import all_is_accounted_for, connected, errors, local  # noqa: F401
+from serving import all_is_accounted_for, connected, ends, errors, local  # noqa: F401
 from tls_peers import NAME, Peer
-from tls_serving import MODES, Function, echo, echo_line, echo_lines, ends, rest, secure, talking
+from tls_serving import MODES, Function, echo, echo_line, echo_lines, rest, secure, talking
 
 import anypoll
 from anypoll import Connection, TLSConnection
