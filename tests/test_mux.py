@@ -387,19 +387,7 @@ async def test_a_callable_that_fails_after_a_wait() -> None:
 
 
 async def test_who_waits_longest_goes_on_first() -> None:
-    """Also when there would be room for a smaller message behind it."""
-    messages = [b"first" * HIGH, b"second", *(bytes([letter]) * HIGH for letter in b"abcd")]
-    async with full() as (queue, gate):
-        async with anyio.create_task_group() as tg:
-            for number, data in enumerate(messages):
-                tg.start_soon(queue.add, data)
-                await waiting(queue, number + 1)
-            gate.open.set()
-        assert await gate.took(9 * HIGH + 6) == b"".join(messages)
-
-
-async def test_a_grant_counts_at_once() -> None:
-    """Those for whom there is room only later wait on."""
+    """And those for whom there is room only then: a grant counts at once."""
     async with full() as (queue, gate):
 
         async def add(data: bytes) -> None:
@@ -411,7 +399,19 @@ async def test_a_grant_counts_at_once() -> None:
                 tg.start_soon(add, bytes([number]) * HIGH)
                 await waiting(queue, number + 1)
             gate.open.set()
-        await gate.took(6 * HIGH)
+        assert await gate.took(6 * HIGH) == b"".join(bytes([n]) * HIGH for n in range(6))
+
+
+async def test_nobody_overtakes_who_waits() -> None:
+    """Not with a smaller message either, for which there would be room."""
+    async with full() as (queue, gate):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(queue.add, b"first" * HIGH)
+            await waiting(queue, 1)
+            tg.start_soon(queue.add, b"second")
+            await waiting(queue, 2)
+            gate.open.set()
+        assert await gate.took(5 * HIGH + 6) == b"first" * HIGH + b"second"
 
 
 async def test_a_cancelled_add_leaves_nothing_behind() -> None:
