@@ -13,7 +13,8 @@ import pytest
 from programs import run_to_end
 from soak_scenarios import SCENARIOS
 
-pytestmark = pytest.mark.unsanitized
+# Churn of three loops, as hard as it can: alone, or it disturbs whatever runs beside it.
+pytestmark = [pytest.mark.unsanitized, pytest.mark.alone]
 
 HERE = Path(__file__).parent
 
