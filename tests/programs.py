@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,9 +116,11 @@ def stop(process: Process, signum: signal.Signals = signal.SIGTERM) -> None:
 def _fail(process: subprocess.Popen[str], patience: float) -> NoReturn:
     family = _family(process.pid)
     stacks = [f"--- process {pid}\n{_native_stacks(pid)}" for pid in family]
-    # Python's stacks: conftest.py has faulthandler write them to stderr at this signal.
-    for pid in family:
+    # Python's stacks: conftest.py has faulthandler write them to stderr at this signal. One process
+    # after another, children first, or what they write is mixed up.
+    for pid in reversed(family):
         _kill(pid, signal.SIGABRT)
+        _wait_for_end(pid)
     try:
         out, err = process.communicate(timeout=_PATIENCE_WITH_TOOLS)
     except subprocess.TimeoutExpired:
@@ -143,6 +146,18 @@ def _family(pid: int) -> list[int]:
 def _kill(pid: int, signum: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
+
+
+def _wait_for_end(pid: int) -> None:
+    """For a moment: it may write to a pipe that is full, and nobody reads yet."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z":
+                time.sleep(0.01)
+                continue
+        return
 
 
 def _native_stacks(pid: int) -> str:
