@@ -196,7 +196,10 @@ class Requests:
             self.taskless = True
         else:  # also after a call that suppressed its cancellation
             self.stop()
-            await self._owner.conclude(self._conn, exc)
+            try:
+                await self._owner.conclude(self._conn, exc)
+            finally:
+                exc = None  # from CPython 3.12 on, the frames of its traceback lead back to this one
 
     async def _outcome(self) -> Exception | None:
         """The exception that :meth:`_call_if_due` raised. No frame in its traceback keeps it, or

@@ -261,7 +261,10 @@ class Lifecycle:
             with cancellation_suppressed():  # it must not replace the handler's outcome
                 await self.conclude(connection, e)
             raise
-        await self.conclude(connection, exc)
+        try:
+            await self.conclude(connection, exc)
+        finally:
+            exc = None  # from CPython 3.12 on, the frames of its traceback lead back to this one
 
     async def _outcome(self, connection: Connection) -> Exception | None:
         """The exception that the handler raised. No frame in its traceback keeps it, or each end
