@@ -199,7 +199,7 @@ class Requests:
             try:
                 await self._owner.conclude(self._conn, exc)
             finally:
-                exc = None  # from CPython 3.12 on, the frames of its traceback lead back to this one
+                exc = None  # from CPython 3.12 on, frames of its traceback lead back to this one
 
     async def _outcome(self) -> Exception | None:
         """The exception that :meth:`_call_if_due` raised. No frame in its traceback keeps it, or

@@ -264,7 +264,7 @@ class Lifecycle:
         try:
             await self.conclude(connection, exc)
         finally:
-            exc = None  # from CPython 3.12 on, the frames of its traceback lead back to this one
+            exc = None  # from CPython 3.12 on, frames of its traceback lead back to this one
 
     async def _outcome(self, connection: Connection) -> Exception | None:
         """The exception that the handler raised. No frame in its traceback keeps it, or each end
