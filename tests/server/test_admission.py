@@ -31,7 +31,7 @@ from serving import (
 
 import anypoll
 from anypoll import Connection, _epoll
-from anypoll._server import lifecycle as _lives
+from anypoll._server import lifecycle
 
 pytestmark = pytest.mark.anyio
 
@@ -138,7 +138,7 @@ async def test_those_that_do_not_begin_take_no_place(
         if failing and why == "refused":
             conn.abort()
 
-    new_connection = _lives.new_connection
+    new_connection = lifecycle.new_connection
 
     def no_memory(fd: int, *args: Any) -> Connection:
         if failing and why == "not opened":
@@ -146,7 +146,7 @@ async def test_those_that_do_not_begin_take_no_place(
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return new_connection(fd, *args)
 
-    monkeypatch.setattr(_lives, "new_connection", no_memory)
+    monkeypatch.setattr(lifecycle, "new_connection", no_memory)
     reason = "refused" if why == "refused" else "failed"
     async with local(greet, max_connections=2, on_prepare=prepare) as server:
         if why == "not watched":
