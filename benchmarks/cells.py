@@ -1,120 +1,42 @@
-"""One benchmark cell: a freshly started server process, and a load generator against it."""
+"""One benchmark cell: a freshly started server process, and a load generator against it.
+
+Or, for a client, a freshly started client against the C server.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import procfs
+from catalog import BUILD, EPOLL_SERVER, GO_SERVER, HERE, Cell, Workload
+from procfs import BUSY_THREAD, LOOP_THREAD
+from rounds import NO_LOOP, Measurement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build" / "benchmarks"
-LOAD = BUILD / "load"
+LOAD = str(BUILD / "load")
 
 START_LIMIT = 20.0  # seconds a server may take until it listens
 STALL_LIMIT = 10.0  # seconds without progress after which the load generator gives up
-NO_LOOP = "-"
-
-
-@dataclass(frozen=True)
-class Workload:
-    name: str
-    kind: str
-    connections: int
-    size: int
-    outstanding: int = 1
-    requests: int = 0
-    """Per connection; 0 = as many as the time allows."""
-    reconnect: bool = False
-    idle: float = 0.0
-    """Seconds of silence after the requests, in which memory and wake-ups are taken."""
-
-    def describe(self) -> str:
-        text = f"{self.kind}, {self.connections} connections, {self.size} B"
-        if self.requests:
-            text += f", {self.requests} request each, then "
-            return text + ("a new connection" if self.reconnect else "silence")
-        return f"{text}, {self.outstanding} outstanding"
-
-
-@dataclass(frozen=True)
-class Server:
-    name: str
-    command: tuple[str, ...]
-    loops: tuple[str, ...]
-
-    def start_command(self, loop: str, workload: Workload, lifetime: int) -> list[str]:
-        options = ["--loop", loop, "--workload", workload.kind, "--lifetime", str(lifetime)]
-        return [*self.command, *options]
-
-
-def _python(script: str) -> tuple[str, ...]:
-    return sys.executable, str(HERE / "servers" / script)
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("rpc1", "rpc", 1, 64),
-        Workload("rpc100", "rpc", 100, 64),
-        Workload("pipe", "rpc", 100, 64, outstanding=16),
-        Workload("echo100", "echo", 100, 64),
-        Workload("rpc1000", "rpc", 1000, 64),
-        Workload("rpc100_16k", "rpc", 100, 16 << 10),
-        Workload("bulk", "echo", 4, 256 << 10),
-        Workload("connect", "rpc", 50, 64, requests=1, reconnect=True),
-        Workload("idle", "rpc", 5000, 64, requests=1, idle=1.5),
-    )
-}
-
-SERVERS = {
-    server.name: server
-    for server in (
-        Server("anypoll", _python("anypoll_server.py"), ("asyncio", "uvloop", "trio")),
-        Server("requests", _python("requests_server.py"), ("asyncio", "uvloop", "trio")),
-        Server("anyio", _python("anyio_server.py"), ("asyncio", "uvloop", "trio")),
-        Server("protocol", _python("protocol_server.py"), ("asyncio", "uvloop")),
-        Server("epoll", (str(BUILD / "epoll_server"),), (NO_LOOP,)),
-    )
-}
-
-
-@dataclass(frozen=True)
-class IdleUse:
-    kib_per_connection: float
-    wakeups_per_second: float
-    cpu_percent: float
 
 
 @dataclass(frozen=True)
 class Result:
-    rps: float
-    p50_us: float
-    p99_us: float
-    max_us: float
-    cpu_us: float
-    """Of the whole server, per request."""
-    load_percent: float
-    """Of one core, used by the load generator: near 100 it is the limit, not the server."""
-    threads: dict[str, tuple[float, float]]
-    """µs per request in (user, system) mode by thread of the server."""
-    idle: IdleUse | None
-    server_output: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    figures: Measurement
+    threads: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """µs per request in (user, system) mode by the name of the server's thread."""
+    output: str = ""
+    """What the programs wrote to their standard error."""
 
 
 class CellError(Exception):
@@ -122,27 +44,45 @@ class CellError(Exception):
 
 
 def build() -> None:
+    """Compile what is not Python. Go's server only where there is a Go."""
     BUILD.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CC", "cc").split()
-    for source in (HERE / "load.c", HERE / "servers" / "epoll_server.c"):
+    for source in (HERE / "load.c", HERE / "peers" / "epoll_server.c"):
         options = ["-std=c11", "-O2", "-Wall", "-Wextra"]
-        target = BUILD / source.stem
-        subprocess.run([*compiler, *options, "-o", str(target), str(source)], check=True)
+        subprocess.run([*compiler, *options, "-o", BUILD / source.stem, source], check=True)
+    if shutil.which("go"):
+        environment = os.environ | {"GO111MODULE": "off", "GOCACHE": str(BUILD / "go-cache")}
+        source = HERE / "peers" / "go_server.go"
+        subprocess.run(["go", "build", "-o", GO_SERVER, source], check=True, env=environment)
 
 
-def measure(
-    server: Server, loop: str, workload: Workload, *, seconds: float, warmup: float
-) -> Result:
+def measure(cell: Cell, *, seconds: float, warmup: float) -> Result:
+    workload = cell.workload
+    seconds, warmup = max(seconds, workload.at_least), max(warmup, workload.settle)
     limit = seconds + warmup + workload.idle + STALL_LIMIT + 10
-    command = server.start_command(loop, workload, lifetime=int(limit + START_LIMIT) + 1)
-    with tempfile.TemporaryFile("w+") as output, _process(command, output) as process:
+    take = _measure_client if workload.kind == "client" else _measure_server
+    with tempfile.TemporaryFile("w+") as log:
         try:
-            port = _read_port(process)
-            load_command = _load_command(port, workload, seconds, warmup)
-            with _process(load_command, output) as load, _time_limit(load, limit):
-                return _watch(process, load, workload, output)
+            result = take(cell, seconds, warmup, limit, log)
         except CellError as error:
-            raise CellError(f"{error}\n{_text(output)}".rstrip()) from None
+            raise CellError(f"{error}\n{_text(log)}".rstrip()) from None
+        return Result(result.figures, result.threads, _text(log))
+
+
+# ---- a server ----
+
+
+def _measure_server(
+    cell: Cell, seconds: float, warmup: float, limit: float, log: IO[str]
+) -> Result:
+    workload = cell.workload
+    command = cell.peer.command(workload, cell.key.loop, lifetime=int(limit + START_LIMIT) + 1)
+    with _process([*command, "--workload", workload.kind], log) as server:
+        port = _read_port(server)
+        memory = procfs.resident_kib(server.pid)
+        load_command = _load_command(port, workload, seconds, warmup)
+        with _process(load_command, log) as load, _time_limit(load, limit):
+            return _watch(cell, server, load, memory)
 
 
 def _load_command(port: int, workload: Workload, seconds: float, warmup: float) -> list[str]:
@@ -161,55 +101,82 @@ def _load_command(port: int, workload: Workload, seconds: float, warmup: float) 
     }
     if workload.requests:
         options["requests"] = workload.requests
-    command = [str(LOAD), *(f"--{name}={value}" for name, value in options.items())]
+    if workload.rate:
+        options["rate"] = workload.rate
+    command = [LOAD, *(f"--{name}={value}" for name, value in options.items())]
     return [*command, "--reconnect"] if workload.reconnect else command
 
 
 def _watch(
-    server: subprocess.Popen[str], load: subprocess.Popen[str], workload: Workload, log: IO[str]
+    cell: Cell, server: subprocess.Popen[str], load: subprocess.Popen[str], memory: float
 ) -> Result:
-    """Take the server's use of everything between now and the load generator's end."""
-    pid = server.pid
-    cpu, threads, memory = procfs.cpu(pid), procfs.thread_cpu(pid), procfs.resident_kib(pid)
+    """Take what the server uses from the end of the warm-up until the last answer."""
     assert load.stdout is not None
+    started = load.stdout.readline()
+    before = _times(server)
     line = load.stdout.readline()
-    if server.poll() is not None:
-        raise CellError(f"the server has ended with status {server.returncode}")
-    cpu, after = procfs.cpu(pid) - cpu, procfs.thread_cpu(pid)
-    idle = _watch_idle(pid, workload, memory) if line and workload.idle else None
-    if load.wait() != 0 or not line:
+    after = _times(server)
+    idle = _watch_idle(server.pid, cell.workload, memory) if line and cell.workload.idle else {}
+    if load.wait() != 0 or not started or not line:
         raise CellError(f"the load generator has ended with status {load.returncode}")
     report = json.loads(line)
     if not report["requests"]:
         raise CellError("no request was answered while measuring")
-    microseconds = 1e6 / report["total_requests"]
-    used = {name: total - threads.get(name, procfs.NO_CPU) for name, total in after.items()}
-    return Result(
-        rps=report["rps"],
-        p50_us=report["p50_us"],
-        p99_us=report["p99_us"],
-        max_us=report["max_us"],
-        cpu_us=cpu.total * microseconds,
-        load_percent=100 * report["cpu_seconds"] / report["seconds"],
-        threads={
-            name: (cpu.user * microseconds, cpu.system * microseconds) for name, cpu in used.items()
-        },
-        idle=idle,
-        server_output=_text(log),
-    )
+    uses = procfs.used_by_name(before, after)
+    microseconds = {name: use.nanoseconds / 1e3 / report["answered"] for name, use in uses.items()}
+    figures = {name: report[name] for name in ("rps", "p50_us", "p99_us", "max_us")}
+    figures["cpu_us"] = sum(used for name, used in microseconds.items() if name != BUSY_THREAD)
+    if cell.key.loop != NO_LOOP:
+        figures["loop_us"] = microseconds[LOOP_THREAD]
+    figures["load_percent"] = 100 * report["cpu_seconds"] / report["seconds"]
+    threads = {
+        name: (used * uses[name].user_share, used * (1 - uses[name].user_share))
+        for name, used in microseconds.items()
+    }
+    return Result(figures | idle, threads)
 
 
-def _watch_idle(pid: int, workload: Workload, memory_before: float) -> IdleUse:
+def _times(server: subprocess.Popen[str]) -> procfs.ProcessTimes:
+    if server.poll() is not None:
+        raise CellError(f"the server has ended with status {server.returncode}")
+    return procfs.times(server.pid)
+
+
+def _watch_idle(pid: int, workload: Workload, memory_before: float) -> dict[str, float]:
     time.sleep(workload.idle * 0.2)  # the work of the requests may have an aftermath
     memory = procfs.resident_kib(pid) - memory_before
-    wakeups, cpu, start = procfs.wakeups(pid), procfs.cpu(pid), time.perf_counter()
+    wakeups, cpu = procfs.wakeups(pid), procfs.process_nanoseconds(pid)
+    start = time.perf_counter()
     time.sleep(workload.idle * 0.6)
     elapsed = time.perf_counter() - start
-    return IdleUse(
-        kib_per_connection=memory / workload.connections,
-        wakeups_per_second=(procfs.wakeups(pid) - wakeups) / elapsed,
-        cpu_percent=100 * (procfs.cpu(pid) - cpu).total / elapsed,
-    )
+    return {
+        "kib": memory / workload.connections,
+        "wakeups": (procfs.wakeups(pid) - wakeups) / elapsed,
+        "idle_percent": (procfs.process_nanoseconds(pid) - cpu) / 1e7 / elapsed,
+    }
+
+
+# ---- a client ----
+
+
+def _measure_client(
+    cell: Cell, seconds: float, warmup: float, limit: float, log: IO[str]
+) -> Result:
+    lifetime = int(limit + START_LIMIT) + 1
+    command = cell.peer.command(cell.workload, cell.key.loop, lifetime)
+    with _process([EPOLL_SERVER, "--lifetime", str(lifetime)], log) as server:
+        command += [f"--port={_read_port(server)}", f"--size={cell.workload.size}"]
+        command += [f"--seconds={seconds}", f"--warmup={warmup}"]
+        with _process(command, log) as client, _time_limit(client, START_LIMIT + limit):
+            assert client.stdout is not None
+            line = client.stdout.readline()
+            if client.wait() != 0 or not line:
+                raise CellError(f"the client has ended with status {client.returncode}")
+            figures: dict[str, Any] = json.loads(line)
+            return Result(figures)
+
+
+# ---- processes ----
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-/* A closed-loop load generator: one thread, epoll, every byte that comes back is verified.
+/* A load generator: one thread, epoll, every byte that comes back is verified.
  *
  * Model. Each connection owns a ring of `outstanding` frames. A frame is written into the ring once
  * and stays there until its answer has come, so the ring is at the same time the output queue and
@@ -10,6 +10,10 @@
  *
  * Closed loop: a frame is begun when its slot becomes free, so the load follows the server. The
  * latency of a frame runs from the batch it was begun in to the batch that completed it.
+ *
+ * Open loop (--rate): a timer begins the frames, one per tick. A frame whose time has come always
+ * finds a free slot, or the run fails: no latency is hidden because a slow server delays the
+ * requests that would have shown it.
  *
  * A run is warm-up, measurement, drain. Only frames that complete during the measurement count, but
  * every frame that was begun is waited for and verified; a connection that is silent while others
@@ -25,6 +29,7 @@
 #include <errno.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,6 +37,7 @@ enum {
     HEADER_SIZE = 4,
     EVENT_BATCH = 256,
     TICK_MS = 20,            /* how late the end of a phase may be noticed on a silent server */
+    OPEN_TICK_MS = 1000,     /* the same with --rate, whose timer wakes us; this one should not */
     RECEIVE_LIMIT = 1 << 20, /* larger reads only spoil the cache */
     REPORTED_ERRORS = 5,
 };
@@ -53,12 +59,15 @@ struct connection {
 struct run {
     struct options options;
     int epoll;
+    int timer; /* of --rate, else -1 */
     enum phase phase;
     size_t frame, ring_size, receive_size;
     uint8_t *pattern, *receive_buffer;
     struct connection *connections;
-    uint64_t in_flight, total, errors;
-    uint64_t moved; /* bytes, both ways: what counts as progress */
+    uint64_t in_flight, errors;
+    uint64_t answered; /* since the measurement began, those of the drain included */
+    uint64_t begun;    /* by the timer of --rate */
+    uint64_t moved;    /* bytes, both ways: what counts as progress */
     uint64_t measure_at, drain_at, measured_ns;
     double cpu_seconds;
     struct histogram latencies;
@@ -107,22 +116,26 @@ static bool may_begin(const struct run *run, const struct connection *conn)
            (opt->requests == 0 || conn->begun < opt->requests);
 }
 
+static void begin_frame(struct run *run, struct connection *conn, uint64_t now)
+{
+    uint64_t slot = conn->begun++ % run->options.outstanding;
+    write_frame(run, conn, conn->ring + slot * run->frame);
+    conn->started[slot] = now;
+    conn->filled += run->frame;
+    run->in_flight++;
+}
+
 static void begin_frames(struct run *run, struct connection *conn, uint64_t now)
 {
-    while (may_begin(run, conn)) {
-        uint64_t slot = conn->begun++ % run->options.outstanding;
-        write_frame(run, conn, conn->ring + slot * run->frame);
-        conn->started[slot] = now;
-        conn->filled += run->frame;
-        run->in_flight++;
-    }
+    while (run->timer < 0 && may_begin(run, conn))
+        begin_frame(run, conn, now);
 }
 
 static void finish_frames(struct run *run, struct connection *conn, uint64_t now)
 {
     for (; (conn->done + 1) * run->frame <= conn->received; conn->done++) {
         run->in_flight--;
-        run->total++;
+        run->answered += run->phase != WARMUP;
         if (run->phase == MEASURE)
             histogram_record(&run->latencies,
                              now - conn->started[conn->done % run->options.outstanding]);
@@ -248,6 +261,38 @@ static void handle_event(struct run *run, struct connection *conn, uint32_t even
     send_frames(run, conn);
 }
 
+/* ---- the timer of --rate ---- */
+
+static void start_timer(struct run *run)
+{
+    run->timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    uint64_t period = (uint64_t)(1e9 / run->options.rate);
+    struct timespec ts = {(time_t)(period / 1000000000u), (long)(period % 1000000000u)};
+    struct itimerspec ticks = {.it_interval = ts, .it_value = ts};
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+    if (run->timer < 0 || timerfd_settime(run->timer, 0, &ticks, NULL) < 0 ||
+        epoll_ctl(run->epoll, EPOLL_CTL_ADD, run->timer, &event) < 0)
+        die("timerfd: %s", strerror(errno));
+}
+
+static void handle_ticks(struct run *run)
+{
+    uint64_t ticks = 0;
+    if (read(run->timer, &ticks, sizeof ticks) < 0 && errno != EAGAIN)
+        die("timerfd: %s", strerror(errno));
+    for (uint64_t now = now_ns(); ticks > 0 && run->phase != DRAIN; ticks--) {
+        struct connection *conn = &run->connections[run->begun++ % run->options.connections];
+        if (conn->fd < 0)
+            continue;
+        if (!may_begin(run, conn)) {
+            fail_connection(run, conn, "too many unanswered requests at this rate");
+            continue;
+        }
+        begin_frame(run, conn, now);
+        send_frames(run, conn);
+    }
+}
+
 /* ---- the run ---- */
 
 static void begin_measurement(struct run *run, uint64_t now)
@@ -256,6 +301,8 @@ static void begin_measurement(struct run *run, uint64_t now)
     run->measure_at = now;
     run->drain_at = now + (uint64_t)(run->options.seconds * 1e9);
     run->cpu_seconds = own_cpu_seconds();
+    puts("MEASURING");
+    fflush(stdout);
 }
 
 static void end_measurement(struct run *run, uint64_t now)
@@ -297,6 +344,8 @@ static void begin_all(struct run *run)
     uint64_t now = now_ns();
     run->measure_at = now + (uint64_t)(run->options.warmup * 1e9);
     advance_phase(run, now);
+    if (run->options.rate > 0)
+        start_timer(run);
     for (uint32_t i = 0; i < run->options.connections; i++) {
         struct connection *conn = &run->connections[i];
         if (conn->fd >= 0) {
@@ -306,17 +355,26 @@ static void begin_all(struct run *run)
     }
 }
 
+static bool is_running(const struct run *run)
+{
+    bool open = run->timer >= 0 && run->phase != DRAIN && run->errors == 0;
+    return open || run->in_flight > 0;
+}
+
 static void run_load(struct run *run)
 {
     struct epoll_event events[EVENT_BATCH];
     begin_all(run);
     uint64_t moved = 0, progress_at = now_ns();
-    while (run->in_flight > 0) {
-        int n = wait_events(run, events, TICK_MS);
+    while (is_running(run)) {
+        int n = wait_events(run, events, run->timer < 0 ? TICK_MS : OPEN_TICK_MS);
         uint64_t now = now_ns();
         advance_phase(run, now);
         for (int i = 0; i < n; i++)
-            handle_event(run, events[i].data.ptr, events[i].events);
+            if (events[i].data.ptr == NULL)
+                handle_ticks(run);
+            else
+                handle_event(run, events[i].data.ptr, events[i].events);
         if (run->moved != moved) {
             moved = run->moved;
             progress_at = now;
@@ -346,12 +404,12 @@ static void print_result(const struct run *run)
     double seconds = (double)run->measured_ns / 1e9;
     printf("{\"requests\": %llu, \"seconds\": %.6f, \"rps\": %.1f, \"p50_us\": %.2f, "
            "\"p99_us\": %.2f, \"max_us\": %.2f, \"errors\": %llu, \"cpu_seconds\": %.6f, "
-           "\"total_requests\": %llu}\n",
+           "\"answered\": %llu}\n",
            (unsigned long long)hist->total, seconds,
            seconds > 0 ? (double)hist->total / seconds : 0.0,
            (double)histogram_quantile(hist, 0.50) / 1e3,
            (double)histogram_quantile(hist, 0.99) / 1e3, (double)hist->max / 1e3,
-           (unsigned long long)run->errors, run->cpu_seconds, (unsigned long long)run->total);
+           (unsigned long long)run->errors, run->cpu_seconds, (unsigned long long)run->answered);
     fflush(stdout);
 }
 
@@ -373,6 +431,7 @@ static void prepare(struct run *run)
         conn->ring = allocate(run->ring_size, 1);
         conn->started = allocate(opt->outstanding, sizeof *conn->started);
     }
+    run->timer = -1;
     run->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (run->epoll < 0)
         die("epoll_create1: %s", strerror(errno));

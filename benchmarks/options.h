@@ -19,24 +19,27 @@ struct options {
     uint32_t connections, outstanding;
     uint64_t requests; /* per connection; 0 = no limit */
     size_t size;       /* of the payload, without a header */
+    double rate;       /* requests a second over all connections; 0 = closed loop */
     double seconds, warmup, idle, stall;
 };
 
 static const char USAGE[] =
     "usage: load --port P [--host 127.0.0.1] [--workload rpc|echo] [--connections 1]\n"
     "            [--size 64] [--outstanding 1] [--seconds 1.5] [--warmup 0.3]\n"
-    "            [--requests N] [--reconnect] [--idle S] [--stall 10]\n"
+    "            [--requests N] [--reconnect] [--rate R] [--idle S] [--stall 10]\n"
     "\n"
     "  --size         bytes of payload; rpc puts a header of 4 bytes before them\n"
     "  --outstanding  requests that every connection keeps in flight\n"
     "  --requests     per connection; the run ends when all are made, or when the time is up\n"
     "  --reconnect    after its requests a connection is closed and a new one takes its place\n"
+    "  --rate         requests a second, begun at fixed times and by each connection in turn,\n"
+    "                 whatever the server does; it has failed when `outstanding` are unanswered\n"
     "  --idle         afterwards stay connected and silent for so long; the result is printed "
     "first\n"
     "  --stall        seconds without any progress after which the run has failed\n"
     "\n"
-    "Prints one line of JSON. Exit status: 0, 1 when an answer was wrong or missing, 2 for "
-    "misuse.\n";
+    "Prints MEASURING when the warm-up is over, and at the end one line of JSON. Exit status: 0, 1\n"
+    "when an answer was wrong or missing, 2 for misuse.\n";
 
 __attribute__((format(printf, 1, 2), noreturn)) static void die(const char *format, ...)
 {
@@ -68,6 +71,15 @@ static double parse_seconds(const char *name, const char *text)
     return value;
 }
 
+static double parse_rate(const char *name, const char *text)
+{
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end != '\0' || !(value >= 1 && value <= 1e6))
+        die("--%s must be a number from 1 to 1000000, not '%s'", name, text);
+    return value;
+}
+
 static bool parse_workload(const char *text)
 {
     if (strcmp(text, "rpc") != 0 && strcmp(text, "echo") != 0)
@@ -91,6 +103,7 @@ static void parse_option(struct options *opt, int letter, const char *name, cons
     case 'u': opt->warmup = parse_seconds(name, text); break;
     case 'n': opt->requests = parse_count(name, text, 1, UINT32_MAX); break;
     case 'r': opt->reconnect = true; break;
+    case 'a': opt->rate = parse_rate(name, text); break;
     case 'i': opt->idle = parse_seconds(name, text); break;
     case 'l': opt->stall = parse_seconds(name, text); break;
     default: fputs(USAGE, letter == 'H' ? stdout : stderr); exit(letter == 'H' ? 0 : 2);
@@ -104,7 +117,7 @@ static struct options parse_options(int argc, char **argv)
         {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},   {"outstanding", 1, NULL, 'k'},
         {"seconds", 1, NULL, 't'},     {"warmup", 1, NULL, 'u'}, {"requests", 1, NULL, 'n'},
         {"reconnect", 0, NULL, 'r'},   {"idle", 1, NULL, 'i'},   {"stall", 1, NULL, 'l'},
-        {"help", 0, NULL, 'H'},        {NULL, 0, NULL, 0},
+        {"rate", 1, NULL, 'a'},        {"help", 0, NULL, 'H'},   {NULL, 0, NULL, 0},
     };
     struct options opt = {
         .address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)},
@@ -125,6 +138,8 @@ static struct options parse_options(int argc, char **argv)
         die("--port is needed");
     if (opt.reconnect && opt.requests == 0)
         die("--reconnect needs --requests");
+    if (opt.rate > 0 && (opt.requests != 0 || opt.idle > 0))
+        die("--rate takes neither --requests nor --idle");
     return opt;
 }
 

@@ -1,52 +1,95 @@
-"""A /proc reader: another process's CPU time (also per thread), memory and wake-ups."""
+"""A /proc reader: another process's CPU time (also per thread), memory and wake-ups.
+
+CPU times are the scheduler's own, in nanoseconds. Those of a process include its ended threads;
+what its living threads (``task/*/schedstat``) do not account for was used by threads that have
+ended meanwhile. Both are current for a thread that waits, and at most one scheduler tick (some
+milliseconds) late for one that runs. Only how a time divides into user and system mode is counted
+in clock ticks.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
-_PAGE_KIB = os.sysconf("SC_PAGE_SIZE") / 1024
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 LOOP_THREAD = "loop"
+ENDED_THREADS = "(ended)"
+BUSY_THREAD = "busy"
+
+_PAGE_KIB = os.sysconf("SC_PAGE_SIZE") / 1024
 
 
 @dataclass(frozen=True)
-class CPU:
-    user: float
-    system: float
+class ThreadTimes:
+    """What one thread has used since it began."""
 
-    @property
-    def total(self) -> float:
-        return self.user + self.system
-
-    def __add__(self, other: CPU) -> CPU:
-        return CPU(self.user + other.user, self.system + other.system)
-
-    def __sub__(self, other: CPU) -> CPU:
-        return CPU(self.user - other.user, self.system - other.system)
+    name: str
+    nanoseconds: int
+    user_ticks: int = 0
+    system_ticks: int = 0
 
 
-NO_CPU = CPU(0.0, 0.0)
+@dataclass(frozen=True)
+class ProcessTimes:
+    nanoseconds: int
+    threads: Mapping[int, ThreadTimes]
+    """By thread ID: those that live."""
 
 
-def cpu(pid: int) -> CPU:
-    """Seconds of the whole process, ended threads included."""
-    return _parse_stat(Path(f"/proc/{pid}/stat"))[1]
+@dataclass(frozen=True)
+class Use:
+    """What the threads of one name have used between two moments."""
+
+    nanoseconds: int
+    user_share: float
+    """Of the time: 0 to 1."""
 
 
-def thread_cpu(pid: int) -> dict[str, CPU]:
-    """Seconds by thread name; threads of one name are added up.
-
-    The main thread, in which every server here runs its event loop, is called "loop".
-    """
-    threads: dict[str, CPU] = {}
+def times(pid: int) -> ProcessTimes:
+    threads = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        name, used = _parse_stat(task / "stat")
-        if int(task.name) == pid:
-            name = LOOP_THREAD
-        threads[name] = threads.get(name, NO_CPU) + used
-    return threads
+        tid = int(task.name)
+        try:
+            stat, schedstat = (task / "stat").read_text(), (task / "schedstat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended since it was listed
+        name, user, system = parse_stat(stat)
+        # Every Python server here runs its event loop in the main thread.
+        name = LOOP_THREAD if tid == pid else name
+        threads[tid] = ThreadTimes(name, parse_schedstat(schedstat), user, system)
+    return ProcessTimes(process_nanoseconds(pid), threads)
+
+
+def used_by_name(before: ProcessTimes, after: ProcessTimes) -> dict[str, Use]:
+    """The CPU time in between, by the name of the thread; its parts add up to all that was used."""
+    sums: dict[str, tuple[int, int, int]] = {}
+    for tid, now in after.threads.items():
+        then = before.threads.get(tid, ThreadTimes(now.name, 0))
+        nanoseconds, user, system = sums.get(now.name, (0, 0, 0))
+        sums[now.name] = (
+            nanoseconds + now.nanoseconds - then.nanoseconds,
+            user + now.user_ticks - then.user_ticks,
+            system + now.system_ticks - then.system_ticks,
+        )
+    ended = after.nanoseconds - before.nanoseconds - sum(used for used, _, _ in sums.values())
+    uses = {
+        name: Use(used, user / (user + system) if user + system else 0.0)
+        for name, (used, user, system) in sums.items()
+    }
+    # The clock of the process and those of its threads are read one after another.
+    return uses | {ENDED_THREADS: Use(max(0, ended), 0.0)}
+
+
+def process_nanoseconds(pid: int) -> int:
+    """CPU time of the whole process, its ended threads included."""
+    # The ID of another process's CPU clock, as clock_getcpuclockid(3) makes it.
+    return time.clock_gettime_ns((~pid << 3) | 2)
 
 
 def resident_kib(pid: int) -> float:
@@ -63,8 +106,14 @@ def wakeups(pid: int) -> int:
     return total
 
 
-def _parse_stat(path: Path) -> tuple[str, CPU]:
+def parse_schedstat(text: str) -> int:
+    """Nanoseconds on a CPU: the first of the three numbers."""
+    return int(text.split(maxsplit=1)[0])
+
+
+def parse_stat(text: str) -> tuple[str, int, int]:
+    """The thread's name, and its clock ticks in user and system mode."""
     # The name is in parentheses and may itself contain some: the last one ends it.
-    head, _, tail = path.read_text().rpartition(")")
+    head, _, tail = text.rpartition(")")
     fields = tail.split()
-    return head.partition("(")[2], CPU(int(fields[11]) * _TICK, int(fields[12]) * _TICK)
+    return head.partition("(")[2], int(fields[11]), int(fields[12])

@@ -1,139 +1,104 @@
-"""The benchmark report: medians, ratios and goals of many measurements, as text."""
+"""The benchmark report: the medians and ratios of many measurements as tables of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from cells import WORKLOADS, IdleUse, Result
+from catalog import WORKLOADS
+from cells import Result
+from goals import ANYIO, PROTOCOL, reference_of
+from rounds import Key, Rounds, format_figure
 
-# Where a measurement belongs: (workload, server, loop); its results in the order of the rounds.
-Key = tuple[str, str, str]
-Rounds = Mapping[Key, Sequence[Result | None]]
-
-ANCHOR = ("protocol", "uvloop")
-
-
-@dataclass(frozen=True)
-class Goal:
-    workload: str
-    ratio: float
+Column = tuple[str, Callable[[Key], str]]
 
 
-GOALS = (Goal("rpc100", 3.0), Goal("pipe", 10.0))
-
-
-def ratio(rounds: Rounds, key: Key, baseline: Key) -> float | None:
-    """The median of each round's ratio: neighbours in time share what disturbed the machine."""
-    pairs = zip(rounds.get(key, ()), rounds.get(baseline, ()), strict=False)
-    ratios = [ours.rps / theirs.rps for ours, theirs in pairs if ours and theirs]
-    return median(ratios) if ratios else None
-
-
-def format_tables(rounds: Rounds, *, threads: bool) -> str:
+def format_tables(rounds: Rounds, *, before: str = "") -> str:
+    """``before`` is the suffix of the servers of another checkout, which ours are compared with."""
     blocks = []
-    for workload in dict.fromkeys(key[0] for key in rounds):
-        keys = [key for key in rounds if key[0] == workload and any(rounds[key])]
+    for workload in rounds.workloads():
+        keys = rounds.keys(workload)
         blocks.append(f"{workload}: {WORKLOADS[workload].describe()}")
-        blocks.append(_format_requests(rounds, keys))
+        blocks.append(_format(keys, _request_columns(rounds, keys, before)))
         if WORKLOADS[workload].idle:
-            blocks.append(_format_idle(rounds, keys))
-        if threads:
-            blocks.append(_format_threads(rounds, keys))
+            blocks.append(_format(keys, _idle_columns(rounds)))
     return "\n\n".join(blocks)
 
 
-def format_goals(rounds: Rounds) -> tuple[str, bool]:
-    """One line per goal, and whether all that were measured are met."""
-    lines, all_met = [], True
-    for goal in GOALS:
-        for workload, server, loop in rounds:
-            if (workload, server) != (goal.workload, "anypoll"):
-                continue
-            reached = ratio(rounds, (workload, server, loop), (workload, "anyio", loop))
-            met = reached is not None and reached >= goal.ratio
-            all_met = all_met and (met or reached is None)
-            verdict = "not measured" if reached is None else "met" if met else "MISSED"
-            lines.append(
-                f"goal: {goal.workload} on {loop} >= {goal.ratio:g}x AnyIO: "
-                f"{_times(reached)} {verdict}"
-            )
-    return "\n".join(lines), all_met
-
-
-def _format_requests(rounds: Rounds, keys: Sequence[Key]) -> str:
-    times = ("p50 us", "p99 us", "max us", "cpu us/req", "load cpu")
-    header = ("server", "loop", "req/s", "spread", *times, "x AnyIO", "x uvloop Protocol")
+def format_threads(results: Mapping[Key, Sequence[Result | None]]) -> str:
     rows = []
-    for key in keys:
-        workload, server, loop = key
-        results = _present(rounds[key])
-        middle = _median_of(results)
-        rates = [result.rps for result in results]
-        rows.append(
-            (
-                server,
-                loop,
-                f"{median(rates):,.0f}",
-                f"{100 * (max(rates) - min(rates)) / median(rates):.0f}%",
-                f"{middle(lambda result: result.p50_us):,.0f}",
-                f"{middle(lambda result: result.p99_us):,.0f}",
-                f"{middle(lambda result: result.max_us):,.0f}",
-                f"{middle(lambda result: result.cpu_us):.2f}",
-                f"{middle(lambda result: result.load_percent):.0f}%",
-                _times(ratio(rounds, key, (workload, "anyio", loop))),
-                _times(ratio(rounds, key, (workload, *ANCHOR))),
-            )
-        )
-    return _format_table(header, rows)
-
-
-def _format_idle(rounds: Rounds, keys: Sequence[Key]) -> str:
-    rows = []
-    for key in keys:
-        uses = [result.idle for result in _present(rounds[key]) if result.idle]
-        middle = _median_of(uses)
-        rows.append(
-            (
-                *key[1:],
-                f"{middle(lambda use: use.kib_per_connection):.1f}",
-                f"{middle(lambda use: use.wakeups_per_second):.1f}",
-                f"{middle(lambda use: use.cpu_percent):.1f}%",
-            )
-        )
-    return _format_table(("server", "loop", "KiB/connection", "wake-ups/s", "idle cpu"), rows)
-
-
-def _format_threads(rounds: Rounds, keys: Sequence[Key]) -> str:
-    rows = []
-    for key in keys:
-        results = _present(rounds[key])
-        for name in dict.fromkeys(name for result in results for name in result.threads):
-            used = [result.threads.get(name, (0.0, 0.0)) for result in results]
+    for key, rounds in results.items():
+        found = [result.threads for result in rounds if result]
+        for name in dict.fromkeys(name for threads in found for name in threads):
+            used = [threads.get(name, (0.0, 0.0)) for threads in found]
             user, system = median(u for u, _ in used), median(s for _, s in used)
             times = [f"{value:.2f}" for value in (user + system, user, system)]
             if times[0] != "0.00":
-                rows.append((*key[1:], name, *times))
-    return _format_table(("server", "loop", "thread", "us/req", "user", "system"), rows)
+                rows.append([*key, name, *times])
+    return _align(["workload", "server", "loop", "thread", "us/req", "user", "system"], rows, 4)
 
 
-def _median_of(items: Sequence[Result] | Sequence[IdleUse]) -> Callable[..., float]:
-    return lambda field: median(field(item) for item in items)
+def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[Column]:
+    columns: list[Column] = [
+        ("req/s", _median(rounds, "rps")),
+        ("spread", _spread(rounds, "rps")),
+        ("p50 us", _median(rounds, "p50_us")),
+        ("p99 us", _median(rounds, "p99_us")),
+        ("max us", _median(rounds, "max_us")),
+        ("cpu us/req", _median(rounds, "cpu_us")),
+        ("spread", _spread(rounds, "cpu_us")),
+        ("of loop", _median(rounds, "loop_us")),
+        ("load cpu", _median(rounds, "load_percent")),
+        *_ratios(rounds, "Protocol", lambda key: reference_of(key, PROTOCOL)),
+        *_ratios(rounds, "AnyIO", lambda key: reference_of(key, ANYIO)),
+    ]
+    if before:
+        suffix = f"@{before}"
+        earlier = _ratios(rounds, before, lambda key: key._replace(server=key.server + suffix))
+        columns += earlier
+    return [column for column in columns if any(column[1](key) for key in keys)]
 
 
-def _present(results: Iterable[Result | None]) -> list[Result]:
-    return [result for result in results if result]
+def _idle_columns(rounds: Rounds) -> list[Column]:
+    return [
+        ("KiB/connection", _median(rounds, "kib")),
+        ("wake-ups/s", _median(rounds, "wakeups")),
+        ("idle cpu %", _median(rounds, "idle_percent")),
+    ]
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def _median(rounds: Rounds, figure: str) -> Callable[[Key], str]:
+    return lambda key: format_figure(figure, rounds.median(key, figure))
 
 
-def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Words to the left, numbers to the right."""
+def _spread(rounds: Rounds, figure: str) -> Callable[[Key], str]:
+    def text(key: Key) -> str:
+        value = rounds.spread(key, figure)
+        return "" if value is None else f"{100 * value:.0f}%"
+
+    return text
+
+
+def _ratios(rounds: Rounds, name: str, reference: Callable[[Key], Key]) -> list[Column]:
+    def ratio_of(figure: str) -> Callable[[Key], str]:
+        def text(key: Key) -> str:
+            value = rounds.ratio(key, reference(key), figure)
+            return "" if value is None else f"{value:.2f}"
+
+        return text
+
+    return [(f"req/s x {name}", ratio_of("rps")), (f"cpu x {name}", ratio_of("cpu_us"))]
+
+
+def _format(keys: Sequence[Key], columns: Sequence[Column]) -> str:
+    header = ["server", "loop", *(title for title, _ in columns)]
+    rows = [[key.server, key.loop, *(text(key) for _, text in columns)] for key in keys]
+    return _align(header, rows, 2)
+
+
+def _align(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """The first ``words`` columns to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    words = sum(1 for name in header if name in ("server", "loop", "thread"))
     lines = []
     for row in (header, *rows):
         cells = [

@@ -1,7 +1,8 @@
-"""The benchmark runner: measures anypoll and its peers, interleaved, and prints a report.
+"""The benchmark command: measures anypoll and its peers, interleaved, and prints a report.
 
     python benchmarks/run.py
-    python benchmarks/run.py --workloads rpc100 --servers anypoll,anyio --loops trio --threads
+    python benchmarks/run.py --workloads rpc100,pipe --servers anypoll,anyio --loops trio --threads
+    python benchmarks/run.py --servers anypoll,anypoll/pollers=2 --against ../before
 
 See README.md in this folder for what is measured and how to read it.
 """
@@ -11,155 +12,146 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
+import random
 import signal
 import subprocess
 import sys
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-from cells import SERVERS, WORKLOADS, CellError, Result, build, measure
-from report import Key, format_goals, format_tables
+from catalog import LOOPS, PEERS, VARIANTS, WORKLOADS, Cell, Peer, find_cells, find_peer
+from cells import build
+from goals import evaluate
+from machine import commit, describe, format_machine, probe
+from report import format_tables, format_threads
+from runner import Outcome, Plan, drop_unavailable, format_duration, prepare_process, run
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-DEFAULT_WORKLOADS = ("rpc1", "rpc100", "pipe", "echo100")
-LOOPS = ("asyncio", "uvloop", "trio")
+DEFAULT_WORKLOADS = "rpc1,rpc100,pipe,echo100"
+DEFAULT_SERVERS = "anypoll,anyio,protocol,epoll"
+ALL = "all"
 
 
 def main() -> int:
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, _terminate)
-    _raise_file_limit()
+    prepare_process()
     try:
         build()
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"benchmarks: a C compiler is needed (cc, or $CC): {error}", file=sys.stderr)
         return 1
-    rounds, failures = run_rounds(options)
-    goals, goals_met = format_goals(rounds)
-    print(f"\n{describe_machine()}\n\n{format_tables(rounds, threads=options.threads)}")
-    print(f"\n{goals}" if goals else "")
-    if options.json:
-        write_json(options, rounds)
-    for failure in failures:
+    cells, reasons = drop_unavailable(choose_cells(options))
+    for reason in reasons:
+        print(f"skipped: {reason}", file=sys.stderr)
+    plan = Plan(cells, options.rounds, options.seconds, options.warmup, options.seed)
+    machine = describe()
+    print(
+        f"{format_machine(machine)}\n{len(cells)} cells, {plan.rounds} rounds, seed {plan.seed}: "
+        f"about {format_duration(plan.duration())}; load average {os.getloadavg()[0]:.1f}\n",
+        file=sys.stderr,
+    )
+
+    def save(outcome: Outcome) -> None:
+        if options.json:
+            write_json(options.json, plan, machine, outcome)
+
+    outcome = run(plan, save)
+    save(outcome)
+    return report(options, machine, outcome)
+
+
+def report(options: argparse.Namespace, machine: dict[str, Any], outcome: Outcome) -> int:
+    rounds = outcome.rounds()
+    print(f"\n{format_machine(machine)}\n\n{format_tables(rounds, before=options.before)}")
+    if options.threads:
+        print(f"\n{format_threads(outcome.results)}")
+    verdicts = evaluate(rounds)
+    print("", *verdicts, sep="\n")
+    for failure in outcome.failures:
         print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures or (options.check and not goals_met) else 0
+    if outcome.interrupted:
+        return 128 + signal.SIGINT
+    missed = options.check and not all(verdict.is_met for verdict in verdicts)
+    return 1 if outcome.failures or missed else 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog=f"workloads: {', '.join(WORKLOADS)}. servers: {', '.join(PEERS)}; one of anypoll "
+        "may have settings: anypoll/pollers=2+block_size=4096. Each of these may be 'all'.",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="measured, per cell")
     parser.add_argument("--warmup", type=float, default=0.3)
-    parser.add_argument("--workloads", type=_names(WORKLOADS), default=DEFAULT_WORKLOADS)
-    parser.add_argument("--servers", type=_names(SERVERS), default=tuple(SERVERS))
-    parser.add_argument("--loops", type=_names(LOOPS), default=LOOPS)
+    parser.add_argument("--workloads", type=names(WORKLOADS), default=DEFAULT_WORKLOADS)
+    parser.add_argument("--servers", type=peers, default=DEFAULT_SERVERS)
+    parser.add_argument("--loops", type=names(LOOPS), default=LOOPS)
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="another checkout with its own .venv, whose anypoll is measured in the same run",
+    )
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--threads", action="store_true", help="CPU time per thread of the server")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single result")
     parser.add_argument("--check", action="store_true", help="a missed goal is an error")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.before = ""
+    if options.against:
+        options.before = commit(options.against)
+        try:
+            probe(interpreter(options.against))
+        except (OSError, subprocess.CalledProcessError) as error:
+            parser.error(f"--against: {error}")
+    return options
 
 
-def run_rounds(options: argparse.Namespace) -> tuple[dict[Key, list[Result | None]], list[str]]:
-    keys = list(_keys(options))
-    rounds: dict[Key, list[Result | None]] = {key: [] for key in keys}
-    failures = []
-    for number in range(1, options.rounds + 1):
-        for position, key in enumerate(keys, start=1):
-            label = f"round {number}/{options.rounds}, {position}/{len(keys)}: {'/'.join(key)}"
-            print(label, end=" ", file=sys.stderr, flush=True)
-            try:
-                result = _measure(key, options)
-            except CellError as error:
-                rounds[key].append(None)
-                failures.append(f"{label}: {error}")
-                print("FAILED", file=sys.stderr)
-            else:
-                rounds[key].append(result)
-                print(f"{result.rps:,.0f}", file=sys.stderr)
-                if result.server_output:
-                    print(result.server_output, file=sys.stderr)
-    return rounds, failures
+def choose_cells(options: argparse.Namespace) -> list[Cell]:
+    chosen: list[Peer] = []
+    for peer in options.servers:
+        chosen.append(peer)
+        if options.against and peer.is_ours:
+            name = f"{peer.name}@{options.before}"
+            chosen.append(replace(peer, name=name, python=interpreter(options.against)))
+    return list(find_cells(options.workloads, chosen, options.loops))
 
 
-def describe_machine() -> str:
-    packages = " ".join(f"{name} {_version(name)}" for name in ("anyio", "trio", "uvloop"))
-    load = os.getloadavg()[0]
-    return (
-        f"{platform.python_implementation()} {platform.python_version()}, {packages}, "
-        f"Linux {platform.release()}, {os.cpu_count()} CPUs, load average {load:.1f}"
-    )
+def interpreter(checkout: Path) -> str:
+    return str(checkout.resolve() / ".venv" / "bin" / "python")
 
 
-def write_json(options: argparse.Namespace, rounds: dict[Key, list[Result | None]]) -> None:
-    cells = [
-        {
-            "workload": workload,
-            "server": server,
-            "loop": loop,
-            "rounds": [result and result.to_json() for result in results],
-        }
-        for (workload, server, loop), results in rounds.items()
-    ]
-    document: dict[str, Any] = {
-        "machine": describe_machine(),
-        "seconds": options.seconds,
-        "warmup": options.warmup,
-        "cells": cells,
+def write_json(path: Path, plan: Plan, machine: dict[str, Any], outcome: Outcome) -> None:
+    document = {
+        "machine": machine,
+        "seconds": plan.seconds,
+        "warmup": plan.warmup,
+        "seed": plan.seed,
     }
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    head = json.dumps(document, indent=1, ensure_ascii=False)[:-2]
+    # A line for each cell: readable, and a difference shows which cells have changed.
+    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in outcome.rounds().to_json())
+    path.write_text(f'{head},\n "cells": [\n{cells}\n ]\n}}\n', "utf-8")
 
 
-def _measure(key: Key, options: argparse.Namespace) -> Result:
-    workload, server, loop = key
-    return measure(
-        SERVERS[server],
-        loop,
-        WORKLOADS[workload],
-        seconds=options.seconds,
-        warmup=options.warmup,
-    )
-
-
-def _keys(options: argparse.Namespace) -> Iterator[Key]:
-    """In the order of measuring: what is compared with each other stands side by side."""
-    for workload in options.workloads:
-        for loop in ("-", *options.loops):
-            for server in options.servers:
-                if loop in SERVERS[server].loops:
-                    yield workload, server, loop
-
-
-def _names(known: dict[str, Any] | tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+def names(known: dict[str, Any] | tuple[str, ...]) -> Any:
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        for name in names:
+        given = tuple(known) if text == ALL else tuple(text.split(","))
+        for name in given:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return names
+        return given
 
     return parse
 
 
-def _version(package: str) -> str:
+def peers(text: str) -> list[Peer]:
+    given = [*PEERS, *VARIANTS] if text == ALL else text.split(",")
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(missing)"
-
-
-def _raise_file_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _terminate(*_: object) -> NoReturn:
-    # As an exception, so that the processes under measurement are killed on the way out.
-    sys.exit(128 + signal.SIGTERM)
+        return [find_peer(name) for name in given]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

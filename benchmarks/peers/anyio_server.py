@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import anyio
 from _launch import BACKLOG, HEADER_SIZE, HOST, announce, launch
 from anyio.abc import SocketAttribute, SocketStream
@@ -32,8 +34,8 @@ async def handle_echo(stream: SocketStream) -> None:
             pass
 
 
-async def serve(workload: str) -> None:
-    handler = handle_rpc if workload == "rpc" else handle_echo
+async def serve(options: argparse.Namespace) -> None:
+    handler = handle_rpc if options.workload == "rpc" else handle_echo
     listener = await anyio.create_tcp_listener(local_host=HOST, local_port=0, backlog=BACKLOG)
     async with listener:
         announce(listener.extra(SocketAttribute.local_port))
@@ -41,4 +43,4 @@ async def serve(workload: str) -> None:
 
 
 if __name__ == "__main__":
-    launch(serve, ("asyncio", "uvloop", "trio"))
+    launch(serve)
