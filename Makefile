@@ -42,7 +42,10 @@ help:
 	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
 	@echo 'make soak-asan     the same with ASan+UBSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here'
-	@echo 'make bench         the benchmarks'
+	@echo 'make bench         a short comparison with others (ARGS="--help")'
+	@echo 'make bench-check   whether the committed ratios hold, in minutes'
+	@echo 'make bench-all     everything, in hours, and from it the charts and tables of the docs'
+	@echo 'make charts        the charts and tables alone, from benchmarks/results.json'
 	@echo 'make format        rewrite the sources as `make lint` wants them'
 	@echo 'make clean         remove all that was built'
 
@@ -77,6 +80,11 @@ check-c:
 	@$(PIP) install --group docs
 	@touch $@
 
+.venv/.bench: .venv/.base
+	@echo 'Installing what the charts and all peers of the benchmarks need'
+	@$(PIP) install --group bench
+	@touch $@
+
 # A sanitizer's build needs an environment of its own, for the editable finder beats PYTHONPATH;
 # all else comes from .venv. The stem is asan or tsan.
 SANITIZE_asan := address,undefined
@@ -94,7 +102,7 @@ SANITIZE_tsan := thread
 
 # --- run -----------------------------------------------------------------------------------------
 
-.PHONY: serve bench
+.PHONY: serve bench bench-check bench-all charts
 serve: .venv/.core
 	@echo 'Talk to it:  redis-cli -p $(PORT)      or:  nc $(HOST) $(PORT)   and type   PING'
 	@echo 'Stop it:     Ctrl-C'
@@ -102,6 +110,19 @@ serve: .venv/.core
 
 bench: .venv/.core
 	@exec .venv/bin/python benchmarks/run.py $(ARGS)
+
+bench-check: .venv/.core
+	@exec .venv/bin/python benchmarks/check.py $(ARGS)
+
+# The results are replaced when all have been measured.
+bench-all: .venv/.core .venv/.bench
+	@.venv/bin/python benchmarks/run.py --workloads all --servers all --rounds 5 \
+	    --json build/benchmarks/results.json $(ARGS)
+	@cp build/benchmarks/results.json benchmarks/results.json
+	@$(MAKE) --no-print-directory charts
+
+charts: .venv/.core .venv/.bench
+	@.venv/bin/python benchmarks/publish.py
 
 # --- test ----------------------------------------------------------------------------------------
 

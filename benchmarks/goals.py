@@ -40,6 +40,14 @@ class Goal:
             if reached is not None:
                 yield Verdict(self, key, reached)
 
+    def format_bound(self) -> str:
+        figure = FIGURES[self.figure]
+        sign = ">=" if figure.more_is_better else "<="
+        if self.reference is None:
+            return f"{figure.label} {sign} {self.bound:g} {figure.unit}"
+        server, loop = self.reference
+        return f"{figure.label} {sign} {self.bound:g}x {server}{f' on {loop}' if loop else ''}"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -53,17 +61,12 @@ class Verdict:
             return self.reached >= self.goal.bound
         return self.reached <= self.goal.bound
 
+    def format_reached(self) -> str:
+        return f"{self.reached:.2f}" + ("" if self.goal.reference is None else "x")
+
     def __str__(self) -> str:
-        figure = FIGURES[self.goal.figure]
-        sign = ">=" if figure.more_is_better else "<="
-        if self.goal.reference is None:
-            bound, reached = f"{self.goal.bound:g} {figure.unit}", f"{self.reached:.2f}"
-        else:
-            server, loop = self.goal.reference
-            bound = f"{self.goal.bound:g}x {server}{f' on {loop}' if loop else ''}"
-            reached = f"{self.reached:.2f}x"
         verdict = "met" if self.is_met else "MISSED"
-        return f"goal: {self.key}: {figure.label} {sign} {bound}: {reached} {verdict}"
+        return f"goal: {self.key}: {self.goal.format_bound()}: {self.format_reached()} {verdict}"
 
 
 GOALS = (

@@ -56,14 +56,14 @@ def reason_to_skip(cell: Cell) -> str | None:
     peer = cell.peer
     if peer.python is None:
         program = peer.programs[cell.workload.kind][0]
-        return None if Path(program).exists() else f"{peer.name}: it is not installed"
+        return None if Path(program).exists() else f"{peer.name}: there is no compiler for it"
     installed = probe(peer.python)
     needed = ["anyio", *peer.packages, *(["anypoll"] if peer.is_ours else [])]
     if cell.key.loop != "asyncio":
         needed.append(cell.key.loop)
     for package in needed:
         if package not in installed.packages:
-            return f"{peer.name}: {package} is not installed"
+            return f"{peer.name}: the package {package} is not installed"
     return _unknown_setting(peer, installed)
 
 

@@ -26,7 +26,7 @@ def format_tables(rounds: Rounds, *, before: str = "") -> str:
 
 
 def format_threads(results: Mapping[Key, Sequence[Result | None]]) -> str:
-    rows = []
+    rows = [["workload", "server", "loop", "thread", "us/req", "user", "system"]]
     for key, rounds in results.items():
         found = [result.threads for result in rounds if result]
         for name in dict.fromkeys(name for threads in found for name in threads):
@@ -35,7 +35,7 @@ def format_threads(results: Mapping[Key, Sequence[Result | None]]) -> str:
             times = [f"{value:.2f}" for value in (user + system, user, system)]
             if times[0] != "0.00":
                 rows.append([*key, name, *times])
-    return _align(["workload", "server", "loop", "thread", "us/req", "user", "system"], rows, 4)
+    return align(rows, words=4)
 
 
 def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[Column]:
@@ -91,16 +91,16 @@ def _ratios(rounds: Rounds, name: str, reference: Callable[[Key], Key]) -> list[
 
 
 def _format(keys: Sequence[Key], columns: Sequence[Column]) -> str:
-    header = ["server", "loop", *(title for title, _ in columns)]
-    rows = [[key.server, key.loop, *(text(key) for _, text in columns)] for key in keys]
-    return _align(header, rows, 2)
+    rows = [["server", "loop", *(title for title, _ in columns)]]
+    rows += [[key.server, key.loop, *(text(key) for _, text in columns)] for key in keys]
+    return align(rows, words=2)
 
 
-def _align(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+def align(rows: Sequence[Sequence[str]], words: int) -> str:
     """The first ``words`` columns to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
-    for row in (header, *rows):
+    for row in rows:
         cells = [
             text.ljust(width) if column < words else text.rjust(width)
             for column, (text, width) in enumerate(zip(row, widths, strict=True))

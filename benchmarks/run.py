@@ -10,8 +10,6 @@ See README.md in this folder for what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import signal
 import subprocess
@@ -25,7 +23,8 @@ from cells import build
 from goals import evaluate
 from machine import commit, describe, format_machine, probe
 from report import format_tables, format_threads
-from runner import Outcome, Plan, drop_unavailable, format_duration, prepare_process, run
+from results import Results
+from runner import Outcome, Plan, announce, drop_unavailable, prepare_process, run
 
 DEFAULT_WORKLOADS = "rpc1,rpc100,pipe,echo100"
 DEFAULT_SERVERS = "anypoll,anyio,protocol,epoll"
@@ -40,20 +39,16 @@ def main() -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"benchmarks: a C compiler is needed (cc, or $CC): {error}", file=sys.stderr)
         return 1
-    cells, reasons = drop_unavailable(choose_cells(options))
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
+    cells = drop_unavailable(choose_cells(options))
     plan = Plan(cells, options.rounds, options.seconds, options.warmup, options.seed)
     machine = describe()
-    print(
-        f"{format_machine(machine)}\n{len(cells)} cells, {plan.rounds} rounds, seed {plan.seed}: "
-        f"about {format_duration(plan.duration())}; load average {os.getloadavg()[0]:.1f}\n",
-        file=sys.stderr,
-    )
+    print(format_machine(machine), file=sys.stderr)
+    announce(plan)
 
     def save(outcome: Outcome) -> None:
         if options.json:
-            write_json(options.json, plan, machine, outcome)
+            done = Results(machine, plan.seconds, plan.warmup, plan.seed, outcome.rounds())
+            options.json.write_text(done.dump(), "utf-8")
 
     outcome = run(plan, save)
     save(outcome)
@@ -120,19 +115,6 @@ def choose_cells(options: argparse.Namespace) -> list[Cell]:
 
 def interpreter(checkout: Path) -> str:
     return str(checkout.resolve() / ".venv" / "bin" / "python")
-
-
-def write_json(path: Path, plan: Plan, machine: dict[str, Any], outcome: Outcome) -> None:
-    document = {
-        "machine": machine,
-        "seconds": plan.seconds,
-        "warmup": plan.warmup,
-        "seed": plan.seed,
-    }
-    head = json.dumps(document, indent=1, ensure_ascii=False)[:-2]
-    # A line for each cell: readable, and a difference shows which cells have changed.
-    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in outcome.rounds().to_json())
-    path.write_text(f'{head},\n "cells": [\n{cells}\n ]\n}}\n', "utf-8")
 
 
 def names(known: dict[str, Any] | tuple[str, ...]) -> Any:

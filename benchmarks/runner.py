@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -42,6 +43,13 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     interrupted: bool = False
 
+    def extend(self, other: Outcome) -> None:
+        """More rounds of some of the cells."""
+        for key, results in other.results.items():
+            self.results[key] += results
+        self.failures += other.failures
+        self.interrupted = other.interrupted
+
     def rounds(self) -> Rounds:
         return Rounds(
             {
@@ -51,8 +59,8 @@ class Outcome:
         )
 
 
-def drop_unavailable(cells: Iterable[Cell]) -> tuple[list[Cell], list[str]]:
-    """Those that can be measured here, and why others cannot."""
+def drop_unavailable(cells: Iterable[Cell]) -> list[Cell]:
+    """Those that can be measured here; says why the others cannot."""
     kept, reasons = [], []
     for cell in cells:
         reason = reason_to_skip(cell)
@@ -60,7 +68,16 @@ def drop_unavailable(cells: Iterable[Cell]) -> tuple[list[Cell], list[str]]:
             kept.append(cell)
         else:
             reasons.append(reason)
-    return kept, list(dict.fromkeys(reasons))
+    for reason in dict.fromkeys(reasons):
+        _print(f"skipped: {reason}")
+    return kept
+
+
+def announce(plan: Plan) -> None:
+    _print(
+        f"{len(plan.cells)} cells, {plan.rounds} rounds, seed {plan.seed}: about "
+        f"{format_duration(plan.duration())}; load average {os.getloadavg()[0]:.1f}\n"
+    )
 
 
 def run(plan: Plan, after_round: Callable[[Outcome], None] = lambda _: None) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import procfs
 import pytest
@@ -64,6 +65,8 @@ def test_a_process_with_a_thread_that_ends() -> None:
     thread = threading.Thread(target=spin)
     thread.start()
     thread.join()
+    while Path(f"/proc/self/task/{thread.native_id}").exists():  # a little longer than join() waits
+        time.sleep(0.001)
     after = procfs.times(pid)
     uses = used_by_name(before, after)
     assert set(after.threads) >= {pid}
