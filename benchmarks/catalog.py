@@ -76,7 +76,7 @@ WORKLOADS = {
         Workload("echo100", "echo", 100, 64),
         Workload("bulk", "echo", 4, 256 << 10),
         Workload("connect", "rpc", 50, 64, requests=1, reconnect=True),
-        Workload("idle", "rpc", 5000, 64, requests=1, idle=1.5, at_least=10),
+        Workload("idle", "rpc", 5000, 64, requests=1, idle=4, at_least=10),
         Workload("trickle", "rpc", 1, 64, outstanding=16, rate=10, at_least=4, settle=0.5),
         Workload("busy100", "rpc", 100, 64, busy=True, at_least=3, settle=3),
         Workload("client", "client", 1, 64),

@@ -143,11 +143,11 @@ def _times(server: subprocess.Popen[str]) -> procfs.ProcessTimes:
 
 
 def _watch_idle(pid: int, workload: Workload, memory_before: float) -> dict[str, float]:
-    time.sleep(workload.idle * 0.2)  # the work of the requests may have an aftermath
+    time.sleep(workload.idle * 0.5)  # what the requests have left behind is cleared away
     memory = procfs.resident_kib(pid) - memory_before
     wakeups, cpu = procfs.wakeups(pid), procfs.process_nanoseconds(pid)
     start = time.perf_counter()
-    time.sleep(workload.idle * 0.6)
+    time.sleep(workload.idle * 0.4)
     elapsed = time.perf_counter() - start
     return {
         "kib": memory / workload.connections,

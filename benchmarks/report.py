@@ -38,6 +38,12 @@ def format_threads(results: Mapping[Key, Sequence[Result | None]]) -> str:
     return align(rows, words=4)
 
 
+def earlier(rounds: Rounds, key: Key, before: str) -> Key:
+    """The same of the other checkout; without settings, if it does not know these."""
+    same = key._replace(server=f"{key.server}@{before}")
+    return same if same in rounds.cells else key._replace(server=f"{key.base}@{before}")
+
+
 def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[Column]:
     columns: list[Column] = [
         ("req/s", _median(rounds, "rps")),
@@ -53,9 +59,7 @@ def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[C
         *_ratios(rounds, "AnyIO", lambda key: reference_of(key, ANYIO)),
     ]
     if before:
-        suffix = f"@{before}"
-        earlier = _ratios(rounds, before, lambda key: key._replace(server=key.server + suffix))
-        columns += earlier
+        columns += _ratios(rounds, before, lambda key: earlier(rounds, key, before))
     return [column for column in columns if any(column[1](key) for key in keys)]
 
 

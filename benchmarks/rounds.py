@@ -17,6 +17,11 @@ class Key(NamedTuple):
     server: str
     loop: str
 
+    @property
+    def base(self) -> str:
+        """The server without its settings."""
+        return self.server.partition("/")[0]
+
     def __str__(self) -> str:
         loop = "" if self.loop == NO_LOOP else f" on {self.loop}"
         return f"{self.workload} {self.server}{loop}"
