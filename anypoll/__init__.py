@@ -8,6 +8,7 @@ nocopy reader and writer.
 from __future__ import annotations
 
 from dataclasses import dataclass as _dataclass
+from typing import Literal as _Literal
 
 from ._buffers.errors import (
     ConnectTimeout as ConnectTimeout,
@@ -71,6 +72,7 @@ def configure(
     load_balance: LoadBalance | None = None,
     block_size: int | None = None,
     checkpoint_budget: int | None = None,
+    driver: _Literal["auto", "thread"] | None = None,
 ) -> None:
     """Sets process-wide options; ``None`` leaves an option unchanged.
 
@@ -89,6 +91,12 @@ def configure(
         from then on
     :param checkpoint_budget: how many reads and flushes in a row may go without a checkpoint;
         applies to connections created from then on
+    :param driver: who does a poller's work. ``"auto"``, initially: the event loop itself, as long
+        as it is the only one that uses anypoll and there is one poller; the poller's thread then
+        only looks after timeouts and unsent output while Python is busy. That saves the switch of
+        threads for each request. ``"thread"``: always the threads, which read ahead while Python
+        is busy, and can use other cores. Applies to loops that drive already at once, to others
+        with the next connection or listener
     :raises ValueError, TypeError: for invalid values; nothing is changed then
     :raises OSError: if resources for more pollers are exhausted; nothing is changed then
     """
@@ -97,6 +105,7 @@ def configure(
         load_balance=load_balance,
         block_size=block_size,
         checkpoint_budget=checkpoint_budget,
+        driver=driver,
     )
 
 

@@ -96,6 +96,7 @@ conn_report = lib.ap_conn_report
 conn_fd = lib.ap_conn_fd
 conn_set_idle = lib.ap_conn_set_idle
 hub_take = lib.ap_hub_take
+hub_drive = lib.ap_hub_drive
 hub_trim = lib.ap_hub_trim
 hub_kill = lib.ap_hub_kill
 listener_close = lib.ap_listener_close
@@ -206,6 +207,18 @@ def poller_ended(poller: Poller) -> int | None:
         return None
     error = POLLER_ENDED - state
     return 0 if error == ECANCELED else error
+
+
+def lend_poller(poller: Poller, hub: Hub | None) -> None:
+    """Has the event loop of ``hub`` drive the poller with ``hub_drive``, whenever
+    :func:`poller_fd` is readable; with ``None`` the poller's thread drives it again.
+    """
+    lib.ap_poller_lend(poller, NULL if hub is None else hub)
+
+
+def poller_fd(poller: Poller) -> int:
+    """The descriptor that is readable while there is something to drive for."""
+    return check(lib.ap_poller_fd(poller))
 
 
 def nudge_poller(poller: Poller) -> None:

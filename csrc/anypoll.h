@@ -189,6 +189,14 @@ AP_API void ap_poller_unref(ap_poller *poller);
 /* Makes the driver run once, so that retired memory is recycled now. */
 AP_API int ap_poller_nudge(ap_poller *poller);
 
+/* Lends the poller to an event loop, which watches ap_poller_fd and then calls ap_hub_drive; its
+ * thread guards meanwhile. NULL ends the loan at once, and the thread drives again. So does
+ * ap_poller_stop. Thread: any; with a hub its loop's. Returns 0; AP_EPOLLER if it has ended. */
+AP_API int ap_poller_lend(ap_poller *poller, ap_hub *hub);
+
+/* The descriptor that is readable while there is something to drive for. */
+AP_API int ap_poller_fd(ap_poller *poller);
+
 AP_API int ap_poller_statistics(ap_poller *poller, ap_poller_stats *out);
 
 /* The blocks of the process: of pollers, of hubs, and of those that have ended. Sets only those
@@ -206,6 +214,12 @@ AP_API int ap_hub_fd(ap_hub *hub);
 /* Takes up to max tokens, oldest first. Every wait they report is over and
  * disarmed. Thread: loop. Returns their number; if that is max, call again. */
 AP_API int ap_hub_take(ap_hub *hub, ap_token *tokens, int max);
+
+/* Steps the poller without blocking, and then takes tokens as ap_hub_take does, but the poller
+ * did not have to make the hub's descriptor readable for them. Thread: loop. Returns their number,
+ * 0 also while another thread steps; if that is max, call ap_hub_take. -EPERM: the poller is not
+ * lent to this hub (any more). */
+AP_API int ap_hub_drive(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max);
 
 /* Returns the hub's free memory to the system. Thread: loop. */
 AP_API int ap_hub_trim(ap_hub *hub);
@@ -472,6 +486,7 @@ enum {
     AP_CALL_ERRQUEUE, /* recvmsg(2) with MSG_ERRQUEUE */
     AP_CALL_CLOSE,    /* is still made: the descriptor is gone whatever it returns */
     AP_CALL_UNMAP,
+    AP_CALL_SLEEP, /* ppoll(2) of a poller's thread that guards */
     AP_CALLS
 };
 

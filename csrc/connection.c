@@ -2,6 +2,7 @@
 #include "connection.h"
 
 #include "clock.h"
+#include "driver.h"
 #include "epoch.h"
 #include "hub.h"
 #include "inbox.h"
@@ -139,6 +140,7 @@ int ap_conn_status(ap_conn *conn)
 {
     if (conn->slot.epoch != ap_epoch_now())
         return AP_IS_CLOSED;
+    ap_driver_catch_up(conn->slot.poller);
     ap_slot_lock(&conn->slot);
     int status = conn->slot.closed ? AP_IS_CLOSED : 0;
     if (conn->read_end == AP_EEOF)
@@ -161,6 +163,7 @@ int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out)
 {
     if (conn->slot.epoch != ap_epoch_now())
         return -ECHILD;
+    ap_driver_catch_up(conn->slot.poller);
     ap_slot_lock(&conn->slot);
     *out = (ap_conn_stats){
         .bytes_received = ap_counted(&conn->bytes_received),

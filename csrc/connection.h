@@ -83,6 +83,7 @@ struct ap_conn {
     int send_error;    /* the errno of sendmsg (on AP_SEQPACKET also of recvmsg), which has
                         * taken the socket's error */
     bool drain_armed, drain_writable, drain_expired;
+    bool out_counted; /* in the poller's with_output */
     int64_t drain_deadline;
 
     /* time and counts, (m) where not atomic */

@@ -1,15 +1,20 @@
-/* A poller's event loop: one step of it, and the thread that keeps stepping.
+/* A poller's step.
  *
- * Whoever holds the lease drives, and nothing below assumes which thread that
- * is. Today it is the poller's own, which steps again at once: between two steps
- * blocked_until is 0, "running". An event loop that drives by watching the epoll
- * descriptor would have to store there the time it sleeps until.
+ * Whoever holds the lease drives, and nothing below assumes which thread that is: the
+ * poller's own (guard.c), or that of an event loop which watches the epoll descriptor
+ * (loan.c).
  *
  * A step: the inbox (requests from the loops), then one epoll_wait, whose events
  * are all recorded in their slots before any is served, then the run list, then
  * the timers. Timers come last so that data wins a tie.
+ *
+ * The thread steps again at once: between two steps blocked_until is 0, "running". A loop
+ * does other things between, and its poller has several drivers in turn: the loop, the
+ * guard, and who asks for news. So while a poller is lent, no step blocks, and each driver
+ * rests before it lets go of the lease: it publishes that nobody runs, and if anything is
+ * left to do, it makes the epoll descriptor readable, which brings the loop.
  */
-#include "anypoll.h"
+#include "driver.h"
 
 #include "clock.h"
 #include "ending.h"
@@ -22,11 +27,8 @@
 #include "timer.h"
 
 #include <sys/epoll.h>
-#include <unistd.h>
 
 #define EVENTS 256
-#define THREAD_BUDGET 1024 /* slots per step: bounds how long events, inbox and timers wait */
-#define PAUSE_MOST 6       /* the pause is 2^n ms */
 
 /* ---- waiting ---------------------------------------------------------- */
 
@@ -42,6 +44,11 @@ static int milliseconds(int64_t nanoseconds)
     return ms < 0 ? 0 : ms > INT32_MAX ? INT32_MAX : (int)ms;
 }
 
+int64_t ap_driver_due(const ap_poller *poller)
+{
+    return earlier(ap_wheel_next(&poller->wheel), poller->sweep_at);
+}
+
 static int poll_events(ap_poller *poller, struct epoll_event *events, int timeout_ms)
 {
     ap_count(&poller->polls, 1);
@@ -54,7 +61,7 @@ static int block(ap_poller *poller, struct epoll_event *events, int64_t until)
     int timeout = until == AP_FOREVER ? -1 : milliseconds(until - now);
     if (timeout == 0)
         return poll_events(poller, events, 0);
-    if (!ap_inbox_sleep(poller, until) ||
+    if (!ap_inbox_sleep(poller, until) || ap_borrower(poller) ||
         atomic_load_explicit(&poller->stopping, memory_order_acquire))
         timeout = 0;
     else
@@ -77,8 +84,7 @@ static int wait_events(ap_poller *poller, struct epoll_event *events, int timeou
             return n;
     }
     int64_t limit = timeout_ms < 0 ? AP_FOREVER : ap_now() + (int64_t)timeout_ms * 1000000;
-    int64_t due = earlier(ap_wheel_next(&poller->wheel), poller->sweep_at);
-    return block(poller, events, earlier(limit, due));
+    return block(poller, events, earlier(limit, ap_driver_due(poller)));
 }
 
 /* ---- events ----------------------------------------------------------- */
@@ -145,16 +151,21 @@ static void fire_timers(ap_poller *poller)
 
 /* ---- driving ---------------------------------------------------------- */
 
-int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
+void ap_driver_rest(ap_poller *poller)
 {
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (ap_has_ended(poller))
-        return ap_state(poller);
-    if (pthread_mutex_trylock(&poller->lease) != 0)
-        return -EBUSY;
-    AP_DRIVING(poller);
+    AP_ASSERT_DRIVER(poller);
+    if (!ap_inbox_sleep(poller, AP_RESTING) || poller->run_head) {
+        ap_inbox_awake(poller); /* whoever is brought by this will look */
+        ap_sys_signal(poller->efd);
+    }
+    ap_inbox_wake_guard(poller, ap_driver_due(poller));
+}
+
+static int step(ap_poller *poller, int timeout_ms, int budget)
+{
     struct epoll_event events[EVENTS];
+    if (ap_borrower(poller))
+        ap_inbox_awake(poller);
     ap_run_inbox(poller);
     int n = wait_events(poller, events, timeout_ms);
     poller->busy = n > 0;
@@ -168,55 +179,45 @@ int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
     ap_run_sweep(poller);
     ap_poller_judge(poller, n);
     ap_poller_end_drained(poller);
-    AP_DRIVING(NULL);
-    pthread_mutex_unlock(&poller->lease);
+    if (ap_borrower(poller) && !ap_has_ended(poller))
+        ap_driver_rest(poller);
     return n < 0 ? n : served;
 }
 
-/* ---- the thread ------------------------------------------------------- */
-
-static void *drive(void *arg)
+int ap_driver_step(ap_poller *poller, int timeout_ms, int budget)
 {
-    ap_poller *poller = arg;
-    /* acquire; pairs with the release in ap_poller_stop */
-    for (int failures = 0; !atomic_load_explicit(&poller->stopping, memory_order_acquire);) {
-        int rc = ap_poller_step(poller, -1, THREAD_BUDGET);
-        if (ap_has_ended(poller))
-            break;
-        if (rc >= 0 || rc == -EBUSY)
-            failures = 0;
-        if (rc < 0) /* someone else drives, or epoll_wait has failed: do not spin */
-            usleep(1000u << (failures < PAUSE_MOST ? failures++ : PAUSE_MOST));
-    }
-    return NULL;
+    if (ap_has_ended(poller))
+        return ap_state(poller);
+    AP_DRIVING(poller);
+    int rc = step(poller, timeout_ms, budget);
+    AP_DRIVING(NULL);
+    return rc;
 }
 
-int ap_poller_start(ap_poller *poller)
+int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
 {
     if (poller->epoch != ap_epoch_now())
         return -ECHILD;
     if (ap_has_ended(poller))
         return ap_state(poller);
-    if (atomic_load_explicit(&poller->started, memory_order_relaxed))
-        return -EALREADY;
-    int rc = ap_sys_thread(&poller->thread, drive, poller);
-    if (rc == 0)
-        atomic_store_explicit(&poller->started, true, memory_order_relaxed);
+    if (pthread_mutex_trylock(&poller->lease) != 0)
+        return -EBUSY;
+    int rc = ap_driver_step(poller, timeout_ms, budget);
+    pthread_mutex_unlock(&poller->lease);
     return rc;
 }
 
-int ap_poller_stop(ap_poller *poller)
+void ap_driver_catch_up(ap_poller *poller)
+{
+    if (ap_borrower(poller))
+        ap_poller_step(poller, 0, AP_LOOP_BUDGET);
+}
+
+int ap_poller_nudge(ap_poller *poller)
 {
     if (poller->epoch != ap_epoch_now())
         return -ECHILD;
-    if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
-        return 0;
-    atomic_store_explicit(&poller->stopping, true, memory_order_release); /* with drive */
     ap_sys_signal(poller->efd);
-    pthread_join(poller->thread, NULL);
-    atomic_store_explicit(&poller->stopping, false, memory_order_relaxed);
-    /* Lets go of what was closed meanwhile. What is closed later stays until
-     * someone steps: at the end of the process nobody misses it. */
-    ap_poller_step(poller, 0, THREAD_BUDGET);
+    ap_driver_catch_up(poller);
     return 0;
 }

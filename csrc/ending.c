@@ -55,7 +55,7 @@ void ap_poller_dismiss(ap_poller *poller)
     /* seq_cst; pairs with ap_poller_end_drained */
     if (atomic_fetch_sub_explicit(&poller->connections, 1, memory_order_seq_cst) == 1 &&
         ap_state(poller) > AP_ACTIVE)
-        ap_sys_signal(poller->efd);
+        ap_poller_rouse(poller);
 }
 
 /* ---- draining --------------------------------------------------------- */
@@ -72,7 +72,7 @@ int ap_poller_drain(ap_poller *poller, int on)
         return -ECHILD;
     if (on) {
         change(poller, AP_ACTIVE, AP_DRAINING);
-        ap_sys_signal(poller->efd);
+        ap_poller_rouse(poller);
         int state = ap_state(poller);
         return state < 0 && state != DRAINED ? state : 0;
     }

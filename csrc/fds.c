@@ -47,7 +47,7 @@ void ap_fds_doom(ap_conn *conn)
     fds->next = conn->doomed;
     conn->doomed = fds;
     if (conn->slot.ready & AP_READABLE) /* input resumes */
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
 }
 
 bool ap_fds_carry(ap_conn *conn, const ap_rights *rights, ssize_t got)

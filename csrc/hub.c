@@ -177,7 +177,6 @@ static ap_slot *next_of(ap_slot *slot)
 /* The whole mailbox, in the order of arrival. */
 static ap_slot *take_list(ap_hub *hub)
 {
-    ap_sys_drain(hub->efd);
     atomic_exchange_explicit(&hub->signalled, 0, memory_order_seq_cst);
     ap_slot *slot = atomic_exchange_explicit(&hub->mailbox, NULL, memory_order_seq_cst);
     ap_slot *list = NULL;
@@ -211,14 +210,8 @@ static uint32_t resolve(ap_slot *slot, uint32_t bits, int32_t *value)
     return told;
 }
 
-int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
+static int take_tokens(ap_hub *hub, ap_token *tokens, int max)
 {
-    if (hub->epoch != ap_epoch_now())
-        return -ECHILD;
-    if (!hub->taken) {
-        hub->taken = take_list(hub);
-        hub->batch = 0; /* otherwise this call continues with a list */
-    }
     int n = 0;
     while (hub->taken && n < max) {
         uint32_t bits;
@@ -231,6 +224,44 @@ int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
     }
     hub->batch += n;
     return n;
+}
+
+int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (!hub->taken) {
+        ap_sys_drain(hub->efd);
+        hub->taken = take_list(hub);
+        hub->batch = 0; /* otherwise this call continues with a list */
+    }
+    return take_tokens(hub, tokens, max);
+}
+
+/* ---- taking while the loop drives ------------------------------------- */
+
+void ap_hub_hush(ap_hub *hub)
+{
+    /* seq_cst; pairs with the exchange in ap_hub_post */
+    atomic_exchange_explicit(&hub->signalled, 1, memory_order_seq_cst);
+}
+
+/* If a poster had signalled before, the descriptor stays readable: the loop comes once more,
+ * reads it, and finds nothing. The rest of an earlier list, which an exception has left, goes
+ * first. */
+int ap_hub_take_hushed(ap_hub *hub, ap_token *tokens, int max)
+{
+    ap_slot *list = take_list(hub);
+    if (!hub->taken) {
+        hub->taken = list;
+        hub->batch = 0;
+    } else {
+        ap_slot *last = hub->taken;
+        while (next_of(last))
+            last = next_of(last);
+        atomic_store_explicit(&last->mail_next, list, memory_order_relaxed);
+    }
+    return take_tokens(hub, tokens, max);
 }
 
 int ap_hub_trim(ap_hub *hub)

@@ -24,6 +24,10 @@ struct ap_hub {
 void ap_hub_ref(ap_hub *hub);
 /* Notifies the loop. Under the mutex of an open slot: ap_hub_kill relies on it. */
 void ap_hub_post(ap_slot *slot, uint32_t bits);
+/* Until the tokens are taken, which the caller does next, nobody signals the hub. Thread: loop. */
+void ap_hub_hush(ap_hub *hub);
+/* As ap_hub_take, after that. */
+int ap_hub_take_hushed(ap_hub *hub, ap_token *tokens, int max);
 /* Adds the slot to the open slots of its hub, which closes them when it dies. 0; -EBADF: it
  * is dead. */
 AP_MUST_CHECK int ap_hub_link(ap_slot *slot);

@@ -14,6 +14,9 @@ enum {
     AP_BOX_SWEEP = 16    /* blocks are coming back: due some time later */
 };
 
+#define AP_DUE_NOW 0
+#define AP_RESTING 1 /* how long a loop that drives sleeps, as others see it */
+
 /* Queues the slot for its driver, and wakes the driver if it would sleep
  * beyond due. Under the slot's mutex. */
 void ap_inbox_push(ap_slot *slot, uint32_t bits, int64_t due);
@@ -26,5 +29,10 @@ ap_slot *ap_inbox_pop(ap_slot **list, uint32_t *bits);
 /* Says until when the driver is about to sleep. False: it must not, the inbox is not empty. */
 AP_MUST_CHECK bool ap_inbox_sleep(ap_poller *poller, int64_t until);
 void ap_inbox_awake(ap_poller *poller);
+/* The same for the guard, which looks while it has the lease, and sleeps without it. */
+AP_MUST_CHECK bool ap_inbox_guard_sleep(ap_poller *poller, int64_t until);
+void ap_inbox_guard_awake(ap_poller *poller);
+/* Wakes the guard, if it would sleep beyond due. */
+void ap_inbox_wake_guard(ap_poller *poller, int64_t due);
 
 #endif

@@ -85,7 +85,7 @@ void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline)
         ap_conn_note_deadline(conn, conn->trim_at);
     }
     if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
 }
 
 /* ---- how much --------------------------------------------------------- */
@@ -360,7 +360,7 @@ void ap_input_consume(ap_conn *conn, size_t n)
     if (conn->paused && conn->input.size <= conn->low) {
         conn->paused = false;
         if (conn->slot.ready & AP_READABLE)
-            ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+            ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     }
 }
 

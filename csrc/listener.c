@@ -211,7 +211,7 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
         n = listener->error;
         if (!listener->slot.orphaned)
             listener->error = 0;
-        ap_inbox_push(&listener->slot, AP_BOX_WORK, 0); /* the backlog has no edge of its own */
+        ap_inbox_push(&listener->slot, AP_BOX_WORK, AP_DUE_NOW); /* the backlog has no edge of its own */
     }
     ap_slot_unlock(&listener->slot);
     return n;
@@ -242,7 +242,7 @@ int ap_account_add(ap_account *account, int credits)
     for (ap_listener *listener = account->listeners; listener; listener = listener->account_next) {
         ap_slot_lock(&listener->slot);
         if (!listener->slot.closed && accept_some(listener))
-            ap_inbox_push(&listener->slot, AP_BOX_WORK, 0);
+            ap_inbox_push(&listener->slot, AP_BOX_WORK, AP_DUE_NOW);
         ap_slot_unlock(&listener->slot);
     }
     take_turns(account);
@@ -267,7 +267,7 @@ static int64_t expire(ap_slot *slot, int64_t now)
     if (listener->paused_until && now >= listener->paused_until) {
         listener->paused_until = 0;
         if (accept_some(listener))
-            ap_inbox_push(slot, AP_BOX_WORK, 0);
+            ap_inbox_push(slot, AP_BOX_WORK, AP_DUE_NOW);
     }
     return listener->paused_until ? listener->paused_until : AP_FOREVER;
 }

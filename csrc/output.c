@@ -18,6 +18,7 @@
 #include "output.h"
 
 #include "connection.h"
+#include "guard.h"
 #include "hub.h"
 #include "inbox.h"
 #include "poller.h"
@@ -33,6 +34,15 @@
 #define PIECES_AT_ONCE 64 /* far below IOV_MAX, and a small array on the stack */
 
 static bool offer(ap_conn *conn, const struct iovec *iov, size_t count, size_t *sent);
+
+void ap_output_count(ap_conn *conn)
+{
+    bool queued = conn->out_bytes > 0;
+    if (queued == conn->out_counted)
+        return;
+    conn->out_counted = queued;
+    ap_guard_output(conn->slot.poller, queued);
+}
 
 bool ap_output_over(const ap_conn *conn)
 {
@@ -72,6 +82,7 @@ static void forget_queue(ap_conn *conn)
         conn->out = NULL;
         conn->out_capacity = 0;
     }
+    ap_output_count(conn);
 }
 
 void ap_output_fail(ap_conn *conn, int error)
@@ -108,6 +119,7 @@ void ap_output_drop(ap_conn *conn)
     conn->out_first = conn->out_count = conn->out_capacity = 0;
     conn->out_bytes = conn->given_up = 0;
     conn->owed = conn->drain_armed = conn->held = false;
+    ap_output_count(conn);
 }
 
 /* ---- the mask of UNIX sockets ----------------------------------------- */
@@ -184,6 +196,7 @@ bool ap_output_queue(ap_conn *conn, const struct iovec *iov, size_t count, size_
             (struct iovec){.iov_base = (char *)iov[i].iov_base + cut, .iov_len = rest};
         conn->out_bytes += rest;
     }
+    ap_output_count(conn);
     return true;
 }
 
@@ -312,7 +325,7 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
         return 0;
     conn->owed = true;
     if (conn->slot.ready & AP_WRITABLE)
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     return (int64_t)conn->out_bytes;
 }
 
@@ -327,6 +340,8 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
 bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size)
 {
     ap_hub *hub = conn->slot.hub;
+    if (ap_borrower(conn->slot.poller)) /* there is no other thread to share the work with */
+        return false;
     if (hub->batch < HAND_OVER_FROM || size > HAND_OVER_MOST || conn->out_bytes ||
         conn->write_error || !(conn->slot.ready & AP_WRITABLE) || !reserve(conn, 1))
         return false;
@@ -338,6 +353,7 @@ bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size)
     conn->out[0] = (struct iovec){.iov_base = copy, .iov_len = size};
     conn->out_count = conn->own_count = 1;
     conn->out_bytes = conn->own_bytes = size;
+    ap_output_count(conn);
     return true;
 }
 

@@ -16,6 +16,9 @@ bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size);
 /* Lets the driver continue with the queue. True: work is left. */
 bool ap_output_write(ap_conn *conn);
 
+/* After whatever makes the queue empty, or no longer empty: the guard wants to know. */
+void ap_output_count(ap_conn *conn);
+
 /* The kernel took n bytes of the offered. */
 void ap_output_took(ap_conn *conn, size_t n, size_t offered);
 /* The kernel took nothing: EAGAIN. */

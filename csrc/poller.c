@@ -26,12 +26,16 @@ static int open_descriptors(ap_poller *poller)
     poller->epfd = ap_sys_epoll_create();
     if (poller->epfd < 0)
         return poller->epfd;
-    int rc = poller->efd = ap_sys_eventfd();
+    poller->efd = ap_sys_eventfd();
+    poller->gfd = poller->efd < 0 ? poller->efd : ap_sys_eventfd();
+    int rc = poller->gfd;
     if (rc >= 0) /* edge-triggered, so it never has to be read */
         rc = ap_sys_epoll_ctl(poller->epfd, EPOLL_CTL_ADD, poller->efd, EPOLLIN | EPOLLET,
                               AP_TAG_OF_EFD);
     if (rc >= 0)
         return 0;
+    if (poller->gfd >= 0)
+        ap_sys_close(poller->gfd);
     if (poller->efd >= 0)
         ap_sys_close(poller->efd);
     ap_sys_close(poller->epfd);
@@ -71,6 +75,12 @@ void ap_poller_ref(ap_poller *poller)
     atomic_fetch_add_explicit(&poller->refs, 1, memory_order_relaxed);
 }
 
+void ap_poller_rouse(ap_poller *poller)
+{
+    ap_sys_signal(poller->efd);
+    ap_sys_signal(poller->gfd);
+}
+
 void ap_poller_unref(ap_poller *poller)
 {
     if (poller->epoch != ap_epoch_now())
@@ -78,19 +88,12 @@ void ap_poller_unref(ap_poller *poller)
     /* acq_rel; pairs with itself */
     if (atomic_fetch_sub_explicit(&poller->refs, 1, memory_order_acq_rel) != 1)
         return;
+    ap_sys_close(poller->gfd);
     ap_sys_close(poller->efd);
     ap_sys_close(poller->epfd);
     ap_context_free(&poller->context);
     pthread_mutex_destroy(&poller->lease);
     free(poller);
-}
-
-int ap_poller_nudge(ap_poller *poller)
-{
-    if (poller->epoch != ap_epoch_now())
-        return -ECHILD;
-    ap_sys_signal(poller->efd);
-    return 0;
 }
 
 /* ---- statistics ------------------------------------------------------- */

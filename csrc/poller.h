@@ -17,15 +17,19 @@ typedef struct ap_slot ap_slot; /* slot.h: only lists of slots are known here */
 
 struct ap_poller {
     int epfd;                      /* (c) */
-    int efd;                       /* (c) */
+    int efd;                       /* (c) wakes whoever watches epfd */
+    int gfd;                       /* (c) wakes the guard: the thread while it does not drive */
     uint32_t epoch;                /* (c) */
     _Atomic int32_t refs;          /* (a) acq_rel: the creator, and each open slot */
     pthread_mutex_t lease;         /* held by the driver, only ever tried */
     pthread_t thread;              /* (c) once started */
     _Atomic bool started;          /* (a) relaxed: start and stop come from one place */
     _Atomic bool stopping;         /* (a) release in stop; acquire in the thread */
+    _Atomic(ap_hub *) borrower;    /* (a) see loan.c; NULL: the thread drives. Only compared */
     ap_slot *_Atomic inbox;        /* (a) see inbox.c */
-    _Atomic int64_t blocked_until; /* (a) see inbox.c; 0: running */
+    _Atomic int64_t blocked_until; /* (a) of the driver; see inbox.c; 0: running */
+    _Atomic int64_t guarded_until; /* (a) of the guard; likewise */
+    _Atomic uint32_t with_output;  /* (a) see guard.c: connections that have output queued */
     ap_slot *run_head, **run_tail; /* (d) slots with work left */
     ap_wheel wheel;                /* (d) */
     ap_context context;            /* (d) */
@@ -59,7 +63,14 @@ static inline bool ap_has_ended(ap_poller *poller)
 {
     return ap_state(poller) < 0;
 }
+/* seq_cst; loan.c has the reasons */
+static inline ap_hub *ap_borrower(ap_poller *poller)
+{
+    return atomic_load_explicit(&poller->borrower, memory_order_seq_cst);
+}
 
 void ap_poller_ref(ap_poller *poller);
+/* Wakes all that sleep for it, whoever drives. */
+void ap_poller_rouse(ap_poller *poller);
 
 #endif

@@ -53,19 +53,22 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
     }
     ap_input_arm(conn, want, n, deadline);
     if (handed_over)
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     return queued > 0 ? AP_EQUEUED : -EAGAIN;
 }
 
 /* Reads at once what is known to be there: the driver may have paused at the water
- * mark, or be busy elsewhere. */
-static void read_now(ap_conn *conn)
+ * mark, or be busy elsewhere. Whoever does not wait does not give a loop that drives the
+ * chance to ask for events, so the socket itself is asked. */
+static void read_now(ap_conn *conn, int flags)
 {
+    if ((flags & AP_NOWAIT) && ap_borrower(conn->slot.poller))
+        conn->slot.ready |= AP_READABLE;
     if (!(conn->slot.ready & AP_READABLE) || conn->read_end)
         return;
     conn->paused = false;
     if (ap_input_read(&conn->slot.hub->context, conn))
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     ap_conn_learn(conn);
 }
 
@@ -103,7 +106,7 @@ static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline,
     conn->want_bytes = n;
     if (conn->input.size < n) {
         make_room(conn, n);
-        read_now(conn);
+        read_now(conn, flags);
     }
     conn->want = AP_WANT_NOTHING;
     if (conn->input.size >= n) {
@@ -257,7 +260,7 @@ static int64_t find_locked(ap_conn *conn, size_t max_bytes, int flags, int64_t d
     if (!length && conn->input.size < max_bytes) {
         conn->want = AP_WANT_DELIMITER;
         conn->want_bytes = max_bytes;
-        read_now(conn);
+        read_now(conn, flags);
         conn->want = AP_WANT_NOTHING;
         length = find_length(conn, max_bytes);
     }

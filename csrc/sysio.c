@@ -7,6 +7,7 @@
  */
 #include "sysio.h"
 
+#include "clock.h"
 #include "faults.h"
 #include "owned.h"
 
@@ -19,6 +20,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- faults ----------------------------------------------------------- */
@@ -309,6 +311,22 @@ void ap_sys_drain(int efd)
     ssize_t rc;
     RETRY(rc, AP_CALL_DRAIN, read(efd, &count, sizeof count));
     (void)rc;
+}
+
+int ap_sys_sleep(int efd, int other, int64_t until)
+{
+    struct pollfd at[] = {{.fd = efd, .events = POLLIN}, {.fd = other, .events = POLLIN}};
+    int64_t left = until == AP_FOREVER ? 0 : until - ap_now();
+    if (left < 0)
+        left = 0;
+    struct timespec timeout = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
+    int injected = ap_fault_error(AP_CALL_SLEEP);
+    int n = injected ? -1 : ppoll(at, 2, until == AP_FOREVER ? NULL : &timeout, NULL);
+    if (n < 0) {
+        int error = injected ? injected : errno;
+        return error == EINTR ? 0 : -error; /* the caller recomputes its timeout */
+    }
+    return (at[0].revents ? AP_SLEEP_WOKEN : 0) | (at[1].revents ? AP_SLEEP_OTHER : 0);
 }
 
 /* ---- sockets ---------------------------------------------------------- */

@@ -40,6 +40,10 @@ AP_MUST_CHECK int ap_sys_eventfd(void);
 /* Make an event descriptor readable, and read it. */
 void ap_sys_signal(int efd);
 void ap_sys_drain(int efd);
+enum { AP_SLEEP_WOKEN = 1, AP_SLEEP_OTHER = 2 };
+/* Sleeps until a moment (AP_FOREVER: without end), or until efd is readable (AP_SLEEP_WOKEN), or
+ * other, which may be -1 (AP_SLEEP_OTHER). Returns those; -errno. */
+AP_MUST_CHECK int ap_sys_sleep(int efd, int other, int64_t until);
 
 /* SO_ERROR (> 0), which asking clears; 0: none. */
 int ap_sys_socket_error(int fd);

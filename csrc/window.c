@@ -9,6 +9,8 @@
 
 #include "chain.h"
 #include "connection.h"
+#include "driver.h"
+#include "epoch.h"
 #include "fds.h"
 #include "hub.h"
 #include "input.h"
@@ -170,6 +172,9 @@ int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
 
 int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
 {
+    if (conn->slot.epoch != ap_epoch_now())
+        return -ECHILD;
+    ap_driver_catch_up(conn->slot.poller);
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;

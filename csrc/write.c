@@ -130,9 +130,10 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
     conn->owed = given > 0;
     if (conn->given_up > given)
         conn->given_up = given;
+    ap_output_count(conn);
     ap_output_unwatch(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
-        ap_inbox_push(&conn->slot, AP_BOX_WORK, 0);
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     if (!left)
         left = (int64_t)conn->out_bytes;
     ap_slot_unlock(&conn->slot);

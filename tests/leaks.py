@@ -15,7 +15,7 @@ from anypoll._loop import runtime as _runtime
 #: Gauges of a poller that go back to what they were.
 _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")
 #: What one poller has for as long as the process lives.
-_FDS_OF_A_POLLER = 2
+_FDS_OF_A_POLLER = 3
 _ANONYMOUS = "anon_inode:"
 #: Seconds after which what was frozen is looked through as well. A poller gives blocks and slots
 #: back within a few milliseconds; a collection of all that pytest holds takes ten times as long.

@@ -153,9 +153,10 @@ class Endpoint:
         try:
             hub = self.hub = runtime.current_hub()
             self.poller, self._owner = runtime.on_poller(
+                hub,
                 lambda poller: _epoll.open_connection(
                     poller, hub.handle, fd, kind, limits.read_high_water
-                )
+                ),
             )
         except BaseException:
             if _epoll.fd_close(fd) < 0:  # the core did not own it yet

@@ -15,7 +15,7 @@ from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any
 
 from .._epoll import hub_fd
-from .hub import Hub, logger
+from .hub import Hub, Loan, logger
 
 Function = Callable[[], Coroutine[Any, Any, None]]
 
@@ -144,6 +144,22 @@ class AsyncioHub(Hub):
 
     async def checkpoint(self) -> None:
         await sleep(0)
+
+    def _watch(self, loan: Loan) -> None:
+        get_running_loop().add_reader(loan.fd, loan)
+
+    def _unwatch(self, loan: Loan) -> None:
+        loop = self._loop()
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(loan.fd)
+
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        loop = self._loop()
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # it is closed
+            return
 
     def spawn(self, function: Function, *, stoppable: bool = False) -> bool:
         loop, drain = self._loop(), self._drain()

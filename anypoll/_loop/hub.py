@@ -5,6 +5,10 @@ Pollers put slots into the C hub's mailbox and make its descriptor readable; the
 the woken task looks at the connection again. So a wake-up that comes late, twice, or to a cancelled
 task does no harm.
 
+An event loop that has the poller to itself *borrows* it (:meth:`Hub.borrow`): it watches the
+poller's descriptor as well, and :meth:`Hub.drive` does the poller's work and takes what came of it.
+The poller's thread then only guards (csrc/guard.c). ``runtime`` decides who borrows.
+
 The registries:
   - ``readers`` and ``writers`` hold the waiters (futures or tasks) strongly while they wait; a
     suspended task's frame holds its connection, so a connection that a task waits on stays alive.
@@ -31,6 +35,7 @@ from .._epoll import (
     MAIL_STARVED,
     MAIL_TRIM,
     MAIL_WRITE,
+    hub_drive,
     hub_take,
 )
 
@@ -38,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
     from .._buffers.chain import Piece
-    from .._epoll import Hub as HubHandle, View
+    from .._epoll import Hub as HubHandle, Poller, View
 
 logger = logging.getLogger("anypoll.hub")
 
@@ -65,6 +70,23 @@ class Request(Protocol):
         """The wait is over. Must not run user code."""
 
 
+class Loan:
+    """A poller that an event loop drives, and the callback on its descriptor.
+
+    It holds the poller, and so the descriptor, for as long as the loop watches that.
+    """
+
+    __slots__ = ("_hub", "fd", "poller")
+
+    def __init__(self, hub: Hub, poller: Poller) -> None:
+        self._hub = hub
+        self.poller = poller
+        self.fd = _epoll.poller_fd(poller)
+
+    def __call__(self) -> None:
+        self._hub.drive(self)
+
+
 class Hub(ABC):
     """An event loop's side of its dealings with the pollers; see the module."""
 
@@ -73,12 +95,16 @@ class Hub(ABC):
     """room for the result of ``show_block``"""
     dead: bool
     """the event loop has ended"""
+    loan: Loan | None
+    """the poller that the event loop drives"""
 
     def __init__(self) -> None:
         self._owner = _epoll.open_hub()
         self.handle = _epoll.bare(self._owner)
         self.view = _epoll.new_view()
         self.dead = False
+        self.loan = None
+        self._watched: Loan | None = None  # the loop's thread only; may outlive the loan
         self.readers: dict[int, Any] = {}
         self.writers: dict[int, list[Any]] = {}
         self.addressees: dict[int, Callable[[], Addressee | None]] = {}  # weak references
@@ -140,6 +166,63 @@ class Hub(ABC):
         Returns False, and runs nothing, if the event loop has ended.
         """
 
+    @abstractmethod
+    def _watch(self, loan: Loan) -> None:
+        """Has the loop call ``loan`` whenever its descriptor is readable. Call it in the loop.
+
+        :raises OSError: if the loop cannot watch it
+        """
+
+    @abstractmethod
+    def _unwatch(self, loan: Loan) -> None:
+        """Undoes :meth:`_watch`. Call it in the loop's thread."""
+
+    @abstractmethod
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        """Calls the function in the event loop, unless that has ended. Any thread."""
+
+    # --- driving a poller ------------------------------------------------------------------------
+
+    def borrow(self, poller: Poller) -> None:
+        """Has this event loop drive the poller. If it cannot, the poller's thread goes on. Call it
+        in the loop.
+        """
+        self._stop_watching(self._watched)
+        loan = Loan(self, poller)
+        try:
+            self._watch(loan)
+        except OSError:
+            return
+        self.loan = self._watched = loan
+        _epoll.lend_poller(poller, self.handle)
+
+    def give_back(self) -> None:
+        """Has the poller driven by its thread again, at once. Any thread."""
+        loan, self.loan = self.loan, None
+        if loan is not None:
+            _epoll.lend_poller(loan.poller, None)
+            self._call_soon(self._stop_watching, loan)
+
+    def _stop_watching(self, loan: Loan | None) -> None:
+        if loan is not None and self._watched is loan:
+            self._watched = None
+            self._unwatch(loan)
+
+    def drive(self, loan: Loan) -> None:
+        """Does what there is to do for the poller, and :meth:`dispatch`. Call it in the loop's
+        thread.
+        """
+        tokens = self._tokens
+        n = hub_drive(self.handle, loan.poller, tokens.array, tokens.max)
+        if n >= 0:
+            self._deliver(n)
+        else:  # the loan is over, or the poller has failed
+            self._stop_watching(loan)
+            if self.loan is loan:
+                self.loan = None
+
+    # --- waking ----------------------------------------------------------------------------------
+
     def forget(self, number: int) -> None:
         """``number`` has ended: its tokens go to nobody from now on."""
         self.addressees.pop(number, None)
@@ -163,11 +246,14 @@ class Hub(ABC):
         this method once every token has been delivered.
         """
         tokens = self._tokens
+        self._deliver(hub_take(self.handle, tokens.array, tokens.max))
+
+    def _deliver(self, n: int) -> None:
+        """Delivers the tokens that were taken, and takes and delivers what is left."""
+        tokens = self._tokens
         left: list[BaseException] = []
-        n = tokens.max
         trim = 0
-        while n == tokens.max:
-            n = hub_take(self.handle, tokens.array, n)
+        while n:
             readable, last = [], []
             for token in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
                 if token[1] == MAIL_READ:
@@ -183,6 +269,7 @@ class Hub(ABC):
                     self._tell(number, bits & _MAIL_LAST, value)
                 except BaseException as exc:  # noqa: BLE001
                     left.append(exc)
+            n = hub_take(self.handle, tokens.array, n) if n == tokens.max else 0
         if trim:  # now that the wrappers of the blocks are gone
             _epoll.hub_trim(self.handle)
         _raise_first(left)
@@ -223,6 +310,9 @@ class Hub(ABC):
         if self.dead:
             return
         self.dead = True
+        loan, self.loan = self.loan, None
+        if loan is not None:  # the loop has dropped its watch
+            _epoll.lend_poller(loan.poller, None)
         _epoll.hub_kill(self.handle)
         left: list[BaseException] = []
         for found in list(self.addressees.values()):

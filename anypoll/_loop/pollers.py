@@ -44,11 +44,14 @@ class Settings:
     load_balance: LoadBalance = "round_robin"
     block_size: int = BLOCK_SIZE
     checkpoint_budget: int = 64
+    driver: str = "auto"
 
     def __post_init__(self) -> None:
         count_field(self, "pollers", least=1, most=256)
         count_field(self, "block_size", least=BLOCK_SIZE, most=MIB)
         count_field(self, "checkpoint_budget", least=1)
+        if self.driver not in {"auto", "thread"}:
+            raise ValueError(f"driver must be 'auto' or 'thread', not {self.driver!r}")
         balance: Any = self.load_balance
         names = ("round_robin", "random", "least_connections")
         if not callable(balance) and balance not in names:

@@ -3,6 +3,11 @@
 Nothing happens at import: the pool starts with the process's first connection or listener, and a
 hub with the first in its event loop. The pool ends for good at exit, before the interpreter does.
 
+Who drives a poller is decided when something is opened on it, and when the settings change. An
+event loop drives it if it is the only one that uses anypoll, and the poller the only one that gets
+connections. As soon as another loop opens something, or there are more pollers, all are driven by
+their threads; when the other loop has ended, what the first one opens next makes it drive again.
+
 After a fork() the child starts afresh on first use. It must not touch what it inherited (locks may
 be held forever, and epoll descriptors are shared with the parent), only close it.
 """
@@ -42,6 +47,7 @@ _pool: Pool | None = None
 #: The thread that exits the interpreter, set once it has stopped the pollers: no more start.
 _exiting_thread: int | None = None
 _hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
+_lent = False  # an event loop drives the poller, or did when it was last looked at
 
 #: Sockets whose descriptor Python owns while the C side uses it. The references are strong: objects
 #: in a garbage cycle are finalised in arbitrary order, and a socket's finaliser would close the
@@ -71,6 +77,8 @@ def configure(**changes: Any) -> None:
         if _pool is not None and _exiting_thread is None:
             _pool.configure(new)
         _settings = new
+        if new.driver != "auto" or new.pollers > 1:
+            _end_loans()
     bury_pollers()
 
 
@@ -107,18 +115,49 @@ def pick_poller() -> Poller:
     return poller
 
 
+def _end_loans() -> None:
+    """Has all pollers driven by their threads. The caller holds the lock."""
+    global _lent
+    _lent = False
+    for hub in list(_hubs.values()):
+        hub.give_back()
+
+
+def _lend(hub: Hub, poller: Poller) -> None:
+    """Has the hub's event loop drive the poller if it has it to itself; otherwise nobody's does.
+
+    Call it in that loop.
+    """
+    global _lent
+    if _settings.driver != "auto" or _settings.pollers > 1:
+        return
+    if hub.loan is not None and hub.loan.poller is poller:
+        return
+    with _lock:
+        if _exiting_thread is not None:
+            return
+        if any(not other.dead for other in list(_hubs.values()) if other is not hub):
+            if _lent:
+                _end_loans()
+            return
+        hub.borrow(poller)
+        _lent = True
+
+
 _TRIES = 8
 
 _Handle = TypeVar("_Handle")
 
 
-def on_poller(open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
-    """Picks a poller and opens something on it; on another, if that one has ended meanwhile.
+def on_poller(hub: Hub, open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
+    """Picks a poller and opens something on it for the event loop of ``hub``; on another poller, if
+    that one has ended meanwhile.
 
     :raises OSError: if the pool cannot be started, or if ``open_on`` raises it
     """
     for _ in range(_TRIES):
         poller = pick_poller()
+        _lend(hub, poller)
         try:
             return poller, open_on(poller)
         except PollerEndedError:
@@ -130,6 +169,8 @@ def bury_pollers() -> None:
     """Removes pollers that have ended; replaces and logs those that failed."""
     with _lock:
         failed = [] if _pool is None or _exiting_thread is not None else _pool.bury()
+        if failed and _lent:
+            _end_loans()
     for error in failed:
         logger.error("A poller has failed, and all its connections with it: %s", os.strerror(error))
 
@@ -184,7 +225,8 @@ def current_hub() -> Hub:
     hub = _hubs.get(token)
     if hub is None or hub.dead:
         hub = _new_hub(token)
-        _hubs[token] = hub
+        with _lock:
+            _hubs[token] = hub
     return hub
 
 

@@ -22,7 +22,7 @@ from outcome import Value
 from trio.lowlevel import Abort, Task
 
 from .._epoll import hub_fd
-from .hub import Hub, logger
+from .hub import Hub, Loan, logger
 
 _VALUES = 1024  # window ends whose wake-up values are cached
 
@@ -144,6 +144,7 @@ class TrioHub(Hub):
         self._thread = get_ident()
         self._traps: dict[int, Any] = {}
         self._values: dict[int, Value[int]] = {}
+        self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
 
     async def _drain(self) -> None:
@@ -161,6 +162,31 @@ class TrioHub(Hub):
             except BaseException as exc:  # noqa: BLE001
                 _end_run(exc)
             self._token = None  # the registry of hubs would keep both forever
+
+    async def _drive(self, loan: Loan, scope: trio.CancelScope) -> None:
+        with scope:
+            while not scope.cancel_called:  # another task may wait for that descriptor by then
+                await trio.lowlevel.wait_readable(loan.fd)
+                try:
+                    self.drive(loan)
+                except BaseException as exc:  # noqa: BLE001
+                    _end_run(exc)
+
+    def _watch(self, loan: Loan) -> None:
+        self._scope = trio.CancelScope()
+        trio.lowlevel.spawn_system_task(self._drive, loan, self._scope)
+
+    def _unwatch(self, _loan: Loan) -> None:
+        assert self._scope is not None
+        self._scope.cancel()
+
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        token = self._token
+        try:
+            if token is not None:
+                token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            return
 
     def check(self) -> None:
         if not self.is_here():

@@ -88,9 +88,10 @@ class SocketListener(AnyIOSocketListener):
         :raises OSError: if resources are exhausted
         """
         self._poller, self._handle = runtime.on_poller(
+            self._hub,
             lambda poller: _epoll.open_listener(
                 poller, self._hub.handle, self._raw.fileno(), self._account
-            )
+            ),
         )
         _epoll.listener_fd(self._handle, 1)
         runtime.raw_sockets.add(self._raw)

@@ -413,7 +413,7 @@ async def test_a_pool_that_keeps_failing() -> None:
         raise _epoll.PollerEndedError
 
     with pytest.raises(OSError, match="as soon as they are started"):
-        _runtime.on_poller(open_on)
+        _runtime.on_poller(_runtime.current_hub(), open_on)
     assert 1 < len(tries) < 100
 
 
