@@ -211,7 +211,8 @@ int ap_listener_take(ap_listener *listener, ap_accepted *out, int max)
         n = listener->error;
         if (!listener->slot.orphaned)
             listener->error = 0;
-        ap_inbox_push(&listener->slot, AP_BOX_WORK, AP_DUE_NOW); /* the backlog has no edge of its own */
+        /* the backlog has no edge of its own */
+        ap_inbox_push(&listener->slot, AP_BOX_WORK, AP_DUE_NOW);
     }
     ap_slot_unlock(&listener->slot);
     return n;

@@ -253,7 +253,7 @@ class Hub(ABC):
         tokens = self._tokens
         left: list[BaseException] = []
         trim = 0
-        while n:
+        while n > 0:
             readable, last = [], []
             for token in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
                 if token[1] == MAIL_READ:
