@@ -20,6 +20,9 @@ import certificates
 import leaks
 import pytest
 
+import anypoll
+from anypoll._loop import runtime as _runtime
+
 ROOT = Path(__file__).parent.parent
 LOOPS = ("asyncio", "uvloop", "trio")
 Main = Callable[[], Awaitable[Any]]
@@ -75,6 +78,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run each test on one event loop, chosen by its name, instead of on all three",
     )
+    parser.addoption(
+        "--driver",
+        choices=("auto", "thread"),
+        default="auto",
+        help="who drives the pollers in this process, as for anypoll.configure()",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    anypoll.configure(driver=config.getoption("--driver"))
+
+
+@pytest.fixture
+def by_threads() -> Iterator[None]:
+    """The pollers are driven by their threads, whatever the rest of this run does."""
+    before: Any = _runtime.settings().driver
+    anypoll.configure(driver="thread")
+    yield
+    anypoll.configure(driver=before)
+
+
+@pytest.fixture
+def by_loops() -> Iterator[None]:
+    """An event loop that has its poller to itself drives it."""
+    before: Any = _runtime.settings().driver
+    anypoll.configure(driver="auto")
+    yield
+    anypoll.configure(driver=before)
 
 
 def _loop_of(item: pytest.Item) -> str | None:
