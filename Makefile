@@ -16,7 +16,7 @@ export PIP_NO_INPUT := 1
 PIP := .venv/bin/python -m pip -qq
 
 # What the compiled core is made of; `csrc` itself notices files that went away.
-CORE := pyproject.toml CMakeLists.txt csrc $(wildcard csrc/*.[ch])
+CORE := pyproject.toml CMakeLists.txt csrc csrc/python $(wildcard csrc/*.[ch] csrc/python/*.[ch])
 C_FILES = $(shell find csrc tests/c benchmarks -name '*.[ch]')
 PY_FILES = $(shell find anypoll -name '*.py' -o -name '*.pyi')
 

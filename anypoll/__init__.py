@@ -72,6 +72,7 @@ def configure(
     load_balance: LoadBalance | None = None,
     block_size: int | None = None,
     checkpoint_budget: int | None = None,
+    direct_resume: bool | None = None,
     driver: _Literal["auto", "thread"] | None = None,
 ) -> None:
     """Sets process-wide options; ``None`` leaves an option unchanged.
@@ -91,6 +92,9 @@ def configure(
         from then on
     :param checkpoint_budget: how many reads and flushes in a row may go without a checkpoint;
         applies to connections created from then on
+    :param direct_resume: whether a server's handler that waits for its connection is resumed
+        directly when its input has come, initially True, or by the event loop's scheduler like any
+        task. Applies to handlers that start from then on
     :param driver: who does a poller's work. ``"auto"``, initially: the event loop itself, as long
         as it is the only one that uses anypoll and there is one poller; the poller's thread then
         only looks after timeouts and unsent output while Python is busy. That saves the switch of
@@ -105,6 +109,7 @@ def configure(
         load_balance=load_balance,
         block_size=block_size,
         checkpoint_budget=checkpoint_budget,
+        direct_resume=direct_resume,
         driver=driver,
     )
 

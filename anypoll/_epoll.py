@@ -13,7 +13,6 @@ bare pointer (:func:`bare`) instead, which cffi converts in half the time.
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import ECANCELED
@@ -23,20 +22,14 @@ from typing import TYPE_CHECKING, TypeVar
 from ._buffers.chain import Piece
 from ._buffers.errors import POLLER_ENDED, os_error, stream_error
 from ._buffers.reader import SCATTER
-
-if sys.implementation.name != "cpython":
-    raise ImportError(f"anypoll needs CPython; this is {sys.implementation.name}")
-
-from ._loop._core import ffi, lib
+from ._native._core import ffi, lib
 
 if TYPE_CHECKING:
-    from ._loop._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
+    from ._native._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
 
     __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
 
 NULL = ffi.NULL
-#: The type of the memory behind the views of blocks.
-BlockMemory = ffi.buffer
 
 # Numbers that files below this one repeat.
 assert (SCATTER, POLLER_ENDED) == (lib.AP_SCATTER, lib.AP_EPOLLER)
@@ -70,7 +63,6 @@ IS_SHUT = lib.AP_IS_SHUT
 IS_GONE = lib.AP_IS_GONE
 
 conn_read = lib.ap_conn_read
-conn_want = lib.ap_conn_want
 conn_find = lib.ap_conn_find
 conn_request = lib.ap_conn_request
 conn_watch_peer = lib.ap_conn_watch_peer
@@ -95,18 +87,12 @@ conn_detach = lib.ap_conn_detach
 conn_report = lib.ap_conn_report
 conn_fd = lib.ap_conn_fd
 conn_set_idle = lib.ap_conn_set_idle
-hub_take = lib.ap_hub_take
-hub_drive = lib.ap_hub_drive
 hub_trim = lib.ap_hub_trim
 hub_kill = lib.ap_hub_kill
 listener_close = lib.ap_listener_close
 listener_fd = lib.ap_listener_fd
 fd_close = lib.ap_fd_close
 fork_child = lib.ap_fork_child
-
-#: ``struct`` format of an ``ap_token``: id, bits, error.
-TOKEN_FORMAT = "=QIi"
-TOKEN_SIZE = 16
 
 
 def check(code: int) -> int:
@@ -280,18 +266,12 @@ def hub_fd(hub: Hub) -> int:
     return check(lib.ap_hub_fd(hub))
 
 
-class Tokens:
-    """Room for the tokens of one ``hub_take``."""
-
-    __slots__ = ("array", "max", "memory")
-
-    def __init__(self, most: int) -> None:
-        self.max = most
-        self.array = ffi.new("ap_token[]", [(0, 0, 0)] * most)
-        self.memory = memoryview(ffi.buffer(self.array, most * TOKEN_SIZE))
-
-
 Handle = TypeVar("Handle")
+
+
+def address(handle: object) -> int:
+    """The pointer as a number, for the native types."""
+    return int(ffi.cast("uintptr_t", handle))
 
 
 def bare(handle: Handle) -> Handle:
@@ -353,24 +333,9 @@ def register(conns: Sequence[Conn]) -> list[int]:
 
 
 def new_view() -> View:
-    """A record for :func:`show_block` to fill."""
+    """A record for a call to fill."""
     view: View = ffi.new("ap_view *")
     return view
-
-
-def show_block(conn: Conn, pos: int, view: View) -> memoryview | None:
-    """Fills ``view`` with the window at the first unread byte.
-
-    Returns the block's memory if the caller does not have it yet. The memory lives as long as
-    anything refers to it: ``ffi.buffer`` keeps the owning pointer alive, which holds a reference
-    to the block. (A buffer over a member of the block would not.)
-
-    :raises OSError: ``EBADF`` after the close
-    """
-    if not check(lib.ap_conn_block(conn, pos, view)):
-        return None
-    block = ffi.gc(view.block, lib.ap_block_unref, view.size)
-    return memoryview(ffi.buffer(block, view.size)).toreadonly()
 
 
 def _pieces(pieces: Sequence[Piece]) -> tuple[object, object]:

@@ -215,6 +215,8 @@ AP_API int ap_hub_fd(ap_hub *hub);
  * disarmed. Thread: loop. Returns their number; if that is max, call again. */
 AP_API int ap_hub_take(ap_hub *hub, ap_token *tokens, int max);
 
+/* Has the descriptor readable again, for tokens that were left. Thread: loop. */
+AP_API int ap_hub_again(ap_hub *hub);
 /* Steps the poller without blocking, and then takes tokens as ap_hub_take does, but the poller
  * did not have to make the hub's descriptor readable for them. Thread: loop. Returns their number,
  * 0 also while another thread steps; if that is max, call ap_hub_take. -EPERM: the poller is not

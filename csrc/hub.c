@@ -135,13 +135,12 @@ void ap_hub_unlink(ap_slot *slot)
 
 /* The mutex is held around the write: a dying hub waits for it, so the
  * descriptor being written to is still the hub's. */
-static void signal_hub(ap_hub *hub, ap_poller *poller)
+static void signal_loop(ap_hub *hub)
 {
     pthread_mutex_lock(&hub->mutex);
     if (!hub->dead)
         ap_sys_signal(hub->efd);
     pthread_mutex_unlock(&hub->mutex);
-    ap_count(&poller->wakeups, 1);
 }
 
 void ap_hub_post(ap_slot *slot, uint32_t bits)
@@ -161,10 +160,12 @@ void ap_hub_post(ap_slot *slot, uint32_t bits)
     while (!atomic_compare_exchange_weak_explicit(&hub->mailbox, &head, slot, memory_order_seq_cst,
                                                   memory_order_relaxed));
     /* seq_cst; pairs with the exchange in take_list */
-    if (atomic_exchange_explicit(&hub->signalled, 1, memory_order_seq_cst) == 0)
-        signal_hub(hub, slot->poller);
-    else
+    if (atomic_exchange_explicit(&hub->signalled, 1, memory_order_seq_cst) == 0) {
+        signal_loop(hub);
+        ap_count(&slot->poller->wakeups, 1);
+    } else {
         ap_count(&slot->poller->wakeups_coalesced, 1);
+    }
 }
 
 /* ---- taking ----------------------------------------------------------- */
@@ -224,6 +225,16 @@ static int take_tokens(ap_hub *hub, ap_token *tokens, int max)
     }
     hub->batch += n;
     return n;
+}
+
+int ap_hub_again(ap_hub *hub)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    /* seq_cst; pairs with the exchange in take_list */
+    if (atomic_exchange_explicit(&hub->signalled, 1, memory_order_seq_cst) == 0)
+        signal_loop(hub);
+    return 0;
 }
 
 int ap_hub_take(ap_hub *hub, ap_token *tokens, int max)

@@ -44,7 +44,7 @@ def check_wheel(wheel: Path) -> None:
         sys.exit(f"{wheel.name}: not a cp311-abi3 wheel for Linux")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    core = {name for name in names if re.fullmatch(r"anypoll/_loop/_core\.[\w.-]+\.so", name)}
+    core = {name for name in names if re.fullmatch(r"anypoll/_native/_core\.[\w.-]+\.so", name)}
     if len(core) != 1:
         sys.exit(f"{wheel.name}: expected one compiled core, found {sorted(core)}")
     expect(wheel.name, names - core, package_files())

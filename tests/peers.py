@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import random
 import select
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,7 +124,7 @@ async def blocked(
 
 def at_once(awaitable: Awaitable[T]) -> T:
     """What the coroutine returns, or raises, without suspending its task."""
-    assert inspect.iscoroutine(awaitable)
+    assert isinstance(awaitable, Coroutine)
     try:
         awaitable.send(None)
     except StopIteration as stop:
@@ -136,7 +135,7 @@ def at_once(awaitable: Awaitable[T]) -> T:
 
 def suspends(awaitable: Awaitable[Any]) -> bool:
     """Whether the coroutine suspends its task; it is given up then."""
-    assert inspect.iscoroutine(awaitable)
+    assert isinstance(awaitable, Coroutine)
     try:
         awaitable.send(None)
     except StopIteration:

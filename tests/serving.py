@@ -118,7 +118,7 @@ def faults_are_undone() -> Iterator[Callable[..., None]]:
 @pytest.fixture(name="deaf")
 def no_event_comes(
     fault: Callable[..., None],
-    by_threads: None,  # noqa: ARG001 -- a loop that drives would find its poller readable for ever
+    by_threads: None,  # a loop that drives would find its poller readable for ever
 ) -> Callable[[], Awaitable[None]]:
     """Makes the pollers deaf until the faults are cleared: only the loop learns anything."""
 

@@ -349,6 +349,10 @@ PROCESS = {
             {ValueError: [0, *TOO_SMALL], TypeError: [*THINGS, 1.5, NAN]},
             "checkpoint_budget must be (an integer|at least 1)",
         ),
+        "direct_resume": Argument(
+            {TypeError: [1, 0, "yes", b"", []]}, "direct_resume must be a bool"
+        ),
+        "driver": Argument({ValueError: ["", "x", 5, b"auto"]}, "driver must be 'auto'"),
     },
 }
 NOCOPY = {
@@ -464,6 +468,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "load_balance": "random",
         "block_size": 4096,
         "checkpoint_budget": 3,
+        "direct_resume": False,
+        "driver": "thread",
     },
     "ShardQueue": {"conn": OPEN},
     "open_tcp_stream": {"host": "127.0.0.1", "port": 1},

@@ -16,10 +16,12 @@ import re
 from collections import deque
 from functools import lru_cache
 
+from .._native import EMPTY
+
+__all__ = ("EMPTY", "Chain", "Piece")
+
 #: A run of output bytes that nobody changes.
 Piece = bytes | memoryview
-
-EMPTY = memoryview(b"")
 
 
 class Chain:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 from anyio import ClosedResourceError, DelimiterNotFound, WouldBlock
 
+from .. import _native
 from .arguments import as_bytes, as_view, count, delimiter_bytes, room_in, text_encoding
 from .chain import Chain, Piece
 from .errors import about
@@ -48,10 +49,10 @@ def gathered(pieces: Iterable[Piece], block_size: int = sys.maxsize) -> Iterator
 _NONE: list[memoryview] = []
 
 
-class BaseWriter:
+class BaseWriter(_native.Writer):
     """The base class of all writers: gathers output. All counts are in bytes."""
 
-    __slots__ = ("_high_water", "_pieces", "_reserved", "_reserved_size", "_shut", "_size")
+    __slots__ = ()
 
     def __init__(self, high_water: int) -> None:
         self._pieces: list[Piece] = []  # pending output; views in it are never changed again
@@ -93,25 +94,8 @@ class BaseWriter:
         """Bytes in the open reservation, including those of ``write_direct``."""
         return self._reserved_size
 
-    def write(self, data: Buffer, /) -> int:
-        """Appends ``data``; returns its length in bytes.
-
-        ``bytes`` are kept by reference, anything else is copied.
-
-        :raises TypeError: if ``data`` is not bytes-like
-        """
-        if type(data) is not bytes:
-            data = as_bytes(data)
-        if self._shut:
-            self._refuse()
-        if self._reserved:
-            self._seal()
-        size = len(data)
-        self._pieces.append(data)
-        self._size += size
-        if self._size >= self._high_water:
-            self._stands_high()
-        return size
+    def _as_bytes(self, data: Buffer) -> bytes:
+        return as_bytes(data)
 
     def write_str(self, data: str, /, encoding: str = "utf-8") -> int:
         """Appends text; returns its length in bytes.

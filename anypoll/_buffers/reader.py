@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from anyio import EndOfStream
 
+from .. import _native
 from .arguments import count, delimiter_bytes, room_in, text_encoding
 from .chain import EMPTY
 from .errors import about
@@ -21,8 +22,8 @@ from .linkbuffer import LinkBuffer
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from .arguments import Limits
 
+from .arguments import Limits
 
 SHUT = -1  # a window end that no request can satisfy
 SCATTER = 2  # flag for ``fill``: the bytes may span several blocks; the core's ``AP_SCATTER``
@@ -71,7 +72,7 @@ class Source(Protocol):
         """Closes the source."""
 
 
-class Reader:
+class Reader(_native.Reader):
     """The nocopy input of a connection: ``conn.reader``.
 
     All counts are in bytes. ``n == 0`` yields an empty view at once. Every method that waits raises
@@ -89,7 +90,9 @@ class Reader:
     one in every ``checkpoint_budget`` calls in a row.
     """
 
-    __slots__ = ("_budget", "_core", "_end", "_limit", "_start", "_view")
+    __slots__ = ()
+
+    _core: Source
 
     def __init__(self, core: Source) -> None:
         if not hasattr(core, "limits"):
@@ -136,62 +139,6 @@ class Reader:
         return len(self)
 
     # --- contiguous views ------------------------------------------------------------------------
-
-    async def peek(self, n: SupportsIndex, /) -> memoryview:
-        """``n`` contiguous bytes, left unread."""
-        if type(n) is int:
-            start = self._start
-            stop = start + n
-            if start < stop <= self._end and self._budget > 0:
-                self._budget -= 1
-                return self._view[start:stop]
-        if type(n) is not int or not 0 < n <= self._limit:
-            n = self._count(n)
-        await self._core.fill(n)
-        start = self._start
-        return self._view[start : start + n]
-
-    async def next(self, n: SupportsIndex, /) -> memoryview:
-        """``n`` contiguous bytes, consumed."""
-        if type(n) is int:
-            start = self._start
-            stop = start + n
-            if start < stop <= self._end and self._budget > 0:
-                self._start = stop
-                self._budget -= 1
-                return self._view[start:stop]
-        if type(n) is not int or not 0 < n <= self._limit:
-            n = self._count(n)
-        await self._core.fill(n)
-        start = self._start
-        self._start = start + n
-        return self._view[start : start + n]
-
-    async def skip(self, n: SupportsIndex, /) -> None:
-        """Consumes ``n`` bytes."""
-        n = self._count(n)
-        if n <= self._end - self._start and self._budget > 0:
-            self._start += n
-            self._budget -= 1
-            return
-        await self._core.fill(n, SCATTER)
-        self._core.consume(n)
-
-    async def until(self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536) -> memoryview:
-        """The bytes through the delimiter, consumed.
-
-        :param delimiter: one or more bytes; they may lie in different blocks
-        :param max_bytes: how far to look, the delimiter included
-        :raises DelimiterNotFound: if it is not within the first ``max_bytes`` bytes, however they
-            arrived; nothing is consumed then
-        :raises TypeError, ValueError: if the delimiter is empty or not bytes-like
-        """
-        delimiter = delimiter_bytes(delimiter)
-        most = count(max_bytes, "max_bytes", most=2**31)
-        n = await self._core.find(delimiter, most)
-        start = self._start
-        self._start = start + n
-        return self._view[start : start + n]
 
     def peek_nowait(self, n: SupportsIndex, /) -> memoryview:
         """Like :meth:`peek`, without waiting.
@@ -249,18 +196,6 @@ class Reader:
         """
         return LinkBuffer._of(await self.next_parts(n), self._core.origin)
 
-    async def read_bytes(self, n: SupportsIndex, /) -> bytes:
-        """``n`` bytes, consumed, as a copy."""
-        if type(n) is int:
-            start = self._start
-            stop = start + n
-            if start < stop <= self._end and self._budget > 0:
-                self._start = stop
-                self._budget -= 1
-                return bytes(self._view[start:stop])
-        parts = await self.next_parts(n)
-        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
-
     async def read_str(self, n: SupportsIndex, /, encoding: str = "utf-8") -> str:
         """``n`` bytes, consumed and decoded.
 
@@ -300,7 +235,12 @@ class Reader:
             self._start += n
             return n
 
-    # --- the slow path ---------------------------------------------------------------------------
+    # --- for the native calls --------------------------------------------------------------------
+
+    def _until_arguments(
+        self, delimiter: bytes, max_bytes: SupportsIndex = 65536
+    ) -> tuple[bytes, int]:
+        return delimiter_bytes(delimiter), count(max_bytes, "max_bytes", most=2**31)
 
     def _count(self, n: SupportsIndex) -> int:
         n = count(n, "n")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import anyio
 from anyio import ClosedResourceError, EndOfStream, IncompleteRead
 
-from .. import _epoll
+from .. import _epoll, _native
 from .._buffers.arguments import BLOCK_SIZE
 from .._buffers.errors import (
     POLLER_ENDED,
@@ -79,37 +79,22 @@ class RequestMode(Protocol):
         """Lets no further call start."""
 
 
-class Endpoint:
+class Endpoint(_native.Core):
     """See the module. Owns ``fd`` from the call on, even if the call fails."""
 
     __slots__ = (
         "__weakref__",
-        "_flushing",
         "_owner",
-        "_reading",
-        "_writing",
-        "budget",
         "callbacks",
-        "closed",
-        "draining",
-        "failure",
         "handle",
         "held",
-        "hub",
         "idle_timeout",
-        "kind",
-        "limits",
         "name",
-        "number",
         "peer",
         "poller",
         "raw",
-        "read_timeout",
-        "reader",
         "requests",
         "watcher",
-        "write_timeout",
-        "writer",
     )
 
     reader: Reader
@@ -117,8 +102,6 @@ class Endpoint:
     hub: Hub
     poller: Poller
     handle: Conn
-    number: int
-    """what tokens name the connection by"""
     kind: int
     limits: Limits
     budget: int
@@ -144,9 +127,6 @@ class Endpoint:
     """the first socket error seen"""
     name: str
     _owner: Conn
-    _reading: bool
-    _writing: bool
-    _flushing: bool
 
     def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
         self.closed = True  # until there is something to close
@@ -167,7 +147,7 @@ class Endpoint:
         self.limits = limits
         if limits.read_limit < _WINDOW:  # the window must not let a larger request through
             _epoll.conn_set_window(self.handle, limits.read_limit)
-        self.number = _epoll.conn_id(self.handle)
+        self._attach(_epoll.address(self.handle))
         settings = runtime.settings()
         self.budget = settings.checkpoint_budget
         if settings.block_size != BLOCK_SIZE:
@@ -277,6 +257,9 @@ class Endpoint:
     def origin(self) -> int:
         """See ``Source``."""
         return self.number
+
+    def _closed_error(self) -> Exception:
+        return self._own(ClosedResourceError())
 
     def _read_error(self, code: int) -> Exception:
         if self.closed or code == -EBADF:

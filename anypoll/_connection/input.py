@@ -13,6 +13,8 @@ call to C opens the gate again.
 
 from __future__ import annotations
 
+from typing import NoReturn, SupportsIndex
+
 from anyio import (
     BusyResourceError,
     ClosedResourceError,
@@ -22,7 +24,7 @@ from anyio import (
 )
 
 from .. import _epoll
-from .._buffers.arguments import shown
+from .._buffers.arguments import positive, shown
 from .._buffers.chain import EMPTY
 from .._buffers.errors import MessageTooLarge
 from .._buffers.reader import SCATTER, SHUT
@@ -36,10 +38,9 @@ from .._epoll import (
     conn_find,
     conn_queued,
     conn_read,
-    conn_want,
 )
-from .endpoint import AGAIN, deadline_after
-from .output import VECTORED, Output
+from .endpoint import AGAIN
+from .output import Output
 
 _WAITING = frozenset({AGAIN, EQUEUED})  # the wait is armed
 
@@ -54,80 +55,6 @@ class Input(Output):
         if n > self.limits.read_limit:
             limit = self.limits.read_limit
             raise self._own(MessageTooLarge(f"{shown(n)} bytes asked for; read_limit is {limit}"))
-
-    def _show(self) -> None:
-        """Opens the window on a new block."""
-        reader, view = self.reader, self.hub.view
-        memory = _epoll.show_block(self.handle, reader._start, view)
-        if memory is not None:
-            reader._view = memory
-        reader._start = view.start
-        reader._end = view.end
-
-    async def fill(self, n: int, flags: int = 0) -> bool:
-        """Waits for ``n`` unread bytes, and opens the window on them unless ``SCATTER`` is set.
-        Returns whether the task was suspended.
-
-        This is one undivided coroutine: every request that has to wait comes through here, and each
-        additional frame costs it 100 ns.
-
-        :raises EndOfStream, IncompleteRead: if the peer ends its side first
-        :raises ReadTimeout: after ``read_timeout``
-        :raises BrokenResourceError, ClosedResourceError, BusyResourceError: as AnyIO's streams do
-        """
-        if self._reading:
-            raise BusyResourceError("reading from")
-        if self.closed:
-            raise self._own(ClosedResourceError())
-        reader, writer, hub, handle = self.reader, self.writer, self.hub, self.handle
-        deadline = 0 if self.read_timeout is None else deadline_after(self.read_timeout)
-        self._reading = True
-        suspended = False
-        try:
-            if reader._budget <= 0 or writer._size >= VECTORED or self.number in hub.outputs:
-                suspended = await self._before_reading(deadline)
-            while True:
-                size = writer._size
-                if size:
-                    output = writer._take_joined() if size < VECTORED else self._send_all()
-                    result = conn_read(
-                        handle, reader._start, n, flags, deadline, output, len(output)
-                    )
-                    if result != AGAIN and output:
-                        self._after_output(result, output)
-                elif deadline or flags:
-                    result = conn_read(handle, reader._start, n, flags, deadline, b"", 0)
-                else:
-                    result = conn_want(handle, reader._start, n)
-                if result >= 0:
-                    if not suspended:
-                        hub.check()
-                        reader._budget -= 1
-                    if n and not flags & SCATTER:
-                        if result & NEW_BLOCK:
-                            self._show()
-                            result &= NEW_BLOCK - 1
-                        reader._end = result
-                    return suspended
-                if result not in _WAITING:
-                    raise self._ended(result)
-                if self.draining:
-                    self._end_if_drained()
-                reader._end = SHUT
-                try:
-                    end = await hub.wait_read(self.number)
-                except BaseException:  # cancelled: nothing was consumed, the buffer has it all
-                    self._stop_waiting()
-                    raise
-                if self.closed:
-                    raise self._own(ClosedResourceError())
-                reader._budget = self.budget
-                if end and not flags and reader._view is not EMPTY:  # unless a release() intervened
-                    reader._end = end
-                    return True
-                suspended = True
-        finally:
-            self._reading = False
 
     def fill_nowait(self, n: int, flags: int = 0) -> None:
         """Like :meth:`fill`, but without waiting.
@@ -191,44 +118,8 @@ class Input(Output):
 
     # --- delimiters ------------------------------------------------------------------------------
 
-    async def find(self, delimiter: bytes, max_bytes: int) -> int:
-        """Waits for the delimiter, and opens the window on the bytes through it, whose number it
-        returns.
-
-        :raises DelimiterNotFound: if it is not within the first ``max_bytes``
-        """
-        self._enter_reading()
-        reader, writer, hub, handle = self.reader, self.writer, self.hub, self.handle
-        deadline = 0 if self.read_timeout is None else deadline_after(self.read_timeout)
-        length = len(delimiter)
-        try:
-            if reader._budget <= 0 or writer._size >= VECTORED or self.number in hub.outputs:
-                await self._before_reading(deadline)
-            while True:
-                size = writer._size
-                output = writer._take_joined() if size < VECTORED else self._send_all()
-                start = reader._start
-                result = conn_find(
-                    handle, start, delimiter, length, max_bytes, 0, deadline, output, len(output)
-                )
-                if output and result != AGAIN:
-                    self._after_output(result, output)
-                if result not in _WAITING:
-                    reader._budget -= 1
-                    return self._found(result, max_bytes)
-                if self.draining:
-                    self._end_if_drained()
-                reader._end = SHUT
-                try:
-                    await hub.wait_read(self.number)
-                except BaseException:
-                    self._stop_waiting()
-                    raise
-                if self.closed:
-                    raise self._own(ClosedResourceError())
-                reader._budget = self.budget
-        finally:
-            self._reading = False
+    def _not_found(self, max_bytes: int) -> Exception:
+        return self._own(DelimiterNotFound(max_bytes))
 
     def find_nowait(self, delimiter: bytes, max_bytes: int) -> int:
         """Like :meth:`find`, but without waiting.
@@ -289,34 +180,15 @@ class Input(Output):
         self.hub.readers.pop(self.number, None)
         _epoll.conn_disarm_read(self.handle)
 
-    async def receive(self, max_bytes: int) -> bytes:
-        """At least one byte, copied; always a checkpoint.
+    def _max_bytes(self, value: SupportsIndex) -> int:
+        return positive(value, "max_bytes")
 
-        :raises EndOfStream: when the peer has ended
-        """
-        reader = self.reader
+    async def _checkpoint_and_raise(self, exc: Exception) -> NoReturn:
         try:
-            suspended = await self.fill(1)
-        except EndOfStream:  # a success, to code that turns it into b""
             await self.hub.checkpoint()
-            raise
-        if not suspended:
-            # A checkpoint before anything is taken: if it is cancelled, the input stays.
-            self._reading, end, reader._end = True, reader._end, SHUT
-            try:
-                await self.hub.checkpoint()
-            finally:
-                self._reading = False
-            if self.closed:
-                raise self._own(ClosedResourceError())
-            if reader._view is EMPTY:  # a release() intervened
-                self.fill_nowait(1)
-            else:
-                reader._end = end
-        start = reader._start
-        stop = min(start + max_bytes, reader._end)
-        reader._start = stop
-        return bytes(reader._view[start:stop])
+            raise exc
+        finally:
+            del exc
 
     def end_if_idle(self) -> None:
         """From now on, a wait with nothing unread (a current one too) sees the end of stream."""
@@ -329,7 +201,7 @@ class Input(Output):
     def idle(self) -> bool:
         """Whether a reader waits with nothing unread and nothing unsent."""
         return (
-            self.number in self.hub.readers
+            self.hub.waits(self.number)
             and not self.writer._size
             and conn_queued(self.handle) <= 0
             and conn_buffered(self.handle, self.reader._start) == 0

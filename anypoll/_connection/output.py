@@ -15,7 +15,8 @@ from anyio import BusyResourceError, ClosedResourceError
 from .. import _epoll
 from .._buffers.errors import IdleTimeout, ReadTimeout, WriteTimeout
 from .._buffers.reader import SHUT
-from .._epoll import EQUEUED, BlockMemory, conn_queued, conn_write
+from .._epoll import EQUEUED, conn_queued, conn_write
+from .._native import Block
 from .endpoint import AGAIN, Endpoint, deadline_after
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def is_constant(piece: Piece) -> bool:
     if type(piece) is bytes:
         return True
     view = memoryview(piece)
-    return view.readonly and type(view.obj) in (bytes, BlockMemory)
+    return view.readonly and type(view.obj) in (bytes, Block)
 
 
 class Output(Endpoint):

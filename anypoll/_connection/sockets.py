@@ -198,7 +198,7 @@ def _is_bound(sock: socket.socket) -> bool:
 class SocketSurface(SocketStream):
     """A connection's socket as its user sees it; :class:`anypoll.Connection` has the rest."""
 
-    __slots__ = ("_core",)
+    __slots__ = ()
 
     _core: Core
 

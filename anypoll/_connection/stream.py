@@ -8,11 +8,11 @@ the reader has buffered, and ``send()`` first sends what the writer has pending.
 from __future__ import annotations
 
 import socket
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from anyio import BusyResourceError
 
+from .. import _native
 from .._buffers.arguments import Limits, flat_view, positive, seconds
 from .._buffers.reader import Reader
 from .._buffers.writer import Writer
@@ -32,7 +32,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()
 
 
-class Connection(SocketSurface):
+class Connection(_native.Stream, SocketSurface):
     """A connected stream socket, served by a poller.
 
     Connections come from a server, a listener, :func:`anypoll.connect_tcp` and the like, or from
@@ -41,7 +41,9 @@ class Connection(SocketSurface):
     second one that writes, gets ``BusyResourceError``.
     """
 
-    __slots__ = ("_reader", "_server", "_writer", "state")
+    __slots__ = ("_core", "_server", "_writer", "state")
+
+    _reader: Reader
 
     state: Any
     """any object of the user's, initially ``None``"""
@@ -84,26 +86,6 @@ class Connection(SocketSurface):
     def writer(self) -> Writer:
         """The nocopy output."""
         return self._writer
-
-    # Plain functions that return the reader's coroutine; an `async def` would add another.
-
-    def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """``n`` contiguous bytes, left unread: :meth:`anypoll.nocopy.Reader.peek`."""
-        return self._reader.peek(n)
-
-    def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """``n`` contiguous bytes, consumed: :meth:`anypoll.nocopy.Reader.next`."""
-        return self._reader.next(n)
-
-    def skip(self, n: SupportsIndex, /) -> Coroutine[Any, Any, None]:
-        """Consumes ``n`` bytes: :meth:`anypoll.nocopy.Reader.skip`."""
-        return self._reader.skip(n)
-
-    def until(
-        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
-    ) -> Coroutine[Any, Any, memoryview]:
-        """The bytes through the delimiter, consumed: :meth:`anypoll.nocopy.Reader.until`."""
-        return self._reader.until(delimiter, max_bytes=max_bytes)
 
     # --- AnyIO's stream --------------------------------------------------------------------------
 

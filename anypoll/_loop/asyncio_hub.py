@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any
@@ -96,6 +96,7 @@ class AsyncioHub(Hub):
     def __init__(self, loop: AbstractEventLoop) -> None:
         super().__init__()
         self._loop = weakref.ref(loop)
+        self._current_task = current_task
         drain = _Drain(self)
         weakref.finalize(drain, self.end).atexit = False
         self._drain = weakref.ref(drain)
@@ -174,16 +175,6 @@ class AsyncioHub(Hub):
         except RuntimeError:  # another thread has closed the loop meanwhile
             return False
         return True
-
-    # Calling wake_reader() and wake() for each token would double the cost of a wake-up.
-    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
-        pop = self.readers.pop
-        for number, _, end in tokens:
-            future = pop(number, None)
-            if future is None:
-                self._read_over(number)
-            elif not future.done():
-                future.set_result(end)
 
     def wake(self, waiter: Future[None]) -> None:
         if not waiter.done():  # it may have been cancelled meanwhile

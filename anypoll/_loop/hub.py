@@ -23,32 +23,26 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from struct import Struct
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from .. import _epoll
+from .. import _epoll, _native
 from .._epoll import (
     MAIL_FAILED,
     MAIL_IDLE,
     MAIL_READ,
     MAIL_SENT,
     MAIL_STARVED,
-    MAIL_TRIM,
     MAIL_WRITE,
-    hub_drive,
-    hub_take,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from .._buffers.chain import Piece
-    from .._epoll import Hub as HubHandle, Poller, View
+    from .._epoll import Hub as HubHandle, Poller
 
 logger = logging.getLogger("anypoll.hub")
 
-_TOKEN = Struct(_epoll.TOKEN_FORMAT)
-_TOKENS_AT_ONCE = 256
 #: Events that may run user code: close callbacks, log handlers.
 _MAIL_LAST = MAIL_IDLE | MAIL_STARVED | MAIL_FAILED
 
@@ -76,33 +70,29 @@ class Loan:
     It holds the poller, and so the descriptor, for as long as the loop watches that.
     """
 
-    __slots__ = ("_hub", "fd", "poller")
+    __slots__ = ("_hub", "address", "fd", "poller")
 
     def __init__(self, hub: Hub, poller: Poller) -> None:
         self._hub = hub
         self.poller = poller
         self.fd = _epoll.poller_fd(poller)
+        self.address = _epoll.address(poller)
 
     def __call__(self) -> None:
         self._hub.drive(self)
 
 
-class Hub(ABC):
+class Hub(_native.Hub, ABC):
     """An event loop's side of its dealings with the pollers; see the module."""
 
     handle: HubHandle
-    view: View
-    """room for the result of ``show_block``"""
-    dead: bool
-    """the event loop has ended"""
     loan: Loan | None
     """the poller that the event loop drives"""
 
     def __init__(self) -> None:
         self._owner = _epoll.open_hub()
         self.handle = _epoll.bare(self._owner)
-        self.view = _epoll.new_view()
-        self.dead = False
+        self._attach(_epoll.address(self.handle))
         self.loan = None
         self._watched: Loan | None = None  # the loop's thread only; may outlive the loan
         self.readers: dict[int, Any] = {}
@@ -111,7 +101,6 @@ class Hub(ABC):
         self.outputs: dict[int, list[Piece]] = {}
         self.requests: dict[int, Request] = {}
         self.unserved: Any = None
-        self._tokens = _epoll.Tokens(_TOKENS_AT_ONCE)
 
     @abstractmethod
     def check(self) -> None:
@@ -127,6 +116,11 @@ class Hub(ABC):
     @abstractmethod
     def is_running(self) -> bool:
         """Whether the event loop is running, in this thread or another. Any thread."""
+
+    @property
+    def can_resume_directly(self) -> bool:
+        """Whether handlers can be resumed directly."""
+        return True
 
     @abstractmethod
     def current_task(self) -> object:
@@ -212,11 +206,7 @@ class Hub(ABC):
         """Does what there is to do for the poller, and :meth:`dispatch`. Call it in the loop's
         thread.
         """
-        tokens = self._tokens
-        n = hub_drive(self.handle, loan.poller, tokens.array, tokens.max)
-        if n >= 0:
-            self._deliver(n)
-        else:  # the loan is over, or the poller has failed
+        if not self._step(loan.address):  # the loan is over, or the poller has failed
             self._stop_watching(loan)
             if self.loan is loan:
                 self.loan = None
@@ -227,8 +217,14 @@ class Hub(ABC):
         """``number`` has ended: its tokens go to nobody from now on."""
         self.addressees.pop(number, None)
 
+    def waits(self, number: int) -> bool:
+        """Whether a reader call waits, or a task in :meth:`wait_read`."""
+        return super().waits(number) or number in self.readers
+
     def wake_reader(self, number: int) -> None:
-        """Resumes the task waiting in :meth:`wait_read`, if there is one."""
+        """Resumes the task whose reader call waits, or that waits in :meth:`wait_read`."""
+        if self._wake_waiting(number):
+            return
         waiter = self.readers.pop(number, None)
         if waiter is not None:
             self.wake(waiter)
@@ -238,47 +234,6 @@ class Hub(ABC):
         for waiter in self.writers.pop(number, ()):
             self.wake(waiter)
 
-    def dispatch(self) -> None:
-        """Takes the mailbox and wakes the waiters named in it. Call it in the loop's thread.
-
-        Events that may run user code come last: the other tokens describe the moment they were
-        taken, and user code may use their connections. An exception that ends the program leaves
-        this method once every token has been delivered.
-        """
-        tokens = self._tokens
-        self._deliver(hub_take(self.handle, tokens.array, tokens.max))
-
-    def _deliver(self, n: int) -> None:
-        """Delivers the tokens that were taken, and takes and delivers what is left."""
-        tokens = self._tokens
-        left: list[BaseException] = []
-        trim = 0
-        while n > 0:
-            readable, last = [], []
-            for token in _TOKEN.iter_unpack(tokens.memory[: n * _TOKEN.size]):
-                if token[1] == MAIL_READ:
-                    readable.append(token)
-                else:
-                    trim |= token[1] & MAIL_TRIM
-                    self._dispatch_one(*token)
-                    if token[1] & _MAIL_LAST:
-                        last.append(token)
-            self._wake_readers(readable)
-            for number, bits, value in last:
-                try:
-                    self._tell(number, bits & _MAIL_LAST, value)
-                except BaseException as exc:  # noqa: BLE001
-                    left.append(exc)
-            n = hub_take(self.handle, tokens.array, n) if n == tokens.max else 0
-        if trim:  # now that the wrappers of the blocks are gone
-            _epoll.hub_trim(self.handle)
-        _raise_first(left)
-
-    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
-        """Handles tokens that say only that a read wait is over."""
-        for token in tokens:
-            self._read_over(token[0])
-
     def _read_over(self, number: int) -> None:
         waiter = self.readers.pop(number, None)
         if waiter is not None:
@@ -286,7 +241,7 @@ class Hub(ABC):
         elif (request := self.requests.pop(number, None)) is not None:
             request.on_input()
 
-    def _dispatch_one(self, number: int, bits: int, value: int) -> None:
+    def dispatch_one(self, number: int, bits: int, value: int) -> None:
         if bits & MAIL_READ:
             self._read_over(number)
         if bits & MAIL_SENT:
@@ -295,6 +250,13 @@ class Hub(ABC):
             self.wake_writers(number)
         if news := bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT | _MAIL_LAST):
             self._tell(number, news, value)
+
+    def _tell_last(self, number: int, bits: int, value: int) -> None:
+        self._tell(number, bits, value)
+
+    def _raise_first(self, left: list[BaseException]) -> NoReturn:
+        _raise_first(left)
+        raise AssertionError
 
     def _tell(self, number: int, news: int, value: int) -> None:
         found = self.addressees.get(number)
@@ -324,6 +286,7 @@ class Hub(ABC):
                     left.append(exc)
         self.addressees.clear()
         self.requests.clear()
+        self._clear_waiting()
         self.readers.clear()
         self.writers.clear()
         self.outputs.clear()  # last: the C side no longer refers to anything

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._buffers.arguments import BLOCK_SIZE, MIB, count_field, shown
+from .._buffers.arguments import BLOCK_SIZE, MIB, count_field, flag, shown
 from .._epoll import (
     PollerStatistics,
     drain_poller,
@@ -44,12 +44,14 @@ class Settings:
     load_balance: LoadBalance = "round_robin"
     block_size: int = BLOCK_SIZE
     checkpoint_budget: int = 64
+    direct_resume: bool = True
     driver: str = "auto"
 
     def __post_init__(self) -> None:
         count_field(self, "pollers", least=1, most=256)
         count_field(self, "block_size", least=BLOCK_SIZE, most=MIB)
         count_field(self, "checkpoint_budget", least=1)
+        flag(self.direct_resume, "direct_resume")
         if self.driver not in {"auto", "thread"}:
             raise ValueError(f"driver must be 'auto' or 'thread', not {self.driver!r}")
         balance: Any = self.load_balance

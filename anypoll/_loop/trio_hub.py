@@ -10,11 +10,10 @@ connection after that (another system task, an async generator's finaliser) find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
-from types import coroutine
 from typing import Any
 
 import trio
@@ -41,6 +40,35 @@ def _wait_trap(abort: Any) -> Any:
 
 def _abort(readers: dict[int, Any], number: int, _raise_cancel: Any) -> Abort:
     readers.pop(number, None)  # None: the hub has ended
+    return Abort.SUCCEEDED
+
+
+def _inside_of_trio() -> tuple[Any, Any] | None:
+    """What resuming a handler directly needs and Trio does not publish: where it keeps the current
+    task, and the type of the trap of tasks that wait. ``None`` if anything is not as it was.
+    """
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT, Task as RunTask  # noqa: PLC0415
+        from trio._core._traps import WaitTaskRescheduled  # noqa: PLC0415
+    except ImportError:
+        return None
+    names = (
+        "_abort_func",
+        "_attempt_delivery_of_any_pending_cancel",
+        "_cancel_points",
+        "_runner",
+        "_schedule_points",
+        "context",
+    )
+    task = trio.lowlevel.current_task()
+    known = all(hasattr(task, name) for name in names) and type(task) is RunTask
+    if not known or getattr(GLOBAL_RUN_CONTEXT, "task", None) is not task:
+        return None
+    return GLOBAL_RUN_CONTEXT, WaitTaskRescheduled
+
+
+def _forget(hub: Hub, number: int, _raise_cancel: Any) -> Abort:
+    hub._forget_waiting(number)
     return Abort.SUCCEEDED
 
 
@@ -142,8 +170,12 @@ class TrioHub(Hub):
         super().__init__()
         self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
         self._thread = get_ident()
-        self._traps: dict[int, Any] = {}
-        self._values: dict[int, Value[int]] = {}
+        self._is_trio = True
+        self._current_task = trio.lowlevel.current_task
+        self._reschedule = trio.lowlevel.reschedule
+        self._value = Value(None)
+        self._abort_succeeded = Abort.SUCCEEDED
+        self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
 
@@ -207,39 +239,20 @@ class TrioHub(Hub):
         except RuntimeError:
             return None
 
-    @coroutine
-    def wait_read(self, number: int) -> Generator[Any, Any, int | None]:
-        if get_ident() != self._thread:  # a thread has one run at a time
-            raise RuntimeError("This object belongs to another event loop")
-        trap = self._traps.get(number) or self._trap(number)
+    async def wait_read(self, number: int) -> None:
         self.readers[number] = trio.lowlevel.current_task()
-        result = yield trap
-        if type(result) is Value:
-            return result.value  # type: ignore[no-any-return]  # unwrap() would be its last use
-        return result.unwrap()  # type: ignore[no-any-return]
+        await trio.lowlevel.wait_task_rescheduled(partial(_abort, self.readers, number))
+
+    @property
+    def can_resume_directly(self) -> bool:
+        """Whether handlers can be resumed directly."""
+        return self._run_context is not None
+
+    def _drive_trap(self, drive: Any) -> Any:
+        return _wait_trap(drive._abort)
 
     def _trap(self, number: int) -> Any:
-        trap = self._traps[number] = _wait_trap(partial(_abort, self.readers, number))
-        return trap
-
-    def forget(self, number: int) -> None:
-        super().forget(number)
-        self._traps.pop(number, None)
-
-    def _wake_readers(self, tokens: Iterable[tuple[int, int, int]]) -> None:
-        pop, reschedule, values = self.readers.pop, trio.lowlevel.reschedule, self._values
-        for number, _, end in tokens:
-            task = pop(number, None)
-            if task is not None:
-                reschedule(task, values.get(end) or self._value(end))
-            else:
-                self._read_over(number)
-
-    def _value(self, end: int) -> Value[int]:
-        value = Value(end)
-        if len(self._values) < _VALUES:
-            self._values[end] = value
-        return value
+        return _wait_trap(partial(_forget, self, number))
 
     async def wait_write(self, number: int) -> None:
         task = trio.lowlevel.current_task()

@@ -57,12 +57,12 @@ class Workers:
     :param start: starts a task that runs an async function; returns False if that is impossible now
     """
 
-    __slots__ = ("_hub", "_looking", "_parked", "_ready", "_start")
+    __slots__ = ("_looking", "_parked", "_ready", "_start", "hub")
 
     def __init__(
         self, hub: Hub, start: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool]
     ) -> None:
-        self._hub = hub
+        self.hub = hub
         self._start = start
         self._ready: deque[Job] = deque()
         self._parked: list[int] = []
@@ -77,7 +77,7 @@ class Workers:
     def _rouse(self) -> None:
         self._looking += 1
         if self._parked:
-            self._hub.wake_reader(self._parked.pop())
+            self.hub.wake_reader(self._parked.pop())
         elif not self._start(self._work):
             self._looking -= 1
             while self._ready:
@@ -95,7 +95,7 @@ class Workers:
         except get_cancelled_exc_class():
             pass  # the cancellation ends here: a task group would take it for a failure
         finally:
-            self._hub.forget(key)
+            self.hub.forget(key)
             self._step_aside()
 
     async def _do_all(self) -> None:
@@ -105,7 +105,7 @@ class Workers:
             await self._run(self._ready.popleft())
             done += 1
             if done % _JOBS == 0:
-                await self._hub.checkpoint()
+                await self.hub.checkpoint()
 
     def _step_aside(self) -> None:
         self._looking -= 1
@@ -116,9 +116,9 @@ class Workers:
         self._parked.append(key)
         self._looking -= 1
         try:
-            await self._hub.wait_read(key)
+            await self.hub.wait_read(key)
         except BaseException:
-            self._hub.readers.pop(key, None)
+            self.hub.readers.pop(key, None)
             if key in self._parked:  # otherwise it was being woken, and counts as looking
                 self._parked.remove(key)
                 self._looking += 1

@@ -30,8 +30,10 @@ from .. import _epoll
 from .._buffers.errors import GRACEFUL, Reason, error_in, normal_end, os_error
 from .._connection.requests import Function, Requests
 from .._connection.stream import Connection, new_connection
+from .._loop import runtime
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
+from .._native import Drive
 from .._network.listener import SocketListener, nodelay_fd
 from .._tls.sessions import HandshakeError, TLSSessions
 from .disconnect import DisconnectHook, PeerGoneError
@@ -274,12 +276,19 @@ class Lifecycle:
         try:
             await self._connect(connection)
             if not connection._core.closed:  # on_connect may have refused it
-                await self.call(connection, self._options.handler)
+                await self._driven(self.call(connection, self._options.handler))
         except BaseException as exc:  # as promised: an error stops nothing else
             if error_in(exc) is None:
                 raise
             return error_in(exc)
         return None
+
+    def _driven(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
+        """The same, but resumed directly where that is possible."""
+        hub, wanted = self.workers.hub, runtime.settings().direct_resume
+        if wanted and hub.can_resume_directly and inspect.iscoroutine(awaitable):
+            return Drive(hub, awaitable)
+        return awaitable
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls the function, in a scope that a disconnect cancels if that was asked for."""

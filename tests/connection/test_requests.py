@@ -635,7 +635,7 @@ async def test_ends_are_counted(
         if function in (echo_line, nothing):
             await holds(lambda: is_idle(conn) or conn._core.closed)
         elif then == "rst":
-            await holds(lambda: conn._core.number in conn._core.hub.readers)
+            await holds(lambda: conn._core.hub.waits(conn._core.number))
         if then == "fin":
             sock.shutdown(socket.SHUT_WR)
         elif then == "rst":

@@ -238,7 +238,7 @@ async def test_every_read_closes_what_it_passes_over(read: str, waits: bool) -> 
     async with pair() as (conn, peer), anyio.create_task_group() as group:
         if waits:
             group.start_soon(READS[read], conn)
-            await holds(lambda: conn._core.number in conn._core.hub.readers)
+            await holds(lambda: conn._core.hub.waits(conn._core.number))
             probe = push(peer, b"abc\n")
         else:
             probe = push(peer, b"abc\n")
@@ -446,9 +446,9 @@ async def test_two_that_receive_and_a_close(kind: int) -> None:
 async def test_a_native_cancel_after_the_wake_up_loses_nothing(kind: int) -> None:
     async with pair(kind) as (conn, peer):
         task = asyncio.ensure_future(taken(conn, 9, 9))
-        await holds(lambda: conn._core.number in conn._core.hub.readers)
+        await holds(lambda: conn._core.hub.waits(conn._core.number))
         probe = push(peer, b"abc")
-        await holds(lambda: conn._core.number not in conn._core.hub.readers or task.done())
+        await holds(lambda: not conn._core.hub.waits(conn._core.number) or task.done())
         task.cancel()
         try:
             got = await task

@@ -223,10 +223,10 @@ async def test_a_native_cancel_after_the_wake_up_loses_no_connection(
 ) -> None:
     for _ in range(10):
         task = asyncio.ensure_future(listener.accept())
-        while listener._number not in listener._hub.readers:
+        while not listener._hub.waits(listener._number):
             await asyncio.sleep(0)
         with client_of(listener) as client:
-            while listener._number in listener._hub.readers:
+            while listener._hub.waits(listener._number):
                 await asyncio.sleep(0)
             task.cancel()
             try:

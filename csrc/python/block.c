@@ -1,0 +1,79 @@
+/* A block of received bytes as an object with a buffer: what is behind every view.
+ *
+ * The object holds one of the core's references to its block, so the block is recycled when
+ * the last view dies, in whichever thread that happens. As long as a reader alone holds the
+ * object, there is no view, and the core may use the block again (AP_UNVIEWED).
+ */
+#include "native.h"
+
+PyTypeObject *Block_Type;
+
+PyObject *Block_new(ap_block *block, uint32_t size)
+{
+    Block *self = PyObject_New(Block, Block_Type);
+    if (!self) {
+        ap_block_unref(block);
+        return NULL;
+    }
+    self->block = block;
+    self->first = 0;
+    self->last = self->size = size;
+    return (PyObject *)self;
+}
+
+static void dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    ap_block_unref(((Block *)self)->block);
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static int getbuffer(PyObject *self, Py_buffer *view, int flags)
+{
+    Block *block = (Block *)self;
+    return PyBuffer_FillInfo(view, self, (char *)block->block + block->first,
+                             (Py_ssize_t)(block->last - block->first), 1, flags);
+}
+
+/* One view of just these bytes costs less than a view of the whole and a slice of it. */
+PyObject *window_slice(PyObject *view, long long start, long long stop)
+{
+    if (Py_TYPE(view) != Block_Type)
+        return PySequence_GetSlice(view, (Py_ssize_t)start, (Py_ssize_t)stop);
+    Block *block = (Block *)view;
+    block->first = (uint32_t)start;
+    block->last = (uint32_t)stop;
+    PyObject *slice = PyMemoryView_FromObject(view);
+    block->first = 0;
+    block->last = block->size;
+    return slice;
+}
+
+PyObject *window_bytes(PyObject *view, long long start, long long stop)
+{
+    if (Py_TYPE(view) == Block_Type)
+        return PyBytes_FromStringAndSize((char *)((Block *)view)->block + start,
+                                         (Py_ssize_t)(stop - start));
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    PyObject *bytes =
+        PyBytes_FromStringAndSize((char *)buffer.buf + start, (Py_ssize_t)(stop - start));
+    PyBuffer_Release(&buffer);
+    return bytes;
+}
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "The memory of received bytes, read-only."},
+    {Py_tp_dealloc, dealloc},
+    {Py_bf_getbuffer, getbuffer},
+    {0, NULL},
+};
+
+PyType_Spec Block_spec = {
+    .name = "anypoll._native.Block",
+    .basicsize = sizeof(Block),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};

@@ -1,0 +1,536 @@
+/* Asking the core for input on behalf of an operation, with the output that goes along.
+ *
+ * The question is asked again from the start after every wake-up, until it is answered. So a
+ * cancelled wait has consumed nothing, a wake-up needs no payload, and a timeout that coincides
+ * with the data yields the data. While it waits the window is shut.
+ */
+#include "native.h"
+
+#include <errno.h>
+#include <time.h>
+
+#define VECTORED (16 * 1024) /* from this size on output is sent by itself, piece by piece */
+#define LONG_TIME 1e9        /* seconds; as good as forever */
+#define NEW_BLOCK ((int64_t)1 << AP_NEW_BLOCK_SHIFT)
+
+PyTypeObject *Core_Type;
+
+/* ---- what a call needs --------------------------------------------------- */
+
+/* In nanoseconds of CLOCK_MONOTONIC; 0: never; -1: an exception. */
+static int64_t deadline_after(PyObject *timeout)
+{
+    if (!timeout || timeout == Py_None)
+        return 0;
+    double seconds = PyFloat_AsDouble(timeout);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return -1;
+    if (seconds > LONG_TIME)
+        return 0;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec + (int64_t)(seconds * 1e9);
+}
+
+/* Raises what the method returns. */
+static void raise_from(Core *core, PyObject *method, PyObject *argument)
+{
+    PyObject *exception = PyObject_CallMethodObjArgs((PyObject *)core, method, argument, NULL);
+    if (exception)
+        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_XDECREF(exception);
+}
+
+static void raise_closed(Core *core)
+{
+    raise_from(core, n__closed_error, NULL);
+}
+
+static void raise_ended(Core *core, int64_t code)
+{
+    PyObject *number = PyLong_FromLongLong(code);
+    if (number)
+        raise_from(core, n__ended, number);
+    Py_XDECREF(number);
+}
+
+/* Whether output of earlier calls is still Python's to keep. 1, 0, -1. */
+static int owes(Core *core)
+{
+    PyObject *outputs = core->hub->outputs;
+    if (!outputs || PyDict_Size(outputs) == 0)
+        return 0;
+    PyObject *number = PyLong_FromUnsignedLongLong(core->number);
+    int found = number ? PyDict_Contains(outputs, number) : -1;
+    Py_XDECREF(number);
+    return found;
+}
+
+/* ---- output that goes along ----------------------------------------------- */
+
+/* Pending output in one piece, left where it is. */
+static int join(Writer *writer, const char **data, Py_ssize_t *size)
+{
+    PyObject *pieces = writer->pieces;
+    *size = 0;
+    *data = NULL;
+    if (writer->size == 0)
+        return 0;
+    if (PyList_Size(pieces) > 1 || !PyBytes_CheckExact(PyList_GetItem(pieces, 0))) {
+        PyObject *empty = PyBytes_FromStringAndSize(NULL, 0);
+        PyObject *one = empty ? PyObject_CallMethodObjArgs(empty, n_join, pieces, NULL) : NULL;
+        Py_XDECREF(empty);
+        if (!one || PyList_SetSlice(pieces, 0, PyList_Size(pieces), NULL) < 0 ||
+            PyList_Append(pieces, one) < 0) {
+            Py_XDECREF(one);
+            return -1;
+        }
+        Py_DECREF(one);
+    }
+    char *bytes;
+    if (PyBytes_AsStringAndSize(PyList_GetItem(pieces, 0), &bytes, size) < 0)
+        return -1;
+    *data = bytes;
+    return 0;
+}
+
+/* It has gone, or the core has it. */
+static int forget(Core *core, bool queued)
+{
+    Writer *writer = core->writer;
+    PyObject *rest = PyList_New(0), *pieces = writer->pieces;
+    if (!rest)
+        return -1;
+    writer->pieces = rest;
+    writer->size = 0;
+    PyObject *none = Py_NewRef(Py_None);
+    if (queued) {
+        Py_DECREF(none);
+        PyObject *left = PyLong_FromLongLong(ap_conn_queued(core->conn));
+        none =
+            left ? PyObject_CallMethodObjArgs((PyObject *)core, n__keep, pieces, left, NULL) : NULL;
+        Py_XDECREF(left);
+    }
+    Py_DECREF(pieces);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+/* ---- the window ----------------------------------------------------------- */
+
+/* Opens the window on a new block. */
+static int show(Core *core)
+{
+    Reader *reader = core->reader;
+    ap_view view;
+    int rc = ap_conn_block(core->conn, (uint32_t)reader->start, &view);
+    if (rc < 0) {
+        raise_ended(core, rc);
+        return -1;
+    }
+    if (rc == 1) {
+        PyObject *block = Block_new(view.block, view.size), *old = reader->view;
+        if (!block)
+            return -1;
+        reader->view = block;
+        Py_XDECREF(old);
+    }
+    reader->start = view.start;
+    reader->end = view.end;
+    return 0;
+}
+
+static int open_window(Core *core, int64_t result)
+{
+    if (result & NEW_BLOCK && show(core) < 0)
+        return -1;
+    core->reader->end = result & (NEW_BLOCK - 1);
+    return 0;
+}
+
+static int found(Core *core, Operation *op, int64_t result)
+{
+    Reader *reader = core->reader;
+    op->n = (Py_ssize_t)(result & (NEW_BLOCK - 1));
+    if (result & NEW_BLOCK && show(core) < 0)
+        return -1;
+    if (reader->start + op->n <= reader->end)
+        return 0;
+    int64_t end =
+        ap_conn_read(core->conn, (uint32_t)reader->start, (size_t)op->n, AP_NOWAIT, 0, NULL, 0);
+    if (end < 0) {
+        raise_ended(core, end);
+        return -1;
+    }
+    return open_window(core, end);
+}
+
+/* ---- asking ---------------------------------------------------------------- */
+
+bool operation_finds(const Operation *op)
+{
+    return op->kind == UNTIL || op->kind == FIND;
+}
+
+static int64_t ask(Core *core, Operation *op, const char *data, Py_ssize_t size)
+{
+    uint32_t start = (uint32_t)core->reader->start;
+    if (!operation_finds(op))
+        return ap_conn_read(core->conn, start, (size_t)op->n, op->flags, op->deadline, data,
+                            (size_t)size);
+    char *delimiter;
+    Py_ssize_t length;
+    if (PyBytes_AsStringAndSize(op->argument, &delimiter, &length) < 0)
+        return -EINVAL;
+    return ap_conn_find(core->conn, start, delimiter, (size_t)length, (size_t)op->most, 0,
+                        op->deadline, data, (size_t)size);
+}
+
+static int answered(Core *core, Operation *op, int64_t result)
+{
+    op->state = OPEN;
+    if (!op->suspended) {
+        if (hub_check(core->hub) < 0)
+            return -1;
+        core->reader->budget--;
+    }
+    if (operation_finds(op))
+        return found(core, op, result);
+    if (op->n && !(op->flags & AP_SCATTER))
+        return open_window(core, result);
+    return 0;
+}
+
+static int refused(Core *core, Operation *op, int64_t result)
+{
+    if (result != AP_EDELIM) {
+        raise_ended(core, result);
+        return -1;
+    }
+    PyObject *most = PyLong_FromSsize_t(op->most);
+    if (most)
+        raise_from(core, n__not_found, most);
+    Py_XDECREF(most);
+    return -1;
+}
+
+static int arm(Core *core, Operation *op)
+{
+    /* An event loop of the same thread objects by itself: asyncio's tasks ask for ours. */
+    if (core->hub->thread != PyThread_get_thread_ident() && hub_check(core->hub) < 0) {
+        ap_conn_disarm_read(core->conn);
+        return -1;
+    }
+    if (core->draining) {
+        PyObject *none = PyObject_CallMethodObjArgs((PyObject *)core, n__end_if_drained, NULL);
+        if (!none)
+            return -1;
+        Py_DECREF(none);
+    }
+    core->reader->end = SHUT;
+    op->state = ARMED;
+    hub_wait(core, op);
+    return 0;
+}
+
+int core_ask(Core *core, Operation *op)
+{
+    Writer *writer = core->writer;
+    const char *data = NULL;
+    Py_ssize_t size = 0;
+    if (writer->size >= VECTORED) {
+        PyObject *none = PyObject_CallMethodObjArgs((PyObject *)core, n__send_all, NULL);
+        if (!none)
+            return -1;
+        Py_DECREF(none);
+    } else if (join(writer, &data, &size) < 0) {
+        return -1;
+    }
+    int64_t result = ask(core, op, data, size);
+    if (result >= 0)
+        return answered(core, op, result);
+    if (result != -EAGAIN && result != AP_EQUEUED)
+        return refused(core, op, result);
+    if (size && forget(core, result == AP_EQUEUED) < 0) {
+        ap_conn_disarm_read(core->conn);
+        return -1;
+    }
+    return arm(core, op);
+}
+
+int core_begin(Core *core, Operation *op)
+{
+    if (core->reading) {
+        PyErr_SetString(BusyResourceError, "reading from");
+        return -1;
+    }
+    if (core->closed || !core->conn) {
+        raise_closed(core);
+        return -1;
+    }
+    op->deadline = deadline_after(core->read_timeout);
+    if (op->deadline < 0)
+        return -1;
+    core->reading = true;
+    op->reading = true;
+    int late = owes(core);
+    if (late < 0)
+        return -1;
+    if (!late && core->reader->budget > 0 && core->writer->size < core->writer->high_water)
+        return core_ask(core, op);
+    PyObject *deadline = PyLong_FromLongLong(op->deadline);
+    if (deadline)
+        op->inner = PyObject_CallMethodObjArgs((PyObject *)core, n__before_reading, deadline, NULL);
+    Py_XDECREF(deadline);
+    if (!op->inner)
+        return -1;
+    op->state = INNER;
+    op->step = ASK;
+    return 0;
+}
+
+/* After a wake-up. */
+int core_resume(Core *core, Operation *op)
+{
+    Reader *reader = core->reader;
+    op->suspended = true;
+    if (core->closed) {
+        raise_closed(core);
+        return -1;
+    }
+    reader->budget = core->budget;
+    bool known = op->end && !op->flags && !operation_finds(op);
+    if (known && Py_TYPE(reader->view) == Block_Type) { /* unless a release() intervened */
+        reader->end = op->end;
+        op->state = OPEN;
+        return 0;
+    }
+    return core_ask(core, op);
+}
+
+int core_refuse(Core *core)
+{
+    raise_closed(core);
+    return -1;
+}
+
+int core_reopen(Core *core, Operation *op)
+{
+    op->state = OPEN;
+    core->reading = false;
+    op->reading = false;
+    if (core->closed)
+        return core_refuse(core);
+    if (Py_TYPE(core->reader->view) == Block_Type) {
+        core->reader->end = op->end;
+        return 0;
+    }
+    PyObject *one = PyLong_FromLong(1); /* a release() intervened */
+    PyObject *none =
+        one ? PyObject_CallMethodObjArgs((PyObject *)core, n_fill_nowait, one, NULL) : NULL;
+    Py_XDECREF(one);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+void core_stop_waiting(Core *core)
+{
+    hub_forget_wait(core);
+    ap_conn_disarm_read(core->conn);
+}
+
+int core_skip(Core *core, Operation *op)
+{
+    Reader *reader = core->reader;
+    int rc = ap_conn_consume(core->conn, (uint32_t)reader->start, (size_t)op->n);
+    window_drop(reader);
+    if (rc < 0)
+        raise_ended(core, rc);
+    return rc < 0 ? -1 : 0;
+}
+
+/* ---- for Python ------------------------------------------------------------- */
+
+static PyObject *attach(PyObject *self, PyObject *address)
+{
+    Core *core = (Core *)self;
+    core->conn = PyLong_AsVoidPtr(address);
+    if (!core->conn || !core->hub) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "a core needs a connection and a hub");
+        return NULL;
+    }
+    core->number = ap_conn_id(core->conn);
+    if (hub_add_core(core->hub, core) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *fill(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    long flags = n == 2 ? PyLong_AsLong(args[1]) : 0;
+    if (PyErr_Occurred())
+        return NULL;
+    if (n < 1 || n > 2) {
+        PyErr_SetString(PyExc_TypeError, "fill() takes n, and flags");
+        return NULL;
+    }
+    Operation *op = operation_new(FILL, ((Core *)self)->reader, args[0]);
+    if (op)
+        op->flags = (uint8_t)flags;
+    return (PyObject *)op;
+}
+
+static PyObject *find_delimiter(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    if (n != 2) {
+        PyErr_SetString(PyExc_TypeError, "find() takes a delimiter and max_bytes");
+        return NULL;
+    }
+    Operation *op = operation_new(FIND, ((Core *)self)->reader, args[0]);
+    if (op)
+        op->limit = Py_NewRef(args[1]);
+    return (PyObject *)op;
+}
+
+static PyObject *receive(PyObject *self, PyObject *most)
+{
+    return (PyObject *)operation_new(RECEIVE, ((Core *)self)->reader, most);
+}
+
+static PyObject *show_window(PyObject *self, PyObject *unused)
+{
+    if (show((Core *)self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static int traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Core *core = (Core *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT((PyObject *)core->hub);
+    Py_VISIT((PyObject *)core->reader);
+    Py_VISIT((PyObject *)core->writer);
+    Py_VISIT(core->limits);
+    Py_VISIT(core->read_timeout);
+    Py_VISIT(core->write_timeout);
+    Py_VISIT(core->trap);
+    return 0;
+}
+
+static int clear(PyObject *self)
+{
+    Core *core = (Core *)self;
+    if (core->hub)
+        hub_remove_core(core->hub, core);
+    Py_CLEAR(core->hub);
+    Py_CLEAR(core->reader);
+    Py_CLEAR(core->writer);
+    Py_CLEAR(core->limits);
+    Py_CLEAR(core->read_timeout);
+    Py_CLEAR(core->write_timeout);
+    Py_CLEAR(core->trap);
+    return 0;
+}
+
+static void dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    clear(self);
+    PyObject_GC_Del(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef methods[] = {
+    {"_attach", attach, METH_O, "Takes the address of the core's connection."},
+    {"_show", show_window, METH_NOARGS, "Opens the window on a new block."},
+    {"fill", (PyCFunction)(void (*)(void))fill, METH_FASTCALL,
+     "fill($self, n, flags=0, /)\n--\n\n"
+     "Waits for ``n`` unread bytes, and opens the window on them unless ``SCATTER`` is set.\n"
+     "Returns whether the task was suspended.\n\n"
+     ":raises EndOfStream, IncompleteRead: if the peer ends its side first\n"
+     ":raises ReadTimeout: after ``read_timeout``\n"
+     ":raises BrokenResourceError, ClosedResourceError, BusyResourceError: as AnyIO's streams do"},
+    {"find", (PyCFunction)(void (*)(void))find_delimiter, METH_FASTCALL,
+     "find($self, delimiter, max_bytes, /)\n--\n\n"
+     "Waits for the delimiter, and opens the window on the bytes through it, whose number it\n"
+     "returns.\n\n"
+     ":raises DelimiterNotFound: if it is not within the first ``max_bytes``"},
+    {"receive", receive, METH_O,
+     "receive($self, max_bytes, /)\n--\n\n"
+     "At least one byte, copied; always a checkpoint.\n\n"
+     ":raises EndOfStream: when the peer has ended"},
+    {NULL, NULL, 0, NULL},
+};
+
+#define OBJECT(name, field) {name, T_OBJECT, offsetof(Core, field), 0, NULL}
+#define FLAG(name, field) {name, T_BOOL, offsetof(Core, field), 0, NULL}
+
+static PyMemberDef members[] = {
+    {"number", T_ULONGLONG, offsetof(Core, number), READONLY, NULL},
+    {"kind", T_INT, offsetof(Core, kind), 0, NULL},
+    {"failure", T_INT, offsetof(Core, failure), 0, NULL},
+    {"budget", T_LONG, offsetof(Core, budget), 0, NULL},
+    FLAG("closed", closed),
+    FLAG("draining", draining),
+    FLAG("_reading", reading),
+    FLAG("_writing", writing),
+    FLAG("_flushing", flushing),
+    OBJECT("limits", limits),
+    OBJECT("read_timeout", read_timeout),
+    OBJECT("write_timeout", write_timeout),
+    {NULL, 0, 0, 0, NULL},
+};
+
+/* Members of one of our own types, or of a class that is based on it. */
+#define TYPED(name, field, type)                                            \
+    static PyObject *get_##field(PyObject *self, void *closure)             \
+    {                                                                       \
+        PyObject *value = (PyObject *)((Core *)self)->field;                \
+        if (!value)                                                         \
+            PyErr_SetString(PyExc_AttributeError, #field);                  \
+        return Py_XNewRef(value);                                           \
+    }                                                                       \
+    static int set_##field(PyObject *self, PyObject *value, void *closure)  \
+    {                                                                       \
+        if (!value || !PyObject_TypeCheck(value, type)) {                   \
+            PyErr_SetString(PyExc_TypeError, #field " is of another type"); \
+            return -1;                                                      \
+        }                                                                   \
+        PyObject *old = (PyObject *)((Core *)self)->field;                  \
+        ((Core *)self)->field = (name *)Py_NewRef(value);                   \
+        Py_XDECREF(old);                                                    \
+        return 0;                                                           \
+    }
+
+TYPED(Hub, hub, Hub_Type)
+TYPED(Reader, reader, Reader_Type)
+TYPED(Writer, writer, Writer_Type)
+
+static PyGetSetDef properties[] = {
+    {"hub", get_hub, set_hub, NULL, NULL},
+    {"reader", get_reader, set_reader, NULL, NULL},
+    {"writer", get_writer, set_writer, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "The hot part of a connection."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {Py_tp_getset, properties},
+    {0, NULL},
+};
+
+PyType_Spec Core_spec = {
+    .name = "anypoll._native.Core",
+    .basicsize = sizeof(Core),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};

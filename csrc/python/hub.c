@@ -1,0 +1,462 @@
+/* Who waits for input in one event loop, and how they are woken.
+ *
+ * A core with an armed operation is in a list of its hub, which holds both strongly: the operation
+ * holds the wake-up of its task, so nothing else need hold the task. The garbage collector sees
+ * the list, so a forgotten event loop can be collected with all that waits in it. A core is found
+ * by the number of its slot, and its generation is compared: a token of an earlier occupant finds
+ * nothing.
+ *
+ * On asyncio a woken task runs at once, within dispatch(), in the task's own context: the event
+ * loop's scheduler is not asked, which would cost a microsecond. On Trio it is rescheduled. Both
+ * are for tokens only: what user code causes (a close) wakes in the next round, or user code would
+ * run in the middle of other user code.
+ *
+ * One call of dispatch() wakes a bounded number of tasks, then lets the loop have its turn. What a
+ * woken task does to the others in the batch is harmless: each holds on to its operation, and looks
+ * at its connection again.
+ */
+#include "native.h"
+
+#define BATCH 128 /* tokens taken at once */
+#define TURN 256  /* tasks woken before the loop gets its turn */
+#define LAST (AP_MAIL_IDLE | AP_MAIL_STARVED | AP_MAIL_FAILED) /* may run user code */
+
+PyTypeObject *Hub_Type;
+
+/* ---- the cores by number ------------------------------------------------ */
+
+int hub_add_core(Hub *hub, Core *core)
+{
+    uint32_t index = (uint32_t)core->number;
+    if (index >= hub->room) {
+        uint32_t room = hub->room ? hub->room : 64;
+        while (room <= index)
+            room *= 2;
+        Core **cores = PyMem_Realloc(hub->cores, room * sizeof *cores);
+        if (!cores) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        memset(cores + hub->room, 0, (room - hub->room) * sizeof *cores);
+        hub->cores = cores;
+        hub->room = room;
+    }
+    hub->cores[index] = core;
+    return 0;
+}
+
+void hub_remove_core(Hub *hub, Core *core)
+{
+    uint32_t index = (uint32_t)core->number;
+    if (index < hub->room && hub->cores[index] == core)
+        hub->cores[index] = NULL;
+}
+
+static Core *find(Hub *hub, unsigned long long number)
+{
+    uint32_t index = (uint32_t)number;
+    Core *core = index < hub->room ? hub->cores[index] : NULL;
+    return core && core->number == number ? core : NULL;
+}
+
+/* ---- the list of those that wait ---------------------------------------- */
+
+void hub_wait(Core *core, Operation *op)
+{
+    Hub *hub = core->hub;
+    core->waiting = (Operation *)Py_NewRef((PyObject *)op);
+    Py_INCREF((PyObject *)core);
+    core->prev = NULL;
+    core->next = hub->waiting;
+    if (core->next)
+        core->next->prev = core;
+    hub->waiting = core;
+}
+
+/* The caller inherits the list's reference to the operation. */
+static Operation *take_waiting(Core *core)
+{
+    Operation *op = core->waiting;
+    if (!op)
+        return NULL;
+    core->waiting = NULL;
+    if (core->prev)
+        core->prev->next = core->next;
+    else
+        core->hub->waiting = core->next;
+    if (core->next)
+        core->next->prev = core->prev;
+    core->next = core->prev = NULL;
+    Py_DECREF((PyObject *)core); /* the operation holds it too */
+    return op;
+}
+
+void hub_forget_wait(Core *core)
+{
+    Operation *op = take_waiting(core);
+    Py_XDECREF((PyObject *)op);
+}
+
+/* ---- the loop ------------------------------------------------------------ */
+
+int hub_check(Hub *hub)
+{
+    bool here = hub->thread == PyThread_get_thread_ident();
+    if (here && (hub->trio || hub->depth > 0)) /* a thread has one Trio run at a time */
+        return 0;
+    if (here && hub->loop) {
+        PyObject *running = PyObject_CallNoArgs(running_loop);
+        if (!running)
+            return -1;
+        bool same = running == PyWeakref_GetObject(hub->loop);
+        Py_DECREF(running);
+        if (same)
+            return 0;
+    }
+    PyObject *none = PyObject_CallMethodObjArgs((PyObject *)hub, n_check, NULL);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+PyObject *hub_loop(Hub *hub)
+{
+    PyObject *loop = hub->loop ? PyWeakref_GetObject(hub->loop) : NULL;
+    return Py_NewRef(loop ? loop : Py_None);
+}
+
+int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context)
+{
+    PyObject *loop = hub_loop(hub), *method = NULL, *args = NULL, *kwargs = NULL, *handle = NULL;
+    bool lost = loop == Py_None; /* nobody will run the task any more */
+    if (!lost)
+        method = PyObject_GetAttr(loop, n_call_soon);
+    if (method)
+        args = PyTuple_Pack(2, callback, argument);
+    if (args)
+        kwargs = PyDict_New();
+    if (kwargs && (!context || PyDict_SetItem(kwargs, n_context, context) == 0))
+        handle = PyObject_Call(method, args, kwargs);
+    Py_DECREF(loop);
+    Py_XDECREF(method);
+    Py_XDECREF(args);
+    Py_XDECREF(kwargs);
+    Py_XDECREF(handle);
+    return handle || lost ? 0 : -1;
+}
+
+PyObject *hub_trap(Hub *hub, Operation *op)
+{
+    Core *core = op->core;
+    if (hub_check(hub) < 0)
+        return NULL;
+    op->wake = PyObject_CallNoArgs(hub->current_task);
+    if (!op->wake)
+        return NULL;
+    if (!core->trap) {
+        PyObject *number = PyLong_FromUnsignedLongLong(core->number);
+        core->trap =
+            number ? PyObject_CallMethodObjArgs((PyObject *)hub, n__trap, number, NULL) : NULL;
+        Py_XDECREF(number);
+    }
+    return Py_XNewRef(core->trap);
+}
+
+/* ---- dispatch ----------------------------------------------------------- */
+
+typedef struct {
+    Hub *hub;
+    Operation *ready[BATCH];
+    ap_token other[BATCH];
+    int ready_count, other_count;
+    bool trim;
+    bool nested;    /* dispatch() was called by a task: tasks cannot run within one another */
+    PyObject *left; /* a list of the exceptions that end the program, or NULL */
+} batch;
+
+static void keep_exception(batch *b)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    if (!b->left)
+        b->left = PyList_New(0);
+    if (!b->left || PyList_Append(b->left, value) < 0)
+        PyErr_Clear();
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+static void sort(batch *b, const ap_token *token)
+{
+    ap_token rest = *token;
+    b->trim |= (token->bits & AP_MAIL_TRIM) != 0;
+    if (token->bits & AP_MAIL_READ) {
+        Core *core = find(b->hub, token->id);
+        Operation *op = core ? take_waiting(core) : NULL;
+        if (op) {
+            operation_ready(op, token->value);
+            b->ready[b->ready_count++] = op;
+            rest.bits &= ~(uint32_t)AP_MAIL_READ;
+        }
+    }
+    if (rest.bits)
+        b->other[b->other_count++] = rest;
+}
+
+static void tell(batch *b, const ap_token *token, uint32_t bits, PyObject *method)
+{
+    if (!bits)
+        return;
+    PyObject *id = PyLong_FromUnsignedLongLong(token->id), *what = PyLong_FromLong((long)bits);
+    PyObject *value = PyLong_FromLong(token->value), *none = NULL;
+    if (id && what && value)
+        none = PyObject_CallMethodObjArgs((PyObject *)b->hub, method, id, what, value, NULL);
+    if (!none)
+        keep_exception(b);
+    Py_XDECREF(none);
+    Py_XDECREF(id);
+    Py_XDECREF(what);
+    Py_XDECREF(value);
+}
+
+static void deliver(batch *b)
+{
+    for (int i = 0; i < b->other_count; i++)
+        tell(b, &b->other[i], b->other[i].bits & ~(uint32_t)LAST, n_dispatch_one);
+    for (int i = 0; i < b->ready_count; i++) {
+        if ((b->nested ? operation_wake_soon(b->ready[i]) : operation_wake(b->ready[i])) < 0)
+            keep_exception(b);
+        Py_DECREF((PyObject *)b->ready[i]);
+    }
+    for (int i = 0; i < b->other_count; i++)
+        tell(b, &b->other[i], b->other[i].bits & LAST, n__tell_last);
+}
+
+static int is_nested(Hub *hub)
+{
+    if (hub->trio) /* there it is a task that dispatches */
+        return false;
+    PyObject *loop = hub_loop(hub);
+    PyObject *task = PyObject_CallFunctionObjArgs(hub->current_task, loop, NULL);
+    Py_DECREF(loop);
+    if (!task) {
+        PyErr_Clear();
+        return true;
+    }
+    Py_DECREF(task);
+    return task != Py_None;
+}
+
+/* Delivers the first n tokens, and takes and delivers what is left. */
+static PyObject *deliver_all(Hub *hub, const ap_token *first, int n)
+{
+    if (n <= 0)
+        Py_RETURN_NONE;
+    batch b = {.hub = hub, .nested = is_nested(hub)};
+    ap_token tokens[BATCH];
+    memcpy(tokens, first, (size_t)n * sizeof *tokens);
+    hub->depth++;
+    for (int woken = 0; n > 0;) {
+        b.ready_count = b.other_count = 0;
+        for (int i = 0; i < n; i++)
+            sort(&b, &tokens[i]);
+        deliver(&b);
+        woken += b.ready_count;
+        if (n < BATCH)
+            break;
+        if (woken >= TURN) {
+            ap_hub_again(hub->hub);
+            break;
+        }
+        n = ap_hub_take(hub->hub, tokens, BATCH);
+    }
+    hub->depth--;
+    if (b.trim) /* now that the wrappers of the blocks are gone */
+        ap_hub_trim(hub->hub);
+    if (!b.left)
+        Py_RETURN_NONE;
+    PyObject *none = PyObject_CallMethodObjArgs((PyObject *)hub, n__raise_first, b.left, NULL);
+    Py_DECREF(b.left);
+    return none;
+}
+
+static PyObject *dispatch(PyObject *self, PyObject *unused)
+{
+    Hub *hub = (Hub *)self;
+    ap_token tokens[BATCH];
+    int n = ap_hub_take(hub->hub, tokens, BATCH);
+    return deliver_all(hub, tokens, n);
+}
+
+static PyObject *step(PyObject *self, PyObject *address)
+{
+    Hub *hub = (Hub *)self;
+    ap_token tokens[BATCH];
+    ap_poller *poller = PyLong_AsVoidPtr(address);
+    if (!poller && PyErr_Occurred())
+        return NULL;
+    int n = ap_hub_drive(hub->hub, poller, tokens, BATCH);
+    if (n < 0)
+        Py_RETURN_FALSE;
+    PyObject *none = deliver_all(hub, tokens, n);
+    if (!none)
+        return NULL;
+    Py_DECREF(none);
+    Py_RETURN_TRUE;
+}
+
+/* ---- for Python --------------------------------------------------------- */
+
+static PyObject *waits(PyObject *self, PyObject *number)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLongMask(number);
+    if (PyErr_Occurred())
+        return NULL;
+    Core *core = find((Hub *)self, id);
+    return PyBool_FromLong(core && core->waiting);
+}
+
+static PyObject *wake_waiting(PyObject *self, PyObject *number)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLongMask(number);
+    if (PyErr_Occurred())
+        return NULL;
+    Core *core = find((Hub *)self, id);
+    Operation *op = core ? take_waiting(core) : NULL;
+    if (!op)
+        Py_RETURN_FALSE;
+    operation_ready(op, 0);
+    int rc = operation_wake_soon(op);
+    Py_DECREF((PyObject *)op);
+    if (rc < 0)
+        return NULL;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *forget_waiting(PyObject *self, PyObject *number)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLongMask(number);
+    if (PyErr_Occurred())
+        return NULL;
+    Core *core = find((Hub *)self, id);
+    if (core)
+        hub_forget_wait(core);
+    Py_RETURN_NONE;
+}
+
+static PyObject *clear_waiting(PyObject *self, PyObject *unused)
+{
+    Hub *hub = (Hub *)self;
+    while (hub->waiting)
+        hub_forget_wait(hub->waiting);
+    Py_RETURN_NONE;
+}
+
+static PyObject *attach(PyObject *self, PyObject *address)
+{
+    Hub *hub = (Hub *)self;
+    hub->hub = PyLong_AsVoidPtr(address);
+    hub->thread = PyThread_get_thread_ident();
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static int traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Hub *hub = (Hub *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(hub->loop);
+    Py_VISIT(hub->outputs);
+    Py_VISIT(hub->current_task);
+    Py_VISIT(hub->abort_succeeded);
+    Py_VISIT(hub->wait_trap);
+    Py_VISIT(hub->run_context);
+    Py_VISIT(hub->reschedule);
+    Py_VISIT(hub->value);
+    for (Core *core = hub->waiting; core; core = core->next) {
+        Py_VISIT((PyObject *)core);
+        Py_VISIT((PyObject *)core->waiting);
+    }
+    return 0;
+}
+
+static int clear(PyObject *self)
+{
+    Hub *hub = (Hub *)self;
+    while (hub->waiting)
+        hub_forget_wait(hub->waiting);
+    Py_CLEAR(hub->loop);
+    Py_CLEAR(hub->outputs);
+    Py_CLEAR(hub->current_task);
+    Py_CLEAR(hub->abort_succeeded);
+    Py_CLEAR(hub->wait_trap);
+    Py_CLEAR(hub->run_context);
+    Py_CLEAR(hub->reschedule);
+    Py_CLEAR(hub->value);
+    return 0;
+}
+
+static void dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    clear(self);
+    PyMem_Free(((Hub *)self)->cores);
+    PyObject_GC_Del(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef methods[] = {
+    {"_attach", attach, METH_O, "Takes the address of the core's hub; in the loop's thread."},
+    {"dispatch", dispatch, METH_NOARGS,
+     "Takes the mailbox and wakes the waiters named in it. Call it in the loop's thread.\n\n"
+     "Events that may run user code come last: the other tokens describe the moment they were\n"
+     "taken, and user code may use their connections. An exception that ends the program leaves\n"
+     "this method once every token has been delivered."},
+    {"_step", step, METH_O,
+     "Steps the poller at that address, which is lent to this hub, and dispatches. Returns False,\n"
+     "and does nothing, if the loan is over."},
+    {"waits", waits, METH_O, "Whether a reader call of the connection of that number waits."},
+    {"_wake_waiting", wake_waiting, METH_O,
+     "Ends the wait of that number in the next round; returns whether there is one."},
+    {"_forget_waiting", forget_waiting, METH_O,
+     "The wait of that number is over for other reasons."},
+    {"_clear_waiting", clear_waiting, METH_NOARGS, "Nobody will be woken any more."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef members[] = {
+    {"dead", T_BOOL, offsetof(Hub, dead), 0, NULL},
+    {"_is_trio", T_BOOL, offsetof(Hub, trio), 0, NULL},
+    {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
+    {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},
+    {"_run_context", T_OBJECT, offsetof(Hub, run_context), 0, NULL},
+    {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},
+    {"_abort_succeeded", T_OBJECT, offsetof(Hub, abort_succeeded), 0, NULL},
+    {"_current_task", T_OBJECT, offsetof(Hub, current_task), 0, NULL},
+    {"_reschedule", T_OBJECT, offsetof(Hub, reschedule), 0, NULL},
+    {"_value", T_OBJECT, offsetof(Hub, value), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "The hot part of a hub."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {0, NULL},
+};
+
+PyType_Spec Hub_spec = {
+    .name = "anypoll._native.Hub",
+    .basicsize = sizeof(Hub),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};

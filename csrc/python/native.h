@@ -1,0 +1,215 @@
+/* The native hot path: the C types below the reader, the writer, the connection and the hub.
+ *
+ * What happens for every request happens here, without an interpreted frame: taking views of what
+ * has arrived, waiting for more, waking. What happens seldom stays in Python: each type here is
+ * the base of a Python class (Reader, BaseWriter, Core, Hub, Connection), has the fields that both
+ * sides use as members, and calls the class's methods by name for everything else.
+ *
+ *   file         type       base of                it is for
+ *   block.c      Block                             memory of received bytes, behind the views
+ *   reader.c     Reader     nocopy.Reader          the window, and the calls that look for bytes in
+ * it writer.c     Writer     _buffers' BaseWriter   collecting output core.c       Core
+ * _connection's Endpoint asking the core for input, sending stream.c     Stream     Connection the
+ * same calls, for short hub.c        Hub        _loop's Hub            who waits; waking them
+ *   operation.c  Operation                         the awaitable: one call that may have to wait
+ *   drive.c      Drive                             between a task and a handler, which it resumes
+ *   coroutine.c                                    what these two share
+ *
+ * Everything here runs with the GIL, which is never released: the core's calls do not block, and
+ * getting the GIL back would take a millisecond if another thread computes. So whatever is marked
+ * (g) needs no other lock.
+ */
+#ifndef ANYPOLL_PYTHON_NATIVE_H
+#define ANYPOLL_PYTHON_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include "anypoll.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+#define SHUT (-1) /* a window's end that no request can satisfy */
+
+typedef struct Core Core;
+typedef struct Reader Reader;
+typedef struct Operation Operation;
+
+typedef struct {
+    PyObject_HEAD ap_block *block; /* a reference of the core's */
+    uint32_t size, first, last;    /* what the next buffer shows */
+} Block;
+
+struct Reader {
+    PyObject_HEAD PyObject *source; /* a Core, or what else has fill() and find() */
+    Core *core;                     /* the same, if it is one that is read here; borrowed */
+    PyObject *view;                 /* a Block or a memoryview: the window lies in it */
+    long long start, end;
+    long budget; /* calls that may follow one another without a checkpoint */
+    long long limit;
+};
+
+typedef struct {
+    PyObject_HEAD PyObject *pieces; /* a list: pending output */
+    long long size;                 /* of it, in bytes */
+    PyObject *reserved;             /* a list: the open reservation */
+    long long reserved_size;
+    long long high_water;
+    char shut;
+} Writer;
+
+typedef struct Hub Hub;
+typedef struct Drive Drive;
+
+struct Core {
+    PyObject_HEAD ap_conn *conn; /* Python holds the handle */
+    unsigned long long number;
+    int kind;
+    int failure;
+    long budget;
+    char closed, draining, reading, writing, flushing;
+    Hub *hub;
+    Reader *reader;
+    Writer *writer;
+    PyObject *limits, *read_timeout, *write_timeout;
+    PyObject *trap;     /* what Trio's scheduler is given while an operation waits */
+    Operation *waiting; /* armed, and listed with the hub */
+    Core *next, *prev;  /* in the hub's list */
+};
+
+struct Hub {
+    PyObject_HEAD ap_hub *hub; /* Python holds the handle */
+    char dead;
+    char trio;                    /* the loop is a Trio run */
+    unsigned long thread;         /* the loop's */
+    int depth;                    /* calls of dispatch() in progress */
+    PyObject *loop;               /* a weak reference; asyncio only */
+    PyObject *outputs;            /* a dict by number: memory that the core is still sending */
+    Drive *stepping;              /* whose handler runs; borrowed */
+    PyObject *current_task;       /* the loop's function */
+    PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
+    PyObject *run_context, *wait_trap, *abort_succeeded; /* of Trio's inside; see drive.c */
+    Core **cores;                                        /* by the index of their slots; borrowed */
+    uint32_t room;
+    Core *waiting; /* those with an armed operation; the list holds both strongly */
+};
+
+typedef struct {
+    PyObject_HEAD Reader *reader;
+} Stream;
+
+/* ---- what an operation does, and where it is; operation.c has the table ---- */
+
+enum kind { FILL, PEEK, NEXT, SKIP, READ_BYTES, UNTIL, FIND, RECEIVE, KINDS };
+enum state { NEW, INNER, ARMED, READY, YIELDED, OPEN, OVER };
+enum step { ASK = 1, SOURCE, CHECKED }; /* what follows when an inner coroutine has ended */
+
+struct Operation {
+    PyObject_HEAD uint8_t kind, state, step;
+    uint8_t flags;   /* AP_SCATTER */
+    bool suspended;  /* it has waited, or yielded */
+    bool reading;    /* it holds core->reading */
+    bool cancelled;  /* by the event loop, which is told so when it asks for the result */
+    int8_t blocking; /* asyncio's handshake: -1 None, 0 False, 1 True */
+    Reader *reader;
+    Core *core;         /* of the reader; NULL if that is no native one */
+    PyObject *argument; /* the number as it was given, or the delimiter */
+    PyObject *limit;    /* max_bytes as it was given, or NULL */
+    Py_ssize_t n, most; /* bytes wanted, and at most */
+    int64_t deadline;
+    int64_t end;       /* where the window ends now, as the token said; 0: unknown */
+    PyObject *inner;   /* a coroutine of Python's that has to end first */
+    PyObject *wake;    /* asyncio: the task's wake-up; Trio: the task */
+    PyObject *context; /* asyncio: what the wake-up runs in */
+    PyObject *message; /* of the cancellation */
+};
+
+extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
+    *Operation_Type, *Drive_Type;
+
+/* ---- names and objects of Python's ------------------------------------- */
+
+/* clang-format off */
+#define NAMES(X) \
+    X(_abort) X(_abort_func) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) \
+    X(_before_reading) X(_cancel_points) X(_checkpoint_and_raise) X(_closed_error) X(_count) \
+    X(_drive_trap) X(_end_if_drained) X(_ended) X(_keep) X(_max_bytes) X(_not_found) \
+    X(_raise_first) X(_refuse) X(_report) X(_runner) X(_schedule_points) X(_seal) X(_send_all) \
+    X(_stands_high) X(_step) X(_tell_last) X(_trap) X(_until_arguments) X(abort_func) \
+    X(call_soon) X(cancel) X(check) X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
+    X(fill) X(fill_nowait) X(find) X(instruments) X(join) X(receive) X(run) X(task) X(throw) \
+    X(uncancel) X(unwrap) X(value)
+/* clang-format on */
+
+#define DECLARE(name) extern PyObject *n_##name;
+NAMES(DECLARE)
+#undef DECLARE
+
+extern PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidStateError;
+extern PyObject *running_loop, *enter_task, *leave_task; /* asyncio's C functions */
+extern PyObject *empty_view;
+
+/* Sets a field to a borrowed object. */
+static inline void replace(PyObject **field, PyObject *value)
+{
+    PyObject *old = *field;
+    *field = Py_XNewRef(value);
+    Py_XDECREF(old);
+}
+
+/* ---- between the files -------------------------------------------------- */
+
+/* Takes over the reference. */
+PyObject *Block_new(ap_block *block, uint32_t size);
+/* The bytes of a Block, or of a memoryview, as a view and as a copy. */
+PyObject *window_slice(PyObject *view, long long start, long long stop);
+PyObject *window_bytes(PyObject *view, long long start, long long stop);
+
+/* The method, which a Stream has too. */
+PyObject *reader_until(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names);
+/* Closes the window, and lets go of its block. */
+void window_drop(Reader *reader);
+
+/* These return 0, and op->state says how it stands (ARMED, INNER or OPEN), or -1 with an exception.
+ */
+int core_begin(Core *core, Operation *op);
+int core_ask(Core *core, Operation *op);
+int core_resume(Core *core, Operation *op);
+int core_reopen(Core *core, Operation *op); /* after receive()'s checkpoint */
+int core_refuse(Core *core);                /* always -1: it is closed */
+int core_skip(Core *core, Operation *op);
+void core_stop_waiting(Core *core);
+
+int hub_add_core(Hub *hub, Core *core);
+void hub_remove_core(Hub *hub, Core *core);
+void hub_wait(Core *core, Operation *op);
+void hub_forget_wait(Core *core);
+/* asyncio's loop, or None: it has ended, or is a Trio run. A new reference. */
+PyObject *hub_loop(Hub *hub);
+/* Has asyncio's loop call callback(argument) in its next round. */
+int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context);
+/* Raises RuntimeError outside of the hub's event loop. */
+int hub_check(Hub *hub);
+/* What Trio's scheduler is to be given; remembers the task. */
+PyObject *hub_trap(Hub *hub, Operation *op);
+
+Operation *operation_new(enum kind kind, Reader *reader, PyObject *argument);
+bool operation_finds(const Operation *op); /* a delimiter */
+void operation_ready(Operation *op, int64_t end);
+int operation_wake(Operation *op);      /* asyncio: the task runs here and now */
+int operation_wake_soon(Operation *op); /* in the next round of the loop */
+
+/* The handler goes on here and now, or in the next round. */
+int drive_resume(Drive *drive);
+int drive_resume_soon(Drive *drive);
+
+/* The result of send(), for an iterator: what is yielded, or StopIteration. */
+PyObject *native_as_iterator(PySendResult how, PyObject *result);
+/* Raises what throw() was given. */
+void native_raise(PyObject *const *args, Py_ssize_t n);
+/* inner.throw(), with a result like that of PyIter_Send. */
+PySendResult native_throw(PyObject *inner, PyObject *const *args, Py_ssize_t n, PyObject **result);
+
+#endif

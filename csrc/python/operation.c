@@ -1,0 +1,740 @@
+/* One call that may have to wait, as an awaitable.
+ *
+ * It does nothing until it is awaited, like a coroutine. Its states:
+ *
+ *   state    | what it waits for                        | send()              | throw()
+ *   NEW      | to be awaited                            | begins              | OVER
+ *   INNER    | a coroutine of Python's: what is seldom  | passed on           | passed on
+ *   ARMED    | the core's word                          | asks again          | disarms, OVER
+ *   READY    | the task's turn: the wait is over, or    | looks what is there | disarms, OVER
+ *            | the event loop has cancelled it          |                     |
+ *   YIELDED  | the next round of the event loop         | goes on             | OVER
+ *   OPEN     | nothing: the window is open on the bytes; the result is taken at once
+ *   OVER     | nothing                                  | RuntimeError        | raises it
+ *
+ * On asyncio it yields itself, and is what the task takes for a future: the task leaves its
+ * wake-up (add_done_callback), asks for the result, and cancels. It differs from a Future in one
+ * way, that its wake-up may be called at once. cancel() returns True whenever it has not gone on
+ * yet, also the second time: AnyIO repeats the cancellation until the task has run, and a False
+ * would make the task be cancelled once more later. On Trio it yields what makes the scheduler
+ * wait for reschedule().
+ */
+#include "native.h"
+
+PyTypeObject *Operation_Type;
+
+static const char *const NAME[KINDS] = {
+    [FILL] = "fill",
+    [PEEK] = "peek",
+    [NEXT] = "next",
+    [SKIP] = "skip",
+    [READ_BYTES] = "read_bytes",
+    [UNTIL] = "until",
+    [FIND] = "find",
+    [RECEIVE] = "receive",
+};
+
+/* ---- life ---------------------------------------------------------------- */
+
+#define SPARE 64
+
+static Operation *spare[SPARE];
+static int spare_count;
+
+Operation *operation_new(enum kind kind, Reader *reader, PyObject *argument)
+{
+    Operation *op;
+    if (spare_count > 0) {
+        op = spare[--spare_count];
+        PyObject_Init((PyObject *)op, Operation_Type);
+    } else {
+        op = PyObject_GC_New(Operation, Operation_Type);
+        if (!op)
+            return NULL;
+    }
+    memset((char *)op + sizeof(PyObject), 0, sizeof *op - sizeof(PyObject));
+    op->kind = (uint8_t)kind;
+    op->blocking = -1;
+    op->reader = (Reader *)Py_XNewRef((PyObject *)reader);
+    op->argument = Py_NewRef(argument);
+    return op; /* tracked only once it is suspended: most never are */
+}
+
+static void track(Operation *op)
+{
+    if (!PyObject_GC_IsTracked((PyObject *)op))
+        PyObject_GC_Track((PyObject *)op);
+}
+
+static int traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Operation *op = (Operation *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT((PyObject *)op->reader);
+    Py_VISIT((PyObject *)op->core);
+    Py_VISIT(op->argument);
+    Py_VISIT(op->limit);
+    Py_VISIT(op->inner);
+    Py_VISIT(op->wake);
+    Py_VISIT(op->context);
+    Py_VISIT(op->message);
+    return 0;
+}
+
+/* Lets go of everything, and of the right to read. */
+static void release(Operation *op)
+{
+    op->state = OVER;
+    if (op->reading)
+        op->core->reading = false;
+    op->reading = false;
+    Py_CLEAR(op->inner);
+    Py_CLEAR(op->wake);
+    Py_CLEAR(op->context);
+    Py_CLEAR(op->message);
+}
+
+static int clear(PyObject *self)
+{
+    Operation *op = (Operation *)self;
+    release(op);
+    Py_CLEAR(op->argument);
+    Py_CLEAR(op->limit);
+    Py_CLEAR(op->core);
+    Py_CLEAR(op->reader);
+    return 0;
+}
+
+static void warn_unawaited(Operation *op)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "coroutine '%s' was never awaited",
+                         NAME[op->kind]) < 0)
+        PyErr_WriteUnraisable((PyObject *)Operation_Type);
+    PyErr_Restore(type, value, traceback);
+}
+
+static void dealloc(PyObject *self)
+{
+    Operation *op = (Operation *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (op->state == NEW)
+        warn_unawaited(op);
+    clear(self);
+    if (spare_count < SPARE)
+        spare[spare_count++] = op;
+    else
+        PyObject_GC_Del(self);
+    Py_DECREF(type);
+}
+
+/* ---- results --------------------------------------------------------------- */
+
+static PyObject *report(Core *core, PyObject *bytes)
+{
+    PyObject *none = bytes ? PyObject_CallMethodObjArgs((PyObject *)core, n__report, NULL) : NULL;
+    if (!none)
+        Py_CLEAR(bytes);
+    Py_XDECREF(none);
+    return bytes;
+}
+
+static PyObject *received(Operation *op)
+{
+    Reader *reader = op->reader;
+    long long start = reader->start, stop = reader->end;
+    if (stop - start > op->most)
+        stop = start + op->most;
+    reader->start = stop;
+    PyObject *bytes = window_bytes(reader->view, start, stop);
+    return op->core->kind == AP_UNIX ? report(op->core, bytes) : bytes;
+}
+
+static PyObject *skipped(Operation *op)
+{
+    Reader *reader = op->reader;
+    if (!(op->flags & AP_SCATTER)) {
+        reader->start += op->n;
+        Py_RETURN_NONE;
+    }
+    if (op->core) {
+        if (core_skip(op->core, op) < 0)
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    PyObject *n = PyLong_FromSsize_t(op->n);
+    PyObject *none = n ? PyObject_CallMethodObjArgs(reader->source, n_consume, n, NULL) : NULL;
+    Py_XDECREF(n);
+    return none;
+}
+
+/* What the call returns, now that the window is open on op->n bytes. */
+static PyObject *result_of(Operation *op)
+{
+    Reader *reader = op->reader;
+    long long start = reader->start, stop = start + op->n;
+    switch (op->kind) {
+    case FILL: return PyBool_FromLong(op->suspended);
+    case FIND: return PyLong_FromSsize_t(op->n);
+    case RECEIVE: return received(op);
+    case SKIP: return skipped(op);
+    case PEEK: return window_slice(reader->view, start, stop);
+    case READ_BYTES: reader->start = stop; return window_bytes(reader->view, start, stop);
+    default: reader->start = stop; return window_slice(reader->view, start, stop);
+    }
+}
+
+/* ---- going on --------------------------------------------------------------- */
+
+static PySendResult go_on(Operation *op, int rc, PyObject **result);
+
+static PySendResult fail(Operation *op)
+{
+    release(op);
+    return PYGEN_ERROR;
+}
+
+static PySendResult done(Operation *op, PyObject **result)
+{
+    if (op->reading) /* before the result: views are taken by whoever reads */
+        op->core->reading = false;
+    op->reading = false;
+    *result = result_of(op);
+    release(op);
+    return *result ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+static PySendResult inner_ended(Operation *op, PyObject *value, PyObject **result)
+{
+    Py_CLEAR(op->inner);
+    op->state = OPEN;
+    int rc = 0;
+    switch (op->step) {
+    case ASK:
+        op->suspended = PyObject_IsTrue(value) == 1;
+        rc = op->core->closed ? core_refuse(op->core) : core_ask(op->core, op);
+        break;
+    case SOURCE:
+        if (operation_finds(op))
+            op->n = PyLong_AsSsize_t(value);
+        else
+            op->suspended = PyObject_IsTrue(value) == 1;
+        rc = PyErr_Occurred() ? -1 : 0;
+        break;
+    case CHECKED: rc = core_reopen(op->core, op); break;
+    }
+    Py_DECREF(value);
+    return go_on(op, rc, result);
+}
+
+static PySendResult into_inner(Operation *op, PyObject *value, PyObject **result)
+{
+    PyObject *inner = Py_NewRef(op->inner), *answer = NULL;
+    PySendResult how = PyIter_Send(inner, value, &answer);
+    Py_DECREF(inner);
+    if (how == PYGEN_RETURN)
+        return inner_ended(op, answer, result);
+    if (how == PYGEN_ERROR)
+        return fail(op);
+    track(op);
+    *result = answer;
+    return PYGEN_NEXT;
+}
+
+/* Hands the event loop what it waits on. */
+static PySendResult suspend(Operation *op, PyObject **result)
+{
+    track(op);
+    Hub *hub = op->core->hub;
+    if (!hub->trio || hub->stepping) { /* a drive takes it as it is */
+        op->blocking = 1;
+        *result = Py_NewRef((PyObject *)op);
+        return PYGEN_NEXT;
+    }
+    *result = hub_trap(hub, op);
+    if (*result)
+        return PYGEN_NEXT;
+    core_stop_waiting(op->core);
+    return fail(op);
+}
+
+static PySendResult checkpoint(Operation *op, PyObject **result)
+{
+    Hub *hub = op->core->hub;
+    op->end = op->reader->end;
+    op->reader->end = SHUT;
+    op->step = CHECKED;
+    if (!hub->trio) {
+        track(op);
+        op->state = YIELDED;
+        *result = Py_NewRef(Py_None);
+        return PYGEN_NEXT;
+    }
+    op->state = INNER;
+    op->inner = PyObject_CallMethodObjArgs((PyObject *)hub, n_checkpoint, NULL);
+    return op->inner ? into_inner(op, Py_None, result) : fail(op);
+}
+
+static PySendResult failed(Operation *op, PyObject **result)
+{
+    /* An end of stream is a success, to code that turns it into b"": so it is a checkpoint. */
+    if (op->kind != RECEIVE || !PyErr_ExceptionMatches(EndOfStream))
+        return fail(op);
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    release(op);
+    op->inner =
+        PyObject_CallMethodObjArgs((PyObject *)op->core, n__checkpoint_and_raise, value, NULL);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    if (!op->inner)
+        return PYGEN_ERROR;
+    op->state = INNER;
+    op->kind = FILL; /* it will only raise */
+    return into_inner(op, Py_None, result);
+}
+
+static PySendResult go_on(Operation *op, int rc, PyObject **result)
+{
+    if (rc < 0)
+        return failed(op, result);
+    switch (op->state) {
+    case ARMED: return suspend(op, result);
+    case INNER: return into_inner(op, Py_None, result);
+    default: break;
+    }
+    if (op->kind == RECEIVE && !op->suspended && op->step != CHECKED)
+        return checkpoint(op, result);
+    return done(op, result);
+}
+
+/* ---- beginning --------------------------------------------------------------- */
+
+/* op->n from the argument: fast if it is plain, by Python's rules otherwise. */
+static int take_count(Operation *op)
+{
+    PyObject *argument = op->argument;
+    if (PyLong_CheckExact(argument)) {
+        op->n = PyLong_AsSsize_t(argument);
+        if (op->n > 0 && op->n <= op->reader->limit)
+            return 0;
+        PyErr_Clear();
+    }
+    PyObject *n = PyObject_CallMethodObjArgs((PyObject *)op->reader, n__count, argument, NULL);
+    if (!n)
+        return -1;
+    op->n = PyLong_AsSsize_t(n);
+    Py_DECREF(n);
+    return op->n < 0 ? -1 : 0;
+}
+
+static int take_delimiter(Operation *op)
+{
+    bool plain = PyBytes_CheckExact(op->argument) && PyBytes_Size(op->argument) > 0;
+    op->most = 65536;
+    if (op->limit) {
+        op->most = PyLong_CheckExact(op->limit) ? PyLong_AsSsize_t(op->limit) : -1;
+        plain = plain && op->most >= 0 && op->most <= INT32_MAX;
+        PyErr_Clear();
+    }
+    if (plain)
+        return 0;
+    PyObject *both = PyObject_CallMethodObjArgs((PyObject *)op->reader, n__until_arguments,
+                                                op->argument, op->limit, NULL);
+    if (!both)
+        return -1;
+    replace(&op->argument, PyTuple_GetItem(both, 0));
+    op->most = PyLong_AsSsize_t(PyTuple_GetItem(both, 1));
+    Py_DECREF(both);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int take_most(Operation *op)
+{
+    op->most = PyLong_CheckExact(op->argument) ? PyLong_AsSsize_t(op->argument) : 0;
+    op->n = 1;
+    if (op->most >= 1)
+        return 0;
+    if (PyErr_Occurred()) { /* more than any memory */
+        PyErr_Clear();
+        op->most = PY_SSIZE_T_MAX;
+    }
+    PyObject *most =
+        PyObject_CallMethodObjArgs((PyObject *)op->core, n__max_bytes, op->argument, NULL);
+    if (!most)
+        return -1;
+    op->most = PyLong_AsSsize_t(most);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        op->most = PY_SSIZE_T_MAX;
+    }
+    Py_DECREF(most);
+    return 0;
+}
+
+static int take_arguments(Operation *op)
+{
+    switch (op->kind) {
+    case UNTIL:
+    case FIND: return take_delimiter(op);
+    case RECEIVE: return take_most(op);
+    default: return take_count(op);
+    }
+}
+
+static bool is_in_window(const Operation *op)
+{
+    const Reader *reader = op->reader;
+    switch (op->kind) {
+    case PEEK:
+    case NEXT:
+    case SKIP:
+    case READ_BYTES: return op->n > 0 && op->n <= reader->end - reader->start && reader->budget > 0;
+    default: return false;
+    }
+}
+
+/* A source that is not a connection of ours answers in Python. */
+static int ask_source(Operation *op)
+{
+    PyObject *source = op->reader->source;
+    PyObject *number = PyLong_FromSsize_t(operation_finds(op) ? op->most : op->n);
+    PyObject *flags = PyLong_FromLong(op->flags);
+    if (number && flags)
+        op->inner = operation_finds(op)
+                        ? PyObject_CallMethodObjArgs(source, n_find, op->argument, number, NULL)
+                        : PyObject_CallMethodObjArgs(source, n_fill, number, flags, NULL);
+    Py_XDECREF(number);
+    Py_XDECREF(flags);
+    if (!op->inner)
+        return -1;
+    op->state = INNER;
+    op->step = SOURCE;
+    return 0;
+}
+
+static PySendResult begin(Operation *op, PyObject **result)
+{
+    Reader *reader = op->reader;
+    op->state = OPEN;
+    op->core = (Core *)Py_XNewRef((PyObject *)reader->core);
+    if (take_arguments(op) < 0)
+        return fail(op);
+    if (is_in_window(op)) {
+        reader->budget--;
+        return done(op, result);
+    }
+    if (op->kind == SKIP)
+        op->flags |= AP_SCATTER;
+    return go_on(op, op->core ? core_begin(op->core, op) : ask_source(op), result);
+}
+
+/* ---- the protocol of a coroutine ----------------------------------------------- */
+
+static PySendResult resume(Operation *op, PyObject *value, PyObject **result)
+{
+    Core *core = op->core;
+    hub_forget_wait(core); /* nothing, unless somebody else has woken the task */
+    Py_CLEAR(op->wake);
+    Py_CLEAR(op->context);
+    op->blocking = -1;
+    if (core->hub->trio && op->state == ARMED && value != Py_None) {
+        PyObject *none = PyObject_CallMethodObjArgs(value, n_unwrap, NULL);
+        if (!none) {
+            core_stop_waiting(core);
+            return fail(op);
+        }
+        Py_DECREF(none);
+    }
+    return go_on(op, core_resume(core, op), result);
+}
+
+static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
+{
+    Operation *op = (Operation *)self;
+    *result = NULL;
+    switch (op->state) {
+    case NEW: return begin(op, result);
+    case INNER: return into_inner(op, value, result);
+    case ARMED:
+    case READY: return resume(op, value, result);
+    case YIELDED: op->state = OPEN; return go_on(op, core_reopen(op->core, op), result);
+    default: break;
+    }
+    PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
+    return PYGEN_ERROR;
+}
+
+static PyObject *send_method(PyObject *self, PyObject *value)
+{
+    PyObject *result;
+    PySendResult how = send(self, value, &result);
+    return native_as_iterator(how, result);
+}
+
+static PyObject *iternext(PyObject *self)
+{
+    return send_method(self, Py_None);
+}
+
+static PySendResult throw_into_inner(Operation *op, PyObject *const *args, Py_ssize_t n,
+                                     PyObject **result)
+{
+    PyObject *inner = Py_NewRef(op->inner);
+    PySendResult how = native_throw(inner, args, n, result);
+    Py_DECREF(inner);
+    if (how == PYGEN_RETURN)
+        return inner_ended(op, *result, result);
+    return how == PYGEN_ERROR ? fail(op) : how;
+}
+
+static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    Operation *op = (Operation *)self;
+    if (n < 1 || n > 3) {
+        PyErr_SetString(PyExc_TypeError, "throw() takes an exception");
+        return NULL;
+    }
+    if (op->state == INNER) {
+        PyObject *result = NULL;
+        PySendResult how = throw_into_inner(op, args, n, &result);
+        return native_as_iterator(how, result);
+    }
+    if (op->state == ARMED || op->state == READY)
+        core_stop_waiting(op->core); /* nothing was consumed: the buffer has it all */
+    if (op->state == YIELDED)
+        op->reader->end = op->end;
+    release(op);
+    native_raise(args, n);
+    return NULL;
+}
+
+static PyObject *close_method(PyObject *self, PyObject *unused)
+{
+    Operation *op = (Operation *)self;
+    if (op->state == INNER) {
+        PyObject *inner = Py_NewRef(op->inner);
+        PyObject *none = PyObject_CallMethodObjArgs(inner, n_close, NULL);
+        Py_DECREF(inner);
+        release(op);
+        return none;
+    }
+    if (op->state == ARMED || op->state == READY)
+        core_stop_waiting(op->core);
+    release(op);
+    Py_RETURN_NONE;
+}
+
+/* ---- the protocol of a future, for asyncio --------------------------------------- */
+
+void operation_ready(Operation *op, int64_t end)
+{
+    op->state = READY;
+    op->end = end;
+}
+
+int operation_wake_soon(Operation *op)
+{
+    if (!op->wake)
+        return 0; /* nobody listens yet: add_done_callback will find it READY */
+    if (Py_TYPE(op->wake) == Drive_Type)
+        return drive_resume_soon((Drive *)op->wake);
+    if (op->core->hub->trio)
+        return operation_wake(op);
+    PyObject *wake = op->wake;
+    op->wake = NULL;
+    int rc = hub_call_soon(op->core->hub, wake, (PyObject *)op, op->context);
+    Py_DECREF(wake);
+    return rc;
+}
+
+int operation_wake(Operation *op)
+{
+    if (!op->wake)
+        return 0;
+    if (Py_TYPE(op->wake) == Drive_Type)
+        return drive_resume((Drive *)op->wake);
+    Hub *hub = op->core->hub;
+    PyObject *wake = op->wake, *context = op->context, *none;
+    op->wake = op->context = NULL;
+    if (hub->trio)
+        none = PyObject_CallFunctionObjArgs(hub->reschedule, wake, hub->value, NULL);
+    else if (context)
+        none = PyObject_CallMethodObjArgs(context, n_run, wake, (PyObject *)op, NULL);
+    else
+        none = PyObject_CallFunctionObjArgs(wake, (PyObject *)op, NULL);
+    Py_DECREF(wake);
+    Py_XDECREF(context);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                   PyObject *names)
+{
+    Operation *op = (Operation *)self;
+    PyObject *context = names && PyTuple_Size(names) == 1 ? args[n] : NULL;
+    if (n != 1 || op->wake || (op->state != ARMED && op->state != READY)) {
+        PyErr_SetString(PyExc_RuntimeError, "only a task can wait for this, and only one");
+        return NULL;
+    }
+    if (op->state == READY) {
+        if (hub_call_soon(op->core->hub, args[0], self, context) < 0)
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    op->wake = Py_NewRef(args[0]);
+    op->context = Py_XNewRef(context);
+    Py_RETURN_NONE;
+}
+
+static PyObject *remove_done_callback(PyObject *self, PyObject *callback)
+{
+    Operation *op = (Operation *)self;
+    int same = op->wake ? PyObject_RichCompareBool(op->wake, callback, Py_EQ) : 0;
+    if (same < 0)
+        return NULL;
+    if (same)
+        Py_CLEAR(op->wake);
+    return PyLong_FromLong(same);
+}
+
+static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {"msg", NULL};
+    Operation *op = (Operation *)self;
+    PyObject *message = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", keywords, &message))
+        return NULL;
+    if (op->state != ARMED && op->state != READY)
+        Py_RETURN_FALSE;
+    op->cancelled = true;
+    replace(&op->message, message);
+    if (op->state == ARMED) {
+        Py_INCREF(self);
+        hub_forget_wait(op->core);
+        op->state = READY;
+        int rc = operation_wake_soon(op);
+        Py_DECREF(self);
+        if (rc < 0)
+            return NULL;
+    }
+    Py_RETURN_TRUE;
+}
+
+static PyObject *result(PyObject *self, PyObject *unused)
+{
+    Operation *op = (Operation *)self;
+    if (op->cancelled) {
+        if (op->message == Py_None || !op->message)
+            PyErr_SetNone(CancelledError);
+        else
+            PyErr_SetObject(CancelledError, op->message);
+        return NULL;
+    }
+    if (op->state == ARMED) {
+        PyErr_SetString(InvalidStateError, "the wait is not over");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *is_done(PyObject *self, PyObject *unused)
+{
+    return PyBool_FromLong(((Operation *)self)->state != ARMED);
+}
+
+static PyObject *is_cancelled(PyObject *self, PyObject *unused)
+{
+    return PyBool_FromLong(((Operation *)self)->cancelled);
+}
+
+static PyObject *get_loop(PyObject *self, PyObject *unused)
+{
+    Operation *op = (Operation *)self;
+    return op->core ? hub_loop(op->core->hub) : Py_NewRef(Py_None);
+}
+
+static PyObject *get_blocking(PyObject *self, void *closure)
+{
+    int8_t blocking = ((Operation *)self)->blocking;
+    return Py_NewRef(blocking < 0 ? Py_None : blocking ? Py_True : Py_False);
+}
+
+static int set_blocking(PyObject *self, PyObject *value, void *closure)
+{
+    int truth = value ? PyObject_IsTrue(value) : 0;
+    if (truth < 0)
+        return -1;
+    ((Operation *)self)->blocking = (int8_t)truth;
+    return 0;
+}
+
+/* ---- what debuggers see ------------------------------------------------------------ */
+
+static PyObject *get_name(PyObject *self, void *closure)
+{
+    return PyUnicode_FromString(NAME[((Operation *)self)->kind]);
+}
+
+static PyObject *repr(PyObject *self)
+{
+    static const char *const STATE[] = {"new",      "running", "waiting", "woken",
+                                        "yielding", "open",    "over"};
+    Operation *op = (Operation *)self;
+    return PyUnicode_FromFormat("<%s(%R) %s>", NAME[op->kind], op->argument, STATE[op->state]);
+}
+
+static PyObject *itself(PyObject *self)
+{
+    return Py_NewRef(self);
+}
+
+static PyMethodDef methods[] = {
+    {"send", send_method, METH_O, NULL},
+    {"throw", (PyCFunction)(void (*)(void))throw_method, METH_FASTCALL, NULL},
+    {"close", close_method, METH_NOARGS, NULL},
+    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback,
+     METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"remove_done_callback", remove_done_callback, METH_O, NULL},
+    {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"result", result, METH_NOARGS, NULL},
+    {"exception", result, METH_NOARGS, NULL},
+    {"done", is_done, METH_NOARGS, NULL},
+    {"cancelled", is_cancelled, METH_NOARGS, NULL},
+    {"get_loop", get_loop, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef properties[] = {
+    {"_asyncio_future_blocking", get_blocking, set_blocking, NULL, NULL},
+    {"__name__", get_name, NULL, NULL, NULL},
+    {"__qualname__", get_name, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "A call that may have to wait; it is awaited once."},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_repr, repr},
+    {Py_tp_iter, itself},
+    {Py_tp_iternext, iternext},
+    {Py_am_await, itself},
+    {Py_am_send, send},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, properties},
+    {0, NULL},
+};
+
+PyType_Spec Operation_spec = {
+    .name = "anypoll._native.Operation",
+    .basicsize = sizeof(Operation),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};
