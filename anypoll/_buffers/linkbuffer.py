@@ -18,32 +18,11 @@ from .chain import Chain, Piece
 from .errors import about
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from typing_extensions import Buffer
 
-REFERENCED = 4096  # bytes objects above this are never joined with their neighbours
 _MOST = 2**31
-
-
-def gathered(pieces: Iterable[Piece], block_size: int = sys.maxsize) -> Iterator[Piece]:
-    """The pieces, with small ``bytes`` joined into blocks of up to ``block_size`` bytes."""
-    run: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        n = len(piece)
-        alone = type(piece) is not bytes or n > REFERENCED
-        if run and (alone or size + n > block_size):
-            yield run[0] if len(run) == 1 else b"".join(run)
-            run, size = [], 0
-        if alone:
-            yield piece
-        else:
-            run.append(piece)
-            size += n
-    if run:
-        yield run[0] if len(run) == 1 else b"".join(run)
-
 
 #: The reservation of writers that have none, as nearly all do: a list for each would cost memory.
 _NONE: list[memoryview] = []
@@ -77,11 +56,6 @@ class BaseWriter(_native.Writer):
         self._reserved = _NONE
         self._reserved_size = 0
         self._shut = True
-
-    def _take(self) -> list[Piece]:
-        """Removes and returns the pending output; small neighbours are joined."""
-        pieces, self._pieces, self._size = self._pieces, [], 0
-        return pieces if len(pieces) == 1 else list(gathered(pieces))
 
     def _put_back(self, pieces: list[Piece]) -> None:
         self._pieces[:0] = pieces
@@ -296,7 +270,7 @@ class LinkBuffer(BaseWriter):
         pieces, self._pieces, self._size = self._pieces, [], 0
         if pieces:
             self._origin = None
-        for piece in gathered(pieces, self._block_size):
+        for piece in _native.gather(pieces, self._block_size):
             self._chain.append(memoryview(piece))
 
     def _give_all(self) -> list[memoryview]:

@@ -62,7 +62,9 @@ class Writer(BaseWriter):
     connection is closed or broken, every call raises what its streams raise.
     """
 
-    __slots__ = ("_core",)
+    __slots__ = ()
+
+    _core: Sink
 
     def __init__(self, core: Sink) -> None:
         if not hasattr(core, "limits"):
@@ -101,12 +103,7 @@ class Writer(BaseWriter):
         """The same as ``len(writer)``."""
         return len(self)
 
-    async def flush(self) -> None:
-        """Returns when the kernel has everything that was written.
+    if TYPE_CHECKING:  # it is native
 
-        :raises WriteTimeout: if that takes longer than ``write_timeout``; the rest stays pending
-        :raises BrokenResourceError: with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection is closed, before or during the call
-        :raises BusyResourceError: while another task is sending
-        """
-        await self._core.flush()
+        async def flush(self) -> None:
+            """See csrc/python/writer.c."""

@@ -173,7 +173,7 @@ class Core(Input):
         self.writer._shut = True
         self.hub.wake_reader(self.number)
         try:
-            left = self._send(self.writer._take()) if self.writer._size else 1
+            left = self._send_pending() if self.writer._size else 1
             while left > 0 and _epoll.conn_drain(self.handle, 0, deadline) == AGAIN:
                 await self.hub.wait_write(self.number)
         finally:
@@ -194,7 +194,7 @@ class Core(Input):
         if self.closed:
             return
         try:
-            left = self._send(self.writer._take()) if self.writer._size else 1
+            left = self._send_pending() if self.writer._size else 1
             while left and (result := _epoll.conn_drain(self.handle, 0, deadline)):
                 if result != AGAIN:
                     return

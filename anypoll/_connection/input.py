@@ -86,7 +86,7 @@ class Input(Output):
         not be lost if the handler lets the exception pass, so it is sent as if the reader waited.
         """
         if self.writer._size:
-            self._send(self.writer._take())
+            self._send_pending()
         self.reader._end = SHUT  # C may have moved the buffered bytes
         return self._read_error(code)
 

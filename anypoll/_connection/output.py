@@ -13,13 +13,16 @@ import anyio
 from anyio import BusyResourceError, ClosedResourceError
 
 from .. import _epoll
+from .._buffers.arguments import flat_view
 from .._buffers.errors import IdleTimeout, ReadTimeout, WriteTimeout
 from .._buffers.reader import SHUT
-from .._epoll import EQUEUED, conn_queued, conn_write
+from .._epoll import EQUEUED, conn_queued
 from .._native import Block
-from .endpoint import AGAIN, Endpoint, deadline_after
+from .endpoint import AGAIN, Endpoint
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from .._buffers.chain import Piece
 
 VECTORED = 16 * 1024  # from this size on, output is sent piece by piece instead of joined
@@ -67,13 +70,6 @@ class Output(Endpoint):
         """The writer has reached high water: the next reader call lets it drain first."""
         self.reader._end = SHUT
 
-    def _send_all(self) -> bytes:
-        """Sends pending output by itself when it is too large to be joined and go along with a read
-        call; so nothing goes along.
-        """
-        self._send(self.writer._take())
-        return b""
-
     def _after_output(self, result: int, output: bytes) -> None:
         """``output`` went along with a read call; C sends it only if it has to wait."""
         if result == EQUEUED:
@@ -81,47 +77,21 @@ class Output(Endpoint):
         elif result != AGAIN:
             self.writer._put_back([output])
 
-    def _send(self, pieces: list[Piece]) -> int:
-        """Sends the pieces; returns the number of bytes queued, or a negative code."""
-        if len(pieces) == 1 and type(pieces[0]) is bytes:
-            left = conn_write(self.handle, pieces[0], len(pieces[0]))
-        else:
-            left = _epoll.conn_send(self.handle, pieces)
-        if left > 0:
-            self._keep(pieces, left)
-        return left
-
     def _enter_writing(self) -> None:
         if self._writing:
             raise BusyResourceError("writing to")
         self._check_usable()
         self._writing = True
 
-    async def flush(self) -> None:
-        """Returns when the kernel has everything that was written.
-
-        :raises WriteTimeout: after ``write_timeout``; what is left is still pending
-        """
-        self._enter_writing()
-        try:
-            await self.flush_claimed()
-        finally:
-            self._writing = False
-
     def claim(self) -> None:
         """From now on nobody else may send."""
         self._enter_writing()
-
-    async def flush_claimed(self) -> None:
-        """``flush()`` for the holder of the claim."""
-        self.writer._seal()
-        await self._flush()
 
     def release(self) -> None:
         """Ends the claim; what the writer still has is sent or queued, without waiting."""
         self._writing = False
         if self.writer._size and not self.writer._shut:
-            self._send(self.writer._take())
+            self._send_pending()
 
     def why_broken(self) -> Exception | None:
         """What a write would raise; asks only C."""
@@ -129,24 +99,28 @@ class Output(Endpoint):
             return self.why_unwritable()
         return None
 
-    async def _flush(self) -> None:
-        deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
-        if self.failure:
-            raise self._write_error(self.failure)
-        # With nothing of its own, it waits for what is queued, and learns if that fails.
-        left = self._send(self.writer._take()) if self.writer._size else 1
-        if left < 0:
-            raise self._write_error(left)
+    def _item(self, item: Buffer) -> memoryview:
+        """:raises TypeError, ValueError: if it cannot be sent"""
+        return flat_view(item, "item")
+
+    async def _finish_sending(self, deadline: int, item: Buffer) -> None:
+        """Waits for what the kernel did not take of a ``send()`` at once."""
+        sent: Piece = flat_view(item, "item")
+        if sent:  # distinguishes it from the same bytes queued twice
+            self.hub.outputs[self.number][-1] = sent
         try:
-            if left and await self._drain(deadline):
-                return
+            await self._drain(deadline)
+        except BaseException:
+            self._withdraw(sent)
+            raise
+
+    async def _finish_flushing(self, deadline: int) -> bool:
+        """Waits for what is queued. Returns whether the task was suspended."""
+        try:
+            return await self._drain(deadline)
         except BaseException:
             self._secure()
             raise
-        self.reader._budget -= 1
-        if self.reader._budget < 0:
-            await self.hub.checkpoint()
-            self.reader._budget = self.budget
 
     async def _drain(self, deadline: int, *, until_writable: bool = False) -> bool:
         """Waits until C's queue is empty. Returns whether the task was suspended."""
@@ -167,40 +141,6 @@ class Output(Endpoint):
             self.reader._budget = self.budget
             if self.closed:
                 raise self._own(ClosedResourceError())
-
-    async def send(self, item: Piece) -> None:
-        """Sends the writer's pending output, then ``item``; returns when the kernel has it all.
-
-        Always a checkpoint, taken first. If the call is cancelled or times out before a byte of
-        ``item`` was sent, none ever will be; else the rest is copied and goes before later data.
-        """
-        self._enter_writing()
-        try:
-            await self.hub.checkpoint()
-            if self.closed:
-                raise self._own(ClosedResourceError())
-            if self.writer._shut:  # even if there is nothing to send
-                raise self.why_unwritable()
-            deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
-            if self.number in self.hub.outputs:
-                await self._drain(deadline)
-            self.writer._seal()
-            pieces = self.writer._take()
-            if len(item):
-                pieces.append(item)
-            left = self._send(pieces) if pieces else 0
-            if left < 0:
-                raise self._write_error(left)
-            if left:
-                if len(item):  # distinguishes it from the same bytes queued twice
-                    self.hub.outputs[self.number][-1] = item = memoryview(item)
-                try:
-                    await self._drain(deadline)
-                except BaseException:
-                    self._withdraw(item)
-                    raise
-        finally:
-            self._writing = False
 
     def _withdraw(self, item: Piece) -> None:
         """Nobody waits for ``item`` any more: removes it from the queue if none of it was sent,
@@ -246,7 +186,7 @@ class Output(Endpoint):
         own = self._own_queued()
         if self._writing or own + self.writer._size < self.limits.write_high_water:
             return False
-        left = self._send(self.writer._take()) if self.writer._size else own
+        left = self._send_pending() if self.writer._size else own
         self.reader._end = SHUT
         if left <= 0:
             return False  # sent or broken: the reader may go on, and the writer will be told
@@ -274,11 +214,10 @@ class Output(Endpoint):
             await self.hub.checkpoint()
             if self.closed:
                 raise self._own(ClosedResourceError())
-            self.writer._seal()
             if not _epoll.conn_status(self.handle) & _epoll.IS_SHUT:
-                await self._flush()
+                await self.flush_claimed()
                 while self.writer._size:  # another task has written meanwhile
-                    await self._flush()
+                    await self.flush_claimed()
                 result = _epoll.conn_shutdown(self.handle)
                 if result < 0:
                     raise self._write_error(result)

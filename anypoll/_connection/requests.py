@@ -176,7 +176,7 @@ class Requests:
         """The call waits for something: earlier answers must not wait with it."""
         core = self._core
         if self.carries and not core.closed and not core._writing and core.writer._size:
-            core._send(core.writer._take())
+            core._send_pending()
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -265,7 +265,9 @@ class Requests:
     def _ask(self) -> int:
         """See ``ap_conn_request``."""
         core, writer = self._core, self._core.writer
-        output = writer._take_joined() if writer._size < VECTORED else core._send_all()
+        if writer._size >= VECTORED:
+            core._send_pending()  # large output goes by itself, piece by piece
+        output = writer._take_joined()
         start = core.reader._start
         result = _epoll.conn_request(core.handle, start, self._fresh, output, len(output))
         if output and result != AGAIN:

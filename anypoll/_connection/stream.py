@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import BusyResourceError
 
 from .. import _native
-from .._buffers.arguments import Limits, flat_view, positive, seconds
+from .._buffers.arguments import Limits, seconds
 from .._buffers.reader import Reader
 from .._buffers.writer import Writer
 from .._epoll import IS_BROKEN, IS_EOF, SEQPACKET, TCP, UNIX, ConnectionStatistics
@@ -26,7 +26,6 @@ from .unix import DescriptorStream, MessageCore, UNIXCore
 if TYPE_CHECKING:
     from typing import Self
 
-    from typing_extensions import Buffer
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()
@@ -88,41 +87,7 @@ class Connection(_native.Stream, SocketSurface):
         return self._writer
 
     # --- AnyIO's stream --------------------------------------------------------------------------
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Receives at least one and at most ``max_bytes`` bytes, as soon as there are any. A
-        checkpoint.
-
-        :raises EndOfStream: when the peer has ended its side
-        :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
-        :raises BrokenResourceError: after a reset, with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection is closed, before or during the call
-        :raises BusyResourceError: while another task is reading
-        :raises ValueError, TypeError: if ``max_bytes`` is below 1, or not an integer
-        """
-        if type(max_bytes) is not int or max_bytes < 1:
-            max_bytes = positive(max_bytes, "max_bytes")
-        return await self._core.receive(max_bytes)
-
-    async def send(self, item: Buffer) -> None:
-        """Sends the writer's pending output, then ``item``. A checkpoint.
-
-        Returns when the kernel has everything; ``item`` may be changed then. If the call is
-        cancelled or times out before a byte of ``item`` was sent, none will be; if part of it was
-        sent, the rest still goes out, before anything sent later.
-
-        :param item: bytes, or anything bytes-like
-        :raises WriteTimeout: after ``write_timeout`` seconds
-        :raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause
-        :raises ClosedResourceError: if the connection is closed, before or during the call, or
-            after ``send_eof()``
-        :raises BusyResourceError: while another task is sending
-        :raises TypeError: if ``item`` is not bytes-like
-        :raises ValueError: if ``item`` is not contiguous
-        """
-        if type(item) is not bytes:
-            item = flat_view(item, "item")
-        await self._core.send(item)
+    # receive() and send() are native
 
     async def send_eof(self) -> None:
         """Flushes, then ends this side; the peer's data can still be read. Idempotent."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from errno import EBADF, EMSGSIZE
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import UNIXSocketStream
 
 from .. import _epoll
-from .._buffers.arguments import flat_view
+from .._buffers.arguments import flat_view, positive
 from .._buffers.errors import os_error, stream_error
 from .._buffers.reader import SHUT
 from .._epoll import FDS_MOST, MAIL_FDS, conn_report
@@ -86,12 +86,6 @@ class UNIXCore(Core):
 
     # --- receiving -------------------------------------------------------------------------------
 
-    async def receive(self, max_bytes: int) -> bytes:
-        """As for any connection; closes the descriptors that came with the bytes it takes."""
-        data = await super().receive(max_bytes)
-        self._report()
-        return data
-
     async def receive_fds(self, msglen: int, maxfds: int) -> tuple[bytes, list[int]]:
         """Takes the available bytes, and the descriptors that came with them. Always a checkpoint,
         before anything is taken.
@@ -123,7 +117,7 @@ class UNIXCore(Core):
             deadline = await self._begin_sending()
             self.writer._seal()
             if self.writer._size:
-                left = self._send(self.writer._take())
+                left = self._send_pending()
                 if left < 0:
                     raise self._write_error(left)
             try:
@@ -182,9 +176,9 @@ class MessageCore(UNIXCore):
 
     __slots__ = ()
 
-    async def receive(self, max_bytes: int) -> bytes:
+    async def receive(self, max_bytes: SupportsIndex) -> bytes:
         """The next message, truncated to ``max_bytes``."""
-        message, _ = await self._receive_message(max_bytes, 0)
+        message, _ = await self._receive_message(positive(max_bytes, "max_bytes"), 0)
         if not message:
             raise self._own(EndOfStream())
         return message
@@ -215,9 +209,9 @@ class MessageCore(UNIXCore):
         finally:
             self._reading = False
 
-    async def send(self, item: Piece) -> None:
+    async def send(self, item: Buffer) -> None:
         """Sends a message; like AnyIO's streams, does not send an empty one."""
-        await self.send_fds(item, [])
+        await self.send_fds(flat_view(item, "item"), [])
 
     async def send_fds(self, message: Piece, fds: list[int]) -> None:
         """Sends a message: all of it, or nothing."""

@@ -14,6 +14,8 @@ from contextvars import copy_context
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any
 
+from anyio.lowlevel import checkpoint_if_cancelled
+
 from .._epoll import hub_fd
 from .hub import Hub, Loan, logger
 
@@ -97,6 +99,7 @@ class AsyncioHub(Hub):
         super().__init__()
         self._loop = weakref.ref(loop)
         self._current_task = current_task
+        self._look = checkpoint_if_cancelled
         drain = _Drain(self)
         weakref.finalize(drain, self.end).atexit = False
         self._drain = weakref.ref(drain)

@@ -32,7 +32,10 @@ def _wait_trap(abort: Any) -> Any:
     Yielding the same object for every wait is cheaper than calling that function, which takes two
     more frames and builds a new message and a new result each time.
     """
-    waiting = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105 -- it never waits
+    return _trap_of(trio.lowlevel.wait_task_rescheduled(abort))  # noqa: ASYNC105 -- it never waits
+
+
+def _trap_of(waiting: Coroutine[Any, Any, Any]) -> Any:
     trap = waiting.send(None)
     waiting.close()
     return trap
@@ -174,6 +177,8 @@ class TrioHub(Hub):
         self._current_task = trio.lowlevel.current_task
         self._reschedule = trio.lowlevel.reschedule
         self._value = Value(None)
+        self._look = trio.lowlevel.checkpoint_if_cancelled
+        self._shielded = _trap_of(trio.lowlevel.cancel_shielded_checkpoint())  # noqa: ASYNC105
         self._abort_succeeded = Abort.SUCCEEDED
         self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
         self._scope: trio.CancelScope | None = None  # of the task that drives

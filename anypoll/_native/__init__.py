@@ -32,3 +32,4 @@ Operation = _types.Operation
 Reader = _types.Reader
 Stream = _types.Stream
 Writer = _types.Writer
+gather = _types.gather

@@ -139,7 +139,7 @@ class Engine:
         """Sends it without waiting: the poller sends what the kernel does not take."""
         core = self.core
         if core.writer._size:
-            core._send(core.writer._take())
+            core._send_pending()
 
     def encrypt(self, data: Piece) -> None:
         """Encrypts all of ``data``, for the connection's writer.
@@ -265,7 +265,7 @@ class Engine:
         core = self.core
         self.collect()
         if self.has_answered_much:
-            await core._flush()
+            await core.flush_claimed()
             self.has_drained()
         self.follow_draining()
         if self._fin:  # so no answer will come either

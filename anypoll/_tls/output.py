@@ -317,9 +317,9 @@ class Sink:
         if self._writing or (engine.core.queued() and not self.unsent):
             return
         await engine.interrupt()
-        await self._pump(engine.core._flush)
+        await self._pump(engine.core.flush_claimed)
         self._say_goodbye()
-        await engine.core._flush()
+        await engine.core.flush_claimed()
         before = engine.core.statistics().bytes_received
         while wait and not engine.ended:
             engine.chain.clear()
@@ -348,7 +348,7 @@ class Sink:
         Returns whether there were none.
         """
         try:
-            await self._pump(self._engine.core._flush)
+            await self._pump(self._engine.core.flush_claimed)
         except (BrokenResourceError, IdleTimeout):
             return False
         self._engine.has_drained()

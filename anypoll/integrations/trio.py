@@ -154,9 +154,7 @@ class TrioStream(trio.abc.HalfCloseableStream):
         :raises ValueError: if it is below 1
         """
         try:
-            return await self.connection.receive(
-                _RECEIVE_SIZE if max_bytes is None else max_bytes  # type: ignore[arg-type]
-            )
+            return await self.connection.receive(_RECEIVE_SIZE if max_bytes is None else max_bytes)
         except anyio.EndOfStream:  # the connection has already taken the checkpoint
             return b""
         except _ERRORS as exc:

@@ -9,16 +9,14 @@
 #include <errno.h>
 #include <time.h>
 
-#define VECTORED (16 * 1024) /* from this size on output is sent by itself, piece by piece */
-#define LONG_TIME 1e9        /* seconds; as good as forever */
+#define LONG_TIME 1e9 /* seconds; as good as forever */
 #define NEW_BLOCK ((int64_t)1 << AP_NEW_BLOCK_SHIFT)
 
 PyTypeObject *Core_Type;
 
 /* ---- what a call needs --------------------------------------------------- */
 
-/* In nanoseconds of CLOCK_MONOTONIC; 0: never; -1: an exception. */
-static int64_t deadline_after(PyObject *timeout)
+int64_t core_deadline(PyObject *timeout)
 {
     if (!timeout || timeout == Py_None)
         return 0;
@@ -32,8 +30,7 @@ static int64_t deadline_after(PyObject *timeout)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec + (int64_t)(seconds * 1e9);
 }
 
-/* Raises what the method returns. */
-static void raise_from(Core *core, PyObject *method, PyObject *argument)
+void core_raise_from(Core *core, PyObject *method, PyObject *argument)
 {
     PyObject *exception = PyObject_CallMethodObjArgs((PyObject *)core, method, argument, NULL);
     if (exception)
@@ -43,19 +40,18 @@ static void raise_from(Core *core, PyObject *method, PyObject *argument)
 
 static void raise_closed(Core *core)
 {
-    raise_from(core, n__closed_error, NULL);
+    core_raise_from(core, n__closed_error, NULL);
 }
 
 static void raise_ended(Core *core, int64_t code)
 {
     PyObject *number = PyLong_FromLongLong(code);
     if (number)
-        raise_from(core, n__ended, number);
+        core_raise_from(core, n__ended, number);
     Py_XDECREF(number);
 }
 
-/* Whether output of earlier calls is still Python's to keep. 1, 0, -1. */
-static int owes(Core *core)
+int core_owes(Core *core)
 {
     PyObject *outputs = core->hub->outputs;
     if (!outputs || PyDict_Size(outputs) == 0)
@@ -77,9 +73,7 @@ static int join(Writer *writer, const char **data, Py_ssize_t *size)
     if (writer->size == 0)
         return 0;
     if (PyList_Size(pieces) > 1 || !PyBytes_CheckExact(PyList_GetItem(pieces, 0))) {
-        PyObject *empty = PyBytes_FromStringAndSize(NULL, 0);
-        PyObject *one = empty ? PyObject_CallMethodObjArgs(empty, n_join, pieces, NULL) : NULL;
-        Py_XDECREF(empty);
+        PyObject *one = PyObject_CallMethodObjArgs(empty_bytes, n_join, pieces, NULL);
         if (!one || PyList_SetSlice(pieces, 0, PyList_Size(pieces), NULL) < 0 ||
             PyList_Append(pieces, one) < 0) {
             Py_XDECREF(one);
@@ -209,7 +203,7 @@ static int refused(Core *core, Operation *op, int64_t result)
     }
     PyObject *most = PyLong_FromSsize_t(op->most);
     if (most)
-        raise_from(core, n__not_found, most);
+        core_raise_from(core, n__not_found, most);
     Py_XDECREF(most);
     return -1;
 }
@@ -239,10 +233,9 @@ int core_ask(Core *core, Operation *op)
     const char *data = NULL;
     Py_ssize_t size = 0;
     if (writer->size >= VECTORED) {
-        PyObject *none = PyObject_CallMethodObjArgs((PyObject *)core, n__send_all, NULL);
-        if (!none)
+        int64_t left; /* a failure is for those who write to learn */
+        if (core_send_pending(core, &left) < 0)
             return -1;
-        Py_DECREF(none);
     } else if (join(writer, &data, &size) < 0) {
         return -1;
     }
@@ -268,12 +261,12 @@ int core_begin(Core *core, Operation *op)
         raise_closed(core);
         return -1;
     }
-    op->deadline = deadline_after(core->read_timeout);
+    op->deadline = core_deadline(core->read_timeout);
     if (op->deadline < 0)
         return -1;
     core->reading = true;
     op->reading = true;
-    int late = owes(core);
+    int late = core_owes(core);
     if (late < 0)
         return -1;
     if (!late && core->reader->budget > 0 && core->writer->size < core->writer->high_water)
@@ -398,6 +391,41 @@ static PyObject *receive(PyObject *self, PyObject *most)
     return (PyObject *)operation_new(RECEIVE, ((Core *)self)->reader, most);
 }
 
+static PyObject *send_call(PyObject *self, PyObject *item)
+{
+    return send_new(SEND, (Core *)self, item, 0);
+}
+
+static PyObject *flush(PyObject *self, PyObject *unused)
+{
+    return send_new(FLUSH, (Core *)self, Py_None, 0);
+}
+
+static PyObject *flush_claimed(PyObject *self, PyObject *unused)
+{
+    return send_new(FLUSH, (Core *)self, Py_None, CLAIMED);
+}
+
+static PyObject *send_pending(PyObject *self, PyObject *unused)
+{
+    int64_t left;
+    if (core_send_pending((Core *)self, &left) < 0)
+        return NULL;
+    return PyLong_FromLongLong(left);
+}
+
+static PyObject *send_pieces(PyObject *self, PyObject *pieces)
+{
+    int64_t left;
+    if (!PyList_Check(pieces)) {
+        PyErr_SetString(PyExc_TypeError, "pieces must be a list");
+        return NULL;
+    }
+    if (core_send((Core *)self, pieces, &left) < 0)
+        return NULL;
+    return PyLong_FromLongLong(left);
+}
+
 static PyObject *show_window(PyObject *self, PyObject *unused)
 {
     if (show((Core *)self) < 0)
@@ -446,6 +474,21 @@ static void dealloc(PyObject *self)
 static PyMethodDef methods[] = {
     {"_attach", attach, METH_O, "Takes the address of the core's connection."},
     {"_show", show_window, METH_NOARGS, "Opens the window on a new block."},
+    {"_send", send_pieces, METH_O,
+     "Sends the pieces; returns the number of bytes queued, or a negative code."},
+    {"_send_pending", send_pending, METH_NOARGS, "The same with what the writer has."},
+    {"send", send_call, METH_O,
+     "send($self, item, /)\n--\n\n"
+     "Sends the writer's pending output, then ``item``; returns when the kernel has it all.\n\n"
+     "A checkpoint: in a cancelled scope nothing is sent; else it yields after the write, unless\n"
+     "it had to wait. If it is cancelled or times out before a byte of ``item`` was sent, none\n"
+     "ever will be; else the rest is copied and goes before later data."},
+    {"flush", flush, METH_NOARGS,
+     "flush($self, /)\n--\n\n"
+     "Returns when the kernel has everything that was written.\n\n"
+     ":raises WriteTimeout: after ``write_timeout``; what is left is still pending"},
+    {"flush_claimed", flush_claimed, METH_NOARGS,
+     "flush_claimed($self, /)\n--\n\n``flush()`` for the holder of the claim."},
     {"fill", (PyCFunction)(void (*)(void))fill, METH_FASTCALL,
      "fill($self, n, flags=0, /)\n--\n\n"
      "Waits for ``n`` unread bytes, and opens the window on them unless ``SCATTER`` is set.\n"

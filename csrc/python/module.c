@@ -8,7 +8,7 @@ NAMES(DEFINE)
 #undef DEFINE
 
 PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidStateError;
-PyObject *running_loop, *enter_task, *leave_task, *empty_view;
+PyObject *running_loop, *enter_task, *leave_task, *empty_bytes, *empty_view, *usual_most;
 
 extern PyType_Spec Block_spec, Reader_spec, Writer_spec, Core_spec, Hub_spec, Stream_spec,
     Operation_spec, Drive_spec;
@@ -33,10 +33,10 @@ static PyObject *from(const char *module, const char *name)
 
 static int import_objects(void)
 {
-    PyObject *empty = PyBytes_FromStringAndSize(NULL, 0);
-    empty_view = empty ? PyMemoryView_FromObject(empty) : NULL;
-    Py_XDECREF(empty);
-    return empty_view && (BusyResourceError = from("anyio", "BusyResourceError")) &&
+    empty_bytes = PyBytes_FromStringAndSize(NULL, 0);
+    empty_view = empty_bytes ? PyMemoryView_FromObject(empty_bytes) : NULL;
+    usual_most = PyLong_FromLong(65536);
+    return empty_view && usual_most && (BusyResourceError = from("anyio", "BusyResourceError")) &&
                    (EndOfStream = from("anyio", "EndOfStream")) &&
                    (CancelledError = from("asyncio", "CancelledError")) &&
                    (InvalidStateError = from("asyncio", "InvalidStateError")) &&
@@ -79,12 +79,32 @@ static int execute(PyObject *module)
                : 0;
 }
 
+static PyObject *gather(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    Py_ssize_t most = n == 2 ? PyLong_AsSsize_t(args[1]) : -1;
+    if (PyErr_Occurred())
+        return NULL;
+    if (most < 0 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "gather() takes a list, and a number of bytes");
+        return NULL;
+    }
+    return writer_gather(args[0], most);
+}
+
+static PyMethodDef methods[] = {
+    {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL,
+     "gather(pieces, most, /)\n--\n\n"
+     "The pieces as a list, with small ``bytes`` joined into pieces of up to ``most`` bytes."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
 
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "anypoll._native._types",
     .m_doc = "The native types of the hot path.",
+    .m_methods = methods,
     .m_slots = slots,
 };
 

@@ -13,6 +13,7 @@
  * same calls, for short hub.c        Hub        _loop's Hub            who waits; waking them
  *   operation.c  Operation                         the awaitable: one call that may have to wait
  *   drive.c      Drive                             between a task and a handler, which it resumes
+ *   send.c                                         send() and flush()
  *   coroutine.c                                    what these two share
  *
  * Everything here runs with the GIL, which is never released: the core's calls do not block, and
@@ -31,7 +32,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-#define SHUT (-1) /* a window's end that no request can satisfy */
+#define SHUT (-1)            /* a window's end that no request can satisfy */
+#define CLAIMED 1            /* the caller of flush() is the sender already */
+#define VECTORED (16 * 1024) /* from this size on output is sent by itself, piece by piece */
 
 typedef struct Core Core;
 typedef struct Reader Reader;
@@ -57,6 +60,7 @@ typedef struct {
     PyObject *reserved;             /* a list: the open reservation */
     long long reserved_size;
     long long high_water;
+    PyObject *sink; /* a Core, or what else has flush(); NULL in a LinkBuffer */
     char shut;
 } Writer;
 
@@ -82,13 +86,15 @@ struct Core {
 struct Hub {
     PyObject_HEAD ap_hub *hub; /* Python holds the handle */
     char dead;
-    char trio;                    /* the loop is a Trio run */
-    unsigned long thread;         /* the loop's */
-    int depth;                    /* calls of dispatch() in progress */
-    PyObject *loop;               /* a weak reference; asyncio only */
-    PyObject *outputs;            /* a dict by number: memory that the core is still sending */
-    Drive *stepping;              /* whose handler runs; borrowed */
-    PyObject *current_task;       /* the loop's function */
+    char trio;              /* the loop is a Trio run */
+    unsigned long thread;   /* the loop's */
+    int depth;              /* calls of dispatch() in progress */
+    PyObject *loop;         /* a weak reference; asyncio only */
+    PyObject *outputs;      /* a dict by number: memory that the core is still sending */
+    Drive *stepping;        /* whose handler runs; borrowed */
+    PyObject *current_task; /* the loop's function */
+    PyObject *look;         /* the loop's function: raises in a cancelled scope */
+    PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
     PyObject *run_context, *wait_trap, *abort_succeeded; /* of Trio's inside; see drive.c */
     Core **cores;                                        /* by the index of their slots; borrowed */
@@ -102,20 +108,22 @@ typedef struct {
 
 /* ---- what an operation does, and where it is; operation.c has the table ---- */
 
-enum kind { FILL, PEEK, NEXT, SKIP, READ_BYTES, UNTIL, FIND, RECEIVE, KINDS };
+enum kind { FILL, PEEK, NEXT, SKIP, READ_BYTES, UNTIL, FIND, RECEIVE, SEND, FLUSH, KINDS };
 enum state { NEW, INNER, ARMED, READY, YIELDED, OPEN, OVER };
-enum step { ASK = 1, SOURCE, CHECKED }; /* what follows when an inner coroutine has ended */
+/* what follows when an inner coroutine has ended; send.c has those from LOOKED on */
+enum step { ASK = 1, SOURCE, CHECKED, LOOKED, DRAINED, SENT, FLUSHED, RESTED };
 
 struct Operation {
     PyObject_HEAD uint8_t kind, state, step;
-    uint8_t flags;   /* AP_SCATTER */
-    bool suspended;  /* it has waited, or yielded */
-    bool reading;    /* it holds core->reading */
-    bool cancelled;  /* by the event loop, which is told so when it asks for the result */
-    int8_t blocking; /* asyncio's handshake: -1 None, 0 False, 1 True */
-    Reader *reader;
+    uint8_t flags;      /* AP_SCATTER; of FLUSH: CLAIMED */
+    bool suspended;     /* it has waited, or yielded */
+    bool reading;       /* it holds core->reading */
+    bool writing;       /* it holds core->writing */
+    bool cancelled;     /* by the event loop, which is told so when it asks for the result */
+    int8_t blocking;    /* asyncio's handshake: -1 None, 0 False, 1 True */
+    Reader *reader;     /* NULL if it sends */
     Core *core;         /* of the reader; NULL if that is no native one */
-    PyObject *argument; /* the number as it was given, or the delimiter */
+    PyObject *argument; /* the number as it was given, the delimiter, or what is to be sent */
     PyObject *limit;    /* max_bytes as it was given, or NULL */
     Py_ssize_t n, most; /* bytes wanted, and at most */
     int64_t deadline;
@@ -135,12 +143,13 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 #define NAMES(X) \
     X(_abort) X(_abort_func) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) \
     X(_before_reading) X(_cancel_points) X(_checkpoint_and_raise) X(_closed_error) X(_count) \
-    X(_drive_trap) X(_end_if_drained) X(_ended) X(_keep) X(_max_bytes) X(_not_found) \
-    X(_raise_first) X(_refuse) X(_report) X(_runner) X(_schedule_points) X(_seal) X(_send_all) \
-    X(_stands_high) X(_step) X(_tell_last) X(_trap) X(_until_arguments) X(abort_func) \
-    X(call_soon) X(cancel) X(check) X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
-    X(fill) X(fill_nowait) X(find) X(instruments) X(join) X(receive) X(run) X(task) X(throw) \
-    X(uncancel) X(unwrap) X(value)
+    X(_drain) X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) \
+    X(_item) X(_keep) X(_max_bytes) X(_not_found) X(_raise_first) X(_refuse) X(_report) \
+    X(_runner) X(_schedule_points) X(_seal) X(_stands_high) X(_step) X(_tell_last) X(_trap) \
+    X(_until_arguments) X(_write_error) X(abort_func) X(call_soon) X(cancel) X(check) \
+    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(fill) X(fill_nowait) X(find) \
+    X(flush) X(instruments) X(join) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) \
+    X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -149,7 +158,8 @@ NAMES(DECLARE)
 
 extern PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidStateError;
 extern PyObject *running_loop, *enter_task, *leave_task; /* asyncio's C functions */
-extern PyObject *empty_view;
+extern PyObject *empty_bytes, *empty_view;
+extern PyObject *usual_most; /* of receive() */
 
 /* Sets a field to a borrowed object. */
 static inline void replace(PyObject **field, PyObject *value)
@@ -179,8 +189,30 @@ int core_ask(Core *core, Operation *op);
 int core_resume(Core *core, Operation *op);
 int core_reopen(Core *core, Operation *op); /* after receive()'s checkpoint */
 int core_refuse(Core *core);                /* always -1: it is closed */
+void core_raise_from(Core *core, PyObject *method,
+                     PyObject *argument); /* what the method returns */
+/* In nanoseconds of CLOCK_MONOTONIC; 0: never; -1: an exception. */
+int64_t core_deadline(PyObject *timeout);
+/* Whether output of earlier calls is still Python's to keep. 1, 0, -1. */
+int core_owes(Core *core);
 int core_skip(Core *core, Operation *op);
 void core_stop_waiting(Core *core);
+
+/* Of kind SEND or FLUSH. */
+PyObject *send_new(enum kind kind, Core *core, PyObject *item, int flags);
+/* These return 0, and op->state says how it stands (YIELDED, INNER or OPEN), or -1 with an
+ * exception. */
+int send_begin(Operation *op);
+int send_go_on(Operation *op, PyObject *value); /* after an inner coroutine, which returned value */
+/* Sends the objects, or what the writer has; *left is as ap_conn_send returns it, and what the
+ * core has queued is kept. */
+int core_send(Core *core, PyObject *list, int64_t *left);
+int core_send_pending(Core *core, int64_t *left);
+
+/* Removes and returns the pending output as a list. */
+PyObject *writer_take(Writer *writer);
+/* A list of the pieces, with small bytes joined, but none beyond most bytes. */
+PyObject *writer_gather(PyObject *pieces, Py_ssize_t most);
 
 int hub_add_core(Hub *hub, Core *core);
 void hub_remove_core(Hub *hub, Core *core);

@@ -32,6 +32,8 @@ static const char *const NAME[KINDS] = {
     [UNTIL] = "until",
     [FIND] = "find",
     [RECEIVE] = "receive",
+    [SEND] = "send",
+    [FLUSH] = "flush",
 };
 
 /* ---- life ---------------------------------------------------------------- */
@@ -81,13 +83,15 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     return 0;
 }
 
-/* Lets go of everything, and of the right to read. */
+/* Lets go of everything, and of the right to read or to write. */
 static void release(Operation *op)
 {
     op->state = OVER;
     if (op->reading)
         op->core->reading = false;
-    op->reading = false;
+    if (op->writing)
+        op->core->writing = false;
+    op->reading = op->writing = false;
     Py_CLEAR(op->inner);
     Py_CLEAR(op->wake);
     Py_CLEAR(op->context);
@@ -174,6 +178,8 @@ static PyObject *skipped(Operation *op)
 static PyObject *result_of(Operation *op)
 {
     Reader *reader = op->reader;
+    if (!reader)
+        Py_RETURN_NONE;
     long long start = reader->start, stop = start + op->n;
     switch (op->kind) {
     case FILL: return PyBool_FromLong(op->suspended);
@@ -224,6 +230,7 @@ static PySendResult inner_ended(Operation *op, PyObject *value, PyObject **resul
         rc = PyErr_Occurred() ? -1 : 0;
         break;
     case CHECKED: rc = core_reopen(op->core, op); break;
+    default: rc = send_go_on(op, value); break;
     }
     Py_DECREF(value);
     return go_on(op, rc, result);
@@ -258,6 +265,15 @@ static PySendResult suspend(Operation *op, PyObject **result)
         return PYGEN_NEXT;
     core_stop_waiting(op->core);
     return fail(op);
+}
+
+/* After a write, which no cancellation can undo. */
+static PySendResult yield_once(Operation *op, PyObject **result)
+{
+    Hub *hub = op->core->hub;
+    track(op);
+    *result = Py_NewRef(hub->trio ? hub->shielded : Py_None);
+    return PYGEN_NEXT;
 }
 
 static PySendResult checkpoint(Operation *op, PyObject **result)
@@ -305,6 +321,7 @@ static PySendResult go_on(Operation *op, int rc, PyObject **result)
     switch (op->state) {
     case ARMED: return suspend(op, result);
     case INNER: return into_inner(op, Py_None, result);
+    case YIELDED: return yield_once(op, result);
     default: break;
     }
     if (op->kind == RECEIVE && !op->suspended && op->step != CHECKED)
@@ -421,6 +438,8 @@ static PySendResult begin(Operation *op, PyObject **result)
 {
     Reader *reader = op->reader;
     op->state = OPEN;
+    if (!reader)
+        return go_on(op, send_begin(op), result);
     op->core = (Core *)Py_XNewRef((PyObject *)reader->core);
     if (take_arguments(op) < 0)
         return fail(op);
@@ -462,7 +481,9 @@ static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
     case INNER: return into_inner(op, value, result);
     case ARMED:
     case READY: return resume(op, value, result);
-    case YIELDED: op->state = OPEN; return go_on(op, core_reopen(op->core, op), result);
+    case YIELDED:
+        op->state = OPEN;
+        return go_on(op, op->reader ? core_reopen(op->core, op) : 0, result);
     default: break;
     }
     PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
@@ -506,7 +527,7 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (op->state == ARMED || op->state == READY)
         core_stop_waiting(op->core); /* nothing was consumed: the buffer has it all */
-    if (op->state == YIELDED)
+    if (op->state == YIELDED && op->reader)
         op->reader->end = op->end;
     release(op);
     native_raise(args, n);
@@ -686,6 +707,8 @@ static PyObject *repr(PyObject *self)
     static const char *const STATE[] = {"new",      "running", "waiting", "woken",
                                         "yielding", "open",    "over"};
     Operation *op = (Operation *)self;
+    if (!op->reader)
+        return PyUnicode_FromFormat("<%s() %s>", NAME[op->kind], STATE[op->state]);
     return PyUnicode_FromFormat("<%s(%R) %s>", NAME[op->kind], op->argument, STATE[op->state]);
 }
 

@@ -1,4 +1,5 @@
-/* A connection's own peek(), next(), ...: its reader's, for short. */
+/* A connection's own calls: peek(), next(), ... are its reader's, for short; receive() and send()
+ * are AnyIO's. Message sockets have the latter in Python. */
 #include "native.h"
 
 PyTypeObject *Stream_Type;
@@ -27,6 +28,59 @@ static PyObject *until(PyObject *self, PyObject *const *args, Py_ssize_t n, PyOb
 {
     return reader_until((PyObject *)((Stream *)self)->reader, args, n, names);
 }
+
+/* ---- AnyIO's stream ------------------------------------------------------ */
+
+/* The connection's, if it carries a stream; otherwise NULL. */
+static Core *core_of(PyObject *self)
+{
+    Reader *reader = ((Stream *)self)->reader;
+    return reader ? reader->core : NULL;
+}
+
+static PyObject *call_python(PyObject *self, PyObject *method, PyObject *argument)
+{
+    Reader *reader = ((Stream *)self)->reader;
+    PyObject *core = reader && reader->source ? reader->source : Py_None;
+    return PyObject_CallMethodObjArgs(core, method, argument, NULL);
+}
+
+/* The one argument of a call, by position or by name; or the default; or NULL with an exception. */
+static PyObject *only(PyObject *const *args, Py_ssize_t n, PyObject *names, const char *name,
+                      PyObject *otherwise)
+{
+    Py_ssize_t named = names ? PyTuple_Size(names) : 0;
+    if (n + named == 0 && otherwise)
+        return otherwise;
+    if (n == 1 && named == 0)
+        return args[0];
+    if (n == 0 && named == 1 &&
+        PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), name) == 0)
+        return args[0];
+    PyErr_Format(PyExc_TypeError, "the only argument is %s", name);
+    return NULL;
+}
+
+static PyObject *receive(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names)
+{
+    PyObject *most = only(args, n, names, "max_bytes", usual_most);
+    if (!most)
+        return NULL;
+    if (!core_of(self))
+        return call_python(self, n_receive, most);
+    return (PyObject *)operation_new(RECEIVE, ((Stream *)self)->reader, most);
+}
+
+static PyObject *send(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names)
+{
+    PyObject *item = only(args, n, names, "item", NULL);
+    if (!item)
+        return NULL;
+    Core *core = core_of(self);
+    return core ? send_new(SEND, core, item, 0) : call_python(self, n_send, item);
+}
+
+/* ---- members ------------------------------------------------------------- */
 
 static PyObject *get_reader(PyObject *self, void *closure)
 {
@@ -81,6 +135,34 @@ static PyMethodDef methods[] = {
     {"until", (PyCFunction)(void (*)(void))until, METH_FASTCALL | METH_KEYWORDS,
      "until($self, delimiter, *, max_bytes=65536)\n--\n\n"
      "The bytes through the delimiter, consumed: :meth:`anypoll.nocopy.Reader.until`."},
+    {"receive", (PyCFunction)(void (*)(void))receive, METH_FASTCALL | METH_KEYWORDS,
+     "receive($self, max_bytes=65536)\n--\n\n"
+     "Receives at least one and at most ``max_bytes`` bytes, as soon as there are any. A\n"
+     "checkpoint.\n"
+     "\n"
+     ":raises EndOfStream: when the peer has ended its side\n"
+     ":raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost\n"
+     ":raises BrokenResourceError: after a reset, with the ``OSError`` as its cause\n"
+     ":raises ClosedResourceError: if the connection is closed, before or during the call\n"
+     ":raises BusyResourceError: while another task is reading\n"
+     ":raises ValueError, TypeError: if ``max_bytes`` is below 1, or not an integer"},
+    {"send", (PyCFunction)(void (*)(void))send, METH_FASTCALL | METH_KEYWORDS,
+     "send($self, item)\n--\n\n"
+     "Sends the writer's pending output, then ``item``. A checkpoint, taken after the\n"
+     "write: in a cancelled scope nothing is sent.\n"
+     "\n"
+     "Returns when the kernel has everything; ``item`` may be changed then. If the call is\n"
+     "cancelled or times out before a byte of ``item`` was sent, none will be; if part of it was\n"
+     "sent, the rest still goes out, before anything sent later.\n"
+     "\n"
+     ":param item: bytes, or anything bytes-like\n"
+     ":raises WriteTimeout: after ``write_timeout`` seconds\n"
+     ":raises BrokenResourceError: if the peer has gone, with the ``OSError`` as its cause\n"
+     ":raises ClosedResourceError: if the connection is closed, before or during the call, or\n"
+     "    after ``send_eof()``\n"
+     ":raises BusyResourceError: while another task is sending\n"
+     ":raises TypeError: if ``item`` is not bytes-like\n"
+     ":raises ValueError: if ``item`` is not contiguous"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -122,7 +122,7 @@ async def yields(call: Callable[[], Awaitable[Any]]) -> Any:
     """The call gives other tasks a turn before it returns, or raises."""
     suspensions: list[Any] = []
     coroutine = call()
-    assert inspect.iscoroutine(coroutine)
+    assert inspect.isawaitable(coroutine)
     try:
         return await _counted(coroutine, suspensions)
     finally:

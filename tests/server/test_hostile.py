@@ -77,14 +77,15 @@ async def test_one_that_never_reads() -> None:
     async with local(beside(bad), shutdown_timeout=0) as server, client(server) as good:
         await is_answered(good)
         with connected(server) as sock:
-            asked = 0
+            asked = sock.send(question)
             stuck = 0
             answered = -1
+            await holds(lambda: any(c.state is not None for c in server.connections))
+            bad_conn = next(c for c in server.connections if c.state is not None)
             while stuck < 20:
                 with contextlib.suppress(BlockingIOError):
                     asked += sock.send(question * 1000)
                 await is_answered(good)
-                bad_conn = next(c for c in server.connections if c.state is not None)
                 statistics = bad_conn.statistics()
                 assert statistics.buffered_output <= 256 * KIB + len(answer)
                 assert statistics.buffered_input <= 512 * KIB
