@@ -53,7 +53,7 @@ def check_wheel(wheel: Path) -> None:
 def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.[ch]")}
+    csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]")}
     expect(sdist.name, names, SDIST_TOP | csrc | package_files())
 
 

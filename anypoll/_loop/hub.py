@@ -72,6 +72,11 @@ class Loan:
 
     __slots__ = ("_hub", "address", "fd", "poller")
 
+    poller: Poller
+    address: int
+    """the poller's, for the native types"""
+    fd: int
+
     def __init__(self, hub: Hub, poller: Poller) -> None:
         self._hub = hub
         self.poller = poller
