@@ -189,7 +189,7 @@ async def test_a_place_is_taken_until_the_last_callback_has_ended() -> None:
         assert await greeted(second)
 
 
-async def test_what_is_accepted_ahead_is_little() -> None:
+async def test_what_is_accepted_ahead_is_little(by_threads: None) -> None:
     """While Python does something else, the rest stays in the backlog."""
     async with local(greet) as server:
         before = len(os.listdir("/proc/self/fd"))
