@@ -2,7 +2,8 @@
  *
  * Pure: no locks, no system calls. A byte once appended never moves, so a view
  * of it stays valid whatever happens to the chain: bytes are only added after
- * block->end, and consuming only moves block->start.
+ * block->end, and consuming only moves block->start. ap_chain_restart is for a
+ * block without views.
  */
 #include "chain.h"
 
@@ -37,6 +38,15 @@ void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins)
             chain->tail = NULL;
         ap_block_leave(block, pins);
     }
+}
+
+size_t ap_chain_restart(ap_chain *chain)
+{
+    AP_ASSERT(chain->head && chain->head == chain->tail);
+    size_t n = chain->size;
+    chain->head->start = chain->head->end = AP_BLOCK_HEADER;
+    chain->size = 0;
+    return n;
 }
 
 void ap_chain_drop(ap_chain *chain, ap_pins *pins)

@@ -14,6 +14,9 @@ typedef struct {
 void ap_chain_append(ap_chain *chain, ap_block *block);
 /* Removed blocks are counted in pins for as long as views hold them: see ap_block_leave. */
 void ap_chain_consume(ap_chain *chain, size_t n, ap_pins *pins);
+/* The only block, without views, is read to its end, and begins anew. Returns how many bytes were
+ * unread. */
+size_t ap_chain_restart(ap_chain *chain);
 void ap_chain_drop(ap_chain *chain, ap_pins *pins);
 /* Copies up to n unread bytes after the first skip. Returns how many. */
 size_t ap_chain_copy(const ap_chain *chain, size_t skip, uint8_t *out, size_t n);

@@ -349,9 +349,8 @@ void ap_input_probe(ap_conn *conn)
 
 /* ---- consuming -------------------------------------------------------- */
 
-void ap_input_consume(ap_conn *conn, size_t n)
+static void note_consumed(ap_conn *conn, size_t n)
 {
-    ap_chain_consume(&conn->input, n, &conn->pins);
     conn->consumed += n;
     if (conn->shown != conn->input.head)
         conn->shown = NULL;
@@ -362,6 +361,27 @@ void ap_input_consume(ap_conn *conn, size_t n)
         if (conn->slot.ready & AP_READABLE)
             ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     }
+}
+
+void ap_input_consume(ap_conn *conn, size_t n)
+{
+    ap_chain_consume(&conn->input, n, &conn->pins);
+    note_consumed(conn, n);
+}
+
+/* The block that is shown is the head; if it is the tail too, nothing else is unread. A full one
+ * is kept as well, which consuming would remove. */
+bool ap_input_restart(ap_conn *conn, uint32_t pos)
+{
+    ap_block *block = conn->shown;
+    if (!block || block != conn->input.tail || pos != block->end)
+        return false;
+    /* The chain's reference and the loop's. acquire; pairs with the release of the last view. */
+    if (atomic_load_explicit(&block->refs, memory_order_acquire) > 2)
+        return false;
+    size_t n = ap_chain_restart(&conn->input);
+    note_consumed(conn, n);
+    return true;
 }
 
 void ap_input_drop(ap_conn *conn)

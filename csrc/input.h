@@ -29,6 +29,9 @@ bool ap_input_over(ap_conn *conn);
 
 /* Consumes unread bytes; below low water reading resumes. */
 void ap_input_consume(ap_conn *conn, size_t n);
+/* The loop has read the block that is shown up to pos, and has no views of it: restarts it if
+ * nothing else is unread. It stays shown. False: it stays as it is. */
+bool ap_input_restart(ap_conn *conn, uint32_t pos);
 /* Restarts a last block that was read to its end, and that no view needs. */
 void ap_input_rewind(ap_conn *conn);
 /* Whether there is memory that nobody needs: an empty block. */

@@ -120,6 +120,19 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
     return rc;
 }
 
+int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    if (block == conn->shown && ap_input_restart(conn, *pos)) {
+        *pos = block->start;
+        rc = 1;
+    }
+    ap_conn_unlock(conn);
+    return rc;
+}
+
 int ap_conn_set_window(ap_conn *conn, uint32_t size)
 {
     int rc = ap_slot_enter(&conn->slot);

@@ -2,7 +2,7 @@
  *
  * The object holds one of the core's references to its block, so the block is recycled when
  * the last view dies, in whichever thread that happens. As long as a reader alone holds the
- * object, there is no view, and the core may use the block again (AP_UNVIEWED).
+ * object, there is no view, and the core may fill the block anew (ap_conn_rewind).
  */
 #include "native.h"
 

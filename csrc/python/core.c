@@ -227,6 +227,21 @@ static int arm(Core *core, Operation *op)
     return 0;
 }
 
+/* A window that was walked through to its end may begin anew in its block, if nobody has a view:
+ * so one block, and one wrapper, serve for many messages. Half of it is left for the next one. */
+static void rewind_window(Core *core)
+{
+    Reader *reader = core->reader;
+    if (Py_TYPE(reader->view) != Block_Type || Py_REFCNT(reader->view) > 1)
+        return;
+    Block *block = (Block *)reader->view;
+    uint32_t pos = (uint32_t)reader->start;
+    if (pos >= block->size / 2 && ap_conn_rewind(core->conn, block->block, &pos) == 1) {
+        reader->start = pos;
+        reader->end = SHUT; /* until the core has answered */
+    }
+}
+
 int core_ask(Core *core, Operation *op)
 {
     Writer *writer = core->writer;
@@ -239,6 +254,7 @@ int core_ask(Core *core, Operation *op)
     } else if (join(writer, &data, &size) < 0) {
         return -1;
     }
+    rewind_window(core);
     int64_t result = ask(core, op, data, size);
     if (result >= 0)
         return answered(core, op, result);

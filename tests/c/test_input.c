@@ -511,6 +511,112 @@ LINK_TEST(input_drained_block_begins_anew, TCP, HIGH)
     }
 }
 
+/* Reads what the loop has been shown, to its end, and has no views. */
+static int rewind_block(struct link *l)
+{
+    int rc = ap_conn_rewind(l->conn, l->block, &l->pos);
+    CHECK_OK(rc);
+    return rc;
+}
+
+/* Without views, one block serves for any number of messages, and stays shown. */
+LINK_TEST(input_shown_block_is_rewound, STREAMS, HIGH)
+{
+    enum { SIZE = 100 };
+    const ap_block *first = NULL;
+    for (uint64_t i = 0; i < 200; i++) {
+        peer_say(l, 1, i * SIZE, SIZE);
+        int64_t result;
+        while ((result = ap_conn_read(l->conn, l->pos, SIZE, 0, 0, NULL, 0)) == -EAGAIN)
+            await(w, l->id, AP_MAIL_READ);
+        CHECK_EQ(result >> AP_NEW_BLOCK_SHIFT, first == NULL);
+        if (!first)
+            link_fetch(l);
+        first = l->block;
+        CHECK_EQ(result & UINT32_MAX, AP_BLOCK_HEADER + SIZE);
+        pattern_check(link_at(l), 1, i * SIZE, SIZE);
+        l->pos += SIZE;
+        CHECK_EQ(rewind_block(l), 1);
+        CHECK_EQ(l->pos, AP_BLOCK_HEADER);
+        CHECK_EQ(buffered(l), 0);
+    }
+    CHECK_EQ(bytes_in_use(w), AP_BLOCK_MIN);
+}
+
+/* A token tells the end of the window in the rewound block. */
+LINK_TEST(input_rewound_block_is_the_tokens, TCP, HIGH)
+{
+    peer_say(l, 1, 0, 100);
+    expect(l, 1, 0, 100);
+    CHECK_EQ(rewind_block(l), 1);
+    CHECK_EQ(want(l, 50), -EAGAIN);
+    peer_say(l, 1, 100, 50);
+    settle(w);
+    ap_token token;
+    CHECK_EQ(ap_hub_take(w->hub, &token, 1), 1);
+    CHECK_EQ(token.value, AP_BLOCK_HEADER + 50);
+    pattern_check(link_at(l), 1, 100, 50);
+}
+
+/* A block that is full to its last byte would leave the chain: rewound, it stays. */
+LINK_TEST(input_full_block_is_rewound, TCP, HIGH)
+{
+    size_t room = AP_BLOCK_MIN - AP_BLOCK_HEADER;
+    for (uint64_t i = 0; i < 3; i++) {
+        CHECK_EQ(want(l, room), -EAGAIN);
+        peer_say(l, 1, i * room, room);
+        const ap_block *before = l->block;
+        expect(l, 1, i * room, room);
+        CHECK(!before || l->block == before);
+        CHECK_EQ(l->pos, l->block->size);
+        CHECK_EQ(rewind_block(l), 1);
+    }
+}
+
+/* Not while anything in it is unread, or a view is left, or it is not what is shown. */
+LINK_TEST(input_is_not_rewound_under_anyone, TCP, HIGH)
+{
+    peer_say(l, 1, 0, 100);
+    CHECK_EQ(want_wait(l, 100), 0);
+    uint32_t begin = l->pos;
+    l->pos += 99;
+    CHECK_EQ(rewind_block(l), 0);
+    CHECK_EQ(l->pos, begin + 99);
+    CHECK_EQ(buffered(l), 1);
+    l->pos = begin + 100;
+    ap_block_ref(l->block);
+    CHECK_EQ(rewind_block(l), 0);
+    peer_say(l, 1, 100, 100);
+    expect(l, 1, 100, 100);
+    CHECK_EQ(l->pos, begin + 200);
+    pattern_check(ap_block_at(l->block, begin), 1, 0, 100);
+    ap_block_unref(l->block);
+    uint32_t pos = l->pos;
+    CHECK_EQ(ap_conn_rewind(l->conn, NULL, &pos), 0);
+    CHECK_EQ(pos, l->pos);
+    peer_say(l, 1, 200, 100);
+    UNTIL(w, buffered(l) == 100);
+    CHECK_EQ(rewind_block(l), 0); /* what has come meanwhile is not shown yet */
+    expect(l, 1, 200, 100);
+    CHECK_EQ(rewind_block(l), 1);
+}
+
+/* Rewinding consumes: reading goes on below the low water mark. */
+LINK_TEST(input_rewinding_resumes_reading, TCP, 1000)
+{
+    uint64_t sent = peer_push(l, 1, 0, 64 * KB), read = 0;
+    while (read < sent) {
+        CHECK_EQ(want_wait(l, 1), 0);
+        ap_view view;
+        CHECK_OK(ap_conn_block(l->conn, l->pos, &view));
+        pattern_check(link_at(l), 1, read, view.end - l->pos);
+        read += view.end - l->pos;
+        l->pos = view.end;
+        if (rewind_block(l))
+            CHECK_EQ(buffered(l), 0);
+    }
+}
+
 static bool is_mapped(void *page)
 {
     unsigned char there;

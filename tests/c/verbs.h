@@ -12,6 +12,7 @@
     V(find, ap_conn_find(c, 0, "\n", 1, 100, 0, 0, NULL, 0))   \
     V(request, ap_conn_request(c, 0, 0, NULL, 0))              \
     V(block, ap_conn_block(c, 0, &view))                       \
+    V(rewind, ap_conn_rewind(c, NULL, &pos))                   \
     V(consume, ap_conn_consume(c, 0, 0))                       \
     V(buffered, ap_conn_buffered(c, 0))                        \
     V(disarm_read, ap_conn_disarm_read(c))                     \
@@ -43,6 +44,7 @@ static const char *const verb_names[] = {EACH_VERB(VERB_NAME)};
 static inline int64_t verb_call(enum verb verb, ap_conn *c)
 {
     int result;
+    uint32_t pos = 0;
     ap_view view;
     switch (verb) {
 #define VERB_CASE(name_, call_) \
