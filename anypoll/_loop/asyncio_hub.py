@@ -22,6 +22,22 @@ from .hub import Hub, Loan, logger
 Function = Callable[[], Coroutine[Any, Any, None]]
 
 
+def _task_states() -> dict[Any, Any] | None:
+    """Where AnyIO keeps the scopes of tasks, which it does not publish. ``None`` if anything is not
+    as it was: then it is asked each time.
+    """
+    try:
+        from anyio._backends import _asyncio  # noqa: PLC0415
+
+        backend: Any = _asyncio
+        states = backend._task_states.data
+        scope, state = backend.CancelScope, backend.TaskState
+    except (ImportError, AttributeError):
+        return None
+    known = all(hasattr(scope, name) for name in ("_cancel_called", "_shield", "_parent_scope"))
+    return states if known and hasattr(state, "cancel_scope") and type(states) is dict else None
+
+
 class _Unstoppable(Coroutine[Any, Any, None]):
     """A coroutine that starts even if its task was cancelled first: ``asyncio.run()`` cancels all
     tasks at its end, and a task created last would otherwise never run.
@@ -100,6 +116,7 @@ class AsyncioHub(Hub):
         self._loop = weakref.ref(loop)
         self._current_task = current_task
         self._look = checkpoint_if_cancelled
+        self._states = _task_states()
         drain = _Drain(self)
         weakref.finalize(drain, self.end).atexit = False
         self._drain = weakref.ref(drain)

@@ -56,6 +56,7 @@ class Hub:
     _look: Any
     _reschedule: Any
     _shielded: Any
+    _states: dict[Any, Any] | None
     _value: Any
     dead: bool
     outputs: dict[int, list[bytes | memoryview]]

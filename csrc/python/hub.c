@@ -376,6 +376,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->wait_trap);
     Py_VISIT(hub->run_context);
     Py_VISIT(hub->look);
+    Py_VISIT(hub->states);
     Py_VISIT(hub->shielded);
     Py_VISIT(hub->reschedule);
     Py_VISIT(hub->value);
@@ -398,6 +399,7 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->wait_trap);
     Py_CLEAR(hub->run_context);
     Py_CLEAR(hub->look);
+    Py_CLEAR(hub->states);
     Py_CLEAR(hub->shielded);
     Py_CLEAR(hub->reschedule);
     Py_CLEAR(hub->value);
@@ -442,6 +444,7 @@ static PyMemberDef members[] = {
     {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},
     {"_abort_succeeded", T_OBJECT, offsetof(Hub, abort_succeeded), 0, NULL},
     {"_current_task", T_OBJECT, offsetof(Hub, current_task), 0, NULL},
+    {"_states", T_OBJECT, offsetof(Hub, states), 0, NULL},
     {"_look", T_OBJECT, offsetof(Hub, look), 0, NULL},
     {"_shielded", T_OBJECT, offsetof(Hub, shielded), 0, NULL},
     {"_reschedule", T_OBJECT, offsetof(Hub, reschedule), 0, NULL},

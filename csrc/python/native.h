@@ -94,6 +94,7 @@ struct Hub {
     Drive *stepping;        /* whose handler runs; borrowed */
     PyObject *current_task; /* the loop's function */
     PyObject *look;         /* the loop's function: raises in a cancelled scope */
+    PyObject *states;       /* AnyIO's states of tasks, by weak references; or None */
     PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
     PyObject *run_context, *wait_trap, *abort_succeeded; /* of Trio's inside; see drive.c */
@@ -142,14 +143,15 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 /* clang-format off */
 #define NAMES(X) \
     X(_abort) X(_abort_func) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) \
-    X(_before_reading) X(_cancel_points) X(_checkpoint_and_raise) X(_closed_error) X(_count) \
-    X(_drain) X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) \
-    X(_item) X(_keep) X(_max_bytes) X(_not_found) X(_raise_first) X(_refuse) X(_report) \
-    X(_runner) X(_schedule_points) X(_seal) X(_stands_high) X(_step) X(_tell_last) X(_trap) \
-    X(_until_arguments) X(_write_error) X(abort_func) X(call_soon) X(cancel) X(check) \
-    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(fill) X(fill_nowait) X(find) \
-    X(flush) X(instruments) X(join) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) \
-    X(unwrap) X(value) X(why_unwritable)
+    X(_before_reading) X(_cancel_called) X(_cancel_points) X(_checkpoint_and_raise) \
+    X(_closed_error) X(_count) X(_drain) X(_drive_trap) X(_end_if_drained) X(_ended) \
+    X(_finish_flushing) X(_finish_sending) X(_item) X(_keep) X(_max_bytes) X(_not_found) \
+    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_runner) X(_schedule_points) \
+    X(_seal) X(_shield) X(_stands_high) X(_step) X(_tell_last) X(_trap) X(_until_arguments) \
+    X(_write_error) X(abort_func) X(call_soon) X(cancel) X(cancel_scope) X(check) X(checkpoint) \
+    X(close) X(consume) X(context) X(dispatch_one) X(fill) X(fill_nowait) X(find) X(flush) \
+    X(instruments) X(join) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) \
+    X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;

@@ -250,6 +250,53 @@ static int flush_now(Operation *op)
     return await_inner(op, FLUSHED, call_with_deadline(op, n__finish_flushing, NULL));
 }
 
+/* ---- the cancelled scope --------------------------------------------------------------- */
+
+static bool is_true(PyObject *object, PyObject *name)
+{
+    PyObject *value = PyObject_GetAttr(object, name);
+    bool truth = value == Py_True;
+    Py_XDECREF(value);
+    return truth;
+}
+
+/* The innermost of AnyIO's scopes that the task is in; NULL: there is none, or an exception. */
+static PyObject *current_scope(Hub *hub)
+{
+    PyObject *task = PyObject_CallNoArgs(hub->current_task), *ref = NULL, *state = NULL;
+    if (task && task != Py_None)
+        ref = PyWeakref_NewRef(task, NULL);
+    if (ref)
+        state = PyDict_GetItemWithError(hub->states, ref);
+    PyObject *scope = state ? PyObject_GetAttr(state, n_cancel_scope) : NULL;
+    Py_XDECREF(ref);
+    Py_XDECREF(task);
+    return scope;
+}
+
+/* AnyIO's coroutine takes longer than all else that a send() does, and says yes nearly always. So
+ * it is asked only if one of the scopes is cancelled, or if they are not where they are known to
+ * be (_loop/asyncio_hub.py). */
+static bool may_be_cancelled(Hub *hub)
+{
+    if (!hub->states || hub->states == Py_None)
+        return true;
+    bool cancelled = false;
+    PyObject *scope = current_scope(hub);
+    while (scope && scope != Py_None && !(cancelled = is_true(scope, n__cancel_called)) &&
+           !is_true(scope, n__shield)) {
+        PyObject *outer = PyObject_GetAttr(scope, n__parent_scope);
+        Py_DECREF(scope);
+        scope = outer;
+    }
+    Py_XDECREF(scope);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return true;
+    }
+    return cancelled;
+}
+
 /* ---- for the operation --------------------------------------------------------------- */
 
 int send_begin(Operation *op)
@@ -260,6 +307,8 @@ int send_begin(Operation *op)
         return -1;
     if (op->kind == FLUSH)
         return flush_now(op);
+    if (!may_be_cancelled(op->core->hub))
+        return begin_sending(op);
     return await_inner(op, LOOKED, PyObject_CallNoArgs(op->core->hub->look));
 }
 

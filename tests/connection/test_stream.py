@@ -594,6 +594,77 @@ async def test_a_cancelled_scope_consumes_and_sends_nothing(wire: Wire) -> None:
     assert await within(read_to_end(peer)) == b"only this"
 
 
+async def test_send_looks_at_every_scope_up_to_a_shield(wire: Wire) -> None:
+    conn, peer = wire
+    with anyio.CancelScope() as outer:
+        outer.cancel()
+        with anyio.CancelScope(shield=True), anyio.CancelScope():
+            await conn.send(b"shielded")
+        with anyio.CancelScope(), anyio.CancelScope():
+            await conn.send(b"never")
+    assert outer.cancelled_caught
+    assert await read_all(peer, 8) == b"shielded"
+    assert conn.statistics().bytes_sent == 8
+
+
+async def test_send_asks_anyio_itself_where_scopes_are_unknown(wire: Wire) -> None:
+    conn, peer = wire
+    hub = conn._core.hub
+    states = hub._states
+    try:
+        hub._states = None
+        await yields(lambda: conn.send(b"1"))
+        await cancelled(lambda: conn.send(b"never"))
+    finally:
+        hub._states = states
+    assert await read_all(peer, 1) == b"1"
+    assert conn.statistics().bytes_sent == 1
+
+
+async def test_send_writes_before_its_checkpoint(wire: Wire) -> None:
+    conn, peer = wire
+    sending: Any = conn.send(b"at once")
+    sending.send(None)  # to where it yields
+    assert await read_all(peer, 7) == b"at once"
+    with pytest.raises(StopIteration):
+        sending.send(None)
+
+
+async def test_a_small_and_a_large_piece_are_one_system_call(wire: Wire) -> None:
+    conn, peer = wire
+    large = pattern(16 * KIB)
+    for _ in range(5):
+        conn.writer.write(b"head")
+        conn.writer.write(large)
+        await conn.writer.flush()
+        assert await read_all(peer, 4 + len(large)) == b"head" + large
+        conn.writer.write(b"head")
+        await conn.send(memoryview(large).cast("B", (16, KIB)))
+        assert await read_all(peer, 4 + len(large)) == b"head" + large
+    assert conn.statistics().writes == 10
+
+
+async def test_a_block_serves_for_many_messages_without_views(wire: Wire) -> None:
+    conn, peer = wire
+    message = pattern(1000)
+    held = []
+    for i in range(40):
+        await send_all(peer, message)
+        view = await conn.next(len(message))
+        assert view == message
+        if i % 4 == 0:
+            held.append(view)
+        del view
+    assert all(view == message for view in held)
+    del held
+    wrappers = set()
+    for _ in range(40):
+        await send_all(peer, message)
+        assert await conn.receive() == message
+        wrappers.add(id(conn.reader._view.obj))
+    assert len(wrappers) <= 2  # the last one with views, and the one that serves from then on
+
+
 async def test_a_cancelled_receive_loses_nothing(wire: Wire) -> None:
     conn, peer = wire
     for n in range(20):
