@@ -1,0 +1,431 @@
+"""Handlers that the hub resumes directly are handlers like any other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import trio
+import trio.testing
+from peers import holds, send_all, settle, within
+from serving import connected
+
+import anypoll
+from anypoll import Connection, _native
+
+pytestmark = pytest.mark.anyio
+
+on_asyncio = pytest.mark.loops("asyncio", "uvloop")
+Handler = Callable[[Connection], Awaitable[None]]
+
+
+@pytest.fixture(params=[True, False], ids=["directly", "by its task"], autouse=True)
+def direct(request: pytest.FixtureRequest) -> Any:
+    """Each test holds for both ways."""
+    anypoll.configure(direct_resume=request.param)
+    yield request.param
+    anypoll.configure(direct_resume=True)
+
+
+@asynccontextmanager
+async def one(handler: Handler, **options: Any) -> AsyncIterator[socket.socket]:
+    """A client of a server with that handler."""
+    async with anypoll.serve(handler, host="127.0.0.1", port=0, **options) as server:
+        sock = connected(server)
+        sock.setblocking(False)
+        with sock:
+            yield sock
+            await within(server.shutdown(0))
+
+
+async def read(sock: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes."""
+    data = b""
+    with anyio.fail_after(60):
+        while len(data) < size:
+            await anyio.wait_readable(sock)
+            data += sock.recv(size - len(data))
+    return data
+
+
+async def test_it_is_resumed_as_it_was_asked_for(direct: bool) -> None:
+    """On Trio, too: with this version its inside is as expected."""
+    drives: list[bool] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        await conn.next(1)
+        kinds = [type(o) for o in gc.get_objects()]
+        drives.append(_native.Drive in kinds)
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await send_all(sock, b"a")
+        await settle()
+        await send_all(sock, b"b")
+        assert await read(sock, 1) == b"!"
+    assert drives == [direct]
+
+
+async def test_it_may_await_anything() -> None:
+    """Between two reads: sleeps, threads, events, streams, task groups, another connection."""
+
+    async def handler(conn: Connection) -> None:
+        send, receive = anyio.create_memory_object_stream[int](1)
+        a, b = anypoll.socketpair()
+        async with send, receive, a, b:
+            for n in range(50):
+                assert await conn.next(1) == bytes([n])
+                await anyio.lowlevel.checkpoint()
+                await anyio.sleep(0)
+                if n % 5 == 0:
+                    assert await anyio.to_thread.run_sync(abs, -n) == n
+                await send.send(n)
+                assert await receive.receive() == n
+                async with anyio.create_task_group() as group:
+                    group.start_soon(a.send, bytes([n]))
+                    assert await b.receive() == bytes([n])
+                event = anyio.Event()
+                async with anyio.create_task_group() as group:
+                    group.start_soon(anyio.sleep, 0)
+                    event.set()
+                    await event.wait()
+                conn.writer.write(bytes([n]))
+                await conn.writer.flush()
+
+    async with one(handler) as sock:
+        for n in range(50):
+            await send_all(sock, bytes([n]))
+            assert await read(sock, 1) == bytes([n])
+
+
+@pytest.mark.parametrize("shield", [False, True])
+async def test_scopes_with_deadlines(shield: bool) -> None:
+    async def handler(conn: Connection) -> None:
+        while True:
+            with anyio.move_on_after(0.02, shield=shield) as scope:
+                await conn.next(4)
+            await conn.send(b"late" if scope.cancelled_caught else b"came")
+
+    async with one(handler) as sock:
+        assert await read(sock, 4) == b"late"
+        await send_all(sock, b"ab")
+        assert await read(sock, 4) == b"late"
+        await send_all(sock, b"cd")
+        assert b"came" in await read(sock, 4) + await read(sock, 4)
+
+
+async def test_a_handler_that_cancels_itself() -> None:
+    seen: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await conn.next(1)
+            seen.append("not reached")
+        seen.append("caught" if scope.cancelled_caught else "lost")
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anyio.sleep(1000)
+        seen.append("caught" if scope.cancelled_caught else "lost")
+        await conn.next(1)
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await settle()
+        await send_all(sock, b"a")
+        await holds(lambda: len(seen) == 2)
+        await send_all(sock, b"b")
+        assert await read(sock, 1) == b"!"
+    assert seen == ["caught", "caught"]
+
+
+@on_asyncio
+@pytest.mark.parametrize("then", ["reads", "sleeps", "awaits a future", "returns"])
+async def test_a_task_that_cancels_itself(then: str) -> None:
+    """`Task.cancel()` from within, while the hub runs the handler."""
+    seen: list[str] = []
+    futures: list[asyncio.Future[None]] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel("mine")
+        seen.append("cancelled")
+        try:
+            if then == "reads":
+                await conn.next(1)
+            elif then == "sleeps":
+                await asyncio.sleep(0)
+            elif then == "awaits a future":
+                futures.append(asyncio.get_running_loop().create_future())
+                await futures[0]
+            else:
+                return
+        except asyncio.CancelledError as exc:
+            seen.append(str(exc))
+            raise
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            sock.send(b"x")
+            await holds(lambda: sum(server.statistics().closed.values()) == 1)
+            reasons = dict(server.statistics().closed)
+    assert seen == (["cancelled"] if then == "returns" else ["cancelled", "mine"])
+    assert all(future.cancelled() for future in futures)
+    assert sum(reasons.values()) == 1
+
+
+@on_asyncio
+async def test_native_timeouts_nest() -> None:
+    async def handler(conn: Connection) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        while True:
+            try:
+                async with asyncio.timeout(30), asyncio.timeout(0.02):
+                    await conn.next(4)
+            except TimeoutError:
+                assert task.cancelling() == 0
+                await conn.send(b"late")
+            else:
+                await conn.send(b"came")
+
+    async with one(handler) as sock:
+        assert await read(sock, 4) == b"late"
+        await send_all(sock, b"abcd")
+        assert b"came" in await read(sock, 4) + await read(sock, 4)
+
+
+async def test_an_exception_has_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def deep(conn: Connection) -> None:
+        await conn.next(1)
+        raise LookupError("deep")
+
+    async def handler(conn: Connection) -> None:
+        await deep(conn)
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            await settle()
+            sock.send(b"x")
+            await holds(lambda: server.statistics().handler_errors == 1)
+    lines = "".join(caplog.text)
+    caplog.clear()  # the frames keep the connection
+    assert "LookupError: deep" in lines
+    assert lines.index("in handler") < lines.index("in deep")
+
+
+async def test_its_task_and_its_context_are_its_own() -> None:
+    name: contextvars.ContextVar[int] = contextvars.ContextVar("name")
+    tasks: dict[int, set[int]] = {}
+
+    async def handler(conn: Connection) -> None:
+        number = (await conn.next(1))[0]
+        name.set(number)
+        for _ in range(20):
+            tasks.setdefault(number, set()).add(anyio.get_current_task().id)
+            await conn.next(1)
+            assert name.get() == number
+            await conn.send(b"!")
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        socks = [connected(server) for _ in range(5)]
+        for n, sock in enumerate(socks):
+            sock.setblocking(False)
+            await send_all(sock, bytes([n]))
+        for _ in range(20):
+            for sock in socks:
+                await send_all(sock, b"x")
+            for sock in socks:
+                assert await read(sock, 1) == b"!"
+        for sock in socks:
+            sock.close()
+    ids = [ids for _, ids in sorted(tasks.items())]
+    assert all(len(i) == 1 for i in ids)
+    assert len(set.union(*ids)) == 5
+
+
+@on_asyncio
+async def test_it_is_seen_among_the_tasks() -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        await conn.next(1)
+
+    async with one(handler) as sock:
+        await send_all(sock, b"a")
+        await settle()
+
+        def waiting() -> list[Any]:
+            return [t for t in asyncio.all_tasks() if "Lifecycle" in repr(t)]
+
+        await holds(waiting)
+        [task] = waiting()
+        assert task.get_stack()
+        assert "wait_for=<" in repr(task)
+
+
+@pytest.mark.loops("trio")
+async def test_trio_counts_its_checkpoints() -> None:
+    results: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        with trio.testing.assert_checkpoints():
+            await conn.next(1)
+        results.append("checkpoint")
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await send_all(sock, b"a")
+        await settle()
+        await send_all(sock, b"b")
+        assert await read(sock, 1) == b"!"
+    assert results == ["checkpoint"]
+
+
+@pytest.mark.loops("trio")
+async def test_instruments_see_every_step(direct: bool) -> None:
+    """While there are any, handlers are resumed by their tasks."""
+    steps: list[Any] = []
+    tasks: list[Any] = []
+
+    class Counter(trio.abc.Instrument):
+        def before_task_step(self, task: Any) -> None:
+            steps.append(task)
+
+    async def handler(conn: Connection) -> None:
+        tasks.append(trio.lowlevel.current_task())
+        while True:
+            await conn.next(1)
+            await conn.writer.flush()
+            conn.writer.write(b"!")
+
+    counter = Counter()
+    trio.lowlevel.add_instrument(counter)
+    try:
+        async with one(handler) as sock:
+            for _ in range(10):
+                await send_all(sock, b"x")
+                assert await read(sock, 1) == b"!"
+            assert steps.count(tasks[0]) >= 10
+    finally:
+        trio.lowlevel.remove_instrument(counter)
+
+
+async def test_handlers_that_end_one_another() -> None:
+    """All have input at once; the first to run closes the others."""
+    conns: list[Connection] = []
+    ends: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        conns.append(conn)
+        try:
+            await conn.next(1)
+            await conn.next(1)
+        except anyio.ClosedResourceError:
+            ends.append("closed")
+            raise
+        for other in conns:
+            if other is not conn:
+                other.abort()
+        ends.append("first")
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        socks = [connected(server) for _ in range(20)]
+        for sock in socks:
+            sock.send(b"a")
+        await holds(lambda: len(conns) == 20)
+        await settle()
+        for sock in socks:
+            sock.send(b"b")
+        await holds(lambda: len(ends) == 20)
+        for sock in socks:
+            sock.close()
+    assert ends.count("first") == 1
+
+
+async def test_nothing_is_left_of_thousands_of_handlers() -> None:
+    async def handler(conn: Connection) -> None:
+        with anyio.move_on_after(30):
+            while True:
+                await conn.send(await conn.next(1))
+
+    def drives() -> int:
+        gc.collect()
+        return sum(isinstance(o, (_native.Drive, _native.Operation)) for o in gc.get_objects())
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        before = drives()
+        for _ in range(200):
+            with connected(server) as sock:
+                sock.setblocking(False)
+                for _ in range(3):
+                    await send_all(sock, b"x")
+                    assert await read(sock, 1) == b"x"
+        await holds(lambda: not server.connections)
+        await holds(lambda: drives() <= before)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_at_random(seed: int) -> None:
+    """Cancellations, timeouts, closes and foreign awaits against data: not a byte is lost."""
+    dice = random.Random(seed)
+    size = 3000
+    done: list[bool] = []
+
+    async def handler(conn: Connection) -> None:
+        got = bytearray()
+        choice = random.Random(seed + 1)
+        while len(got) < size:
+            n = min(choice.randrange(1, 9), size - len(got))
+            how = choice.randrange(7)
+            with anyio.move_on_after(choice.choice([0, 0.0005, 30])):
+                if how == 0:
+                    await anyio.sleep(0)
+                if how == 1:
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(anyio.sleep, 0)
+                        view = await conn.next(n)
+                        got += view
+                elif how == 2:
+                    await conn.peek(n)
+                elif how == 3:
+                    got += await conn.receive(n)
+                elif how == 4:
+                    conn.read_timeout = 0.0005
+                    try:
+                        got += await conn.next(n)
+                    except anypoll.ReadTimeout:
+                        pass
+                    finally:
+                        conn.read_timeout = None
+                else:
+                    got += await conn.next(n)
+        assert bytes(got) == bytes(i % 251 for i in range(size))
+        done.append(True)
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        data = bytes(i % 251 for i in range(size))
+        position = 0
+        while position < size:
+            step = dice.randrange(1, 40)
+            await send_all(sock, data[position : position + step])
+            position += step
+            if dice.random() < 0.3:
+                await anyio.sleep(dice.choice([0, 0.0003]))
+        assert await read(sock, 1) == b"!"
+    assert done == [True]
