@@ -644,6 +644,7 @@ async def test_a_small_and_a_large_piece_are_one_system_call(wire: Wire) -> None
     assert conn.statistics().writes == 10
 
 
+@pytest.mark.usefixtures("by_loops")  # a thread has read on before the block could begin anew
 async def test_a_block_serves_for_many_messages_without_views(wire: Wire) -> None:
     conn, peer = wire
     message = pattern(1000)
