@@ -15,7 +15,8 @@
  *            descriptor too. When that becomes readable, the loop gets another GRACE to come;
  *            then the guard takes over, and steps at each event until somebody else has
  *            stepped, or nothing is queued. If nothing happens, because the peer does not
- *            read, it sleeps.
+ *            read, it sleeps. Work that is left on the run list counts as output: it may be
+ *            what was handed over to this thread (output.c) before the loan.
  *   the end  Of a poller that drains, and of the loan.
  *
  * Input is not read ahead for a loop that is busy: it would be read for nobody.
@@ -96,7 +97,7 @@ static bool make_plan(guard *g, plan *p)
     ap_run_inbox(poller);
     ap_driver_rest(poller); /* also for the steps that this thread made before the loan */
     AP_DRIVING(NULL);
-    bool queued = output_queued(poller), stepped = others_have_stepped(g);
+    bool queued = output_queued(poller) || poller->run_head, stepped = others_have_stepped(g);
     p->due = p->until = ap_driver_due(poller);
     p->watch = queued && !stepped;
     int64_t grace = ap_now() + AP_GRACE;

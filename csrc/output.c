@@ -289,6 +289,7 @@ bool ap_output_write(ap_conn *conn)
     }
     if (conn->out_bytes == 0 && conn->out)
         forget_queue(conn);
+    ap_output_count(conn);
     ap_output_unwatch(conn);
     tell(conn);
     return false;
@@ -333,7 +334,9 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
  * With one connection, the task's own thread, because waking the driver costs more
  * than the call. When many connections are served at once, the driver, which is
  * awake then, and shares the work (measured: docs/internals/threads.md). It gets a
- * copy, so Python need not keep anything, nor be told. At most one copy is under
+ * copy, so Python need not keep anything, nor be told. It counts as queued only if the
+ * driver has not sent it at once, for two threads would contend for the counter with each
+ * reply. At most one copy is under
  * way: with anything queued, the queue and its bound are the caller's. The caller
  * pushes the slot as the last step before it releases the mutex, which the driver
  * will want. */
@@ -353,7 +356,6 @@ bool ap_output_hand_over(ap_conn *conn, const char *data, size_t size)
     conn->out[0] = (struct iovec){.iov_base = copy, .iov_len = size};
     conn->out_count = conn->own_count = 1;
     conn->out_bytes = conn->own_bytes = size;
-    ap_output_count(conn);
     return true;
 }
 

@@ -358,6 +358,24 @@ LINK_TEST(guard_output_from_before_the_loan, STREAMS, HIGH)
     CHECK_EQ(await(w, l->id, AP_MAIL_SENT), AP_MAIL_SENT);
 }
 
+/* Handed over to the thread, which has not got to it when the loan begins. */
+LINK_TEST(guard_output_handed_over_before_the_loan, TCP, HIGH)
+{
+    CHECK_EQ(want(l, 1), -EAGAIN);
+    start_guard(w);
+    atomic_store(&w->poller->borrower, NULL); /* unnoticed: both descriptors are written later */
+    w->hub->batch = 100;
+    CHECK_EQ(ap_conn_read(l->conn, l->pos, 1, 0, 0, "reply", 5), -EAGAIN);
+    CHECK_EQ(ap_conn_queued(l->conn), 5);
+    CHECK_EQ(with_output(w), 0);
+    borrow(w);
+    char reply[5];
+    struct pollfd at = {.fd = l->peer, .events = POLLIN};
+    CHECK_EQ(poll(&at, 1, (int)(PATIENCE / MS)), 1);
+    CHECK_EQ(recv(l->peer, reply, 5, 0), 5);
+    CHECK(memcmp(reply, "reply", 5) == 0);
+}
+
 /* While the loop comes, it does the work, and not the guard. */
 LINK_TEST(guard_leaves_it_to_a_loop_that_comes, STREAMS, HIGH)
 {
