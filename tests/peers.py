@@ -57,6 +57,11 @@ async def settle() -> None:
         await anyio.sleep(0)
 
 
+def is_waiting(conn: anypoll.Connection) -> bool:
+    """Whether a reader call of the connection waits."""
+    return conn._core.hub.waits(conn._core.number)
+
+
 async def pollers_have_looked() -> None:
     """Until the pollers have served once more whatever the kernel had for them."""
     before = [poller.polls for poller in anypoll.statistics().pollers]

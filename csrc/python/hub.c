@@ -197,7 +197,8 @@ static void sort(batch *b, const ap_token *token)
         Core *core = find(b->hub, token->id);
         Operation *op = core ? take_waiting(core) : NULL;
         if (op) {
-            operation_ready(op, token->value);
+            /* of a failure the value is the error, not the window's end */
+            operation_ready(op, token->bits & AP_MAIL_FAILED ? 0 : token->value);
             b->ready[b->ready_count++] = op;
             rest.bits &= ~(uint32_t)AP_MAIL_READ;
         }
@@ -222,10 +223,23 @@ static void tell(batch *b, const ap_token *token, uint32_t bits, PyObject *metho
     Py_XDECREF(value);
 }
 
+/* Before any handler runs: one that cancels such a task would have Trio reschedule it too, which
+ * must not happen twice. */
+static void reschedule_tasks(batch *b)
+{
+    for (int i = 0; i < b->ready_count; i++) {
+        Operation *op = b->ready[i];
+        if (op->wake && Py_TYPE(op->wake) != Drive_Type && operation_wake(op) < 0)
+            keep_exception(b);
+    }
+}
+
 static void deliver(batch *b)
 {
     for (int i = 0; i < b->other_count; i++)
         tell(b, &b->other[i], b->other[i].bits & ~(uint32_t)LAST, n_dispatch_one);
+    if (b->hub->trio)
+        reschedule_tasks(b);
     for (int i = 0; i < b->ready_count; i++) {
         if ((b->nested ? operation_wake_soon(b->ready[i]) : operation_wake(b->ready[i])) < 0)
             keep_exception(b);

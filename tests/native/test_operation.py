@@ -14,17 +14,13 @@ import anyio
 import pytest
 import trio
 from anyio import ClosedResourceError
-from peers import arrive, holds, opened, send_all, settle, within
+from peers import arrive, holds, is_waiting, opened, send_all, settle, within
 
 from anypoll import Connection, _native
 
 pytestmark = pytest.mark.anyio
 
 on_asyncio = pytest.mark.loops("asyncio", "uvloop")
-
-
-def is_waiting(conn: Connection) -> bool:
-    return conn._core.hub.waits(conn._core.number)
 
 
 # --- a coroutine ----------------------------------------------------------------------------------
@@ -78,6 +74,27 @@ async def test_it_can_be_ended_from_outside(end: str) -> None:
         assert not is_waiting(conn)
         await send_all(peer, b"abcd")
         assert await within(conn.next(4)) == b"abcd"
+
+
+@on_asyncio
+@pytest.mark.parametrize("then", ["nothing", "release", "close"])
+async def test_a_checkpoint_that_is_cancelled_leaves_the_bytes(then: str) -> None:
+    """`receive()` had them already. Whatever was done to the reader meanwhile still holds."""
+    async with opened() as (conn, peer):
+        await arrive(conn, peer, b"abcdef")
+        call = conn.receive(10)
+        call.send(None)
+        if then == "release":
+            conn.reader.release()
+        elif then == "close":
+            conn.abort()
+        with pytest.raises(asyncio.CancelledError):
+            call.throw(asyncio.CancelledError())
+        if then == "close":
+            with pytest.raises(ClosedResourceError):
+                await conn.next(3)
+        else:
+            assert await within(conn.next(3)) == b"abc"
 
 
 async def test_task_groups_take_it_as_a_coroutine_function() -> None:
