@@ -527,8 +527,6 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (op->state == ARMED || op->state == READY)
         core_stop_waiting(op->core); /* nothing was consumed: the buffer has it all */
-    if (op->state == YIELDED && op->reader)
-        op->reader->end = op->end;
     release(op);
     native_raise(args, n);
     return NULL;
