@@ -1,12 +1,15 @@
 """The hub on asyncio and uvloop: a reader callback on the hub's event descriptor.
 
 One persistent reader callback on the hub's descriptor does all the waking; only the loop holds it.
-Nothing calls us when a loop ends, but a loop drops its callbacks when it is closed, so a finalizer
-on the callback ends the hub. For that to work, the hub must not hold the loop either.
+Nothing calls us when a loop ends, but a loop drops its callbacks when it is closed, so the end of
+the callback is the end of the hub. For that to work, the hub must not hold the loop; only the tasks
+that wait in the hub do. So that a forgotten loop can be collected with these, nothing holds the hub
+but the loop and the hub's connections.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
 from collections.abc import Callable, Coroutine, Generator
@@ -84,7 +87,8 @@ def _log_failure(task: Task[None]) -> None:
 
 
 class _Drain:
-    """The reader callback: a separate object, because its end is the end of the hub.
+    """The reader callback: a separate object, because its end is the end of the hub (but not at the
+    end of the interpreter, when everything else has ended too).
 
     It also keeps the hub's background tasks alive, because the loop holds tasks only weakly. If the
     hub held them, a forgotten loop would never be collected.
@@ -107,6 +111,10 @@ class _Drain:
     def __call__(self) -> None:
         self._hub.dispatch()
 
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            self._hub.end()
+
 
 class AsyncioHub(Hub):
     """The hub of an asyncio or uvloop event loop; see the module."""
@@ -118,7 +126,6 @@ class AsyncioHub(Hub):
         self._look = checkpoint_if_cancelled
         self._states = _task_states()
         drain = _Drain(self)
-        weakref.finalize(drain, self.end).atexit = False
         self._drain = weakref.ref(drain)
         loop.add_reader(hub_fd(self.handle), drain)
 

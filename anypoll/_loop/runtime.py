@@ -46,7 +46,7 @@ _settings = Settings()
 _pool: Pool | None = None
 #: The thread that exits the interpreter, set once it has stopped the pollers: no more start.
 _exiting_thread: int | None = None
-_hubs: MutableMapping[Any, Hub] = weakref.WeakKeyDictionary()
+_hubs: MutableMapping[Any, weakref.ref[Hub]] = weakref.WeakKeyDictionary()
 _lent = False  # an event loop drives the poller, or did when it was last looked at
 
 #: Sockets whose descriptor Python owns while the C side uses it. The references are strong: objects
@@ -119,7 +119,7 @@ def _end_loans() -> None:
     """Has all pollers driven by their threads. The caller holds the lock."""
     global _lent
     _lent = False
-    for hub in list(_hubs.values()):
+    for hub in _all_hubs():
         hub.give_back()
 
 
@@ -136,7 +136,7 @@ def _lend(hub: Hub, poller: Poller) -> None:
     with _lock:
         if _exiting_thread is not None:
             return
-        if any(not other.dead for other in list(_hubs.values()) if other is not hub):
+        if any(not other.dead for other in _all_hubs() if other is not hub):
             if _lent:
                 _end_loans()
             return
@@ -222,12 +222,17 @@ def current_hub() -> Hub:
     :raises RuntimeError: outside an event loop
     """
     token = current_token().native_token
-    hub = _hubs.get(token)
+    found = _hubs.get(token)
+    hub = found() if found is not None else None
     if hub is None or hub.dead:
         hub = _new_hub(token)
         with _lock:
-            _hubs[token] = hub
+            _hubs[token] = weakref.ref(hub)
     return hub
+
+
+def _all_hubs() -> list[Hub]:
+    return [hub for found in list(_hubs.values()) if (hub := found()) is not None]
 
 
 def _new_hub(token: object) -> Hub:
@@ -246,7 +251,7 @@ def _after_fork_in_child() -> None:
         sock.close()
     raw_sockets.clear()
     handles.clear()
-    for hub in list(_hubs.values()):
+    for hub in _all_hubs():
         hub.end()  # inherited connections then appear closed
     _hubs = weakref.WeakKeyDictionary()
     _epoll.fork_child()
