@@ -466,8 +466,10 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
 static int clear(PyObject *self)
 {
     Core *core = (Core *)self;
-    if (core->hub)
+    if (core->hub) { /* the collector may come here before it comes to the hub */
+        hub_forget_wait(core);
         hub_remove_core(core->hub, core);
+    }
     Py_CLEAR(core->hub);
     Py_CLEAR(core->reader);
     Py_CLEAR(core->writer);

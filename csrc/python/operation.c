@@ -438,8 +438,12 @@ static PySendResult begin(Operation *op, PyObject **result)
 {
     Reader *reader = op->reader;
     op->state = OPEN;
-    if (!reader)
+    if (!reader && op->core)
         return go_on(op, send_begin(op), result);
+    if (!reader) { /* made by __new__ alone */
+        PyErr_SetString(PyExc_AttributeError, "there is no reader");
+        return fail(op);
+    }
     op->core = (Core *)Py_XNewRef((PyObject *)reader->core);
     if (take_arguments(op) < 0)
         return fail(op);

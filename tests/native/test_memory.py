@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 import weakref
 from typing import Any
 
 import pytest
+from programs import run_to_end
 
+import anypoll
 from anypoll import Connection
+from anypoll.nocopy import Reader
 
 
 def test_a_forgotten_loop_is_collected_with_its_waiting_tasks() -> None:
@@ -42,3 +46,51 @@ def test_a_forgotten_loop_is_collected_with_its_waiting_tasks() -> None:
         peer.settimeout(30)
         while peer.recv(1 << 20):
             pass
+
+
+CLEARED = """
+import asyncio, gc, sys, weakref
+import anypoll
+from anypoll._loop import asyncio_hub, runtime
+
+gone = []
+
+async def main():
+    gone.append(weakref.ref(runtime.current_hub()))
+    gc.collect()
+    gc.freeze()  # so that the collector comes to the hub last
+    conn, peer = anypoll.socketpair()
+    core = conn._core
+    for cls in (type(core), asyncio_hub._Drain):
+        cls.__del__ = lambda self: None
+    task = asyncio.ensure_future(conn.next(1))
+    task._log_destroy_pending = False
+    while not core.hub.waits(core.number):
+        await asyncio.sleep(0)
+    gone.append(weakref.ref(core))
+    gc.collect()
+    gc.unfreeze()
+
+asyncio.new_event_loop().run_until_complete(main())
+gc.collect()
+print([ref() for ref in gone])
+"""
+
+
+def test_they_are_cleared_in_any_order() -> None:
+    """Without the finalisers of Python, which end each wait before."""
+    end = run_to_end([sys.executable, "-c", CLEARED])
+    assert (end.returncode, end.stdout.strip()) == (0, "[None, None]"), end.stderr
+
+
+def test_objects_that_were_never_initialised() -> None:
+    """They answer with exceptions."""
+    bare: Any = Connection.__new__(Connection)
+    for call in (
+        lambda: bare.peek(1),
+        lambda: bare.until(b"x"),
+        lambda: Reader.__new__(Reader).next(1),
+        lambda: anypoll._native.Core().fill(1),
+    ):
+        with pytest.raises(AttributeError):
+            call().send(None)
