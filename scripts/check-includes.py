@@ -9,6 +9,9 @@ lines below. So there is no circle. Besides:
     includes that first;
   - who names a function includes the header of the file that defines it (but for the ground,
     which everybody has), so that no call goes around the table by way of anypoll.h.
+
+The native types, csrc/python/, have a table of their own there, without an order. They include
+native.h, which includes anypoll.h; nothing else of the core, and the core nothing of theirs.
 """
 
 import re
@@ -16,27 +19,49 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = "docs/internals/README.md", "## The C files\n"
+README = "docs/internals/README.md"
+CORE, NATIVE = "## The C files\n", "## The native types\n"  # its headings
 PUBLIC = "anypoll.h"  # declares what Python may call, whichever file defines it
 GROUND = "anypoll", "common"
 
 
-def levels() -> dict[str, int]:
-    """The files of the table, those on the lowest line having 0."""
-    name, heading = TABLE
-    section = (ROOT / name).read_text().partition(heading)[2].partition("\n## ")[0]
+def levels(heading: str) -> dict[str, int]:
+    """The files of the table below that heading, those on the lowest line having 0."""
+    section = (ROOT / README).read_text().partition(heading)[2].partition("\n## ")[0]
     lines = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     return {file: i for i, line in enumerate(lines[::-1]) for file in re.findall(r"\w+", line)}
 
 
-def main() -> None:
-    level = levels()
-    sources = {
+def read(folder: str) -> dict[str, str]:
+    """The texts of the C files in that folder, without comments."""
+    return {
         path.name: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
-        for path in sorted((ROOT / "csrc").glob("*.[ch]"))
+        for path in sorted((ROOT / folder).glob("*.[ch]"))
     }
+
+
+def unlisted(folder: str, sources: dict[str, str], level: dict[str, int]) -> list[str]:
+    """What the table lacks, and what it has too much."""
     files = {name[:-2] for name in sources}
-    wrong = [f"{file}: in one of csrc/ and {TABLE[0]} only" for file in sorted(files ^ set(level))]
+    return [f"{file}: in one of {folder}/ and {README} only" for file in sorted(files ^ set(level))]
+
+
+def check_native() -> list[str]:
+    """What is wrong with the native types."""
+    sources = read("csrc/python")
+    wrong = unlisted("csrc/python", sources, levels(NATIVE))
+    for name, text in sources.items():
+        right = "anypoll.h" if name == "native.h" else "native.h"
+        included = re.findall(r'^#include "(.*)"', text, re.MULTILINE)
+        if included != [right]:
+            wrong.append(f"python/{name} includes {included}, and not {right} alone")
+    return wrong
+
+
+def main() -> None:
+    level = levels(CORE)
+    sources = read("csrc")
+    wrong = unlisted("csrc", sources, level) + check_native()
 
     home = {}  # of each function, the file that defines it, or declares it in its own header
     for name, text in sources.items():
@@ -46,6 +71,8 @@ def main() -> None:
             home |= dict.fromkeys(re.findall(head, text, re.MULTILINE), name[:-2])
 
     for name, text in sources.items():
+        if re.search(r"^#include .*(Python\.h|python/|native\.h)", text, re.MULTILINE):
+            wrong.append(f"{name} belongs to the core, and includes something of Python's")
         file = name[:-2]
         own = f"{file}.h" if f"{file}.h" in sources else PUBLIC
         included = re.findall(r'^#include "(.*)\.h"', text, re.MULTILINE)

@@ -7,14 +7,15 @@
  * handler in the name of the task (asyncio's enter_task and leave_task, the task's context), and
  * the task never notices. Whatever else the handler waits for goes to the task as it is.
  *
- *   state   | the handler                      | the task                | send()          |
- * resumed by the hub NEW     | has not begun                    | awaits the drive        | begins
- * | - RUNNING | runs                             | runs, or is represented | -               | -
- *   PARKED  | waits for an operation of ours   | waits for the drive     | goes on         | goes
- * on LEAVING | has yielded something else, or   | is about to run         | hands that over |
- * ignored | has ended, or is to be cancelled |                         |                 | PASSING
- * | waits for something else         | waits for the same      | goes on         | - OVER    | has
- * ended                        |                         | RuntimeError    | -
+ *   state   | the handler                   | the task                | send()    | the hub
+ *   NEW     | has not begun                 | awaits the drive        | begins    | -
+ *   RUNNING | runs                          | runs, or is represented | -         | -
+ *   PARKED  | waits for an operation        | waits for the drive     | goes on   | resumes it
+ *   LEAVING | has yielded something else,   | is about to run         | hands     | does
+ *           | has ended, or is to be        |                         | that over | nothing
+ *           | cancelled                     |                         |           |
+ *   PASSING | waits for something else      | waits for the same      | goes on   | -
+ *   OVER    | has ended                     |                         | raises    | -
  *
  * Cancellation. asyncio's Task.cancel() asks what the task waits for to cancel itself. PARKED, the
  * drive has the task woken with the cancellation, which throws it into the handler. While the

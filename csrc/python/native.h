@@ -5,16 +5,17 @@
  * the base of a Python class (Reader, BaseWriter, Core, Hub, Connection), has the fields that both
  * sides use as members, and calls the class's methods by name for everything else.
  *
- *   file         type       base of                it is for
- *   block.c      Block                             memory of received bytes, behind the views
- *   reader.c     Reader     nocopy.Reader          the window, and the calls that look for bytes in
- * it writer.c     Writer     _buffers' BaseWriter   collecting output core.c       Core
- * _connection's Endpoint asking the core for input, sending stream.c     Stream     Connection the
- * same calls, for short hub.c        Hub        _loop's Hub            who waits; waking them
- *   operation.c  Operation                         the awaitable: one call that may have to wait
- *   drive.c      Drive                             between a task and a handler, which it resumes
- *   send.c                                         send() and flush()
- *   coroutine.c                                    what these two share
+ *   file         type       base of
+ *   block.c      Block      -                   the memory of received bytes, behind the views
+ *   reader.c     Reader     nocopy.Reader       the window, and the calls that look in it
+ *   writer.c     Writer     BaseWriter          collecting output
+ *   core.c       Core       Endpoint            asking the core for input
+ *   stream.c     Stream     Connection          the same calls, for short
+ *   hub.c        Hub        _loop.hub.Hub       who waits, and waking them
+ *   operation.c  Operation  -                   the awaitable: one call that may have to wait
+ *   drive.c      Drive      -                   between a task and a handler, which it resumes
+ *   send.c                                      send() and flush()
+ *   coroutine.c                                 what operations and drives share as coroutines
  *
  * Everything here runs with the GIL, which is never released: the core's calls do not block, and
  * getting the GIL back would take a millisecond if another thread computes. So whatever is marked
