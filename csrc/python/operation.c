@@ -59,7 +59,7 @@ Operation *operation_new(enum kind kind, Reader *reader, PyObject *argument)
     op->blocking = -1;
     op->reader = (Reader *)Py_XNewRef((PyObject *)reader);
     op->argument = Py_NewRef(argument);
-    return op; /* tracked only once it is suspended: most never are */
+    return op; /* tracked only once it is suspended, or has ended and is kept: most never are */
 }
 
 static void track(Operation *op)
@@ -96,6 +96,8 @@ static void release(Operation *op)
     Py_CLEAR(op->wake);
     Py_CLEAR(op->context);
     Py_CLEAR(op->message);
+    if (Py_REFCNT((PyObject *)op) > 1)
+        track(op);
 }
 
 static int clear(PyObject *self)

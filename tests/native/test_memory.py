@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import pytest
+from peers import arrive, opened
 from programs import run_to_end
 
 import anypoll
@@ -46,6 +47,34 @@ def test_a_forgotten_loop_is_collected_with_its_waiting_tasks() -> None:
         peer.settimeout(30)
         while peer.recv(1 << 20):
             pass
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["awaited", "failed", "closed"])
+async def test_a_call_that_is_kept_may_be_part_of_a_cycle(how: str) -> None:
+    """Even if it never waited: the collector knows only of calls that did, or that are kept."""
+
+    class Number:
+        call: Any
+
+        def __index__(self) -> int:
+            return 2 if how == "awaited" else -1
+
+    async with opened() as (conn, peer):
+        await arrive(conn, peer, b"ab")
+        number = Number()
+        number.call = conn.next(number)
+        if how == "awaited":
+            assert await number.call == b"ab"
+        elif how == "failed":
+            with pytest.raises(ValueError, match="-1"):
+                await number.call
+        else:
+            number.call.close()
+        gone = weakref.ref(number)
+        del number
+        gc.collect()
+        assert gone() is None
 
 
 CLEARED = """
