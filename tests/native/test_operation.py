@@ -151,6 +151,79 @@ async def test_a_task_written_in_python_may_wait_for_it() -> None:
         assert await within(conn.next(2)) == b"cd"
 
 
+@on_asyncio
+async def test_asyncio_shields_it() -> None:
+    async with opened() as (conn, peer):
+        task = asyncio.ensure_future(conn.next(2))
+        outer = asyncio.shield(task)
+        await settle()
+        outer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await outer
+        assert is_waiting(conn)
+        await send_all(peer, b"abcd")
+        assert await within(task) == b"ab"
+        async with asyncio.TaskGroup() as group:
+            rest = group.create_task(conn.next(2))
+        assert rest.result() == b"cd"
+
+
+@on_asyncio
+async def test_asyncio_in_debug_mode() -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    try:
+        async with opened() as (conn, peer):
+            task = asyncio.ensure_future(conn.next(2))
+            await holds(lambda: is_waiting(conn))
+            await send_all(peer, b"ab")
+            assert await within(task) == b"ab"
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await conn.receive()
+    finally:
+        loop.set_debug(False)
+
+
+@pytest.mark.loops("asyncio")  # uvloop hands the factory an argument that this one does not take
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks")
+async def test_eager_tasks() -> None:
+    """They begin within `create_task()`, and in the middle of a task that is resumed at once."""
+    loop = asyncio.get_running_loop()
+    factory = loop.get_task_factory()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]
+    try:
+        async with opened() as (first, one), opened() as (second, two):
+            await arrive(first, one, b"ab")
+            assert asyncio.ensure_future(first.next(2)).done()
+
+            async def read() -> bytes:
+                await first.next(1)
+                task = asyncio.ensure_future(second.next(1))
+                assert is_waiting(second)
+                return bytes(await task)
+
+            task = asyncio.ensure_future(read())
+            assert is_waiting(first)
+            await send_all(one, b"x")
+            await holds(lambda: is_waiting(second))
+            await send_all(two, b"y")
+            assert await within(task) == b"y"
+    finally:
+        loop.set_task_factory(factory)
+
+
+async def test_a_scope_cancels_what_a_task_group_runs() -> None:
+    async with opened() as (conn, peer):
+        async with anyio.create_task_group() as group:
+            group.start_soon(conn.next, 2)
+            await holds(lambda: is_waiting(conn))
+            group.cancel_scope.cancel()
+        assert not is_waiting(conn)
+        await send_all(peer, b"ab")
+        assert await within(conn.next(2)) == b"ab"
+
+
 # --- a future -------------------------------------------------------------------------------------
 
 
@@ -271,14 +344,15 @@ async def group_opened(group: Any) -> Any:
 
 
 @on_asyncio
-async def test_what_ends_the_program_loses_no_other_wake_up() -> None:
-    """A KeyboardInterrupt out of one task that runs in the hub's callback."""
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+async def test_what_ends_the_program_loses_no_other_wake_up(end: type[BaseException]) -> None:
+    """It comes out of one task that runs in the hub's callback."""
     loop = asyncio.get_running_loop()
     async with opened() as (first, one), opened() as (second, two):
 
         async def fails() -> None:
             await first.next(1)
-            raise KeyboardInterrupt
+            raise end
 
         interrupted = loop.create_task(fails())
         other = loop.create_task(second.next(1))
@@ -292,9 +366,9 @@ async def test_what_ends_the_program_loses_no_other_wake_up() -> None:
             while not interrupted.done():
                 dispatch()
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(end):
             await outside_of_tasks(run)
-        assert isinstance(interrupted.exception(), KeyboardInterrupt)
+        assert isinstance(interrupted.exception(), end)
         assert await within(other) == b"x"
 
 
