@@ -209,8 +209,13 @@ int ap_poller_step(ap_poller *poller, int timeout_ms, int budget)
 
 void ap_driver_catch_up(ap_poller *poller)
 {
-    if (ap_borrower(poller))
-        ap_poller_step(poller, 0, AP_LOOP_BUDGET);
+    if (poller->epoch != ap_epoch_now() || !ap_borrower(poller))
+        return;
+    /* Waits for the guard, which may be in the middle of a step or of a look: having tried is
+     * not having looked. It does not sleep with the lease, and the caller holds no lock. */
+    pthread_mutex_lock(&poller->lease);
+    ap_driver_step(poller, 0, AP_LOOP_BUDGET);
+    pthread_mutex_unlock(&poller->lease);
 }
 
 int ap_poller_nudge(ap_poller *poller)

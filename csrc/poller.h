@@ -21,7 +21,7 @@ struct ap_poller {
     int gfd;                       /* (c) wakes the guard: the thread while it does not drive */
     uint32_t epoch;                /* (c) */
     _Atomic int32_t refs;          /* (a) acq_rel: the creator, and each open slot */
-    pthread_mutex_t lease;         /* held by the driver, only ever tried */
+    pthread_mutex_t lease;         /* held by the driver; most only try it */
     pthread_t thread;              /* (c) once started */
     _Atomic bool started;          /* (a) relaxed: start and stop come from one place */
     _Atomic bool stopping;         /* (a) release in stop; acquire in the thread */
