@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
@@ -16,6 +17,7 @@ import anyio
 import pytest
 
 import anypoll
+from anypoll import _epoll
 from anypoll._connection.stream import open_socket
 from anypoll._loop import runtime as _runtime
 
@@ -233,6 +235,16 @@ async def arrive(conn: anypoll.Connection, peer: socket.socket, data: bytes) -> 
     after = conn.statistics().bytes_received + len(data)
     await send_all(peer, data)
     await holds(lambda: conn.statistics().bytes_received == after)
+
+
+async def fill_the_kernel(conn: anypoll.Connection) -> int:
+    """Zeros, past the poller, which believes that there is room."""
+    fd = _epoll.conn_fd(conn._core.handle, 0)
+    full = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            full += os.write(fd, bytes(MIB))
+    return full
 
 
 async def read_all(peer: socket.socket, size: int) -> bytes:

@@ -64,48 +64,17 @@ int core_owes(Core *core)
 
 /* ---- output that goes along ----------------------------------------------- */
 
-/* Pending output in one piece, left where it is. */
-static int join(Writer *writer, const char **data, Py_ssize_t *size)
-{
-    PyObject *pieces = writer->pieces;
-    *size = 0;
-    *data = NULL;
-    if (writer->size == 0)
-        return 0;
-    if (PyList_Size(pieces) > 1 || !PyBytes_CheckExact(PyList_GetItem(pieces, 0))) {
-        PyObject *one = PyObject_CallMethodObjArgs(empty_bytes, n_join, pieces, NULL);
-        if (!one || PyList_SetSlice(pieces, 0, PyList_Size(pieces), NULL) < 0 ||
-            PyList_Append(pieces, one) < 0) {
-            Py_XDECREF(one);
-            return -1;
-        }
-        Py_DECREF(one);
-    }
-    char *bytes;
-    if (PyBytes_AsStringAndSize(PyList_GetItem(pieces, 0), &bytes, size) < 0)
-        return -1;
-    *data = bytes;
-    return 0;
-}
-
 /* It has gone, or the core has it. */
 static int forget(Core *core, bool queued)
 {
-    Writer *writer = core->writer;
-    PyObject *rest = PyList_New(0), *pieces = writer->pieces;
-    if (!rest)
-        return -1;
-    writer->pieces = rest;
-    writer->size = 0;
-    PyObject *none = Py_NewRef(Py_None);
-    if (queued) {
-        Py_DECREF(none);
-        PyObject *left = PyLong_FromLongLong(ap_conn_queued(core->conn));
-        none =
-            left ? PyObject_CallMethodObjArgs((PyObject *)core, n__keep, pieces, left, NULL) : NULL;
-        Py_XDECREF(left);
-    }
-    Py_DECREF(pieces);
+    if (!queued)
+        return writer_forget(core->writer);
+    PyObject *pieces = writer_hand_over(core->writer), *none = NULL;
+    PyObject *left = PyLong_FromLongLong(ap_conn_queued(core->conn));
+    if (pieces && left)
+        none = PyObject_CallMethodObjArgs((PyObject *)core, n__keep, pieces, left, NULL);
+    Py_XDECREF(left);
+    Py_XDECREF(pieces);
     Py_XDECREF(none);
     return none ? 0 : -1;
 }
@@ -251,7 +220,7 @@ int core_ask(Core *core, Operation *op)
         int64_t left; /* a failure is for those who write to learn */
         if (core_send_pending(core, &left) < 0)
             return -1;
-    } else if (join(writer, &data, &size) < 0) {
+    } else if (writer_join(writer, &data, &size) < 0) {
         return -1;
     }
     rewind_window(core);

@@ -57,7 +57,9 @@ struct Reader {
 
 typedef struct {
     PyObject_HEAD PyObject *pieces; /* a list: pending output */
-    long long size;                 /* of it, in bytes */
+    PyObject *tail;                 /* and what follows it, joined: bytes with room; or NULL */
+    Py_ssize_t used;                /* of the tail */
+    long long size;                 /* of both, in bytes */
     PyObject *reserved;             /* a list: the open reservation */
     long long reserved_size;
     long long high_water;
@@ -212,7 +214,13 @@ int send_go_on(Operation *op, PyObject *value); /* after an inner coroutine, whi
 int core_send(Core *core, PyObject *list, int64_t *left);
 int core_send_pending(Core *core, int64_t *left);
 
-/* Removes and returns the pending output as a list. */
+/* Pending output in one piece, left where it is. */
+int writer_join(Writer *writer, const char **data, Py_ssize_t *size);
+/* What writer_join() has found has been sent. */
+int writer_forget(Writer *writer);
+/* The same, but its memory is still needed: removes and returns what holds it, as a list. */
+PyObject *writer_hand_over(Writer *writer);
+/* Removes and returns the pending output as a list; small neighbours are joined. */
 PyObject *writer_take(Writer *writer);
 /* A list of the pieces, with small bytes joined, but none beyond most bytes. */
 PyObject *writer_gather(PyObject *pieces, Py_ssize_t most);

@@ -1,10 +1,19 @@
 /* Collecting output: the one call of a writer that happens for every request.
  *
  * Nothing is sent here. The pieces wait in a list until the reader waits, or somebody flushes.
+ *
+ * A reply is small, mostly: an object and a place in the list would cost more than its bytes. So
+ * small writes are copied into a tail, which follows the pieces and becomes one of them before
+ * anything else is appended; Python, which asks for _pieces, never sees it. It is an object of
+ * bytes, for the core may have queued a part of it, and then somebody has to hold it. A writer has
+ * one only while output is pending: an idle connection has no such memory.
  */
 #include "native.h"
 
 #define REFERENCED 4096 /* bytes objects above this are never joined with their neighbours */
+#define SMALL 1024      /* data up to this size is copied into the tail */
+#define TAIL 4032       /* bytes in it; with the object's head it is just less than a page */
+#define SPARE 64        /* tails kept for the next writers */
 
 PyTypeObject *Writer_Type;
 
@@ -13,34 +22,125 @@ static bool is_empty(PyObject *list)
     return !list || PyList_Size(list) <= 0;
 }
 
+/* ---- the tail ------------------------------------------------------------- */
+
+static PyObject *spare[SPARE];
+static int spare_count;
+
+/* A LinkBuffer, which has no sink, gathers its pieces in blocks of its own. */
+static bool is_small(const Writer *writer, Py_ssize_t size)
+{
+    return size <= SMALL && writer->sink;
+}
+
+static bool has_tail(Writer *writer)
+{
+    if (writer->tail)
+        return true;
+    writer->tail = spare_count > 0 ? spare[--spare_count] : PyBytes_FromStringAndSize(NULL, TAIL);
+    writer->used = 0;
+    return writer->tail;
+}
+
+static void drop_tail(Writer *writer)
+{
+    PyObject *tail = writer->tail;
+    writer->tail = NULL;
+    writer->used = 0;
+    if (tail && spare_count < SPARE)
+        spare[spare_count++] = tail;
+    else
+        Py_XDECREF(tail);
+}
+
+/* Makes it a piece. */
+static int seal_tail(Writer *writer)
+{
+    if (writer->used == 0)
+        return 0;
+    PyObject *piece = PyBytes_FromStringAndSize(PyBytes_AsString(writer->tail), writer->used);
+    int rc = piece ? PyList_Append(writer->pieces, piece) : -1;
+    Py_XDECREF(piece);
+    if (rc == 0)
+        writer->used = 0;
+    return rc;
+}
+
+static int copy_to_tail(Writer *writer, const void *data, Py_ssize_t size)
+{
+    if (size > TAIL - writer->used && seal_tail(writer) < 0)
+        return -1;
+    if (!has_tail(writer))
+        return -1;
+    memcpy(PyBytes_AsString(writer->tail) + writer->used, data, (size_t)size);
+    writer->used += size;
+    return 0;
+}
+
+/* ---- writing -------------------------------------------------------------- */
+
+/* Nothing is appended after the end, or before an open reservation is. */
+static int prepare(Writer *writer)
+{
+    if (!writer->shut && is_empty(writer->reserved))
+        return 0;
+    PyObject *none =
+        PyObject_CallMethodObjArgs((PyObject *)writer, writer->shut ? n__refuse : n__seal, NULL);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+static PyObject *appended(Writer *writer, Py_ssize_t size)
+{
+    writer->size += size;
+    if (writer->size >= writer->high_water) {
+        PyObject *none = PyObject_CallMethodObjArgs((PyObject *)writer, n__stands_high, NULL);
+        if (!none)
+            return NULL;
+        Py_DECREF(none);
+    }
+    return PyLong_FromSsize_t(size);
+}
+
+static PyObject *append_piece(Writer *writer, PyObject *bytes)
+{
+    if (prepare(writer) < 0 || seal_tail(writer) < 0 || PyList_Append(writer->pieces, bytes) < 0)
+        return NULL;
+    return appended(writer, PyBytes_Size(bytes));
+}
+
+static PyObject *append_memory(Writer *writer, const void *data, Py_ssize_t size)
+{
+    if (is_small(writer, size)) {
+        if (prepare(writer) < 0 || copy_to_tail(writer, data, size) < 0)
+            return NULL;
+        return appended(writer, size);
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize(data, size);
+    PyObject *result = bytes ? append_piece(writer, bytes) : NULL;
+    Py_XDECREF(bytes);
+    return result;
+}
+
 static PyObject *write_method(PyObject *self, PyObject *data)
 {
     Writer *writer = (Writer *)self;
+    Py_buffer buffer;
+    if (PyMemoryView_Check(data) && PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) == 0) {
+        PyObject *result = append_memory(writer, buffer.buf, buffer.len);
+        PyBuffer_Release(&buffer);
+        return result;
+    }
+    PyErr_Clear(); /* a view with gaps, which Python copies */
     PyObject *bytes = PyBytes_CheckExact(data)
                           ? Py_NewRef(data)
                           : PyObject_CallMethodObjArgs(self, n__as_bytes, data, NULL);
     if (!bytes)
         return NULL;
-    PyObject *result = NULL, *none = NULL;
-    if (writer->shut)
-        none = PyObject_CallMethodObjArgs(self, n__refuse, NULL);
-    else if (!is_empty(writer->reserved))
-        none = PyObject_CallMethodObjArgs(self, n__seal, NULL);
-    else
-        none = Py_NewRef(Py_None);
-    if (none && PyList_Append(writer->pieces, bytes) == 0) {
-        Py_ssize_t size = PyBytes_Size(bytes);
-        writer->size += size;
-        result = PyLong_FromSsize_t(size);
-    }
-    Py_XDECREF(none);
+    PyObject *result = is_small(writer, PyBytes_Size(bytes))
+                           ? append_memory(writer, PyBytes_AsString(bytes), PyBytes_Size(bytes))
+                           : append_piece(writer, bytes);
     Py_DECREF(bytes);
-    if (result && writer->size >= writer->high_water) {
-        none = PyObject_CallMethodObjArgs(self, n__stands_high, NULL);
-        if (!none)
-            Py_CLEAR(result);
-        Py_XDECREF(none);
-    }
     return result;
 }
 
@@ -88,21 +188,84 @@ PyObject *writer_gather(PyObject *pieces, Py_ssize_t most)
     return list;
 }
 
-PyObject *writer_take(Writer *writer)
+static int empty(Writer *writer)
 {
-    PyObject *pieces = writer->pieces, *rest = PyList_New(0);
-    if (rest && PyList_Size(pieces) > 1)
-        pieces = writer_gather(pieces, PY_SSIZE_T_MAX);
-    else
-        Py_INCREF(pieces);
-    if (!rest || !pieces) {
-        Py_XDECREF(rest);
-        Py_XDECREF(pieces);
-        return NULL;
-    }
-    Py_DECREF(writer->pieces);
+    PyObject *rest = PyList_New(0), *pieces = writer->pieces;
+    if (!rest)
+        return -1;
     writer->pieces = rest;
     writer->size = 0;
+    Py_DECREF(pieces);
+    return 0;
+}
+
+int writer_join(Writer *writer, const char **data, Py_ssize_t *size)
+{
+    PyObject *pieces = writer->pieces;
+    *size = writer->used;
+    *data = writer->used ? PyBytes_AsString(writer->tail) : NULL;
+    if (writer->size == writer->used)
+        return 0;
+    if (seal_tail(writer) < 0)
+        return -1;
+    if (PyList_Size(pieces) > 1 || !PyBytes_CheckExact(PyList_GetItem(pieces, 0))) {
+        PyObject *one = PyObject_CallMethodObjArgs(empty_bytes, n_join, pieces, NULL);
+        if (!one || PyList_SetSlice(pieces, 0, PyList_Size(pieces), NULL) < 0 ||
+            PyList_Append(pieces, one) < 0) {
+            Py_XDECREF(one);
+            return -1;
+        }
+        Py_DECREF(one);
+    }
+    char *bytes;
+    if (PyBytes_AsStringAndSize(PyList_GetItem(pieces, 0), &bytes, size) < 0)
+        return -1;
+    *data = bytes;
+    return 0;
+}
+
+int writer_forget(Writer *writer)
+{
+    if (PyList_Size(writer->pieces) > 0)
+        return empty(writer);
+    drop_tail(writer);
+    writer->size = 0;
+    return 0;
+}
+
+PyObject *writer_hand_over(Writer *writer)
+{
+    if (writer->used) { /* there are no pieces: a view tells how much of the tail is output */
+        PyObject *tail = writer->tail, *view, *part = NULL;
+        Py_ssize_t used = writer->used;
+        writer->tail = NULL;
+        writer->used = 0;
+        view = PyMemoryView_FromObject(tail);
+        if (view)
+            part = PySequence_GetSlice(view, 0, used);
+        Py_XDECREF(view);
+        int rc = part ? PyList_Append(writer->pieces, part) : -1;
+        Py_XDECREF(part);
+        if (rc < 0)
+            return NULL; /* the tail is lost, not freed: it is still needed */
+        Py_DECREF(tail);
+    }
+    PyObject *pieces = Py_NewRef(writer->pieces);
+    if (empty(writer) < 0)
+        Py_CLEAR(pieces);
+    return pieces;
+}
+
+PyObject *writer_take(Writer *writer)
+{
+    if (seal_tail(writer) < 0)
+        return NULL;
+    drop_tail(writer);
+    PyObject *pieces = PyList_Size(writer->pieces) > 1
+                           ? writer_gather(writer->pieces, PY_SSIZE_T_MAX)
+                           : Py_NewRef(writer->pieces);
+    if (pieces && empty(writer) < 0)
+        Py_CLEAR(pieces);
     return pieces;
 }
 
@@ -132,6 +295,8 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
 static int clear(PyObject *self)
 {
     Writer *writer = (Writer *)self;
+    drop_tail(writer);
+    writer->size = 0;
     Py_CLEAR(writer->pieces);
     Py_CLEAR(writer->reserved);
     Py_CLEAR(writer->sink);
@@ -159,7 +324,7 @@ static PyMethodDef methods[] = {
     {"write", write_method, METH_O,
      "write($self, data, /)\n--\n\n"
      "Appends ``data``; returns its length in bytes.\n\n"
-     "``bytes`` are kept by reference, anything else is copied.\n\n"
+     "Large ``bytes`` are kept by reference, anything else is copied.\n\n"
      ":raises TypeError: if ``data`` is not bytes-like"},
     {"flush", flush, METH_NOARGS,
      "flush($self, /)\n--\n\n"
@@ -176,7 +341,8 @@ static PyMethodDef methods[] = {
 /* pieces must be a list, which a member of type object could not promise */
 static PyObject *get_pieces(PyObject *self, void *closure)
 {
-    return Py_NewRef(((Writer *)self)->pieces);
+    Writer *writer = (Writer *)self;
+    return seal_tail(writer) < 0 ? NULL : Py_NewRef(writer->pieces);
 }
 
 static int set_pieces(PyObject *self, PyObject *value, void *closure)
@@ -185,7 +351,9 @@ static int set_pieces(PyObject *self, PyObject *value, void *closure)
         PyErr_SetString(PyExc_TypeError, "_pieces must be a list");
         return -1;
     }
-    replace(&((Writer *)self)->pieces, value);
+    Writer *writer = (Writer *)self;
+    drop_tail(writer);
+    replace(&writer->pieces, value);
     return 0;
 }
 

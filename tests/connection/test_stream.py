@@ -31,6 +31,7 @@ from peers import (
     arrive,
     arrived,
     blocked,
+    fill_the_kernel,
     given_up,
     holds,
     opened,
@@ -148,16 +149,6 @@ async def fill(conn: Connection) -> bytes:
     await given_up(conn, conn.send, data)
     await stalled(conn)
     return data
-
-
-async def fill_the_kernel(conn: Connection) -> int:
-    """Zeros, past the poller, which believes that there is room."""
-    fd = _epoll.conn_fd(conn._core.handle, 0)
-    full = 0
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            full += os.write(fd, bytes(MIB))
-    return full
 
 
 # --- receive -------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""The native writer: small output is copied into a tail, larger output is kept in pieces."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+from peers import fill_the_kernel, holds, is_waiting, opened, pattern, read_all, within
+
+pytestmark = pytest.mark.anyio
+
+SMALL, TAIL = 1024, 4032  # see csrc/python/writer.c
+SIZES = [0, 1, 68, SMALL - 1, SMALL, SMALL + 1, TAIL - 1, TAIL, TAIL + 1, 20_000]
+KINDS: list[Callable[[bytes], Any]] = [
+    bytes,
+    bytearray,
+    memoryview,
+    lambda data: memoryview(bytes(b for byte in data for b in (byte, 0)))[::2],
+    lambda data: memoryview(data + b"." * (-len(data) % 4)).cast("I") if data else b"",
+]
+
+
+def outputs(seed: int) -> list[Any]:
+    chance = random.Random(seed)
+    return [chance.choice(KINDS)(pattern(chance.choice(SIZES), seed)) for _ in range(200)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_every_size_and_kind_of_output_is_sent_in_order(seed: int) -> None:
+    data = outputs(seed)
+    whole = b"".join(piece.tobytes() if type(piece) is memoryview else piece for piece in data)
+    async with opened("unix") as (conn, peer), anyio.create_task_group() as group:
+
+        async def send() -> None:
+            size = 0
+            for number, piece in enumerate(data):
+                length = piece.nbytes if type(piece) is memoryview else len(piece)
+                assert conn.writer.write(piece) == length
+                size += length
+                assert len(conn.writer) == size
+                if number % 7 == 0:
+                    await conn.writer.flush()
+                    size = 0
+            await conn.writer.flush()
+
+        group.start_soon(send)
+        assert await within(read_all(peer, len(whole))) == whole
+
+
+async def test_pieces_and_tail_are_one_sequence() -> None:
+    """Whoever looks at the pieces in between."""
+    data = outputs(1)
+    whole = b"".join(piece.tobytes() if type(piece) is memoryview else piece for piece in data)
+    async with opened("unix") as (conn, peer), anyio.create_task_group() as group:
+        for number, piece in enumerate(data):
+            conn.writer.write(piece)
+            if number % 3 == 0:
+                assert sum(map(len, conn.writer._pieces)) == conn.writer._size
+        group.start_soon(conn.writer.flush)
+        assert await within(read_all(peer, len(whole))) == whole
+
+
+async def test_small_output_that_is_queued_is_not_written_over() -> None:
+    """What the kernel had no room for stays where it is, while others write."""
+    async with opened("unix") as (conn, peer), opened("unix") as (other, its_peer):
+        full = await fill_the_kernel(conn)
+        async with anyio.create_task_group() as group:
+            conn.writer.write(b"reply")
+            group.start_soon(conn.reader.peek, 1)  # it takes the output along
+            await holds(lambda: is_waiting(conn))
+            assert conn._core.queued() == len(b"reply")
+            for _ in range(100):
+                other.writer.write(b"other")
+                conn.writer.write(b"later")
+                await other.writer.flush()
+            assert await within(read_all(its_peer, 500)) == b"other" * 100
+            assert await within(read_all(peer, full + 5)) == bytes(full) + b"reply"
+            peer.send(b"x")
+        await conn.writer.flush()
+        assert await within(read_all(peer, 500)) == b"later" * 100
