@@ -30,38 +30,55 @@ int drive_pass_on_cancellation(Drive *drive)
     return left ? 0 : -1;
 }
 
+/* Whether the handler has run. No exception of its own comes out here. */
+static bool step_in_context(Drive *drive)
+{
+    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step), *none = NULL;
+    if (step)
+        none = PyObject_CallMethodObjArgs(drive->context, n_run, step, NULL);
+    Py_XDECREF(step);
+    Py_XDECREF(none);
+    return none != NULL;
+}
+
+static int after_step(Drive *drive)
+{
+    if (drive->state == D_LEAVING)
+        return future_wake((Future *)drive, drive->hub);
+    if (!drive->must_cancel || drive->state != D_PARKED)
+        return 0;
+    drive->must_cancel = false;
+    PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
+    int rc = cancel_parked(drive, message);
+    Py_DECREF(message);
+    return rc;
+}
+
 int drive_resume_on_asyncio(Drive *drive)
 {
-    PyObject *loop = hub_loop(drive->hub), *none;
-    none = PyObject_CallFunctionObjArgs(enter_task, loop, drive->task, NULL);
-    if (!none) { /* a task is running: it cannot be helped here */
-        Py_DECREF(loop);
+    PyObject *loop = hub_loop(drive->hub), *task = Py_NewRef(drive->task);
+    PyObject *entered = PyObject_CallFunctionObjArgs(enter_task, loop, task, NULL), *left = NULL;
+    bool has_run = entered && step_in_context(drive);
+    if (!has_run) /* another task is running, or the context is entered: its task will run it */
         PyErr_Clear();
-        drive->state = D_LEAVING;
-        return future_wake_soon((Future *)drive, drive->hub);
+    if (entered)
+        left = PyObject_CallFunctionObjArgs(leave_task, loop, task, NULL);
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback); /* the handler was not the current task at its end */
+    int rc = has_run ? after_step(drive) : drive_resume_soon(drive);
+    if (rc == 0 && type) {
+        PyErr_Restore(type, value, traceback);
+        rc = -1;
+    } else {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(traceback);
     }
-    Py_DECREF(none);
-    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step);
-    none = step ? PyObject_CallMethodObjArgs(drive->context, n_run, step, NULL) : NULL;
-    Py_XDECREF(step);
-    PyObject *left = PyObject_CallFunctionObjArgs(leave_task, loop, drive->task, NULL);
     Py_DECREF(loop);
+    Py_DECREF(task);
+    Py_XDECREF(entered);
     Py_XDECREF(left);
-    if (!none || !left) {
-        Py_XDECREF(none);
-        return -1;
-    }
-    Py_DECREF(none);
-    if (drive->state == D_LEAVING)
-        return future_wake((Future *)drive);
-    if (drive->must_cancel && drive->state == D_PARKED) {
-        drive->must_cancel = false;
-        PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
-        int rc = cancel_parked(drive, message);
-        Py_DECREF(message);
-        return rc;
-    }
-    return 0;
+    return rc;
 }
 
 /* ---- the protocol of a future ------------------------------------------------------ */

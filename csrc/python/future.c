@@ -23,7 +23,16 @@ void future_drop(Future *future)
 
 /* ---- waking ---------------------------------------------------------------- */
 
-int future_wake(Future *future)
+/* The wake-up has failed before it could run: the loop calls it. A context cannot be entered twice,
+ * as when an event loop runs within a task of another, nor without memory. */
+static int wake_after_failure(Future *future, Hub *hub, PyObject *wake)
+{
+    PyErr_Clear();
+    future->wake = Py_NewRef(wake);
+    return future_wake_soon(future, hub);
+}
+
+int future_wake(Future *future, Hub *hub)
 {
     PyObject *wake = future->wake, *context = Py_XNewRef(future->context), *none;
     if (!wake) {
@@ -31,12 +40,14 @@ int future_wake(Future *future)
         return 0;
     }
     future->wake = NULL;
+    future->asked = false;
     none = context ? PyObject_CallMethodObjArgs(context, n_run, wake, (PyObject *)future, NULL)
                    : PyObject_CallFunctionObjArgs(wake, (PyObject *)future, NULL);
+    int rc = none ? 0 : future->asked ? -1 : wake_after_failure(future, hub, wake);
     Py_DECREF(wake);
     Py_XDECREF(context);
     Py_XDECREF(none);
-    return none ? 0 : -1;
+    return rc;
 }
 
 int future_wake_soon(Future *future, Hub *hub)
@@ -46,7 +57,10 @@ int future_wake_soon(Future *future, Hub *hub)
         return 0; /* nobody listens yet: add_done_callback will find that it is over */
     future->wake = NULL;
     int rc = hub_call_soon(hub, wake, (PyObject *)future, future->context);
-    Py_DECREF(wake);
+    if (rc < 0) /* a cancellation may still come */
+        future->wake = wake;
+    else
+        Py_DECREF(wake);
     return rc;
 }
 
@@ -88,6 +102,7 @@ PyObject *future_message(PyObject *args, PyObject *kwargs)
 
 PyObject *future_result(Future *future, bool over)
 {
+    future->asked = true;
     if (future->cancelled) {
         if (future->message == Py_None || !future->message)
             PyErr_SetNone(CancelledError);

@@ -119,6 +119,7 @@ typedef struct {
     PyObject_HEAD                                                                       \
     int8_t blocking;   /* asyncio's handshake: -1 None, 0 False, 1 True */              \
     bool cancelled;    /* by the task, which is told so when it asks for the result */  \
+    bool asked;        /* the task has asked for the result since it was woken */           \
     PyObject *wake;    /* the task's wake-up, while it waits */                         \
     PyObject *context; /* what that runs in, or NULL */                                 \
     PyObject *message; /* of the cancellation */
@@ -290,7 +291,7 @@ PyObject *drive_is_done(PyObject *self, PyObject *unused);
 PyObject *drive_abort(PyObject *self, PyObject *raise_cancel);
 
 /* The task goes on here and now, or in the next round of asyncio's loop. */
-int future_wake(Future *future);
+int future_wake(Future *future, Hub *hub);
 int future_wake_soon(Future *future, Hub *hub);
 int future_visit(Future *future, visitproc visit, void *arg);
 void future_drop(Future *future);

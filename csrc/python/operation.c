@@ -402,7 +402,7 @@ int operation_wake(Operation *op)
         return 0;
     if (Py_TYPE(op->wake) == Drive_Type)
         return drive_resume((Drive *)op->wake);
-    return op->core->hub->trio ? reschedule(op) : future_wake((Future *)op);
+    return op->core->hub->trio ? reschedule(op) : future_wake((Future *)op, op->core->hub);
 }
 
 static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
