@@ -23,34 +23,11 @@
  * cancellation is kept, and made the task's own (cancel and uncancel: the request has been counted)
  * before anything else is handed to it.
  *
- * Trio lends no names for this. What is used of its inside is looked up once
- * (_loop/trio_hub.py), and without it handlers are resumed by their tasks. A foreign trap
- * cannot wait for the task's next turn, because its waker may come before; so the task is blocked
- * in it at once, as Trio's own loop would do it. While the handler runs in the name of its task
- * there is no abort function, or a handler that cancels itself would have the running task
- * rescheduled; the pending cancellation is looked for when it has parked again.
+ * drive_asyncio.c and drive_trio.c have what differs between the loops.
  */
 #include "native.h"
 
 PyTypeObject *Drive_Type;
-
-enum { D_NEW, D_RUNNING, D_PARKED, D_LEAVING, D_PASSING, D_OVER };
-
-struct Drive {
-    PyObject_HEAD uint8_t state;
-    int8_t blocking;  /* as of an Operation */
-    bool cancelled;   /* PARKED: the task is told so when it asks for the result */
-    bool must_cancel; /* while the handler ran in the name of the task */
-    bool ended;       /* LEAVING: outcome is the handler's result */
-    Hub *hub;
-    PyObject *inner; /* the handler's coroutine */
-    PyObject *task;
-    PyObject *wake;      /* asyncio: the task's wake-up, while it waits for the drive */
-    PyObject *context;   /* asyncio: what it runs in */
-    PyObject *outcome;   /* LEAVING: what the handler has yielded, or its result; or NULL */
-    PyObject *exception; /* LEAVING: what it has raised; or NULL */
-    PyObject *message;   /* of the cancellation */
-};
 
 /* ---- stepping the handler -------------------------------------------------- */
 
@@ -119,108 +96,6 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
     return wait_for_drive(drive, result);
 }
 
-/* ---- asyncio: handing over to the task --------------------------------------- */
-
-static int wake_task(Drive *drive)
-{
-    PyObject *wake = drive->wake, *context = Py_XNewRef(drive->context), *none;
-    drive->wake = NULL;
-    if (!wake) {
-        Py_XDECREF(context);
-        return 0;
-    }
-    none = context ? PyObject_CallMethodObjArgs(context, n_run, wake, (PyObject *)drive, NULL)
-                   : PyObject_CallFunctionObjArgs(wake, (PyObject *)drive, NULL);
-    Py_DECREF(wake);
-    Py_XDECREF(context);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
-}
-
-static int wake_task_soon(Drive *drive)
-{
-    PyObject *wake = drive->wake;
-    if (!wake)
-        return 0; /* add_done_callback will find that it is LEAVING */
-    drive->wake = NULL;
-    int rc = hub_call_soon(drive->hub, wake, (PyObject *)drive, drive->context);
-    Py_DECREF(wake);
-    return rc;
-}
-
-static int cancel_parked(Drive *drive, PyObject *message)
-{
-    drive->state = D_LEAVING;
-    drive->cancelled = true;
-    replace(&drive->message, message);
-    return wake_task_soon(drive);
-}
-
-/* Makes the cancellation that came while the handler ran the task's own. */
-static int pass_on_cancellation(Drive *drive)
-{
-    if (!drive->must_cancel)
-        return 0;
-    drive->must_cancel = false;
-    PyObject *message = drive->message ? drive->message : Py_None;
-    PyObject *done = PyObject_CallMethodObjArgs(drive->task, n_cancel, message, NULL);
-    PyObject *left = done ? PyObject_CallMethodObjArgs(drive->task, n_uncancel, NULL) : NULL;
-    Py_XDECREF(done);
-    Py_XDECREF(left);
-    return left ? 0 : -1;
-}
-
-/* ---- Trio ---------------------------------------------------------------------- */
-
-static int count_point(PyObject *task, PyObject *name)
-{
-    PyObject *count = PyObject_GetAttr(task, name), *one = PyLong_FromLong(1), *more = NULL;
-    if (count && one)
-        more = PyNumber_Add(count, one);
-    int rc = more ? PyObject_SetAttr(task, name, more) : -1;
-    Py_XDECREF(count);
-    Py_XDECREF(one);
-    Py_XDECREF(more);
-    return rc;
-}
-
-/* Blocks the task with that abort function, as Trio's own loop does. */
-static int block_trio_task(Drive *drive, PyObject *abort)
-{
-    PyObject *task = drive->task;
-    if (PyObject_SetAttr(task, n__abort_func, abort) < 0 ||
-        count_point(task, n__cancel_points) < 0 || count_point(task, n__schedule_points) < 0)
-        return -1;
-    PyObject *none =
-        PyObject_CallMethodObjArgs(task, n__attempt_delivery_of_any_pending_cancel, NULL);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
-}
-
-static int reschedule(Drive *drive)
-{
-    PyObject *none =
-        PyObject_CallFunctionObjArgs(drive->hub->reschedule, drive->task, drive->hub->value, NULL);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
-}
-
-/* The handler has yielded a trap of somebody else's: the task is blocked in it. */
-static int block_in_foreign_trap(Drive *drive, PyObject *trap)
-{
-    PyObject *kind = (PyObject *)Py_TYPE(trap);
-    if (kind == drive->hub->wait_trap) {
-        drive->state = D_PASSING;
-        PyObject *abort = PyObject_GetAttr(trap, n_abort_func);
-        int rc = abort ? block_trio_task(drive, abort) : -1;
-        Py_XDECREF(abort);
-        return rc;
-    }
-    drive->state = D_LEAVING;
-    replace(&drive->outcome, trap);
-    return reschedule(drive);
-}
-
 /* ---- resumed by the hub --------------------------------------------------------- */
 
 static void keep_exception(Drive *drive)
@@ -254,103 +129,17 @@ static PyObject *step_method(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static int resume_on_asyncio(Drive *drive)
-{
-    PyObject *loop = hub_loop(drive->hub), *none;
-    none = PyObject_CallFunctionObjArgs(enter_task, loop, drive->task, NULL);
-    if (!none) { /* a task is running: it cannot be helped here */
-        Py_DECREF(loop);
-        PyErr_Clear();
-        drive->state = D_LEAVING;
-        return wake_task_soon(drive);
-    }
-    Py_DECREF(none);
-    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step);
-    none = step ? PyObject_CallMethodObjArgs(drive->context, n_run, step, NULL) : NULL;
-    Py_XDECREF(step);
-    PyObject *left = PyObject_CallFunctionObjArgs(leave_task, loop, drive->task, NULL);
-    Py_DECREF(loop);
-    Py_XDECREF(left);
-    if (!none || !left) {
-        Py_XDECREF(none);
-        return -1;
-    }
-    Py_DECREF(none);
-    if (drive->state == D_LEAVING)
-        return wake_task(drive);
-    if (drive->must_cancel && drive->state == D_PARKED) {
-        drive->must_cancel = false;
-        PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
-        int rc = cancel_parked(drive, message);
-        Py_DECREF(message);
-        return rc;
-    }
-    return 0;
-}
-
-static int left_to_trio(Drive *drive)
-{
-    if (drive->state == D_PARKED) {
-        PyObject *abort = PyObject_GetAttr((PyObject *)drive, n__abort);
-        int rc = abort ? block_trio_task(drive, abort) : -1;
-        Py_XDECREF(abort);
-        return rc;
-    }
-    if (drive->state != D_LEAVING)
-        return 0;
-    if (!drive->outcome || drive->ended)
-        return reschedule(drive);
-    PyObject *trap = drive->outcome;
-    drive->outcome = NULL;
-    int rc = block_in_foreign_trap(drive, trap);
-    Py_DECREF(trap);
-    return rc;
-}
-
-static int resume_on_trio(Drive *drive)
-{
-    PyObject *cell = drive->hub->run_context, *task = Py_NewRef(drive->task), *none = NULL;
-    PyObject *before = PyObject_GetAttr(cell, n_task); /* the hub's own */
-    PyObject *context = before ? PyObject_GetAttr(task, n_context) : NULL;
-    PyObject *step = context ? PyObject_GetAttr((PyObject *)drive, n__step) : NULL;
-    if (step && PyObject_SetAttr(task, n__abort_func, Py_None) == 0 &&
-        PyObject_SetAttr(cell, n_task, task) == 0) {
-        none = PyObject_CallMethodObjArgs(context, n_run, step, NULL);
-        if (PyObject_SetAttr(cell, n_task, before) < 0)
-            Py_CLEAR(none);
-    }
-    int rc = none ? left_to_trio(drive) : -1;
-    Py_XDECREF(none);
-    Py_XDECREF(step);
-    Py_XDECREF(context);
-    Py_XDECREF(before);
-    Py_DECREF(task);
-    return rc;
-}
-
-/* Whether somebody may watch every step of tasks. Trio keeps its instruments in a dict by hook,
- * with one more entry for all of them. */
-static int is_watched(Drive *drive)
-{
-    PyObject *runner = PyObject_GetAttr(drive->task, n__runner);
-    PyObject *instruments = runner ? PyObject_GetAttr(runner, n_instruments) : NULL;
-    Py_ssize_t hooks = instruments ? PyObject_Size(instruments) : -1;
-    int watched = hooks < 0 ? -1 : hooks > 1;
-    Py_XDECREF(runner);
-    Py_XDECREF(instruments);
-    return watched;
-}
-
 int drive_resume(Drive *drive)
 {
     if (drive->state != D_PARKED)
         return 0; /* the task has been woken for another reason, and will go on itself */
     if (!drive->hub->trio)
-        return drive->wake && drive->context ? resume_on_asyncio(drive) : drive_resume_soon(drive);
-    int watched = is_watched(drive);
+        return drive->wake && drive->context ? drive_resume_on_asyncio(drive)
+                                             : drive_resume_soon(drive);
+    int watched = drive_is_watched(drive);
     if (watched < 0)
         return -1;
-    return watched ? drive_resume_soon(drive) : resume_on_trio(drive);
+    return watched ? drive_resume_soon(drive) : drive_resume_on_trio(drive);
 }
 
 int drive_resume_soon(Drive *drive)
@@ -358,7 +147,8 @@ int drive_resume_soon(Drive *drive)
     if (drive->state != D_PARKED)
         return 0;
     drive->state = D_LEAVING;
-    return drive->hub->trio ? reschedule(drive) : wake_task_soon(drive);
+    return drive->hub->trio ? drive_reschedule(drive)
+                            : future_wake_soon((Future *)drive, drive->hub);
 }
 
 /* ---- the protocol of a coroutine ------------------------------------------------ */
@@ -384,7 +174,7 @@ static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result
 
 static PySendResult hand_over(Drive *drive, PyObject *value, PyObject **result)
 {
-    if (pass_on_cancellation(drive) < 0)
+    if (drive_pass_on_cancellation(drive) < 0)
         PyErr_Clear();
     PyObject *exception = drive->exception;
     *result = drive->outcome;
@@ -503,116 +293,9 @@ static PyObject *close_method(PyObject *self, PyObject *unused)
     return none;
 }
 
-/* ---- the protocol of a future ------------------------------------------------------ */
-
-static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
-                                   PyObject *names)
-{
-    Drive *drive = (Drive *)self;
-    PyObject *context = names && PyTuple_Size(names) == 1 ? args[n] : NULL;
-    if (n != 1 || drive->wake) {
-        PyErr_SetString(PyExc_RuntimeError, "only a task can wait for this, and only one");
-        return NULL;
-    }
-    replace(&drive->context, context);
-    if (drive->state != D_PARKED) {
-        if (hub_call_soon(drive->hub, args[0], self, context) < 0)
-            return NULL;
-        Py_RETURN_NONE;
-    }
-    drive->wake = Py_NewRef(args[0]);
-    Py_RETURN_NONE;
-}
-
-static PyObject *remove_done_callback(PyObject *self, PyObject *callback)
-{
-    Drive *drive = (Drive *)self;
-    int same = drive->wake ? PyObject_RichCompareBool(drive->wake, callback, Py_EQ) : 0;
-    if (same < 0)
-        return NULL;
-    if (same)
-        Py_CLEAR(drive->wake);
-    return PyLong_FromLong(same);
-}
-
-static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *keywords[] = {"msg", NULL};
-    Drive *drive = (Drive *)self;
-    PyObject *message = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", keywords, &message))
-        return NULL;
-    switch (drive->state) {
-    case D_PARKED:
-        if (cancel_parked(drive, message) < 0)
-            return NULL;
-        Py_RETURN_TRUE;
-    case D_RUNNING:
-        drive->must_cancel = true;
-        replace(&drive->message, message);
-        Py_RETURN_TRUE;
-    case D_LEAVING:
-        drive->cancelled = true;
-        replace(&drive->message, message);
-        Py_RETURN_TRUE;
-    default: Py_RETURN_FALSE;
-    }
-}
-
-static PyObject *result_method(PyObject *self, PyObject *unused)
-{
-    Drive *drive = (Drive *)self;
-    if (drive->cancelled) {
-        if (drive->message == Py_None || !drive->message)
-            PyErr_SetNone(CancelledError);
-        else
-            PyErr_SetObject(CancelledError, drive->message);
-        return NULL;
-    }
-    if (drive->state == D_PARKED || drive->state == D_RUNNING) {
-        PyErr_SetString(InvalidStateError, "the handler is waiting");
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
-static PyObject *is_done(PyObject *self, PyObject *unused)
-{
-    uint8_t state = ((Drive *)self)->state;
-    return PyBool_FromLong(state == D_LEAVING || state == D_OVER);
-}
-
-static PyObject *is_cancelled(PyObject *self, PyObject *unused)
-{
-    return PyBool_FromLong(((Drive *)self)->cancelled);
-}
-
 static PyObject *get_loop(PyObject *self, PyObject *unused)
 {
     return hub_loop(((Drive *)self)->hub);
-}
-
-static PyObject *get_blocking(PyObject *self, void *closure)
-{
-    int8_t blocking = ((Drive *)self)->blocking;
-    return Py_NewRef(blocking < 0 ? Py_None : blocking ? Py_True : Py_False);
-}
-
-static int set_blocking(PyObject *self, PyObject *value, void *closure)
-{
-    int truth = value ? PyObject_IsTrue(value) : 0;
-    if (truth < 0)
-        return -1;
-    ((Drive *)self)->blocking = (int8_t)truth;
-    return 0;
-}
-
-/* Trio's abort function: the task is to be cancelled while the handler is parked. */
-static PyObject *abort_method(PyObject *self, PyObject *raise_cancel)
-{
-    Drive *drive = (Drive *)self;
-    drive->state = D_LEAVING; /* Trio reschedules the task: the hub comes too late */
-    return Py_NewRef(drive->hub->abort_succeeded);
 }
 
 /* ---- life -------------------------------------------------------------------------- */
@@ -638,12 +321,9 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT((PyObject *)drive->hub);
     Py_VISIT(drive->inner);
     Py_VISIT(drive->task);
-    Py_VISIT(drive->wake);
-    Py_VISIT(drive->context);
     Py_VISIT(drive->outcome);
     Py_VISIT(drive->exception);
-    Py_VISIT(drive->message);
-    return 0;
+    return future_visit((Future *)drive, visit, arg);
 }
 
 static int clear(PyObject *self)
@@ -652,11 +332,9 @@ static int clear(PyObject *self)
     drive->state = D_OVER;
     Py_CLEAR(drive->inner);
     Py_CLEAR(drive->task);
-    Py_CLEAR(drive->wake);
-    Py_CLEAR(drive->context);
     Py_CLEAR(drive->outcome);
     Py_CLEAR(drive->exception);
-    Py_CLEAR(drive->message);
+    future_drop((Future *)drive);
     Py_CLEAR(drive->hub);
     return 0;
 }
@@ -688,17 +366,17 @@ static PyMethodDef methods[] = {
     {"send", send_method, METH_O, NULL},
     {"throw", (PyCFunction)(void (*)(void))throw_method, METH_FASTCALL, NULL},
     {"close", close_method, METH_NOARGS, NULL},
-    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback,
+    {"add_done_callback", (PyCFunction)(void (*)(void))drive_add_done_callback,
      METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"remove_done_callback", remove_done_callback, METH_O, NULL},
-    {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"result", result_method, METH_NOARGS, NULL},
-    {"exception", result_method, METH_NOARGS, NULL},
-    {"done", is_done, METH_NOARGS, NULL},
-    {"cancelled", is_cancelled, METH_NOARGS, NULL},
+    {"remove_done_callback", future_remove_done_callback, METH_O, NULL},
+    {"cancel", (PyCFunction)(void (*)(void))drive_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"result", drive_result, METH_NOARGS, NULL},
+    {"exception", drive_result, METH_NOARGS, NULL},
+    {"done", drive_is_done, METH_NOARGS, NULL},
+    {"cancelled", future_is_cancelled, METH_NOARGS, NULL},
     {"get_loop", get_loop, METH_NOARGS, NULL},
     {"_step", step_method, METH_NOARGS, NULL},
-    {"_abort", abort_method, METH_O, NULL},
+    {"_abort", drive_abort, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -708,7 +386,7 @@ static PyMemberDef members[] = {
 };
 
 static PyGetSetDef properties[] = {
-    {"_asyncio_future_blocking", get_blocking, set_blocking, NULL, NULL},
+    {"_asyncio_future_blocking", future_get_blocking, future_set_blocking, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -5,17 +5,21 @@
  * the base of a Python class (Reader, BaseWriter, Core, Hub, Connection), has the fields that both
  * sides use as members, and calls the class's methods by name for everything else.
  *
- *   file         type       base of
- *   block.c      Block      -                   the memory of received bytes, behind the views
- *   reader.c     Reader     nocopy.Reader       the window, and the calls that look in it
- *   writer.c     Writer     BaseWriter          collecting output
- *   core.c       Core       Endpoint            asking the core for input
- *   stream.c     Stream     Connection          the same calls, for short
- *   hub.c        Hub        _loop.hub.Hub       who waits, and waking them
- *   operation.c  Operation  -                   the awaitable: one call that may have to wait
- *   drive.c      Drive      -                   between a task and a handler, which it resumes
- *   send.c                                      send() and flush()
- *   coroutine.c                                 what operations and drives share as coroutines
+ *   file             type       base of
+ *   block.c          Block      -                   received bytes, behind the views
+ *   reader.c         Reader     nocopy.Reader       the window, and the calls that look in it
+ *   writer.c         Writer     BaseWriter          collecting output
+ *   core.c           Core       Endpoint            asking the core for input
+ *   stream.c         Stream     Connection          the same calls, for short
+ *   hub.c            Hub        _loop.hub.Hub       who waits, and waking them
+ *   operation.c      Operation  -                   the awaitable: a call that may have to wait
+ *   reading.c                                       arguments and results of the reader's calls
+ *   send.c                                          send() and flush()
+ *   drive.c          Drive      -                   between a task and a handler, which it resumes
+ *   drive_asyncio.c                                 the same, if it is asyncio's task
+ *   drive_trio.c                                    the same, if it is Trio's
+ *   coroutine.c                                     what operations and drives share as coroutines
+ *   future.c                                        and as futures, for asyncio
  *
  * Everything here runs with the GIL, which is never released: the core's calls do not block, and
  * getting the GIL back would take a millisecond if another thread computes. So whatever is marked
@@ -110,6 +114,23 @@ typedef struct {
     PyObject_HEAD Reader *reader;
 } Stream;
 
+/* ---- what asyncio's tasks take for a future: the head of operations and drives ---- */
+
+/* clang-format off */
+#define FUTURE_HEAD                                                                     \
+    PyObject_HEAD                                                                       \
+    int8_t blocking;   /* asyncio's handshake: -1 None, 0 False, 1 True */              \
+    bool cancelled;    /* by the task, which is told so when it asks for the result */  \
+    bool asked;        /* the task has asked for the result since it was woken */           \
+    PyObject *wake;    /* the task's wake-up, while it waits */                         \
+    PyObject *context; /* what that runs in, or NULL */                                 \
+    PyObject *message; /* of the cancellation */
+/* clang-format on */
+
+typedef struct {
+    FUTURE_HEAD
+} Future;
+
 /* ---- what an operation does, and where it is; operation.c has the table ---- */
 
 enum kind { FILL, PEEK, NEXT, SKIP, READ_BYTES, UNTIL, FIND, RECEIVE, SEND, FLUSH, KINDS };
@@ -118,24 +139,37 @@ enum state { NEW, INNER, ARMED, READY, YIELDED, OPEN, OVER };
 enum step { ASK = 1, SOURCE, CHECKED, LOOKED, DRAINED, SENT, FLUSHED, RESTED };
 
 struct Operation {
-    PyObject_HEAD uint8_t kind, state, step;
+    FUTURE_HEAD /* wake may be a drive, too, or a task of Trio's */
+        uint8_t kind,
+        state, step;
     uint8_t flags;      /* AP_SCATTER; of FLUSH: CLAIMED */
     bool suspended;     /* it has waited, or yielded */
     bool reading;       /* it holds core->reading */
     bool writing;       /* it holds core->writing */
-    bool cancelled;     /* by the event loop, which is told so when it asks for the result */
-    int8_t blocking;    /* asyncio's handshake: -1 None, 0 False, 1 True */
     Reader *reader;     /* NULL if it sends */
     Core *core;         /* of the reader; NULL if that is no native one */
     PyObject *argument; /* the number as it was given, the delimiter, or what is to be sent */
     PyObject *limit;    /* max_bytes as it was given, or NULL */
     Py_ssize_t n, most; /* bytes wanted, and at most */
     int64_t deadline;
-    int64_t end;       /* where the window ends now, as the token said; 0: unknown */
-    PyObject *inner;   /* a coroutine of Python's that has to end first */
-    PyObject *wake;    /* asyncio: the task's wake-up; Trio: the task */
-    PyObject *context; /* asyncio: what the wake-up runs in */
-    PyObject *message; /* of the cancellation */
+    int64_t end;     /* where the window ends now, as the token said; 0: unknown */
+    PyObject *inner; /* a coroutine of Python's that has to end first */
+};
+
+/* ---- a handler and its task; drive.c has the table ------------------------ */
+
+enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_LEAVING, D_PASSING, D_OVER };
+
+struct Drive {
+    FUTURE_HEAD
+    uint8_t state;
+    bool must_cancel; /* while the handler ran in the name of the task */
+    bool ended;       /* LEAVING: outcome is the handler's result */
+    Hub *hub;
+    PyObject *inner; /* the handler's coroutine */
+    PyObject *task;
+    PyObject *outcome;   /* LEAVING: what the handler has yielded, or its result; or NULL */
+    PyObject *exception; /* LEAVING: what it has raised; or NULL */
 };
 
 extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
@@ -244,9 +278,41 @@ void operation_ready(Operation *op, int64_t end);
 int operation_wake(Operation *op);      /* asyncio: the task runs here and now */
 int operation_wake_soon(Operation *op); /* in the next round of the loop */
 
+/* After the arguments have been looked at: as core_begin(). */
+int reading_begin(Operation *op);
+/* What the call returns, now that the window is open on op->n bytes. */
+PyObject *reading_result(Operation *op);
+
 /* The handler goes on here and now, or in the next round. */
 int drive_resume(Drive *drive);
 int drive_resume_soon(Drive *drive);
+int drive_resume_on_asyncio(Drive *drive);
+int drive_pass_on_cancellation(Drive *drive);
+int drive_resume_on_trio(Drive *drive);
+int drive_reschedule(Drive *drive);
+int drive_is_watched(Drive *drive);
+PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                  PyObject *names);
+PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *drive_result(PyObject *self, PyObject *unused);
+PyObject *drive_is_done(PyObject *self, PyObject *unused);
+PyObject *drive_abort(PyObject *self, PyObject *raise_cancel);
+
+/* The task goes on here and now, or in the next round of asyncio's loop. */
+int future_wake(Future *future, Hub *hub);
+int future_wake_soon(Future *future, Hub *hub);
+int future_visit(Future *future, visitproc visit, void *arg);
+void future_drop(Future *future);
+/* add_done_callback(), given whether the wait is over. */
+PyObject *future_listen(Future *future, Hub *hub, bool over, PyObject *const *args, Py_ssize_t n,
+                        PyObject *names);
+/* The argument of cancel(), borrowed. */
+PyObject *future_message(PyObject *args, PyObject *kwargs);
+PyObject *future_result(Future *future, bool over);
+PyObject *future_remove_done_callback(PyObject *self, PyObject *callback);
+PyObject *future_is_cancelled(PyObject *self, PyObject *unused);
+PyObject *future_get_blocking(PyObject *self, void *closure);
+int future_set_blocking(PyObject *self, PyObject *value, void *closure);
 
 /* The result of send(), for an iterator: what is yielded, or StopIteration. */
 PyObject *native_as_iterator(PySendResult how, PyObject *result);

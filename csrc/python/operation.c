@@ -77,10 +77,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(op->argument);
     Py_VISIT(op->limit);
     Py_VISIT(op->inner);
-    Py_VISIT(op->wake);
-    Py_VISIT(op->context);
-    Py_VISIT(op->message);
-    return 0;
+    return future_visit((Future *)op, visit, arg);
 }
 
 /* Lets go of everything, and of the right to read or to write. */
@@ -93,9 +90,7 @@ static void release(Operation *op)
         op->core->writing = false;
     op->reading = op->writing = false;
     Py_CLEAR(op->inner);
-    Py_CLEAR(op->wake);
-    Py_CLEAR(op->context);
-    Py_CLEAR(op->message);
+    future_drop((Future *)op);
     if (Py_REFCNT((PyObject *)op) > 1)
         track(op);
 }
@@ -136,64 +131,6 @@ static void dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* ---- results --------------------------------------------------------------- */
-
-static PyObject *report(Core *core, PyObject *bytes)
-{
-    PyObject *none = bytes ? PyObject_CallMethodObjArgs((PyObject *)core, n__report, NULL) : NULL;
-    if (!none)
-        Py_CLEAR(bytes);
-    Py_XDECREF(none);
-    return bytes;
-}
-
-static PyObject *received(Operation *op)
-{
-    Reader *reader = op->reader;
-    long long start = reader->start, stop = reader->end;
-    if (stop - start > op->most)
-        stop = start + op->most;
-    reader->start = stop;
-    PyObject *bytes = window_bytes(reader->view, start, stop);
-    return op->core->kind == AP_UNIX ? report(op->core, bytes) : bytes;
-}
-
-static PyObject *skipped(Operation *op)
-{
-    Reader *reader = op->reader;
-    if (!(op->flags & AP_SCATTER)) {
-        reader->start += op->n;
-        Py_RETURN_NONE;
-    }
-    if (op->core) {
-        if (core_skip(op->core, op) < 0)
-            return NULL;
-        Py_RETURN_NONE;
-    }
-    PyObject *n = PyLong_FromSsize_t(op->n);
-    PyObject *none = n ? PyObject_CallMethodObjArgs(reader->source, n_consume, n, NULL) : NULL;
-    Py_XDECREF(n);
-    return none;
-}
-
-/* What the call returns, now that the window is open on op->n bytes. */
-static PyObject *result_of(Operation *op)
-{
-    Reader *reader = op->reader;
-    if (!reader)
-        Py_RETURN_NONE;
-    long long start = reader->start, stop = start + op->n;
-    switch (op->kind) {
-    case FILL: return PyBool_FromLong(op->suspended);
-    case FIND: return PyLong_FromSsize_t(op->n);
-    case RECEIVE: return received(op);
-    case SKIP: return skipped(op);
-    case PEEK: return window_slice(reader->view, start, stop);
-    case READ_BYTES: reader->start = stop; return window_bytes(reader->view, start, stop);
-    default: reader->start = stop; return window_slice(reader->view, start, stop);
-    }
-}
-
 /* ---- going on --------------------------------------------------------------- */
 
 static PySendResult go_on(Operation *op, int rc, PyObject **result);
@@ -209,7 +146,7 @@ static PySendResult done(Operation *op, PyObject **result)
     if (op->reading) /* before the result: views are taken by whoever reads */
         op->core->reading = false;
     op->reading = false;
-    *result = result_of(op);
+    *result = op->reader ? reading_result(op) : Py_NewRef(Py_None);
     release(op);
     return *result ? PYGEN_RETURN : PYGEN_ERROR;
 }
@@ -331,131 +268,10 @@ static PySendResult go_on(Operation *op, int rc, PyObject **result)
     return done(op, result);
 }
 
-/* ---- beginning --------------------------------------------------------------- */
-
-/* op->n from the argument: fast if it is plain, by Python's rules otherwise. */
-static int take_count(Operation *op)
-{
-    PyObject *argument = op->argument;
-    if (PyLong_CheckExact(argument)) {
-        op->n = PyLong_AsSsize_t(argument);
-        if (op->n > 0 && op->n <= op->reader->limit)
-            return 0;
-        PyErr_Clear();
-    }
-    PyObject *n = PyObject_CallMethodObjArgs((PyObject *)op->reader, n__count, argument, NULL);
-    if (!n)
-        return -1;
-    op->n = PyLong_AsSsize_t(n);
-    Py_DECREF(n);
-    return op->n < 0 ? -1 : 0;
-}
-
-static int take_delimiter(Operation *op)
-{
-    bool plain = PyBytes_CheckExact(op->argument) && PyBytes_Size(op->argument) > 0;
-    op->most = 65536;
-    if (op->limit) {
-        op->most = PyLong_CheckExact(op->limit) ? PyLong_AsSsize_t(op->limit) : -1;
-        plain = plain && op->most >= 0 && op->most <= INT32_MAX;
-        PyErr_Clear();
-    }
-    if (plain)
-        return 0;
-    PyObject *both = PyObject_CallMethodObjArgs((PyObject *)op->reader, n__until_arguments,
-                                                op->argument, op->limit, NULL);
-    if (!both)
-        return -1;
-    replace(&op->argument, PyTuple_GetItem(both, 0));
-    op->most = PyLong_AsSsize_t(PyTuple_GetItem(both, 1));
-    Py_DECREF(both);
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int take_most(Operation *op)
-{
-    op->most = PyLong_CheckExact(op->argument) ? PyLong_AsSsize_t(op->argument) : 0;
-    op->n = 1;
-    if (op->most >= 1)
-        return 0;
-    if (PyErr_Occurred()) { /* more than any memory */
-        PyErr_Clear();
-        op->most = PY_SSIZE_T_MAX;
-    }
-    PyObject *most =
-        PyObject_CallMethodObjArgs((PyObject *)op->core, n__max_bytes, op->argument, NULL);
-    if (!most)
-        return -1;
-    op->most = PyLong_AsSsize_t(most);
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        op->most = PY_SSIZE_T_MAX;
-    }
-    Py_DECREF(most);
-    return 0;
-}
-
-static int take_arguments(Operation *op)
-{
-    switch (op->kind) {
-    case UNTIL:
-    case FIND: return take_delimiter(op);
-    case RECEIVE: return take_most(op);
-    default: return take_count(op);
-    }
-}
-
-static bool is_in_window(const Operation *op)
-{
-    const Reader *reader = op->reader;
-    switch (op->kind) {
-    case PEEK:
-    case NEXT:
-    case SKIP:
-    case READ_BYTES: return op->n > 0 && op->n <= reader->end - reader->start && reader->budget > 0;
-    default: return false;
-    }
-}
-
-/* A source that is not a connection of ours answers in Python. */
-static int ask_source(Operation *op)
-{
-    PyObject *source = op->reader->source;
-    PyObject *number = PyLong_FromSsize_t(operation_finds(op) ? op->most : op->n);
-    PyObject *flags = PyLong_FromLong(op->flags);
-    if (number && flags)
-        op->inner = operation_finds(op)
-                        ? PyObject_CallMethodObjArgs(source, n_find, op->argument, number, NULL)
-                        : PyObject_CallMethodObjArgs(source, n_fill, number, flags, NULL);
-    Py_XDECREF(number);
-    Py_XDECREF(flags);
-    if (!op->inner)
-        return -1;
-    op->state = INNER;
-    op->step = SOURCE;
-    return 0;
-}
-
 static PySendResult begin(Operation *op, PyObject **result)
 {
-    Reader *reader = op->reader;
     op->state = OPEN;
-    if (!reader && op->core)
-        return go_on(op, send_begin(op), result);
-    if (!reader) { /* made by __new__ alone */
-        PyErr_SetString(PyExc_AttributeError, "there is no reader");
-        return fail(op);
-    }
-    op->core = (Core *)Py_XNewRef((PyObject *)reader->core);
-    if (take_arguments(op) < 0)
-        return fail(op);
-    if (is_in_window(op)) {
-        reader->budget--;
-        return done(op, result);
-    }
-    if (op->kind == SKIP)
-        op->flags |= AP_SCATTER;
-    return go_on(op, op->core ? core_begin(op->core, op) : ask_source(op), result);
+    return go_on(op, !op->reader && op->core ? send_begin(op) : reading_begin(op), result);
 }
 
 /* ---- the protocol of a coroutine ----------------------------------------------- */
@@ -564,17 +380,20 @@ void operation_ready(Operation *op, int64_t end)
 
 int operation_wake_soon(Operation *op)
 {
-    if (!op->wake)
-        return 0; /* nobody listens yet: add_done_callback will find it READY */
-    if (Py_TYPE(op->wake) == Drive_Type)
+    if (op->wake && Py_TYPE(op->wake) == Drive_Type)
         return drive_resume_soon((Drive *)op->wake);
-    if (op->core->hub->trio)
-        return operation_wake(op);
-    PyObject *wake = op->wake;
+    return op->core->hub->trio ? operation_wake(op) : future_wake_soon((Future *)op, op->core->hub);
+}
+
+static int reschedule(Operation *op)
+{
+    Hub *hub = op->core->hub;
+    PyObject *task = op->wake;
     op->wake = NULL;
-    int rc = hub_call_soon(op->core->hub, wake, (PyObject *)op, op->context);
-    Py_DECREF(wake);
-    return rc;
+    PyObject *none = PyObject_CallFunctionObjArgs(hub->reschedule, task, hub->value, NULL);
+    Py_DECREF(task);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
 }
 
 int operation_wake(Operation *op)
@@ -583,57 +402,25 @@ int operation_wake(Operation *op)
         return 0;
     if (Py_TYPE(op->wake) == Drive_Type)
         return drive_resume((Drive *)op->wake);
-    Hub *hub = op->core->hub;
-    PyObject *wake = op->wake, *context = op->context, *none;
-    op->wake = op->context = NULL;
-    if (hub->trio)
-        none = PyObject_CallFunctionObjArgs(hub->reschedule, wake, hub->value, NULL);
-    else if (context)
-        none = PyObject_CallMethodObjArgs(context, n_run, wake, (PyObject *)op, NULL);
-    else
-        none = PyObject_CallFunctionObjArgs(wake, (PyObject *)op, NULL);
-    Py_DECREF(wake);
-    Py_XDECREF(context);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
+    return op->core->hub->trio ? reschedule(op) : future_wake((Future *)op, op->core->hub);
 }
 
 static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                    PyObject *names)
 {
     Operation *op = (Operation *)self;
-    PyObject *context = names && PyTuple_Size(names) == 1 ? args[n] : NULL;
-    if (n != 1 || op->wake || (op->state != ARMED && op->state != READY)) {
+    if (op->state != ARMED && op->state != READY) {
         PyErr_SetString(PyExc_RuntimeError, "only a task can wait for this, and only one");
         return NULL;
     }
-    if (op->state == READY) {
-        if (hub_call_soon(op->core->hub, args[0], self, context) < 0)
-            return NULL;
-        Py_RETURN_NONE;
-    }
-    op->wake = Py_NewRef(args[0]);
-    op->context = Py_XNewRef(context);
-    Py_RETURN_NONE;
-}
-
-static PyObject *remove_done_callback(PyObject *self, PyObject *callback)
-{
-    Operation *op = (Operation *)self;
-    int same = op->wake ? PyObject_RichCompareBool(op->wake, callback, Py_EQ) : 0;
-    if (same < 0)
-        return NULL;
-    if (same)
-        Py_CLEAR(op->wake);
-    return PyLong_FromLong(same);
+    return future_listen((Future *)op, op->core->hub, op->state == READY, args, n, names);
 }
 
 static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"msg", NULL};
     Operation *op = (Operation *)self;
-    PyObject *message = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", keywords, &message))
+    PyObject *message = future_message(args, kwargs);
+    if (!message)
         return NULL;
     if (op->state != ARMED && op->state != READY)
         Py_RETURN_FALSE;
@@ -654,18 +441,7 @@ static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
 static PyObject *result(PyObject *self, PyObject *unused)
 {
     Operation *op = (Operation *)self;
-    if (op->cancelled) {
-        if (op->message == Py_None || !op->message)
-            PyErr_SetNone(CancelledError);
-        else
-            PyErr_SetObject(CancelledError, op->message);
-        return NULL;
-    }
-    if (op->state == ARMED) {
-        PyErr_SetString(InvalidStateError, "the wait is not over");
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return future_result((Future *)op, op->state != ARMED);
 }
 
 static PyObject *is_done(PyObject *self, PyObject *unused)
@@ -673,30 +449,10 @@ static PyObject *is_done(PyObject *self, PyObject *unused)
     return PyBool_FromLong(((Operation *)self)->state != ARMED);
 }
 
-static PyObject *is_cancelled(PyObject *self, PyObject *unused)
-{
-    return PyBool_FromLong(((Operation *)self)->cancelled);
-}
-
 static PyObject *get_loop(PyObject *self, PyObject *unused)
 {
     Operation *op = (Operation *)self;
     return op->core ? hub_loop(op->core->hub) : Py_NewRef(Py_None);
-}
-
-static PyObject *get_blocking(PyObject *self, void *closure)
-{
-    int8_t blocking = ((Operation *)self)->blocking;
-    return Py_NewRef(blocking < 0 ? Py_None : blocking ? Py_True : Py_False);
-}
-
-static int set_blocking(PyObject *self, PyObject *value, void *closure)
-{
-    int truth = value ? PyObject_IsTrue(value) : 0;
-    if (truth < 0)
-        return -1;
-    ((Operation *)self)->blocking = (int8_t)truth;
-    return 0;
 }
 
 /* ---- what debuggers see ------------------------------------------------------------ */
@@ -727,18 +483,18 @@ static PyMethodDef methods[] = {
     {"close", close_method, METH_NOARGS, NULL},
     {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback,
      METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"remove_done_callback", remove_done_callback, METH_O, NULL},
+    {"remove_done_callback", future_remove_done_callback, METH_O, NULL},
     {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, NULL},
     {"result", result, METH_NOARGS, NULL},
     {"exception", result, METH_NOARGS, NULL},
     {"done", is_done, METH_NOARGS, NULL},
-    {"cancelled", is_cancelled, METH_NOARGS, NULL},
+    {"cancelled", future_is_cancelled, METH_NOARGS, NULL},
     {"get_loop", get_loop, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef properties[] = {
-    {"_asyncio_future_blocking", get_blocking, set_blocking, NULL, NULL},
+    {"_asyncio_future_blocking", future_get_blocking, future_set_blocking, NULL, NULL},
     {"__name__", get_name, NULL, NULL, NULL},
     {"__qualname__", get_name, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

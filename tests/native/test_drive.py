@@ -17,7 +17,7 @@ import anyio.to_thread
 import pytest
 import trio
 import trio.testing
-from peers import holds, send_all, settle, within
+from peers import holds, is_waiting, send_all, settle, within
 from serving import connected
 
 import anypoll
@@ -429,3 +429,80 @@ async def test_at_random(seed: int) -> None:
                 await anyio.sleep(dice.choice([0, 0.0003]))
         assert await read(sock, 1) == b"!"
     assert done == [True]
+
+
+# --- what goes wrong on the way -------------------------------------------------------------------
+
+
+async def wake_by_callback(
+    conn: Connection, sock: socket.socket, run: Callable[[Callable[[], Any]], Any]
+) -> None:
+    """Ends the wait of the connection as the event loop does, but within `run`."""
+    hub: Any = conn._core.hub
+    dispatch = hub.dispatch if hub.loan is None else lambda: hub.drive(hub.loan)
+    done = asyncio.get_running_loop().create_future()
+
+    def call() -> None:
+        calls = conn.statistics().bytes_received
+        sock.send(b"x")
+        try:
+            while conn.statistics().bytes_received == calls or is_waiting(conn):
+                run(dispatch)
+            done.set_result(None)
+        except BaseException as exc:  # noqa: BLE001
+            done.set_exception(exc)
+
+    asyncio.get_running_loop().call_soon(call)
+    await done
+
+
+@on_asyncio
+async def test_a_context_that_is_entered_already() -> None:
+    """Nobody can enter it a second time, so the task goes on in the next round."""
+    conns: list[Connection] = []
+
+    async def handler(conn: Connection) -> None:
+        conns.append(conn)
+        while True:
+            conn.writer.write(await conn.next(1))
+
+    async with one(handler) as sock:
+        await send_all(sock, b"a")
+        assert await read(sock, 1) == b"a"
+        await holds(lambda: is_waiting(conns[0]))
+        waiters = [o for o in gc.get_objects() if type(o) in (_native.Drive, _native.Operation)]
+        contexts = [
+            referent
+            for waiter in waiters
+            for referent in gc.get_referents(waiter)
+            if isinstance(referent, contextvars.Context)
+        ]
+        [context] = contexts
+        await wake_by_callback(conns[0], sock, context.run)
+        assert await read(sock, 1) == b"x"
+        await send_all(sock, b"c")
+        assert await read(sock, 1) == b"c"
+
+
+@on_asyncio
+async def test_a_handler_that_leaves_its_task(direct: bool) -> None:
+    """The event loop is told, and the handler goes on."""
+    if not direct:
+        pytest.skip("asyncio itself does not survive that")
+    conns: list[Connection] = []
+
+    async def handler(conn: Connection) -> None:
+        conns.append(conn)
+        await conn.next(1)
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.tasks._leave_task(asyncio.get_running_loop(), task)
+        await conn.next(1)
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await holds(lambda: conns and is_waiting(conns[0]))
+        with pytest.raises(RuntimeError, match="[Ll]eaving task"):
+            await wake_by_callback(conns[0], sock, lambda dispatch: dispatch())
+        await send_all(sock, b"b")
+        assert await read(sock, 1) == b"!"

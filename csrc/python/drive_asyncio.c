@@ -1,0 +1,127 @@
+/* A drive whose task is asyncio's: cancellation, and handing over to the task.
+ *
+ * asyncio's Task.cancel() asks what the task waits for to cancel itself. PARKED, the drive has the
+ * task woken with the cancellation, which throws it into the handler. While the handler runs in the
+ * name of the task, the drive is what the task seems to wait for; the cancellation is kept, and
+ * made the task's own (cancel and uncancel: the request has been counted) before anything else is
+ * handed to it.
+ */
+#include "native.h"
+
+static int cancel_parked(Drive *drive, PyObject *message)
+{
+    drive->state = D_LEAVING;
+    drive->cancelled = true;
+    replace(&drive->message, message);
+    return future_wake_soon((Future *)drive, drive->hub);
+}
+
+/* Makes the cancellation that came while the handler ran the task's own. */
+int drive_pass_on_cancellation(Drive *drive)
+{
+    if (!drive->must_cancel)
+        return 0;
+    drive->must_cancel = false;
+    PyObject *message = drive->message ? drive->message : Py_None;
+    PyObject *done = PyObject_CallMethodObjArgs(drive->task, n_cancel, message, NULL);
+    PyObject *left = done ? PyObject_CallMethodObjArgs(drive->task, n_uncancel, NULL) : NULL;
+    Py_XDECREF(done);
+    Py_XDECREF(left);
+    return left ? 0 : -1;
+}
+
+/* Whether the handler has run. No exception of its own comes out here. */
+static bool step_in_context(Drive *drive)
+{
+    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step), *none = NULL;
+    if (step)
+        none = PyObject_CallMethodObjArgs(drive->context, n_run, step, NULL);
+    Py_XDECREF(step);
+    Py_XDECREF(none);
+    return none != NULL;
+}
+
+static int after_step(Drive *drive)
+{
+    if (drive->state == D_LEAVING)
+        return future_wake((Future *)drive, drive->hub);
+    if (!drive->must_cancel || drive->state != D_PARKED)
+        return 0;
+    drive->must_cancel = false;
+    PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
+    int rc = cancel_parked(drive, message);
+    Py_DECREF(message);
+    return rc;
+}
+
+int drive_resume_on_asyncio(Drive *drive)
+{
+    PyObject *loop = hub_loop(drive->hub), *task = Py_NewRef(drive->task);
+    PyObject *entered = PyObject_CallFunctionObjArgs(enter_task, loop, task, NULL), *left = NULL;
+    bool has_run = entered && step_in_context(drive);
+    if (!has_run) /* another task is running, or the context is entered: its task will run it */
+        PyErr_Clear();
+    if (entered)
+        left = PyObject_CallFunctionObjArgs(leave_task, loop, task, NULL);
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback); /* the handler was not the current task at its end */
+    int rc = has_run ? after_step(drive) : drive_resume_soon(drive);
+    if (rc == 0 && type) {
+        PyErr_Restore(type, value, traceback);
+        rc = -1;
+    } else {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(traceback);
+    }
+    Py_DECREF(loop);
+    Py_DECREF(task);
+    Py_XDECREF(entered);
+    Py_XDECREF(left);
+    return rc;
+}
+
+/* ---- the protocol of a future ------------------------------------------------------ */
+
+PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                  PyObject *names)
+{
+    Drive *drive = (Drive *)self;
+    return future_listen((Future *)drive, drive->hub, drive->state != D_PARKED, args, n, names);
+}
+
+PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    Drive *drive = (Drive *)self;
+    PyObject *message = future_message(args, kwargs);
+    if (!message)
+        return NULL;
+    switch (drive->state) {
+    case D_PARKED:
+        if (cancel_parked(drive, message) < 0)
+            return NULL;
+        Py_RETURN_TRUE;
+    case D_RUNNING:
+        drive->must_cancel = true;
+        replace(&drive->message, message);
+        Py_RETURN_TRUE;
+    case D_LEAVING:
+        drive->cancelled = true;
+        replace(&drive->message, message);
+        Py_RETURN_TRUE;
+    default: Py_RETURN_FALSE;
+    }
+}
+
+PyObject *drive_result(PyObject *self, PyObject *unused)
+{
+    Drive *drive = (Drive *)self;
+    bool over = drive->state != D_PARKED && drive->state != D_RUNNING;
+    return future_result((Future *)drive, over);
+}
+
+PyObject *drive_is_done(PyObject *self, PyObject *unused)
+{
+    uint8_t state = ((Drive *)self)->state;
+    return PyBool_FromLong(state == D_LEAVING || state == D_OVER);
+}
