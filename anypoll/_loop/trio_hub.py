@@ -10,7 +10,7 @@ connection after that (another system task, an async generator's finaliser) find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sized
 from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
@@ -46,6 +46,17 @@ def _abort(readers: dict[int, Any], number: int, _raise_cancel: Any) -> Abort:
     return Abort.SUCCEEDED
 
 
+@trio.lowlevel.disable_ki_protection
+def _unprotected(step: Callable[[], Any]) -> Any:
+    """Calls a step of a handler, in which a KeyboardInterrupt may be raised at any time."""
+    return step()
+
+
+@trio.lowlevel.enable_ki_protection
+def _can_unprotect() -> bool:
+    return not _unprotected(trio.lowlevel.currently_ki_protected)
+
+
 def _inside_of_trio() -> tuple[Any, Any] | None:
     """What resuming a handler directly needs and Trio does not publish: where it keeps the current
     task, and the type of the trap of tasks that wait. ``None`` if anything is not as it was.
@@ -59,6 +70,7 @@ def _inside_of_trio() -> tuple[Any, Any] | None:
         "_abort_func",
         "_attempt_delivery_of_any_pending_cancel",
         "_cancel_points",
+        "_ki_protected",
         "_runner",
         "_schedule_points",
         "context",
@@ -66,6 +78,13 @@ def _inside_of_trio() -> tuple[Any, Any] | None:
     task = trio.lowlevel.current_task()
     known = all(hasattr(task, name) for name in names) and type(task) is RunTask
     if not known or getattr(GLOBAL_RUN_CONTEXT, "task", None) is not task:
+        return None
+    trap = _wait_trap(_unprotected)
+    if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
+        return None
+    if not isinstance(getattr(task._runner, "instruments", None), Sized):
+        return None
+    if not _can_unprotect():
         return None
     return GLOBAL_RUN_CONTEXT, WaitTaskRescheduled
 
@@ -180,6 +199,7 @@ class TrioHub(Hub):
         self._look = trio.lowlevel.checkpoint_if_cancelled
         self._shielded = _trap_of(trio.lowlevel.cancel_shielded_checkpoint())  # noqa: ASYNC105
         self._abort_succeeded = Abort.SUCCEEDED
+        self._unprotected = _unprotected
         self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)

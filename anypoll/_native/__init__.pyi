@@ -51,6 +51,7 @@ class Hub:
     _abort_succeeded: Any
     _is_trio: bool
     _run_context: Any
+    _unprotected: Any
     _wait_trap: Any
     _loop: Any
     _look: Any

@@ -47,3 +47,23 @@ PySendResult native_throw(PyObject *inner, PyObject *const *args, Py_ssize_t n, 
     Py_XDECREF(traceback);
     return *result ? PYGEN_RETURN : PYGEN_ERROR;
 }
+
+PyObject *native_take_exception(void)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+}
+
+bool native_is_true(PyObject *object, PyObject *name)
+{
+    PyObject *value = PyObject_GetAttr(object, name);
+    bool truth = value == Py_True;
+    Py_XDECREF(value);
+    return truth;
+}

@@ -98,23 +98,12 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 
 /* ---- resumed by the hub --------------------------------------------------------- */
 
-static void keep_exception(Drive *drive)
-{
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (traceback)
-        PyException_SetTraceback(value, traceback);
-    Py_XDECREF(type);
-    Py_XDECREF(traceback);
-    drive->exception = value;
-}
-
 /* Called within the task's context. Leaves in drive->state how it stands. */
 static PyObject *step_method(PyObject *self, PyObject *unused)
 {
     Drive *drive = (Drive *)self;
     PyObject *result = NULL;
+    drive->has_run = true;
     PySendResult how = step_inner(drive, Py_None, &result);
     if (how == PYGEN_NEXT && is_ours(drive, result)) {
         park(drive, (Operation *)result);
@@ -125,7 +114,7 @@ static PyObject *step_method(PyObject *self, PyObject *unused)
     drive->ended = how == PYGEN_RETURN;
     drive->outcome = result;
     if (how == PYGEN_ERROR)
-        keep_exception(drive);
+        drive->exception = native_take_exception();
     Py_RETURN_NONE;
 }
 
@@ -136,10 +125,7 @@ int drive_resume(Drive *drive)
     if (!drive->hub->trio)
         return drive->wake && drive->context ? drive_resume_on_asyncio(drive)
                                              : drive_resume_soon(drive);
-    int watched = drive_is_watched(drive);
-    if (watched < 0)
-        return -1;
-    return watched ? drive_resume_soon(drive) : drive_resume_on_trio(drive);
+    return drive_is_watched(drive) ? drive_resume_soon(drive) : drive_resume_on_trio(drive);
 }
 
 int drive_resume_soon(Drive *drive)
@@ -151,6 +137,12 @@ int drive_resume_soon(Drive *drive)
                             : future_wake_soon((Future *)drive, drive->hub);
 }
 
+static PyObject *refuse_running(void)
+{
+    PyErr_SetString(PyExc_ValueError, "coroutine already executing");
+    return NULL;
+}
+
 /* ---- the protocol of a coroutine ------------------------------------------------ */
 
 static PySendResult begin(Drive *drive, PyObject **result)
@@ -158,6 +150,7 @@ static PySendResult begin(Drive *drive, PyObject **result)
     Hub *hub = drive->hub;
     if (hub->trio) {
         drive->task = PyObject_CallNoArgs(hub->current_task);
+        drive->is_protected = drive->task && native_is_true(drive->task, n__ki_protected);
     } else {
         PyObject *loop = hub_loop(hub);
         drive->task = PyObject_CallFunctionObjArgs(hub->current_task, loop, NULL);
@@ -169,6 +162,8 @@ static PySendResult begin(Drive *drive, PyObject **result)
     return stepped_by_task(drive, how, result);
 }
 
+static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, PyObject **result);
+
 /* LEAVING: the task runs, and gets what there is for it. */
 static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result);
 
@@ -176,9 +171,14 @@ static PySendResult hand_over(Drive *drive, PyObject *value, PyObject **result)
 {
     if (drive_pass_on_cancellation(drive) < 0)
         PyErr_Clear();
-    PyObject *exception = drive->exception;
+    PyObject *exception = drive->exception, *interrupt = drive->interrupt;
     *result = drive->outcome;
-    drive->exception = drive->outcome = NULL;
+    drive->exception = drive->outcome = drive->interrupt = NULL;
+    if (interrupt) {
+        PySendResult how = throw_in(drive, &interrupt, 1, result);
+        Py_DECREF(interrupt);
+        return how;
+    }
     if (exception) {
         PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
         Py_DECREF(exception);
@@ -203,8 +203,6 @@ static int unwrap(PyObject *value)
     return none ? 0 : -1;
 }
 
-static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, PyObject **result);
-
 /* On Trio the task is sent outcomes: a cancellation that found the handler parked is one. */
 static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result)
 {
@@ -212,9 +210,7 @@ static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result
         PySendResult how = step_inner(drive, Py_None, result);
         return stepped_by_task(drive, how, result);
     }
-    keep_exception(drive);
-    PyObject *exception = drive->exception;
-    drive->exception = NULL;
+    PyObject *exception = native_take_exception();
     PySendResult how = throw_in(drive, &exception, 1, result);
     Py_DECREF(exception);
     return how;
@@ -232,6 +228,7 @@ static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
         how = step_inner(drive, drive->state == D_PASSING ? value : Py_None, result);
         return stepped_by_task(drive, how, result);
     case D_LEAVING: return hand_over(drive, value, result);
+    case D_RUNNING: refuse_running(); return PYGEN_ERROR;
     default: break;
     }
     PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
@@ -277,6 +274,8 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
         PyErr_SetString(PyExc_TypeError, "throw() takes an exception");
         return NULL;
     }
+    if (((Drive *)self)->state == D_RUNNING)
+        return refuse_running();
     PyObject *result = NULL;
     PySendResult how = throw_in((Drive *)self, args, n, &result);
     return native_as_iterator(how, result);
@@ -285,6 +284,8 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
 static PyObject *close_method(PyObject *self, PyObject *unused)
 {
     Drive *drive = (Drive *)self;
+    if (drive->state == D_RUNNING)
+        return refuse_running();
     PyObject *inner = drive->inner;
     drive->inner = NULL;
     drive->state = D_OVER;
@@ -323,6 +324,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(drive->task);
     Py_VISIT(drive->outcome);
     Py_VISIT(drive->exception);
+    Py_VISIT(drive->interrupt);
     return future_visit((Future *)drive, visit, arg);
 }
 
@@ -334,6 +336,7 @@ static int clear(PyObject *self)
     Py_CLEAR(drive->task);
     Py_CLEAR(drive->outcome);
     Py_CLEAR(drive->exception);
+    Py_CLEAR(drive->interrupt);
     future_drop((Future *)drive);
     Py_CLEAR(drive->hub);
     return 0;
@@ -380,13 +383,42 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef members[] = {
-    {"cr_await", T_OBJECT, offsetof(Drive, inner), READONLY, NULL}, /* for debuggers */
-    {NULL, 0, 0, 0, NULL},
-};
+/* Debuggers see the handler's coroutine in the place of the drive. */
+#define FORWARD(name)                                                             \
+    static PyObject *get_##name(PyObject *self, void *closure)                    \
+    {                                                                             \
+        PyObject *inner = ((Drive *)self)->inner;                                 \
+        return inner ? PyObject_GetAttrString(inner, #name) : Py_NewRef(Py_None); \
+    }
+
+FORWARD(cr_await)
+FORWARD(cr_code)
+FORWARD(cr_frame)
+FORWARD(cr_origin)
+FORWARD(__name__)
+FORWARD(__qualname__)
+
+static PyObject *get_cr_running(PyObject *self, void *closure)
+{
+    return PyBool_FromLong(((Drive *)self)->state == D_RUNNING);
+}
+
+static PyObject *get_cr_suspended(PyObject *self, void *closure)
+{
+    uint8_t state = ((Drive *)self)->state;
+    return PyBool_FromLong(state == D_PARKED || state == D_PASSING || state == D_LEAVING);
+}
 
 static PyGetSetDef properties[] = {
     {"_asyncio_future_blocking", future_get_blocking, future_set_blocking, NULL, NULL},
+    {"__name__", get___name__, NULL, NULL, NULL},
+    {"__qualname__", get___qualname__, NULL, NULL, NULL},
+    {"cr_await", get_cr_await, NULL, NULL, NULL},
+    {"cr_code", get_cr_code, NULL, NULL, NULL},
+    {"cr_frame", get_cr_frame, NULL, NULL, NULL},
+    {"cr_origin", get_cr_origin, NULL, NULL, NULL},
+    {"cr_running", get_cr_running, NULL, NULL, NULL},
+    {"cr_suspended", get_cr_suspended, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -402,7 +434,6 @@ static PyType_Slot slots[] = {
     {Py_am_await, itself},
     {Py_am_send, send},
     {Py_tp_methods, methods},
-    {Py_tp_members, members},
     {Py_tp_getset, properties},
     {0, NULL},
 };

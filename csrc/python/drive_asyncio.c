@@ -16,12 +16,26 @@ static int cancel_parked(Drive *drive, PyObject *message)
     return future_wake_soon((Future *)drive, drive->hub);
 }
 
+/* Whether the handler is still to be cancelled, which is asked once: from 3.13 on asyncio's tasks
+ * forget a cancellation that has been taken back (uncancel) before it was delivered. */
+static bool take_must_cancel(Drive *drive)
+{
+    bool must = drive->must_cancel;
+    drive->must_cancel = false;
+    if (!must || Py_Version < 0x030d0000)
+        return must;
+    PyObject *count = PyObject_CallMethodObjArgs(drive->task, n_cancelling, NULL);
+    must = !count || PyObject_IsTrue(count) != 0;
+    Py_XDECREF(count);
+    PyErr_Clear();
+    return must;
+}
+
 /* Makes the cancellation that came while the handler ran the task's own. */
 int drive_pass_on_cancellation(Drive *drive)
 {
-    if (!drive->must_cancel)
+    if (!take_must_cancel(drive))
         return 0;
-    drive->must_cancel = false;
     PyObject *message = drive->message ? drive->message : Py_None;
     PyObject *done = PyObject_CallMethodObjArgs(drive->task, n_cancel, message, NULL);
     PyObject *left = done ? PyObject_CallMethodObjArgs(drive->task, n_uncancel, NULL) : NULL;
@@ -45,9 +59,8 @@ static int after_step(Drive *drive)
 {
     if (drive->state == D_LEAVING)
         return future_wake((Future *)drive, drive->hub);
-    if (!drive->must_cancel || drive->state != D_PARKED)
+    if (drive->state != D_PARKED || !take_must_cancel(drive))
         return 0;
-    drive->must_cancel = false;
     PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
     int rc = cancel_parked(drive, message);
     Py_DECREF(message);

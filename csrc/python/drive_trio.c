@@ -6,6 +6,10 @@
  * in it at once, as Trio's own loop would do it. While the handler runs in the name of its task
  * there is no abort function, or a handler that cancels itself would have the running task
  * rescheduled; the pending cancellation is looked for when it has parked again.
+ *
+ * KeyboardInterrupt. Trio's signal handler raises it at once if the innermost frame that is marked
+ * allows it, and otherwise keeps it for the main task. The hub's own task is marked as protected,
+ * so the handler runs in a frame that is marked as not.
  */
 #include "native.h"
 
@@ -77,38 +81,85 @@ static int left_to_trio(Drive *drive)
     return rc;
 }
 
+/* A signal handler has raised an exception (KeyboardInterrupt) just before the handler ran, or just
+ * after. It is the handler's: thrown in where it waits, or instead of its result. */
+static int interrupted(Drive *drive)
+{
+    PyObject *exception = native_take_exception();
+    if (drive->state == D_LEAVING && (drive->ended || drive->exception)) {
+        drive->ended = false;
+        Py_CLEAR(drive->outcome);
+        replace(&drive->exception, exception);
+    } else {
+        drive->state = D_LEAVING;
+        Py_CLEAR(drive->outcome);
+        replace(&drive->interrupt, exception);
+    }
+    Py_XDECREF(exception);
+    return drive_reschedule(drive);
+}
+
+/* A task that is not protected from KeyboardInterrupt runs in a frame that says so: Trio looks for
+ * one from the innermost on, and that of the task is not among them. */
+static PyObject *step_in_context(Drive *drive, PyObject *context)
+{
+    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step), *none = NULL;
+    if (step && drive->is_protected)
+        none = PyObject_CallMethodObjArgs(context, n_run, step, NULL);
+    else if (step)
+        none = PyObject_CallMethodObjArgs(context, n_run, drive->hub->unprotected, step, NULL);
+    Py_XDECREF(step);
+    return none;
+}
+
+static int after_step(Drive *drive, PyObject *none)
+{
+    if (none)
+        return left_to_trio(drive);
+    bool has_run = drive->state != D_PARKED || drive->has_run;
+    if (has_run || !PyErr_ExceptionMatches(PyExc_Exception))
+        return interrupted(drive);
+    PyErr_Clear(); /* the context could not be entered */
+    return drive_resume_soon(drive);
+}
+
 int drive_resume_on_trio(Drive *drive)
 {
     PyObject *cell = drive->hub->run_context, *task = Py_NewRef(drive->task), *none = NULL;
     PyObject *before = PyObject_GetAttr(cell, n_task); /* the hub's own */
     PyObject *context = before ? PyObject_GetAttr(task, n_context) : NULL;
-    PyObject *step = context ? PyObject_GetAttr((PyObject *)drive, n__step) : NULL;
-    if (step && PyObject_SetAttr(task, n__abort_func, Py_None) == 0 &&
+    int rc = -1;
+    if (context && PyObject_SetAttr(task, n__abort_func, Py_None) == 0 &&
         PyObject_SetAttr(cell, n_task, task) == 0) {
-        none = PyObject_CallMethodObjArgs(context, n_run, step, NULL);
-        if (PyObject_SetAttr(cell, n_task, before) < 0)
-            Py_CLEAR(none);
+        drive->has_run = false;
+        none = step_in_context(drive, context);
+        PyObject *exception = none ? NULL : native_take_exception();
+        rc = PyObject_SetAttr(cell, n_task, before);
+        if (exception)
+            PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+        Py_XDECREF(exception);
+        if (after_step(drive, none) < 0)
+            rc = -1;
     }
-    int rc = none ? left_to_trio(drive) : -1;
     Py_XDECREF(none);
-    Py_XDECREF(step);
     Py_XDECREF(context);
     Py_XDECREF(before);
     Py_DECREF(task);
     return rc;
 }
 
-/* Whether somebody may watch every step of tasks. Trio keeps its instruments in a dict by hook,
- * with one more entry for all of them. */
-int drive_is_watched(Drive *drive)
+/* Whether somebody may watch every step of tasks, or it is not known. Trio keeps its instruments in
+ * a dict by hook, with one more entry for all of them. */
+bool drive_is_watched(Drive *drive)
 {
     PyObject *runner = PyObject_GetAttr(drive->task, n__runner);
     PyObject *instruments = runner ? PyObject_GetAttr(runner, n_instruments) : NULL;
     Py_ssize_t hooks = instruments ? PyObject_Size(instruments) : -1;
-    int watched = hooks < 0 ? -1 : hooks > 1;
     Py_XDECREF(runner);
     Py_XDECREF(instruments);
-    return watched;
+    if (hooks < 0)
+        PyErr_Clear();
+    return hooks != 1;
 }
 
 /* Trio's abort function: the task is to be cancelled while the handler is parked. */

@@ -389,6 +389,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->abort_succeeded);
     Py_VISIT(hub->wait_trap);
     Py_VISIT(hub->run_context);
+    Py_VISIT(hub->unprotected);
     Py_VISIT(hub->look);
     Py_VISIT(hub->states);
     Py_VISIT(hub->shielded);
@@ -412,6 +413,7 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->abort_succeeded);
     Py_CLEAR(hub->wait_trap);
     Py_CLEAR(hub->run_context);
+    Py_CLEAR(hub->unprotected);
     Py_CLEAR(hub->look);
     Py_CLEAR(hub->states);
     Py_CLEAR(hub->shielded);
@@ -455,6 +457,7 @@ static PyMemberDef members[] = {
     {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
     {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},
     {"_run_context", T_OBJECT, offsetof(Hub, run_context), 0, NULL},
+    {"_unprotected", T_OBJECT, offsetof(Hub, unprotected), 0, NULL},
     {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},
     {"_abort_succeeded", T_OBJECT, offsetof(Hub, abort_succeeded), 0, NULL},
     {"_current_task", T_OBJECT, offsetof(Hub, current_task), 0, NULL},

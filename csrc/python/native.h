@@ -104,8 +104,9 @@ struct Hub {
     PyObject *states;       /* AnyIO's states of tasks, by weak references; or None */
     PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
-    PyObject *run_context, *wait_trap, *abort_succeeded; /* of Trio's inside; see drive.c */
-    Core **cores;                                        /* by the index of their slots; borrowed */
+    PyObject *run_context, *wait_trap, *abort_succeeded,
+        *unprotected; /* of Trio's inside; see drive_trio.c */
+    Core **cores;     /* by the index of their slots; borrowed */
     uint32_t room;
     Core *waiting; /* those with an armed operation; the list holds both strongly */
 };
@@ -163,13 +164,16 @@ enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_LEAVING, D_PASSING, D_OVER };
 struct Drive {
     FUTURE_HEAD
     uint8_t state;
-    bool must_cancel; /* while the handler ran in the name of the task */
-    bool ended;       /* LEAVING: outcome is the handler's result */
+    bool must_cancel;  /* while the handler ran in the name of the task */
+    bool has_run;      /* in this resumption */
+    bool is_protected; /* Trio: the task, from KeyboardInterrupt */
+    bool ended;        /* LEAVING: outcome is the handler's result */
     Hub *hub;
     PyObject *inner; /* the handler's coroutine */
     PyObject *task;
     PyObject *outcome;   /* LEAVING: what the handler has yielded, or its result; or NULL */
     PyObject *exception; /* LEAVING: what it has raised; or NULL */
+    PyObject *interrupt; /* LEAVING: what is to be thrown into it; or NULL */
 };
 
 extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
@@ -182,10 +186,10 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_abort) X(_abort_func) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) \
     X(_before_reading) X(_cancel_called) X(_cancel_points) X(_checkpoint_and_raise) \
     X(_closed_error) X(_count) X(_drain) X(_drive_trap) X(_end_if_drained) X(_ended) \
-    X(_finish_flushing) X(_finish_sending) X(_item) X(_keep) X(_max_bytes) X(_not_found) \
+    X(_finish_flushing) X(_finish_sending) X(_item) X(_keep) X(_ki_protected) X(_max_bytes) X(_not_found) \
     X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_runner) X(_schedule_points) \
     X(_seal) X(_shield) X(_stands_high) X(_step) X(_tell_last) X(_trap) X(_until_arguments) \
-    X(_write_error) X(abort_func) X(call_soon) X(cancel) X(cancel_scope) X(check) X(checkpoint) \
+    X(_write_error) X(abort_func) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) X(checkpoint) \
     X(close) X(consume) X(context) X(dispatch_one) X(fill) X(fill_nowait) X(find) X(flush) \
     X(instruments) X(join) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) \
     X(value) X(why_unwritable)
@@ -290,7 +294,7 @@ int drive_resume_on_asyncio(Drive *drive);
 int drive_pass_on_cancellation(Drive *drive);
 int drive_resume_on_trio(Drive *drive);
 int drive_reschedule(Drive *drive);
-int drive_is_watched(Drive *drive);
+bool drive_is_watched(Drive *drive);
 PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                   PyObject *names);
 PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs);
@@ -318,6 +322,10 @@ int future_set_blocking(PyObject *self, PyObject *value, void *closure);
 PyObject *native_as_iterator(PySendResult how, PyObject *result);
 /* Raises what throw() was given. */
 void native_raise(PyObject *const *args, Py_ssize_t n);
+/* The exception that is set, which it no longer is. */
+PyObject *native_take_exception(void);
+/* Whether the attribute is True; an exception remains set. */
+bool native_is_true(PyObject *object, PyObject *name);
 /* inner.throw(), with a result like that of PyIter_Send. */
 PySendResult native_throw(PyObject *inner, PyObject *const *args, Py_ssize_t n, PyObject **result);
 

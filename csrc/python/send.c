@@ -252,14 +252,6 @@ static int flush_now(Operation *op)
 
 /* ---- the cancelled scope --------------------------------------------------------------- */
 
-static bool is_true(PyObject *object, PyObject *name)
-{
-    PyObject *value = PyObject_GetAttr(object, name);
-    bool truth = value == Py_True;
-    Py_XDECREF(value);
-    return truth;
-}
-
 /* The innermost of AnyIO's scopes that the task is in; NULL: there is none, or an exception. */
 static PyObject *current_scope(Hub *hub)
 {
@@ -283,8 +275,8 @@ static bool may_be_cancelled(Hub *hub)
         return true;
     bool cancelled = false;
     PyObject *scope = current_scope(hub);
-    while (scope && scope != Py_None && !(cancelled = is_true(scope, n__cancel_called)) &&
-           !is_true(scope, n__shield)) {
+    while (scope && scope != Py_None && !(cancelled = native_is_true(scope, n__cancel_called)) &&
+           !native_is_true(scope, n__shield)) {
         PyObject *outer = PyObject_GetAttr(scope, n__parent_scope);
         Py_DECREF(scope);
         scope = outer;

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import inspect
 import random
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +19,7 @@ import anyio.to_thread
 import pytest
 import trio
 import trio.testing
-from peers import holds, is_waiting, send_all, settle, within
+from peers import holds, is_waiting, opened, send_all, settle, within
 from serving import connected
 
 import anypoll
@@ -502,7 +504,194 @@ async def test_a_handler_that_leaves_its_task(direct: bool) -> None:
 
     async with one(handler) as sock:
         await holds(lambda: conns and is_waiting(conns[0]))
-        with pytest.raises(RuntimeError, match="[Ll]eaving task"):
+        with pytest.raises(RuntimeError, match=r"[Ll]eaving task"):
             await wake_by_callback(conns[0], sock, lambda dispatch: dispatch())
         await send_all(sock, b"b")
         assert await read(sock, 1) == b"!"
+
+
+@pytest.mark.loops("trio")
+@pytest.mark.parametrize("system", [False, True])
+async def test_a_keyboard_interrupt_reaches_a_handler_that_computes(system: bool) -> None:
+    """Unless its task is protected, as Trio's system tasks are."""
+    seen: list[bool] = []
+    done = trio.Event()
+
+    async with opened() as (conn, peer):
+
+        async def handler() -> None:
+            for _ in range(3):
+                await conn.next(1)
+                seen.append(trio.lowlevel.currently_ki_protected())
+
+        async def task() -> None:
+            await _native.Drive(conn._core.hub, handler())
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            if system:
+                trio.lowlevel.spawn_system_task(task)
+            else:
+                nursery.start_soon(task)
+            for n in range(3):
+                await holds(lambda: is_waiting(conn))
+                await send_all(peer, b"x")
+                await holds(lambda: len(seen) > n)  # noqa: B023
+            await within(done.wait())
+    assert seen == [system] * 3
+
+
+@pytest.mark.loops("trio")
+@pytest.mark.parametrize("when", ["before", "after", "in a trap"])
+async def test_an_exception_of_a_signal_handler_is_the_handlers(direct: bool, when: str) -> None:
+    """One that comes just before the handler runs, or just after."""
+    if not direct:
+        pytest.skip("there is no such moment")
+    seen: list[BaseException] = []
+    conns: list[Connection] = []
+    end = KeyboardInterrupt()
+
+    async def handler(conn: Connection) -> None:
+        conns.append(conn)
+        try:
+            await conn.next(1)
+            await (trio.sleep_forever() if when == "in a trap" else conn.next(1))
+        except KeyboardInterrupt as exc:
+            seen.append(exc)
+        await conn.next(1)
+        await conn.send(b"!")
+
+    def interrupted(step: Callable[[], Any]) -> None:
+        hub._unprotected = original
+        if when != "before":
+            step()
+        raise end
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            sock.setblocking(False)
+            await holds(lambda: conns and is_waiting(conns[0]))
+            hub: Any = conns[0]._core.hub
+            original, hub._unprotected = hub._unprotected, interrupted
+            await send_all(sock, b"x")
+            await holds(lambda: seen)
+            await send_all(sock, b"y")
+            assert await read(sock, 1) == b"!"
+            assert seen == [end]
+
+
+@pytest.mark.loops("trio")
+@pytest.mark.parametrize("missing", ["instruments", "_ki_protected", "abort_func", "unprotected"])
+async def test_without_the_inside_of_trio_tasks_resume(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trio._core._traps import WaitTaskRescheduled
+
+    from anypoll._loop import trio_hub
+
+    assert trio_hub._inside_of_trio() is not None
+    task: Any = trio.lowlevel.current_task()
+    if missing == "instruments":
+        monkeypatch.setattr(task._runner, "instruments", None)
+        inside = trio_hub._inside_of_trio()
+        monkeypatch.undo()
+    elif missing == "_ki_protected":
+        monkeypatch.delattr(task, "_ki_protected")
+        inside = trio_hub._inside_of_trio()
+        monkeypatch.undo()
+    elif missing == "abort_func":
+        monkeypatch.setattr(trio_hub, "_wait_trap", lambda abort: WaitTaskRescheduled(print))
+        inside = trio_hub._inside_of_trio()
+    else:
+        monkeypatch.setattr(trio_hub, "_unprotected", lambda step: step())
+        inside = trio_hub._inside_of_trio()
+    assert inside is None
+
+
+# --- what others see of it ------------------------------------------------------------------------
+
+
+async def test_debuggers_see_the_handler() -> None:
+    async def waits_for_a_word(conn: Connection) -> None:
+        await conn.next(1)
+
+    async def handler(conn: Connection) -> None:
+        conns.append(conn)
+        await waits_for_a_word(conn)
+
+    conns: list[Connection] = []
+    async with one(handler) as sock:
+        await holds(lambda: conns and is_waiting(conns[0]))
+        [drive] = [o for o in gc.get_objects() if type(o) is _native.Drive] or [None]
+        if drive is not None:
+            assert inspect.getcoroutinestate(drive) == inspect.CORO_SUSPENDED
+            assert drive.__name__ == drive.cr_code.co_name == "handler"
+            assert drive.cr_await.cr_code.co_name == "waits_for_a_word"
+        for coroutine in handler_coroutines():
+            names = [frame.f_code.co_name for frame in frames_of(coroutine)]
+            assert names[-2:] == ["handler", "waits_for_a_word"]
+        await send_all(sock, b"x")
+
+
+def handler_coroutines() -> list[Any]:
+    """The outermost coroutines of the tasks of handlers."""
+    return [
+        o
+        for o in gc.get_objects()
+        if inspect.iscoroutine(o) and o.__qualname__ == "Lifecycle._run" and o.cr_frame
+    ]
+
+
+def frames_of(coroutine: Any) -> list[Any]:
+    """As Trio's `iter_await_frames` and asyncio's call graph walk them."""
+    frames = []
+    while hasattr(coroutine, "cr_frame"):
+        frames.append(coroutine.cr_frame)
+        coroutine = coroutine.cr_await
+    return frames
+
+
+async def test_one_that_runs_cannot_be_resumed(direct: bool) -> None:
+    refusals: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        for drive in [o for o in gc.get_objects() if type(o) is _native.Drive]:
+            for call in (lambda: drive.send(None), lambda: drive.throw(KeyError()), drive.close):  # noqa: B023
+                try:
+                    call()
+                except ValueError as exc:
+                    refusals.append(str(exc))
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await send_all(sock, b"x")
+        assert await read(sock, 1) == b"!"
+    assert refusals == (["coroutine already executing"] * 3 if direct else [])
+
+
+@on_asyncio
+@pytest.mark.parametrize("then", ["reads", "sleeps"])
+async def test_a_cancellation_that_is_taken_back(then: str) -> None:
+    """From 3.13 on asyncio's tasks forget it, earlier ones do not."""
+    seen: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        task.uncancel()
+        try:
+            await (conn.next(1) if then == "reads" else asyncio.sleep(0))
+            seen.append("went on")
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+
+    async with one(handler) as sock:
+        await settle()
+        await send_all(sock, b"x")
+        await settle()
+        await send_all(sock, b"y")
+        await holds(lambda: seen)
+    assert seen == ["went on" if sys.version_info >= (3, 13) else "cancelled"]
