@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Generator, Sized
 from contextvars import Context, copy_context
 from functools import partial
+from inspect import ismemberdescriptor
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 from outcome import Value
@@ -57,36 +58,49 @@ def _can_unprotect() -> bool:
     return not _unprotected(trio.lowlevel.currently_ki_protected)
 
 
-def _inside_of_trio() -> tuple[Any, Any] | None:
-    """What resuming a handler directly needs and Trio does not publish: where it keeps the current
-    task, and the type of the trap of tasks that wait. ``None`` if anything is not as it was.
-    """
+#: Of Trio's tasks, in the order of `enum slot` in csrc/python/drive_trio.c.
+_SLOTS = ("_abort_func", "_cancel_points", "_schedule_points", "context", "_cancel_status")
+
+
+class _Inside(NamedTuple):
+    """What resuming a handler directly needs and Trio does not publish."""
+
+    run_context: dict[str, Any]
+    """where this thread's run keeps the current task"""
+    wait_trap: type
+    """of what tasks yield that wait"""
+    instruments: Sized
+    """of the run"""
+    slots: tuple[Any, ...]
+    """the descriptors of _SLOTS"""
+
+
+def _inside_of_trio() -> _Inside | None:
+    """``None`` if anything is not as it was."""
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT, Task as RunTask  # noqa: PLC0415
         from trio._core._traps import WaitTaskRescheduled  # noqa: PLC0415
     except ImportError:
         return None
-    names = (
-        "_abort_func",
-        "_attempt_delivery_of_any_pending_cancel",
-        "_cancel_points",
-        "_ki_protected",
-        "_runner",
-        "_schedule_points",
-        "context",
-    )
-    task = trio.lowlevel.current_task()
-    known = all(hasattr(task, name) for name in names) and type(task) is RunTask
-    if not known or getattr(GLOBAL_RUN_CONTEXT, "task", None) is not task:
+    task: Any = trio.lowlevel.current_task()
+    names = ("_attempt_delivery_of_any_pending_cancel", "_ki_protected")
+    if type(task) is not RunTask or not all(hasattr(task, name) for name in names):
+        return None
+    slots = tuple(getattr(RunTask, name, None) for name in _SLOTS)
+    if not all(map(ismemberdescriptor, slots)):
+        return None
+    if type(getattr(task._cancel_status, "effectively_cancelled", None)) is not bool:
+        return None
+    run_context = GLOBAL_RUN_CONTEXT.__dict__
+    if type(run_context) is not dict or run_context.get("task") is not task:
         return None
     trap = _wait_trap(_unprotected)
     if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
         return None
-    if not isinstance(getattr(task._runner, "instruments", None), Sized):
+    instruments = getattr(getattr(task, "_runner", None), "instruments", None)
+    if not isinstance(instruments, Sized) or not _can_unprotect():
         return None
-    if not _can_unprotect():
-        return None
-    return GLOBAL_RUN_CONTEXT, WaitTaskRescheduled
+    return _Inside(run_context, WaitTaskRescheduled, instruments, slots)
 
 
 def _forget(hub: Hub, number: int, _raise_cancel: Any) -> Abort:
@@ -200,7 +214,8 @@ class TrioHub(Hub):
         self._shielded = _trap_of(trio.lowlevel.cancel_shielded_checkpoint())  # noqa: ASYNC105
         self._abort_succeeded = Abort.SUCCEEDED
         self._unprotected = _unprotected
-        self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
+        inside = _inside_of_trio() or (None, None, None, None)
+        self._run_context, self._wait_trap, self._instruments, self._task_slots = inside
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
 

@@ -54,10 +54,12 @@ class Hub:
     _unprotected: Any
     _wait_trap: Any
     _loop: Any
+    _instruments: Any
     _look: Any
     _reschedule: Any
     _shielded: Any
     _states: dict[Any, Any] | None
+    _task_slots: Any
     _value: Any
     dead: bool
     outputs: dict[int, list[bytes | memoryview]]

@@ -66,6 +66,7 @@ static PySendResult finish(Drive *drive, PySendResult how)
     Py_CLEAR(drive->task);
     Py_CLEAR(drive->context);
     Py_CLEAR(drive->wake);
+    Py_CLEAR(drive->abort);
     return how;
 }
 
@@ -98,24 +99,35 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 
 /* ---- resumed by the hub --------------------------------------------------------- */
 
-/* Called within the task's context. Leaves in drive->state how it stands. */
-static PyObject *step_method(PyObject *self, PyObject *unused)
+void drive_step(Drive *drive)
 {
-    Drive *drive = (Drive *)self;
     PyObject *result = NULL;
     drive->has_run = true;
     PySendResult how = step_inner(drive, Py_None, &result);
     if (how == PYGEN_NEXT && is_ours(drive, result)) {
         park(drive, (Operation *)result);
         Py_DECREF(result);
-        Py_RETURN_NONE;
+        return;
     }
     drive->state = D_LEAVING;
     drive->ended = how == PYGEN_RETURN;
     drive->outcome = result;
     if (how == PYGEN_ERROR)
         drive->exception = native_take_exception();
-    Py_RETURN_NONE;
+}
+
+/* Context.run() needs an object to call, and one of the hub's serves for all its drives. */
+bool drive_step_in(Drive *drive, PyObject *context, PyObject *function)
+{
+    Hub *hub = drive->hub;
+    drive->has_run = false;
+    hub->next_to_step = drive;
+    PyObject *none = function
+                         ? PyObject_CallMethodObjArgs(context, n_run, function, hub->stepper, NULL)
+                         : PyObject_CallMethodObjArgs(context, n_run, hub->stepper, NULL);
+    hub->next_to_step = NULL;
+    Py_XDECREF(none);
+    return none != NULL;
 }
 
 int drive_resume(Drive *drive)
@@ -325,6 +337,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(drive->outcome);
     Py_VISIT(drive->exception);
     Py_VISIT(drive->interrupt);
+    Py_VISIT(drive->abort);
     return future_visit((Future *)drive, visit, arg);
 }
 
@@ -337,6 +350,7 @@ static int clear(PyObject *self)
     Py_CLEAR(drive->outcome);
     Py_CLEAR(drive->exception);
     Py_CLEAR(drive->interrupt);
+    Py_CLEAR(drive->abort);
     future_drop((Future *)drive);
     Py_CLEAR(drive->hub);
     return 0;
@@ -378,7 +392,6 @@ static PyMethodDef methods[] = {
     {"done", drive_is_done, METH_NOARGS, NULL},
     {"cancelled", future_is_cancelled, METH_NOARGS, NULL},
     {"get_loop", get_loop, METH_NOARGS, NULL},
-    {"_step", step_method, METH_NOARGS, NULL},
     {"_abort", drive_abort, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -44,17 +44,6 @@ int drive_pass_on_cancellation(Drive *drive)
     return left ? 0 : -1;
 }
 
-/* Whether the handler has run. No exception of its own comes out here. */
-static bool step_in_context(Drive *drive)
-{
-    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step), *none = NULL;
-    if (step)
-        none = PyObject_CallMethodObjArgs(drive->context, n_run, step, NULL);
-    Py_XDECREF(step);
-    Py_XDECREF(none);
-    return none != NULL;
-}
-
 static int after_step(Drive *drive)
 {
     if (drive->state == D_LEAVING)
@@ -71,7 +60,7 @@ int drive_resume_on_asyncio(Drive *drive)
 {
     PyObject *loop = hub_loop(drive->hub), *task = Py_NewRef(drive->task);
     PyObject *entered = PyObject_CallFunctionObjArgs(enter_task, loop, task, NULL), *left = NULL;
-    bool has_run = entered && step_in_context(drive);
+    bool has_run = entered && drive_step_in(drive, drive->context, NULL);
     if (!has_run) /* another task is running, or the context is entered: its task will run it */
         PyErr_Clear();
     if (entered)

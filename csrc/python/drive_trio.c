@@ -13,30 +13,58 @@
  */
 #include "native.h"
 
-static int count_point(PyObject *task, PyObject *name)
+/* ---- Trio's tasks ------------------------------------------------------------ */
+
+/* Attributes that are needed for every request, by their descriptors (_loop/trio_hub.py): the
+ * search for a name would take longer than all else. */
+enum slot { ABORT_FUNC, CANCEL_POINTS, SCHEDULE_POINTS, CONTEXT, CANCEL_STATUS };
+
+static PyObject *get(Drive *drive, enum slot slot)
 {
-    PyObject *count = PyObject_GetAttr(task, name), *one = PyLong_FromLong(1), *more = NULL;
-    if (count && one)
-        more = PyNumber_Add(count, one);
-    int rc = more ? PyObject_SetAttr(task, name, more) : -1;
+    PyObject *descriptor = PyTuple_GetItem(drive->hub->task_slots, slot);
+    descrgetfunc function = (descrgetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get);
+    return function(descriptor, drive->task, NULL);
+}
+
+static int set(Drive *drive, enum slot slot, PyObject *value)
+{
+    PyObject *descriptor = PyTuple_GetItem(drive->hub->task_slots, slot);
+    descrsetfunc function = (descrsetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_set);
+    return function(descriptor, drive->task, value);
+}
+
+static int count_point(Drive *drive, enum slot slot)
+{
+    PyObject *count = get(drive, slot);
+    PyObject *more = count ? PyLong_FromLongLong(PyLong_AsLongLong(count) + 1) : NULL;
+    int rc = more ? set(drive, slot, more) : -1;
     Py_XDECREF(count);
-    Py_XDECREF(one);
     Py_XDECREF(more);
     return rc;
+}
+
+static int deliver_cancellation(Drive *drive)
+{
+    PyObject *status = get(drive, CANCEL_STATUS), *none = NULL;
+    bool cancelled = status && native_is_true(status, n_effectively_cancelled);
+    Py_XDECREF(status);
+    if (!cancelled)
+        return PyErr_Occurred() ? -1 : 0;
+    none = PyObject_CallMethodObjArgs(drive->task, n__attempt_delivery_of_any_pending_cancel, NULL);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
 }
 
 /* Blocks the task with that abort function, as Trio's own loop does. */
 static int block_trio_task(Drive *drive, PyObject *abort)
 {
-    PyObject *task = drive->task;
-    if (PyObject_SetAttr(task, n__abort_func, abort) < 0 ||
-        count_point(task, n__cancel_points) < 0 || count_point(task, n__schedule_points) < 0)
+    if (set(drive, ABORT_FUNC, abort) < 0 || count_point(drive, CANCEL_POINTS) < 0 ||
+        count_point(drive, SCHEDULE_POINTS) < 0)
         return -1;
-    PyObject *none =
-        PyObject_CallMethodObjArgs(task, n__attempt_delivery_of_any_pending_cancel, NULL);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
+    return deliver_cancellation(drive);
 }
+
+/* ---- after a step ----------------------------------------------------------- */
 
 int drive_reschedule(Drive *drive)
 {
@@ -65,10 +93,9 @@ static int block_in_foreign_trap(Drive *drive, PyObject *trap)
 static int left_to_trio(Drive *drive)
 {
     if (drive->state == D_PARKED) {
-        PyObject *abort = PyObject_GetAttr((PyObject *)drive, n__abort);
-        int rc = abort ? block_trio_task(drive, abort) : -1;
-        Py_XDECREF(abort);
-        return rc;
+        if (!drive->abort)
+            drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
+        return drive->abort ? block_trio_task(drive, drive->abort) : -1;
     }
     if (drive->state != D_LEAVING)
         return 0;
@@ -99,22 +126,9 @@ static int interrupted(Drive *drive)
     return drive_reschedule(drive);
 }
 
-/* A task that is not protected from KeyboardInterrupt runs in a frame that says so: Trio looks for
- * one from the innermost on, and that of the task is not among them. */
-static PyObject *step_in_context(Drive *drive, PyObject *context)
+static int after_step(Drive *drive, bool went_well)
 {
-    PyObject *step = PyObject_GetAttr((PyObject *)drive, n__step), *none = NULL;
-    if (step && drive->is_protected)
-        none = PyObject_CallMethodObjArgs(context, n_run, step, NULL);
-    else if (step)
-        none = PyObject_CallMethodObjArgs(context, n_run, drive->hub->unprotected, step, NULL);
-    Py_XDECREF(step);
-    return none;
-}
-
-static int after_step(Drive *drive, PyObject *none)
-{
-    if (none)
+    if (went_well)
         return left_to_trio(drive);
     bool has_run = drive->state != D_PARKED || drive->has_run;
     if (has_run || !PyErr_ExceptionMatches(PyExc_Exception))
@@ -123,26 +137,37 @@ static int after_step(Drive *drive, PyObject *none)
     return drive_resume_soon(drive);
 }
 
+/* ---- a step ------------------------------------------------------------------ */
+
+/* A task that is not protected from KeyboardInterrupt runs in a frame that says so: Trio looks for
+ * one from the innermost on, and that of the task is not among them. */
+static bool step(Drive *drive)
+{
+    PyObject *context = get(drive, CONTEXT);
+    if (!context)
+        return false;
+    bool went_well =
+        drive_step_in(drive, context, drive->is_protected ? NULL : drive->hub->unprotected);
+    Py_DECREF(context);
+    return went_well;
+}
+
 int drive_resume_on_trio(Drive *drive)
 {
-    PyObject *cell = drive->hub->run_context, *task = Py_NewRef(drive->task), *none = NULL;
-    PyObject *before = PyObject_GetAttr(cell, n_task); /* the hub's own */
-    PyObject *context = before ? PyObject_GetAttr(task, n_context) : NULL;
+    PyObject *current = drive->hub->run_context, *task = Py_NewRef(drive->task);
+    PyObject *before = Py_XNewRef(PyDict_GetItemWithError(current, n_task)); /* the hub's own */
     int rc = -1;
-    if (context && PyObject_SetAttr(task, n__abort_func, Py_None) == 0 &&
-        PyObject_SetAttr(cell, n_task, task) == 0) {
-        drive->has_run = false;
-        none = step_in_context(drive, context);
-        PyObject *exception = none ? NULL : native_take_exception();
-        rc = PyObject_SetAttr(cell, n_task, before);
+    if (before && set(drive, ABORT_FUNC, Py_None) == 0 &&
+        PyDict_SetItem(current, n_task, task) == 0) {
+        bool went_well = step(drive);
+        PyObject *exception = went_well ? NULL : native_take_exception();
+        rc = PyDict_SetItem(current, n_task, before);
         if (exception)
             PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
         Py_XDECREF(exception);
-        if (after_step(drive, none) < 0)
+        if (after_step(drive, went_well) < 0)
             rc = -1;
     }
-    Py_XDECREF(none);
-    Py_XDECREF(context);
     Py_XDECREF(before);
     Py_DECREF(task);
     return rc;
@@ -152,11 +177,7 @@ int drive_resume_on_trio(Drive *drive)
  * a dict by hook, with one more entry for all of them. */
 bool drive_is_watched(Drive *drive)
 {
-    PyObject *runner = PyObject_GetAttr(drive->task, n__runner);
-    PyObject *instruments = runner ? PyObject_GetAttr(runner, n_instruments) : NULL;
-    Py_ssize_t hooks = instruments ? PyObject_Size(instruments) : -1;
-    Py_XDECREF(runner);
-    Py_XDECREF(instruments);
+    Py_ssize_t hooks = PyObject_Size(drive->hub->instruments);
     if (hooks < 0)
         PyErr_Clear();
     return hooks != 1;

@@ -369,12 +369,24 @@ static PyObject *clear_waiting(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *step_next(PyObject *self, PyObject *unused)
+{
+    Hub *hub = (Hub *)self;
+    Drive *drive = hub->next_to_step;
+    hub->next_to_step = NULL;
+    if (drive)
+        drive_step(drive);
+    Py_RETURN_NONE;
+}
+
 static PyObject *attach(PyObject *self, PyObject *address)
 {
     Hub *hub = (Hub *)self;
     hub->hub = PyLong_AsVoidPtr(address);
     hub->thread = PyThread_get_thread_ident();
     if (PyErr_Occurred())
+        return NULL;
+    if (!hub->stepper && !(hub->stepper = PyObject_GetAttr(self, n__step_next)))
         return NULL;
     Py_RETURN_NONE;
 }
@@ -389,7 +401,10 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->abort_succeeded);
     Py_VISIT(hub->wait_trap);
     Py_VISIT(hub->run_context);
+    Py_VISIT(hub->task_slots);
+    Py_VISIT(hub->instruments);
     Py_VISIT(hub->unprotected);
+    Py_VISIT(hub->stepper);
     Py_VISIT(hub->look);
     Py_VISIT(hub->states);
     Py_VISIT(hub->shielded);
@@ -413,7 +428,10 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->abort_succeeded);
     Py_CLEAR(hub->wait_trap);
     Py_CLEAR(hub->run_context);
+    Py_CLEAR(hub->task_slots);
+    Py_CLEAR(hub->instruments);
     Py_CLEAR(hub->unprotected);
+    Py_CLEAR(hub->stepper);
     Py_CLEAR(hub->look);
     Py_CLEAR(hub->states);
     Py_CLEAR(hub->shielded);
@@ -442,6 +460,7 @@ static PyMethodDef methods[] = {
     {"_step", step, METH_O,
      "Steps the poller at that address, which is lent to this hub, and dispatches. Returns False,\n"
      "and does nothing, if the loan is over."},
+    {"_step_next", step_next, METH_NOARGS, "Steps a drive, in whatever context this is called."},
     {"waits", waits, METH_O, "Whether a reader call of the connection of that number waits."},
     {"_wake_waiting", wake_waiting, METH_O,
      "Ends the wait of that number in the next round; returns whether there is one."},
@@ -457,6 +476,8 @@ static PyMemberDef members[] = {
     {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
     {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},
     {"_run_context", T_OBJECT, offsetof(Hub, run_context), 0, NULL},
+    {"_task_slots", T_OBJECT, offsetof(Hub, task_slots), 0, NULL},
+    {"_instruments", T_OBJECT, offsetof(Hub, instruments), 0, NULL},
     {"_unprotected", T_OBJECT, offsetof(Hub, unprotected), 0, NULL},
     {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},
     {"_abort_succeeded", T_OBJECT, offsetof(Hub, abort_succeeded), 0, NULL},

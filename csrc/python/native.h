@@ -104,9 +104,11 @@ struct Hub {
     PyObject *states;       /* AnyIO's states of tasks, by weak references; or None */
     PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
-    PyObject *run_context, *wait_trap, *abort_succeeded,
-        *unprotected; /* of Trio's inside; see drive_trio.c */
-    Core **cores;     /* by the index of their slots; borrowed */
+    PyObject *run_context, *wait_trap, *instruments, *task_slots; /* of Trio's inside; see */
+    PyObject *abort_succeeded, *unprotected;                      /* drive_trio.c */
+    PyObject *stepper;   /* the method _step_next; while drives step in other contexts */
+    Drive *next_to_step; /* by it; borrowed */
+    Core **cores;        /* by the index of their slots; borrowed */
     uint32_t room;
     Core *waiting; /* those with an armed operation; the list holds both strongly */
 };
@@ -174,6 +176,7 @@ struct Drive {
     PyObject *outcome;   /* LEAVING: what the handler has yielded, or its result; or NULL */
     PyObject *exception; /* LEAVING: what it has raised; or NULL */
     PyObject *interrupt; /* LEAVING: what is to be thrown into it; or NULL */
+    PyObject *abort;     /* Trio: the method _abort, once it was needed */
 };
 
 extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
@@ -183,16 +186,15 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 
 /* clang-format off */
 #define NAMES(X) \
-    X(_abort) X(_abort_func) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) \
-    X(_before_reading) X(_cancel_called) X(_cancel_points) X(_checkpoint_and_raise) \
-    X(_closed_error) X(_count) X(_drain) X(_drive_trap) X(_end_if_drained) X(_ended) \
-    X(_finish_flushing) X(_finish_sending) X(_item) X(_keep) X(_ki_protected) X(_max_bytes) X(_not_found) \
-    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_runner) X(_schedule_points) \
-    X(_seal) X(_shield) X(_stands_high) X(_step) X(_tell_last) X(_trap) X(_until_arguments) \
-    X(_write_error) X(abort_func) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) X(checkpoint) \
-    X(close) X(consume) X(context) X(dispatch_one) X(fill) X(fill_nowait) X(find) X(flush) \
-    X(instruments) X(join) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) \
-    X(value) X(why_unwritable)
+    X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
+    X(_cancel_called) X(_checkpoint_and_raise) X(_closed_error) X(_count) X(_drain) \
+    X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
+    X(_keep) X(_ki_protected) X(_max_bytes) X(_not_found) X(_parent_scope) X(_raise_first) \
+    X(_refuse) X(_report) X(_seal) X(_shield) X(_stands_high) X(_step_next) X(_tell_last) \
+    X(_trap) X(_until_arguments) X(_write_error) X(abort_func) X(call_soon) X(cancel) \
+    X(cancel_scope) X(cancelling) X(check) X(checkpoint) X(close) X(consume) X(context) \
+    X(dispatch_one) X(effectively_cancelled) X(fill) X(fill_nowait) X(find) X(flush) X(join) \
+    X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -290,6 +292,11 @@ PyObject *reading_result(Operation *op);
 /* The handler goes on here and now, or in the next round. */
 int drive_resume(Drive *drive);
 int drive_resume_soon(Drive *drive);
+/* In the context in which this is called. Leaves in drive->state how it stands. */
+void drive_step(Drive *drive);
+/* The same in that context, and in a call of that function, if any. Returns whether it went well;
+ * an exception is not the handler's, which may have run (drive->has_run). */
+bool drive_step_in(Drive *drive, PyObject *context, PyObject *function);
 int drive_resume_on_asyncio(Drive *drive);
 int drive_pass_on_cancellation(Drive *drive);
 int drive_resume_on_trio(Drive *drive);
