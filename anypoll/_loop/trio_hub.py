@@ -70,6 +70,7 @@ def _inside_of_trio() -> tuple[Any, Any] | None:
         "_abort_func",
         "_attempt_delivery_of_any_pending_cancel",
         "_cancel_points",
+        "_cancel_status",
         "_ki_protected",
         "_runner",
         "_schedule_points",
@@ -83,6 +84,10 @@ def _inside_of_trio() -> tuple[Any, Any] | None:
     if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
         return None
     if not isinstance(getattr(task._runner, "instruments", None), Sized):
+        return None
+    if not all(hasattr(task._runner, name) for name in ("ki_pending", "main_task")):
+        return None
+    if not hasattr(task._cancel_status, "effectively_cancelled"):
         return None
     if not _can_unprotect():
         return None
@@ -203,6 +208,8 @@ class TrioHub(Hub):
         self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
+        if self._run_context is not None:
+            trio.lowlevel.spawn_system_task(self._rest)
 
     async def _drain(self) -> None:
         fd = hub_fd(self.handle)
@@ -219,6 +226,28 @@ class TrioHub(Hub):
             except BaseException as exc:  # noqa: BLE001
                 _end_run(exc)
             self._token = None  # the registry of hubs would keep both forever
+
+    async def _rest(self) -> None:
+        """Resumes the handlers that have let the scheduler have a round (csrc/python/rest.c)."""
+        self._can_rest = True
+        try:
+            while True:
+                self._rester = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort_rest)
+                more = True
+                while more:
+                    try:
+                        more = self._resume_rested(None)
+                    except BaseException as exc:  # noqa: BLE001
+                        _end_run(exc)
+                    if more:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._stop_resting()
+
+    def _abort_rest(self, _raise_cancel: Any) -> Abort:
+        self._rester = None
+        return Abort.SUCCEEDED
 
     async def _drive(self, loan: Loan, scope: trio.CancelScope) -> None:
         with scope:

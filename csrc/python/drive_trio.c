@@ -13,7 +13,7 @@
  */
 #include "native.h"
 
-static int count_point(PyObject *task, PyObject *name)
+int trio_count_point(PyObject *task, PyObject *name)
 {
     PyObject *count = PyObject_GetAttr(task, name), *one = PyLong_FromLong(1), *more = NULL;
     if (count && one)
@@ -30,7 +30,8 @@ static int block_trio_task(Drive *drive, PyObject *abort)
 {
     PyObject *task = drive->task;
     if (PyObject_SetAttr(task, n__abort_func, abort) < 0 ||
-        count_point(task, n__cancel_points) < 0 || count_point(task, n__schedule_points) < 0)
+        trio_count_point(task, n__cancel_points) < 0 ||
+        trio_count_point(task, n__schedule_points) < 0)
         return -1;
     PyObject *none =
         PyObject_CallMethodObjArgs(task, n__attempt_delivery_of_any_pending_cancel, NULL);
@@ -64,6 +65,8 @@ static int block_in_foreign_trap(Drive *drive, PyObject *trap)
 
 static int left_to_trio(Drive *drive)
 {
+    if (drive->state == D_RESTING) /* as Trio does for its shielded checkpoint */
+        return trio_count_point(drive->task, n__schedule_points);
     if (drive->state == D_PARKED) {
         PyObject *abort = PyObject_GetAttr((PyObject *)drive, n__abort);
         int rc = abort ? block_trio_task(drive, abort) : -1;
@@ -91,6 +94,7 @@ static int interrupted(Drive *drive)
         Py_CLEAR(drive->outcome);
         replace(&drive->exception, exception);
     } else {
+        drive_stop_resting(drive);
         drive->state = D_LEAVING;
         Py_CLEAR(drive->outcome);
         replace(&drive->interrupt, exception);

@@ -692,6 +692,7 @@ async def test_a_cancellation_that_is_taken_back(then: str) -> None:
         await settle()
         await send_all(sock, b"x")
         await settle()
-        await send_all(sock, b"y")
+        if sys.version_info >= (3, 13):
+            await send_all(sock, b"y")
         await holds(lambda: seen)
     assert seen == ["went on" if sys.version_info >= (3, 13) else "cancelled"]
