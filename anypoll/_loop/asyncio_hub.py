@@ -125,6 +125,7 @@ class AsyncioHub(Hub):
         self._current_task = current_task
         self._look = checkpoint_if_cancelled
         self._states = _task_states()
+        self._can_rest = True
         drain = _Drain(self)
         self._drain = weakref.ref(drain)
         loop.add_reader(hub_fd(self.handle), drain)

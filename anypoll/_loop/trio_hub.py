@@ -58,7 +58,7 @@ def _can_unprotect() -> bool:
     return not _unprotected(trio.lowlevel.currently_ki_protected)
 
 
-#: Of Trio's tasks, in the order of `enum slot` in csrc/python/drive_trio.c.
+#: Of Trio's tasks, in the order of `enum task_slot` in csrc/python/native.h.
 _SLOTS = ("_abort_func", "_cancel_points", "_schedule_points", "context", "_cancel_status")
 
 
@@ -99,6 +99,8 @@ def _inside_of_trio() -> _Inside | None:
         return None
     instruments = getattr(getattr(task, "_runner", None), "instruments", None)
     if not isinstance(instruments, Sized) or not _can_unprotect():
+        return None
+    if not all(hasattr(task._runner, name) for name in ("ki_pending", "main_task")):
         return None
     return _Inside(run_context, WaitTaskRescheduled, instruments, slots)
 
@@ -218,6 +220,8 @@ class TrioHub(Hub):
         self._run_context, self._wait_trap, self._instruments, self._task_slots = inside
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
+        if self._run_context is not None:
+            trio.lowlevel.spawn_system_task(self._rest)
 
     async def _drain(self) -> None:
         fd = hub_fd(self.handle)
@@ -234,6 +238,28 @@ class TrioHub(Hub):
             except BaseException as exc:  # noqa: BLE001
                 _end_run(exc)
             self._token = None  # the registry of hubs would keep both forever
+
+    async def _rest(self) -> None:
+        """Resumes the handlers that have let the scheduler have a round (csrc/python/rest.c)."""
+        self._can_rest = True
+        try:
+            while True:
+                self._rester = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort_rest)
+                more = True
+                while more:
+                    try:
+                        more = self._resume_rested(None)
+                    except BaseException as exc:  # noqa: BLE001
+                        _end_run(exc)
+                    if more:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._stop_resting()
+
+    def _abort_rest(self, _raise_cancel: Any) -> Abort:
+        self._rester = None
+        return Abort.SUCCEEDED
 
     async def _drive(self, loan: Loan, scope: trio.CancelScope) -> None:
         with scope:

@@ -11,6 +11,8 @@
  *   NEW     | has not begun                 | awaits the drive        | begins    | -
  *   RUNNING | runs                          | runs, or is represented | -         | -
  *   PARKED  | waits for an operation        | waits for the drive     | goes on   | resumes it
+ *   RESTING | lets the loop have a round, | waits for the drive     | goes on   | resumes it
+ *           | which the hub calls (rest.c)  |                         |           | in that
  *   LEAVING | has yielded something else,   | is about to run         | hands     | does
  *           | has ended, or is to be        |                         | that over | nothing
  *           | cancelled                     |                         |           |
@@ -43,7 +45,20 @@ static bool is_ours(Drive *drive, PyObject *yielded)
     if (Py_TYPE(yielded) != Operation_Type)
         return false;
     Operation *op = (Operation *)yielded;
-    return op->state == ARMED && op->core->hub == drive->hub && !op->wake;
+    if (op->core->hub != drive->hub || op->wake)
+        return false;
+    return op->state == ARMED || (op->state == YIELDED && drive->by_hub);
+}
+
+bool drive_takes_rests(Hub *hub)
+{
+    return hub->stepping && hub->stepping->by_hub && hub->can_rest;
+}
+
+void drive_stop_resting(Drive *drive)
+{
+    if (drive->state == D_RESTING)
+        hub_end_rest(drive);
 }
 
 static PySendResult step_inner(Drive *drive, PyObject *value, PyObject **result)
@@ -102,10 +117,15 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 void drive_step(Drive *drive)
 {
     PyObject *result = NULL;
-    drive->has_run = true;
+    drive->has_run = drive->by_hub = true;
     PySendResult how = step_inner(drive, Py_None, &result);
-    if (how == PYGEN_NEXT && is_ours(drive, result)) {
-        park(drive, (Operation *)result);
+    bool ours = how == PYGEN_NEXT && is_ours(drive, result);
+    drive->by_hub = false;
+    if (ours) {
+        if (((Operation *)result)->state == YIELDED)
+            hub_rest(drive);
+        else
+            park(drive, (Operation *)result);
         Py_DECREF(result);
         return;
     }
@@ -142,11 +162,15 @@ int drive_resume(Drive *drive)
 
 int drive_resume_soon(Drive *drive)
 {
-    if (drive->state != D_PARKED)
+    if (drive->state != D_PARKED && drive->state != D_RESTING)
         return 0;
+    PyObject *self = Py_NewRef((PyObject *)drive);
+    drive_stop_resting(drive);
     drive->state = D_LEAVING;
-    return drive->hub->trio ? drive_reschedule(drive)
-                            : future_wake_soon((Future *)drive, drive->hub);
+    int rc =
+        drive->hub->trio ? drive_reschedule(drive) : future_wake_soon((Future *)drive, drive->hub);
+    Py_DECREF(self);
+    return rc;
 }
 
 static PyObject *refuse_running(void)
@@ -233,6 +257,7 @@ static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
     Drive *drive = (Drive *)self;
     PySendResult how;
     *result = NULL;
+    drive_stop_resting(drive);
     switch (drive->state) {
     case D_NEW: return begin(drive, result);
     case D_PARKED:
@@ -257,6 +282,7 @@ static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, 
         native_raise(args, n);
         return PYGEN_ERROR;
     }
+    drive_stop_resting(drive);
     drive->state = D_RUNNING;
     drive->cancelled = false;
     Py_CLEAR(drive->outcome);
@@ -298,6 +324,7 @@ static PyObject *close_method(PyObject *self, PyObject *unused)
     Drive *drive = (Drive *)self;
     if (drive->state == D_RUNNING)
         return refuse_running();
+    drive_stop_resting(drive);
     PyObject *inner = drive->inner;
     drive->inner = NULL;
     drive->state = D_OVER;
@@ -344,6 +371,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
 static int clear(PyObject *self)
 {
     Drive *drive = (Drive *)self;
+    drive_stop_resting(drive);
     drive->state = D_OVER;
     Py_CLEAR(drive->inner);
     Py_CLEAR(drive->task);
@@ -372,7 +400,8 @@ static PyObject *itself(PyObject *self)
 
 static PyObject *repr(PyObject *self)
 {
-    static const char *const STATE[] = {"new", "running", "waiting", "woken", "waiting", "over"};
+    static const char *const STATE[] = {"new",   "running", "waiting", "resting",
+                                        "woken", "waiting", "over"};
     Drive *drive = (Drive *)self;
     if (!drive->inner)
         return PyUnicode_FromString("<handler over>");
@@ -419,7 +448,7 @@ static PyObject *get_cr_running(PyObject *self, void *closure)
 static PyObject *get_cr_suspended(PyObject *self, void *closure)
 {
     uint8_t state = ((Drive *)self)->state;
-    return PyBool_FromLong(state == D_PARKED || state == D_PASSING || state == D_LEAVING);
+    return PyBool_FromLong(state != D_NEW && state != D_RUNNING && state != D_OVER);
 }
 
 static PyGetSetDef properties[] = {

@@ -58,6 +58,11 @@ static int after_step(Drive *drive)
 
 int drive_resume_on_asyncio(Drive *drive)
 {
+    if (drive->must_cancel && take_must_cancel(drive)) { /* it came while the handler rested */
+        drive->state = D_LEAVING;
+        drive->cancelled = true;
+        return future_wake((Future *)drive, drive->hub);
+    }
     PyObject *loop = hub_loop(drive->hub), *task = Py_NewRef(drive->task);
     PyObject *entered = PyObject_CallFunctionObjArgs(enter_task, loop, task, NULL), *left = NULL;
     bool has_run = entered && drive_step_in(drive, drive->context, NULL);
@@ -89,7 +94,8 @@ PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssiz
                                   PyObject *names)
 {
     Drive *drive = (Drive *)self;
-    return future_listen((Future *)drive, drive->hub, drive->state != D_PARKED, args, n, names);
+    bool over = drive->state != D_PARKED && drive->state != D_RESTING;
+    return future_listen((Future *)drive, drive->hub, over, args, n, names);
 }
 
 PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -104,6 +110,7 @@ PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
             return NULL;
         Py_RETURN_TRUE;
     case D_RUNNING:
+    case D_RESTING:
         drive->must_cancel = true;
         replace(&drive->message, message);
         Py_RETURN_TRUE;
@@ -118,7 +125,7 @@ PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
 PyObject *drive_result(PyObject *self, PyObject *unused)
 {
     Drive *drive = (Drive *)self;
-    bool over = drive->state != D_PARKED && drive->state != D_RUNNING;
+    bool over = drive->state == D_LEAVING || drive->state == D_PASSING || drive->state == D_OVER;
     return future_result((Future *)drive, over);
 }
 

@@ -15,29 +15,25 @@
 
 /* ---- Trio's tasks ------------------------------------------------------------ */
 
-/* Attributes that are needed for every request, by their descriptors (_loop/trio_hub.py): the
- * search for a name would take longer than all else. */
-enum slot { ABORT_FUNC, CANCEL_POINTS, SCHEDULE_POINTS, CONTEXT, CANCEL_STATUS };
-
-static PyObject *get(Drive *drive, enum slot slot)
+PyObject *trio_get(Hub *hub, PyObject *task, enum task_slot slot)
 {
-    PyObject *descriptor = PyTuple_GetItem(drive->hub->task_slots, slot);
+    PyObject *descriptor = PyTuple_GetItem(hub->task_slots, slot);
     descrgetfunc function = (descrgetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get);
-    return function(descriptor, drive->task, NULL);
+    return function(descriptor, task, NULL);
 }
 
-static int set(Drive *drive, enum slot slot, PyObject *value)
+int trio_set(Hub *hub, PyObject *task, enum task_slot slot, PyObject *value)
 {
-    PyObject *descriptor = PyTuple_GetItem(drive->hub->task_slots, slot);
+    PyObject *descriptor = PyTuple_GetItem(hub->task_slots, slot);
     descrsetfunc function = (descrsetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_set);
-    return function(descriptor, drive->task, value);
+    return function(descriptor, task, value);
 }
 
-static int count_point(Drive *drive, enum slot slot)
+int trio_count_point(Hub *hub, PyObject *task, enum task_slot slot)
 {
-    PyObject *count = get(drive, slot);
+    PyObject *count = trio_get(hub, task, slot);
     PyObject *more = count ? PyLong_FromLongLong(PyLong_AsLongLong(count) + 1) : NULL;
-    int rc = more ? set(drive, slot, more) : -1;
+    int rc = more ? trio_set(hub, task, slot, more) : -1;
     Py_XDECREF(count);
     Py_XDECREF(more);
     return rc;
@@ -45,7 +41,7 @@ static int count_point(Drive *drive, enum slot slot)
 
 static int deliver_cancellation(Drive *drive)
 {
-    PyObject *status = get(drive, CANCEL_STATUS), *none = NULL;
+    PyObject *status = trio_get(drive->hub, drive->task, CANCEL_STATUS), *none = NULL;
     bool cancelled = status && native_is_true(status, n_effectively_cancelled);
     Py_XDECREF(status);
     if (!cancelled)
@@ -58,8 +54,11 @@ static int deliver_cancellation(Drive *drive)
 /* Blocks the task with that abort function, as Trio's own loop does. */
 static int block_trio_task(Drive *drive, PyObject *abort)
 {
-    if (set(drive, ABORT_FUNC, abort) < 0 || count_point(drive, CANCEL_POINTS) < 0 ||
-        count_point(drive, SCHEDULE_POINTS) < 0)
+    Hub *hub = drive->hub;
+    PyObject *task = drive->task;
+    if (trio_set(hub, task, ABORT_FUNC, abort) < 0 ||
+        trio_count_point(hub, task, CANCEL_POINTS) < 0 ||
+        trio_count_point(hub, task, SCHEDULE_POINTS) < 0)
         return -1;
     return deliver_cancellation(drive);
 }
@@ -92,6 +91,8 @@ static int block_in_foreign_trap(Drive *drive, PyObject *trap)
 
 static int left_to_trio(Drive *drive)
 {
+    if (drive->state == D_RESTING) /* as Trio does for its shielded checkpoint */
+        return trio_count_point(drive->hub, drive->task, SCHEDULE_POINTS);
     if (drive->state == D_PARKED) {
         if (!drive->abort)
             drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
@@ -118,6 +119,7 @@ static int interrupted(Drive *drive)
         Py_CLEAR(drive->outcome);
         replace(&drive->exception, exception);
     } else {
+        drive_stop_resting(drive);
         drive->state = D_LEAVING;
         Py_CLEAR(drive->outcome);
         replace(&drive->interrupt, exception);
@@ -143,7 +145,7 @@ static int after_step(Drive *drive, bool went_well)
  * one from the innermost on, and that of the task is not among them. */
 static bool step(Drive *drive)
 {
-    PyObject *context = get(drive, CONTEXT);
+    PyObject *context = trio_get(drive->hub, drive->task, CONTEXT);
     if (!context)
         return false;
     bool went_well =
@@ -157,7 +159,7 @@ int drive_resume_on_trio(Drive *drive)
     PyObject *current = drive->hub->run_context, *task = Py_NewRef(drive->task);
     PyObject *before = Py_XNewRef(PyDict_GetItemWithError(current, n_task)); /* the hub's own */
     int rc = -1;
-    if (before && set(drive, ABORT_FUNC, Py_None) == 0 &&
+    if (before && trio_set(drive->hub, task, ABORT_FUNC, Py_None) == 0 &&
         PyDict_SetItem(current, n_task, task) == 0) {
         bool went_well = step(drive);
         PyObject *exception = went_well ? NULL : native_take_exception();

@@ -124,22 +124,29 @@ PyObject *hub_loop(Hub *hub)
     return Py_NewRef(loop ? loop : Py_None);
 }
 
-int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context)
+static PyObject *call_soon_within(PyObject *loop, PyObject *callback, PyObject *argument,
+                                  PyObject *context)
 {
-    PyObject *loop = hub_loop(hub), *method = NULL, *args = NULL, *kwargs = NULL, *handle = NULL;
-    bool lost = loop == Py_None; /* nobody will run the task any more */
-    if (!lost)
-        method = PyObject_GetAttr(loop, n_call_soon);
-    if (method)
-        args = PyTuple_Pack(2, callback, argument);
-    if (args)
-        kwargs = PyDict_New();
-    if (kwargs && (!context || PyDict_SetItem(kwargs, n_context, context) == 0))
+    PyObject *method = PyObject_GetAttr(loop, n_call_soon), *handle = NULL;
+    PyObject *args = method ? PyTuple_Pack(2, callback, argument) : NULL;
+    PyObject *kwargs = args ? PyDict_New() : NULL;
+    if (kwargs && PyDict_SetItem(kwargs, n_context, context) == 0)
         handle = PyObject_Call(method, args, kwargs);
-    Py_DECREF(loop);
     Py_XDECREF(method);
     Py_XDECREF(args);
     Py_XDECREF(kwargs);
+    return handle;
+}
+
+int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context)
+{
+    PyObject *loop = hub_loop(hub), *handle = NULL;
+    bool lost = loop == Py_None; /* nobody will run the task any more */
+    if (!lost && context)
+        handle = call_soon_within(loop, callback, argument, context);
+    else if (!lost)
+        handle = PyObject_CallMethodObjArgs(loop, n_call_soon, callback, argument, NULL);
+    Py_DECREF(loop);
     Py_XDECREF(handle);
     return handle || lost ? 0 : -1;
 }
@@ -173,20 +180,24 @@ typedef struct {
     PyObject *left; /* a list of the exceptions that end the program, or NULL */
 } batch;
 
-static void keep_exception(batch *b)
+void hub_keep_exception(PyObject **left)
 {
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (traceback)
-        PyException_SetTraceback(value, traceback);
-    if (!b->left)
-        b->left = PyList_New(0);
-    if (!b->left || PyList_Append(b->left, value) < 0)
+    PyObject *value = native_take_exception();
+    if (!*left)
+        *left = PyList_New(0);
+    if (!*left || PyList_Append(*left, value) < 0)
         PyErr_Clear();
-    Py_XDECREF(type);
     Py_XDECREF(value);
-    Py_XDECREF(traceback);
+}
+
+int hub_raise_first(Hub *hub, PyObject *left)
+{
+    if (!left)
+        return 0;
+    PyObject *none = PyObject_CallMethodObjArgs((PyObject *)hub, n__raise_first, left, NULL);
+    Py_DECREF(left);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
 }
 
 static void sort(batch *b, const ap_token *token)
@@ -216,7 +227,7 @@ static void tell(batch *b, const ap_token *token, uint32_t bits, PyObject *metho
     if (id && what && value)
         none = PyObject_CallMethodObjArgs((PyObject *)b->hub, method, id, what, value, NULL);
     if (!none)
-        keep_exception(b);
+        hub_keep_exception(&b->left);
     Py_XDECREF(none);
     Py_XDECREF(id);
     Py_XDECREF(what);
@@ -230,7 +241,7 @@ static void reschedule_tasks(batch *b)
     for (int i = 0; i < b->ready_count; i++) {
         Operation *op = b->ready[i];
         if (op->wake && Py_TYPE(op->wake) != Drive_Type && operation_wake(op) < 0)
-            keep_exception(b);
+            hub_keep_exception(&b->left);
     }
 }
 
@@ -242,7 +253,7 @@ static void deliver(batch *b)
         reschedule_tasks(b);
     for (int i = 0; i < b->ready_count; i++) {
         if ((b->nested ? operation_wake_soon(b->ready[i]) : operation_wake(b->ready[i])) < 0)
-            keep_exception(b);
+            hub_keep_exception(&b->left);
         Py_DECREF((PyObject *)b->ready[i]);
     }
     for (int i = 0; i < b->other_count; i++)
@@ -290,11 +301,11 @@ static PyObject *deliver_all(Hub *hub, const ap_token *first, int n)
     hub->depth--;
     if (b.trim) /* now that the wrappers of the blocks are gone */
         ap_hub_trim(hub->hub);
-    if (!b.left)
-        Py_RETURN_NONE;
-    PyObject *none = PyObject_CallMethodObjArgs((PyObject *)hub, n__raise_first, b.left, NULL);
-    Py_DECREF(b.left);
-    return none;
+    if (hub_ask_for_round(hub) < 0)
+        hub_keep_exception(&b.left);
+    if (hub_raise_first(hub, b.left) < 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *dispatch(PyObject *self, PyObject *unused)
@@ -366,6 +377,13 @@ static PyObject *clear_waiting(PyObject *self, PyObject *unused)
     Hub *hub = (Hub *)self;
     while (hub->waiting)
         hub_forget_wait(hub->waiting);
+    hub_stop_resting(hub);
+    Py_RETURN_NONE;
+}
+
+static PyObject *stop_resting(PyObject *self, PyObject *unused)
+{
+    hub_stop_resting((Hub *)self);
     Py_RETURN_NONE;
 }
 
@@ -414,6 +432,9 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
         Py_VISIT((PyObject *)core);
         Py_VISIT((PyObject *)core->waiting);
     }
+    for (Drive *drive = hub->resting; drive; drive = drive->next)
+        Py_VISIT((PyObject *)drive);
+    Py_VISIT(hub->rester);
     return 0;
 }
 
@@ -422,6 +443,9 @@ static int clear(PyObject *self)
     Hub *hub = (Hub *)self;
     while (hub->waiting)
         hub_forget_wait(hub->waiting);
+    while (hub->resting)
+        hub_end_rest(hub->resting);
+    Py_CLEAR(hub->rester);
     Py_CLEAR(hub->loop);
     Py_CLEAR(hub->outputs);
     Py_CLEAR(hub->current_task);
@@ -466,12 +490,18 @@ static PyMethodDef methods[] = {
      "Ends the wait of that number in the next round; returns whether there is one."},
     {"_forget_waiting", forget_waiting, METH_O,
      "The wait of that number is over for other reasons."},
+    {"_resume_rested", hub_resume_rested, METH_O,
+     "Resumes the handlers whose round this is; returns whether another has been asked for."},
+    {"_stop_resting", stop_resting, METH_NOARGS,
+     "Handlers rest with their tasks from now on, and those that do now go on by them."},
     {"_clear_waiting", clear_waiting, METH_NOARGS, "Nobody will be woken any more."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef members[] = {
     {"dead", T_BOOL, offsetof(Hub, dead), 0, NULL},
+    {"_can_rest", T_BOOL, offsetof(Hub, can_rest), 0, NULL},
+    {"_rester", T_OBJECT, offsetof(Hub, rester), 0, NULL},
     {"_is_trio", T_BOOL, offsetof(Hub, trio), 0, NULL},
     {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
     {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},

@@ -18,6 +18,7 @@
  *   drive.c          Drive      -                   between a task and a handler, which it resumes
  *   drive_asyncio.c                                 the same, if it is asyncio's task
  *   drive_trio.c                                    the same, if it is Trio's
+ *   rest.c                                          handlers that let the loop have a round
  *   coroutine.c                                     what operations and drives share as coroutines
  *   future.c                                        and as futures, for asyncio
  *
@@ -110,7 +111,12 @@ struct Hub {
     Drive *next_to_step; /* by it; borrowed */
     Core **cores;        /* by the index of their slots; borrowed */
     uint32_t room;
-    Core *waiting; /* those with an armed operation; the list holds both strongly */
+    Drive *resting, *last_resting; /* in their order; the list holds them strongly; see rest.c */
+    uint32_t rounds_asked, rounds_begun;
+    char can_rest;    /* somebody resumes those that rest */
+    bool round_due;   /* those that rest now have not asked for theirs yet */
+    PyObject *rester; /* Trio: the task that resumes them, while it waits; or None */
+    Core *waiting;    /* those with an armed operation; the list holds both strongly */
 };
 
 typedef struct {
@@ -161,12 +167,13 @@ struct Operation {
 
 /* ---- a handler and its task; drive.c has the table ------------------------ */
 
-enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_LEAVING, D_PASSING, D_OVER };
+enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_RESTING, D_LEAVING, D_PASSING, D_OVER };
 
 struct Drive {
     FUTURE_HEAD
     uint8_t state;
     bool must_cancel;  /* while the handler ran in the name of the task */
+    bool by_hub;       /* RUNNING: the hub steps it, not its task */
     bool has_run;      /* in this resumption */
     bool is_protected; /* Trio: the task, from KeyboardInterrupt */
     bool ended;        /* LEAVING: outcome is the handler's result */
@@ -177,6 +184,8 @@ struct Drive {
     PyObject *exception; /* LEAVING: what it has raised; or NULL */
     PyObject *interrupt; /* LEAVING: what is to be thrown into it; or NULL */
     PyObject *abort;     /* Trio: the method _abort, once it was needed */
+    Drive *prev, *next;  /* RESTING: in the hub's list */
+    uint32_t round;      /* RESTING: goes on in that one */
 };
 
 extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
@@ -190,11 +199,12 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_cancel_called) X(_checkpoint_and_raise) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_keep) X(_ki_protected) X(_max_bytes) X(_not_found) X(_parent_scope) X(_raise_first) \
-    X(_refuse) X(_report) X(_seal) X(_shield) X(_stands_high) X(_step_next) X(_tell_last) \
-    X(_trap) X(_until_arguments) X(_write_error) X(abort_func) X(call_soon) X(cancel) \
-    X(cancel_scope) X(cancelling) X(check) X(checkpoint) X(close) X(consume) X(context) \
-    X(dispatch_one) X(effectively_cancelled) X(fill) X(fill_nowait) X(find) X(flush) X(join) \
-    X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
+    X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) X(_shield) X(_stands_high) \
+    X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) X(abort_func) \
+    X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) X(checkpoint) X(close) \
+    X(consume) X(context) X(dispatch_one) X(effectively_cancelled) X(fill) X(fill_nowait) \
+    X(find) X(flush) X(join) X(ki_pending) X(main_task) X(receive) X(run) X(send) X(task) \
+    X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -248,6 +258,9 @@ PyObject *send_new(enum kind kind, Core *core, PyObject *item, int flags);
 /* These return 0, and op->state says how it stands (YIELDED, INNER or OPEN), or -1 with an
  * exception. */
 int send_begin(Operation *op);
+/* Whether the loop is to be asked if the task is in a cancelled scope; on Trio, if not, a point has
+ * been counted. */
+bool send_may_be_cancelled(Hub *hub);
 int send_go_on(Operation *op, PyObject *value); /* after an inner coroutine, which returned value */
 /* Sends the objects, or what the writer has; *left is as ap_conn_send returns it, and what the
  * core has queued is kept. */
@@ -289,6 +302,21 @@ int reading_begin(Operation *op);
 /* What the call returns, now that the window is open on op->n bytes. */
 PyObject *reading_result(Operation *op);
 
+/* Lists the drive of a handler that goes on in the next round of the loop, and unlists it. */
+void hub_rest(Drive *drive);
+void hub_end_rest(Drive *drive);
+/* At the end of a callback of the hub's in which handlers ran. */
+int hub_ask_for_round(Hub *hub);
+/* Nobody will be resumed by the hub any more: the tasks go on themselves. */
+void hub_stop_resting(Hub *hub);
+PyObject *hub_resume_rested(PyObject *self, PyObject *unused);
+/* Adds the exception that is set to the list. */
+void hub_keep_exception(PyObject **left);
+/* Raises the first, if there is one; the list is given away. */
+int hub_raise_first(Hub *hub, PyObject *left);
+/* Whether an operation that only wants a round of the loop may be yielded itself. */
+bool drive_takes_rests(Hub *hub);
+
 /* The handler goes on here and now, or in the next round. */
 int drive_resume(Drive *drive);
 int drive_resume_soon(Drive *drive);
@@ -297,10 +325,17 @@ void drive_step(Drive *drive);
 /* The same in that context, and in a call of that function, if any. Returns whether it went well;
  * an exception is not the handler's, which may have run (drive->has_run). */
 bool drive_step_in(Drive *drive, PyObject *context, PyObject *function);
+void drive_stop_resting(Drive *drive); /* if it does */
 int drive_resume_on_asyncio(Drive *drive);
 int drive_pass_on_cancellation(Drive *drive);
 int drive_resume_on_trio(Drive *drive);
 int drive_reschedule(Drive *drive);
+/* Attributes of Trio's tasks, by their descriptors (_loop/trio_hub.py): the search for a name would
+ * take longer than all else. */
+enum task_slot { ABORT_FUNC, CANCEL_POINTS, SCHEDULE_POINTS, CONTEXT, CANCEL_STATUS };
+PyObject *trio_get(Hub *hub, PyObject *task, enum task_slot slot);
+int trio_set(Hub *hub, PyObject *task, enum task_slot slot, PyObject *value);
+int trio_count_point(Hub *hub, PyObject *task, enum task_slot slot);
 bool drive_is_watched(Drive *drive);
 PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                   PyObject *names);

@@ -206,30 +206,40 @@ static PySendResult suspend(Operation *op, PyObject **result)
     return fail(op);
 }
 
-/* After a write, which no cancellation can undo. */
+/* Lets the event loop have a round. On Trio this is not cancelled. */
 static PySendResult yield_once(Operation *op, PyObject **result)
 {
     Hub *hub = op->core->hub;
     track(op);
-    *result = Py_NewRef(hub->trio ? hub->shielded : Py_None);
+    op->blocking = 1;
+    if (drive_takes_rests(hub))
+        *result = Py_NewRef((PyObject *)op);
+    else
+        *result = Py_NewRef(hub->trio ? hub->shielded : Py_None);
     return PYGEN_NEXT;
 }
 
+/* receive() has its bytes: it shuts the window, and opens it again afterwards. */
 static PySendResult checkpoint(Operation *op, PyObject **result)
 {
-    Hub *hub = op->core->hub;
     op->end = op->reader->end;
     op->reader->end = SHUT;
     op->step = CHECKED;
-    if (!hub->trio) {
-        track(op);
-        op->state = YIELDED;
-        *result = Py_NewRef(Py_None);
-        return PYGEN_NEXT;
-    }
+    op->state = YIELDED;
+    return yield_once(op, result);
+}
+
+static int after_yield(Operation *op)
+{
+    op->state = OPEN;
+    if (!op->reader)
+        return 0;
+    Hub *hub = op->core->hub;
+    if (!hub->trio || !send_may_be_cancelled(hub))
+        return core_reopen(op->core, op);
+    op->inner = PyObject_CallNoArgs(hub->look);
     op->state = INNER;
-    op->inner = PyObject_CallMethodObjArgs((PyObject *)hub, n_checkpoint, NULL);
-    return op->inner ? into_inner(op, Py_None, result) : fail(op);
+    return op->inner ? 0 : -1;
 }
 
 static PySendResult failed(Operation *op, PyObject **result)
@@ -303,9 +313,7 @@ static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
     case INNER: return into_inner(op, value, result);
     case ARMED:
     case READY: return resume(op, value, result);
-    case YIELDED:
-        op->state = OPEN;
-        return go_on(op, op->reader ? core_reopen(op->core, op) : 0, result);
+    case YIELDED: return go_on(op, after_yield(op), result);
     default: break;
     }
     PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
@@ -409,11 +417,11 @@ static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssi
                                    PyObject *names)
 {
     Operation *op = (Operation *)self;
-    if (op->state != ARMED && op->state != READY) {
+    if (op->state != ARMED && op->state != READY && op->state != YIELDED) {
         PyErr_SetString(PyExc_RuntimeError, "only a task can wait for this, and only one");
         return NULL;
     }
-    return future_listen((Future *)op, op->core->hub, op->state == READY, args, n, names);
+    return future_listen((Future *)op, op->core->hub, op->state != ARMED, args, n, names);
 }
 
 static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)

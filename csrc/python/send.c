@@ -266,13 +266,8 @@ static PyObject *current_scope(Hub *hub)
     return scope;
 }
 
-/* AnyIO's coroutine takes longer than all else that a send() does, and says yes nearly always. So
- * it is asked only if one of the scopes is cancelled, or if they are not where they are known to
- * be (_loop/asyncio_hub.py). */
-static bool may_be_cancelled(Hub *hub)
+static bool is_in_cancelled_scope(Hub *hub)
 {
-    if (!hub->states || hub->states == Py_None)
-        return true;
     bool cancelled = false;
     PyObject *scope = current_scope(hub);
     while (scope && scope != Py_None && !(cancelled = native_is_true(scope, n__cancel_called)) &&
@@ -282,6 +277,36 @@ static bool may_be_cancelled(Hub *hub)
         scope = outer;
     }
     Py_XDECREF(scope);
+    return cancelled;
+}
+
+/* As trio.lowlevel.checkpoint_if_cancelled() has it. */
+static bool is_cancelled_on_trio(Hub *hub)
+{
+    PyObject *task = PyObject_CallNoArgs(hub->current_task);
+    PyObject *status = task ? trio_get(hub, task, CANCEL_STATUS) : NULL;
+    PyObject *runner = status ? PyObject_GetAttr(task, n__runner) : NULL;
+    PyObject *main_task = runner ? PyObject_GetAttr(runner, n_main_task) : NULL;
+    bool cancelled = !main_task || native_is_true(status, n_effectively_cancelled) ||
+                     (main_task == task && native_is_true(runner, n_ki_pending));
+    if (!cancelled)
+        trio_count_point(hub, task, CANCEL_POINTS);
+    Py_XDECREF(task);
+    Py_XDECREF(status);
+    Py_XDECREF(runner);
+    Py_XDECREF(main_task);
+    return cancelled;
+}
+
+/* The loop's own coroutine takes longer than all else that a send() does, and says yes nearly
+ * always. So it is asked only if one of the scopes is cancelled, or if they are not where they are
+ * known to be (_loop/asyncio_hub.py, trio_hub.py). */
+bool send_may_be_cancelled(Hub *hub)
+{
+    PyObject *known = hub->trio ? hub->run_context : hub->states;
+    if (!known || known == Py_None)
+        return true;
+    bool cancelled = hub->trio ? is_cancelled_on_trio(hub) : is_in_cancelled_scope(hub);
     if (PyErr_Occurred()) {
         PyErr_Clear();
         return true;
@@ -299,7 +324,7 @@ int send_begin(Operation *op)
         return -1;
     if (op->kind == FLUSH)
         return flush_now(op);
-    if (!may_be_cancelled(op->core->hub))
+    if (!send_may_be_cancelled(op->core->hub))
         return begin_sending(op);
     return await_inner(op, LOOKED, PyObject_CallNoArgs(op->core->hub->look));
 }

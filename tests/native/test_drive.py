@@ -9,6 +9,7 @@ import inspect
 import random
 import socket
 import sys
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -714,3 +715,194 @@ async def test_a_cancellation_that_is_taken_back(then: str) -> None:
         await send_all(sock, b"y")  # not before: a call that need not wait is not cancelled
         await holds(lambda: seen)
     assert seen == ["went on" if sys.version_info >= (3, 13) else "cancelled"]
+
+
+# --- handlers that let the loop have a round ------------------------------------------------------
+
+
+async def test_other_tasks_have_their_turn_meanwhile(anyio_backend: Any) -> None:
+    """Whatever a handler has made ready runs before its `send()` or `receive()` returns. Trio mixes
+    the order within a round.
+    """
+    order: list[str] = []
+    calls: list[anyio.Event] = [anyio.Event() for _ in range(20)]
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        for n, event in enumerate(calls):
+            event.set()
+            await (conn.send(b"!") if n % 2 else conn.receive(1))
+            order.append(f"handler {n}")
+
+    async def listen(n: int) -> None:
+        await calls[n].wait()
+        order.append(f"listener {n}")
+
+    async with anyio.create_task_group() as group:
+        for n in range(20):
+            group.start_soon(listen, n)
+        async with one(handler) as sock:
+            await settle()
+            await send_all(sock, b"x" * 11)
+            assert await read(sock, 10) == b"!" * 10
+            await holds(lambda: len(order) == 40)
+    late = 1 if anyio_backend[0] == "trio" else 0
+    for n in range(20 - late):
+        assert order.index(f"listener {n}") < order.index(f"handler {n + late}")
+
+
+async def test_none_is_resumed_twice_in_a_round() -> None:
+    rounds = 0
+    spans: list[int] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        before = rounds
+        for _ in range(50):
+            await conn.send(b"!")
+        spans.append(rounds - before)
+
+    async with one(handler) as sock:
+        await settle()
+        sock.send(b"x")
+        with anyio.fail_after(60):
+            while not spans:
+                await anyio.lowlevel.checkpoint()
+                rounds += 1
+    assert spans[0] >= 49
+
+
+async def test_more_rest_than_one_turn_resumes() -> None:
+    """All of them, whatever the number; rest.c resumes 256 before the loop gets its turn."""
+    number = 300
+
+    async def handler(conn: Connection) -> None:
+        async for chunk in conn:
+            await conn.send(chunk)
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        socks = [connected(server) for _ in range(number)]
+        for sock in socks:
+            sock.setblocking(False)
+        await holds(lambda: len(server.connections) == number)
+        for _ in range(3):
+            await settle()
+            for sock in socks:
+                sock.send(b"x")
+            for sock in socks:
+                assert await read(sock, 1) == b"x"
+        for sock in socks:
+            sock.close()
+
+
+@pytest.mark.parametrize("call", ["send", "receive"])
+@pytest.mark.parametrize("how", ["scope", "task", "itself"])
+async def test_a_cancellation_finds_one_that_rests(call: str, how: str, anyio_backend: Any) -> None:
+    """`receive()` leaves its bytes; on Trio a `send()` that has written returns."""
+    on_trio = anyio_backend[0] == "trio"
+    if how == "task" and on_trio:
+        pytest.skip("Trio's tasks are not cancelled one by one")
+    if how == "itself" and call == "send":
+        pytest.skip("nothing is sent in a cancelled scope")
+    ready = anyio.Event()
+    seen: list[str] = []
+    victim: list[Any] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        if how == "task":
+            victim.append(asyncio.current_task())
+        with anyio.CancelScope() as scope:
+            if how == "scope":
+                victim.append(scope)
+            if how == "itself":
+                scope.cancel()
+            ready.set()
+            try:
+                await (conn.send(b"!") if call == "send" else conn.receive(1))
+                seen.append("went on")
+                await conn.next(100)
+            except BaseException as exc:
+                seen.append(type(exc).__name__)
+                if how != "task":
+                    raise
+                task: Any = asyncio.current_task()
+                task.uncancel()
+        assert await conn.next(1) == (b"y" if call == "receive" and len(seen) == 1 else b"z")
+        await conn.send(b"?")
+
+    async def cancel() -> None:
+        await ready.wait()
+        if victim:
+            victim[0].cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(cancel)
+        async with one(handler) as sock:
+            await settle()
+            await send_all(sock, b"xy" if call == "receive" else b"x")
+            await holds(lambda: seen)
+            await send_all(sock, b"z")
+            assert (await read(sock, 2 if call == "send" else 1))[-1:] == b"?"
+    if on_trio and how == "scope":  # Trio mixes the order within a round
+        assert seen in ([["went on", "Cancelled"]] + [["Cancelled"]] * (call == "receive"))
+    else:
+        assert seen in (["Cancelled"], ["CancelledError"])
+
+
+@pytest.mark.loops("trio")
+async def test_trio_counts_the_points_of_one_that_rests() -> None:
+    results: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        for _ in range(2):
+            with trio.testing.assert_checkpoints():
+                await conn.send(b"!")
+            with trio.testing.assert_checkpoints():
+                await conn.receive(1)
+        results.append("checkpoints")
+
+    async with one(handler) as sock:
+        await settle()
+        await send_all(sock, b"abc")
+        assert await read(sock, 2) == b"!!"
+        await holds(lambda: results)
+
+
+@on_asyncio
+def test_a_loop_that_is_forgotten_while_handlers_rest(
+    run: Callable[[Any], Any], direct: bool
+) -> None:
+    """The list of those that rest goes with it."""
+    seen: list[weakref.ref[Any]] = []
+
+    async def main() -> None:
+        async with opened() as (conn, peer):
+            hub = conn._core.hub
+
+            async def handler() -> None:
+                await conn.next(1)
+                await conn.send(b"!")
+                await conn.send(b"!")
+
+            drive = _native.Drive(hub, handler())
+            task = asyncio.ensure_future(_awaited(drive))
+            await holds(lambda: is_waiting(conn))
+            await send_all(peer, b"x")
+            await holds(lambda: "resting" in repr(drive) or task.done())
+            if "resting" in repr(drive):
+                seen.append(weakref.ref(task))
+                hub._stop_resting()
+                assert "woken" in repr(drive)
+                assert not hub._can_rest
+            await within(task)
+            assert await read(peer, 2) == b"!!"
+
+    run(main)
+    gc.collect()
+    assert all(ref() is None for ref in seen)
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable

@@ -1,0 +1,123 @@
+/* Handlers that let the event loop have a round: a checkpoint under a drive.
+ *
+ * send() after its write and receive() that found its bytes yield once. A task would do that by
+ * itself, a handle and a step of the task each time. The handlers that the hub resumes yield the
+ * operation; the drive is listed here, and one callback resumes all that rest: on asyncio a handle
+ * that is asked for (call_soon) when the callback of the hub in which they ran ends; on Trio a
+ * system task (TrioHub._rest), which is rescheduled then. So whatever they have made ready runs
+ * before they go on, as with checkpoints of their own. A handler whose task steps it rests with its
+ * task.
+ *
+ * Each callback is a round. A handler is listed for the round that is asked for next, so one that
+ * rests again within a round is not resumed twice in it. What exceeds a turn goes on in the next.
+ *
+ * A cancellation finds the handler when its round comes, as it finds a task at a checkpoint. On
+ * Trio resting is shielded; receive() looks for a cancelled scope afterwards.
+ */
+#include "native.h"
+
+#define TURN 256 /* handlers resumed before the loop gets its turn */
+
+/* ---- the list ---------------------------------------------------------------- */
+
+void hub_rest(Drive *drive)
+{
+    Hub *hub = drive->hub;
+    Py_INCREF((PyObject *)drive);
+    drive->state = D_RESTING;
+    drive->round = hub->rounds_asked + 1;
+    drive->next = NULL;
+    drive->prev = hub->last_resting;
+    if (drive->prev)
+        drive->prev->next = drive;
+    else
+        hub->resting = drive;
+    hub->last_resting = drive;
+    hub->round_due = true;
+}
+
+void hub_end_rest(Drive *drive)
+{
+    Hub *hub = drive->hub;
+    if (drive->prev)
+        drive->prev->next = drive->next;
+    else
+        hub->resting = drive->next;
+    if (drive->next)
+        drive->next->prev = drive->prev;
+    else
+        hub->last_resting = drive->prev;
+    drive->prev = drive->next = NULL;
+    drive->state = D_PARKED; /* it waits for nothing but its step */
+    Py_DECREF((PyObject *)drive);
+}
+
+void hub_stop_resting(Hub *hub)
+{
+    hub->can_rest = false;
+    while (hub->resting)
+        if (drive_resume_soon(hub->resting) < 0)
+            PyErr_Clear(); /* the loop is closed */
+}
+
+/* ---- rounds --------------------------------------------------------------------- */
+
+static int wake_rester(Hub *hub)
+{
+    PyObject *task = hub->rester;
+    if (!task || task == Py_None)
+        return 0; /* it runs, or will: it goes on until all rounds are done */
+    hub->rester = NULL;
+    PyObject *none = PyObject_CallFunctionObjArgs(hub->reschedule, task, NULL);
+    Py_DECREF(task);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+static int call_soon(Hub *hub)
+{
+    PyObject *method = PyObject_GetAttr((PyObject *)hub, n__resume_rested);
+    int rc = method ? hub_call_soon(hub, method, Py_None, NULL) : -1;
+    Py_XDECREF(method);
+    return rc;
+}
+
+int hub_ask_for_round(Hub *hub)
+{
+    if (!hub->round_due)
+        return 0;
+    if ((hub->trio ? wake_rester(hub) : call_soon(hub)) < 0)
+        return -1; /* it is still due */
+    hub->round_due = false;
+    hub->rounds_asked++;
+    return 0;
+}
+
+static bool is_due(const Hub *hub)
+{
+    return hub->resting && (int32_t)(hub->rounds_begun - hub->resting->round) >= 0;
+}
+
+PyObject *hub_resume_rested(PyObject *self, PyObject *unused)
+{
+    Hub *hub = (Hub *)self;
+    PyObject *left = NULL;
+    if (hub->rounds_begun == hub->rounds_asked)
+        Py_RETURN_FALSE;
+    hub->rounds_begun++;
+    hub->depth++;
+    for (int n = 0; n < TURN && is_due(hub); n++) {
+        Drive *drive = (Drive *)Py_NewRef((PyObject *)hub->resting);
+        hub_end_rest(drive);
+        if (drive_resume(drive) < 0)
+            hub_keep_exception(&left);
+        Py_DECREF((PyObject *)drive);
+    }
+    hub->depth--;
+    hub->round_due |= is_due(hub);
+    if (hub_ask_for_round(hub) < 0)
+        hub_keep_exception(&left);
+    if (hub_raise_first(hub, left) < 0)
+        return NULL;
+    return PyBool_FromLong(hub->rounds_begun != hub->rounds_asked);
+}
