@@ -10,6 +10,8 @@ connection after that (another system task, an async generator's finaliser) find
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Sized
 from contextvars import Context, copy_context
 from functools import partial
@@ -87,6 +89,16 @@ def _inside_of_trio() -> tuple[Any, Any] | None:
     if not _can_unprotect():
         return None
     return GLOBAL_RUN_CONTEXT, WaitTaskRescheduled
+
+
+def _queue_of_run() -> weakref.ref[Any] | None:
+    """What the run will step next, which Trio does not publish."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT  # noqa: PLC0415
+    except ImportError:
+        return None
+    queue = getattr(getattr(GLOBAL_RUN_CONTEXT, "runner", None), "runq", None)
+    return weakref.ref(queue) if isinstance(queue, deque) else None
 
 
 def _forget(hub: Hub, number: int, _raise_cancel: Any) -> Abort:
@@ -201,6 +213,7 @@ class TrioHub(Hub):
         self._abort_succeeded = Abort.SUCCEEDED
         self._unprotected = _unprotected
         self._run_context, self._wait_trap = _inside_of_trio() or (None, None)
+        self._queue = _queue_of_run()
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
 
