@@ -154,6 +154,12 @@ class PollerStatistics:
     accepts: int
     slots: int
     """connections and listeners, including closed ones that something still refers to"""
+    looks: int
+    """how often an event loop that drives it looked for more before it went on"""
+    spins: int
+    """how often it then waited without sleeping, for ``configure(spin=...)``"""
+    hits: int
+    """how many of the looks found something"""
 
 
 _STATISTICS = tuple(PollerStatistics.__dataclass_fields__)
@@ -193,6 +199,13 @@ def poller_ended(poller: Poller) -> int | None:
         return None
     error = POLLER_ENDED - state
     return 0 if error == ECANCELED else error
+
+
+def limit_spin(microseconds: int) -> None:
+    """For how long an event loop that drives waits for more without sleeping; 0: not at all. For
+    the whole process.
+    """
+    check(lib.ap_spin_limit(microseconds * 1000))
 
 
 def lend_poller(poller: Poller, hub: Hub | None) -> None:

@@ -135,6 +135,9 @@ typedef struct {
     uint64_t stalls;            /* writes that took less than was offered */
     uint64_t timeouts;
     uint64_t slots; /* in use, including closed ones that are still referenced */
+    uint64_t looks; /* of ap_hub_look, those that were made */
+    uint64_t spins;
+    uint64_t hits; /* looks that have found something, by themselves or by a spin */
     uint64_t blocks_in_use;
     uint64_t blocks_free;
     uint64_t bytes_in_use;
@@ -222,6 +225,21 @@ AP_API int ap_hub_again(ap_hub *hub);
  * 0 also while another thread steps; if that is max, call ap_hub_take. -EPERM: the poller is not
  * lent to this hub (any more). */
 AP_API int ap_hub_drive(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max);
+
+/* For how many nanoseconds a loop that drives waits for more without sleeping, when all that the
+ * tokens asked for is done. For the whole process; 0, as it is at first: not at all. Thread: any.
+ * Returns 0; -EINVAL. */
+AP_API int ap_spin_limit(int64_t nanoseconds);
+
+/* Looks again in the same turn of the loop, if that is likely to find something. As ap_hub_drive;
+ * 0: the loop is to go on. -EAGAIN: nothing has come yet, and ap_hub_spin is to follow. */
+AP_API int ap_hub_look(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max);
+
+/* Goes on looking for a bounded time. Thread: loop, but others may run Python. As ap_hub_drive. */
+AP_API int ap_hub_spin(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max);
+
+/* The loop's thread may run Python again after ap_hub_spin: was it worthwhile? Thread: loop. */
+AP_API void ap_hub_spun(ap_hub *hub, ap_poller *poller);
 
 /* Returns the hub's free memory to the system. Thread: loop. */
 AP_API int ap_hub_trim(ap_hub *hub);

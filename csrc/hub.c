@@ -257,6 +257,12 @@ void ap_hub_hush(ap_hub *hub)
     atomic_exchange_explicit(&hub->signalled, 1, memory_order_seq_cst);
 }
 
+bool ap_hub_has_mail(ap_hub *hub)
+{
+    /* relaxed: the exchange that takes the list acquires */
+    return hub->taken || atomic_load_explicit(&hub->mailbox, memory_order_relaxed);
+}
+
 /* If a poster had signalled before, the descriptor stays readable: the loop comes once more,
  * reads it, and finds nothing. The rest of an earlier list, which an exception has left, goes
  * first. */

@@ -7,6 +7,16 @@
 
 #include <pthread.h>
 
+/* How a loop that drives waits without sleeping; loan.c has the rules. */
+typedef struct {
+    int64_t began;  /* (l) the turn of the loop */
+    int64_t ended;  /* (l) the last spin */
+    bool found;     /* (l) by that */
+    bool alone;     /* (l) there is one core: nothing comes while the loop runs */
+    uint32_t doubt; /* (l) how much more often it was in vain of late than not */
+    uint32_t pause; /* (l) chances to be passed up */
+} ap_spin;
+
 struct ap_hub {
     int efd;              /* (h) written; the loop, which ends first, reads it freely */
     uint32_t epoch;       /* (c) */
@@ -19,6 +29,7 @@ struct ap_hub {
     ap_slot *taken;             /* (l) the rest of a list that was taken */
     int batch;                  /* (l) how many tokens the last list yielded */
     ap_context context;         /* (l) */
+    ap_spin spin;
 };
 
 void ap_hub_ref(ap_hub *hub);
@@ -26,6 +37,8 @@ void ap_hub_ref(ap_hub *hub);
 void ap_hub_post(ap_slot *slot, uint32_t bits);
 /* Until the tokens are taken, which the caller does next, nobody signals the hub. Thread: loop. */
 void ap_hub_hush(ap_hub *hub);
+/* Whether ap_hub_take_hushed will find anything. Thread: loop. */
+bool ap_hub_has_mail(ap_hub *hub);
 /* As ap_hub_take, after that. */
 int ap_hub_take_hushed(ap_hub *hub, ap_token *tokens, int max);
 /* Adds the slot to the open slots of its hub, which closes them when it dies. 0; -EBADF: it

@@ -21,18 +21,47 @@
  * and its mailbox is taken after it, without reading the event descriptor. What others post
  * meanwhile is taken too, since signalled is reset before the mailbox is taken (hub.c).
  * What a step outside of this posts is signalled.
+ *
+ * Looking again. A loop that has done all that the tokens asked for would go to sleep: it asks
+ * its own epoll, which asks ours, blocks, and is woken. With a client that answers at once all
+ * of this costs more than the request. So within the same turn the loop looks again, and then
+ * spins: it polls for at most the limit, while others may run Python.
+ *
+ *   the turn   ends for others that wait for the loop: no look begins later than TURN limits
+ *              after the turn has begun
+ *   the doubt  A look that leads to nothing doubles the number of chances that are passed up
+ *              before the next one, and one that finds something halves it. So looking goes on
+ *              only while most looks find something
+ *   one core   What runs on it has to stop before anything can come, so there is no spinning.
+ *              One look is worthwhile all the same: a client that a send has woken often runs
+ *              at once, and has sent the next request when the send returns
+ *   late       Another thread had Python when the spin was over, and the loop has waited for
+ *              it: whatever was found, that was in vain
+ *
+ * Whether anybody else waits is for the caller to know.
  */
 #include "anypoll.h"
 
+#include "clock.h"
 #include "driver.h"
 #include "epoch.h"
 #include "hub.h"
 #include "poller.h"
+#include "sysio.h"
+
+#define TURN 8        /* limits */
+#define DOUBT_MOST 10 /* 1023 chances */
+#define LATE ((int64_t)200 * 1000)
+#define LIMIT_MOST ((int64_t)1000 * 1000 * 1000 * 1000)
+
+static _Atomic int64_t spin_limit; /* (a) relaxed: whoever reads it late spins a little more */
 
 int ap_poller_lend(ap_poller *poller, ap_hub *hub)
 {
     if (poller->epoch != ap_epoch_now())
         return -ECHILD;
+    if (hub)
+        hub->spin.alone = ap_sys_one_core();
     atomic_store_explicit(&poller->borrower, hub, memory_order_seq_cst);
     ap_poller_rouse(poller);
     return ap_has_ended(poller) ? ap_state(poller) : 0;
@@ -43,11 +72,32 @@ int ap_poller_fd(ap_poller *poller)
     return poller->epoch == ap_epoch_now() ? poller->epfd : -ECHILD;
 }
 
+static int64_t limit_now(void)
+{
+    return atomic_load_explicit(&spin_limit, memory_order_relaxed);
+}
+
 static void end_loan(ap_poller *poller, ap_hub *hub)
 {
     if (atomic_compare_exchange_strong_explicit(&poller->borrower, &hub, NULL, memory_order_seq_cst,
                                                 memory_order_seq_cst))
         ap_poller_rouse(poller); /* the loop finds out, too */
+}
+
+/* ---- driving ---------------------------------------------------------- */
+
+static void step(ap_hub *hub, ap_poller *poller)
+{
+    int rc = ap_poller_step(poller, 0, AP_LOOP_BUDGET);
+    if (rc < 0 && rc != -EBUSY)
+        end_loan(poller, hub); /* the thread knows how to wait for better times */
+}
+
+static int step_once(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max)
+{
+    ap_hub_hush(hub);
+    step(hub, poller);
+    return ap_hub_take_hushed(hub, tokens, max);
 }
 
 int ap_hub_drive(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max)
@@ -56,9 +106,76 @@ int ap_hub_drive(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max)
         return -ECHILD;
     if (ap_borrower(poller) != hub)
         return -EPERM;
+    if (limit_now() > 0)
+        hub->spin.began = ap_now();
+    return step_once(hub, poller, tokens, max);
+}
+
+/* ---- looking again ---------------------------------------------------- */
+
+int ap_spin_limit(int64_t nanoseconds)
+{
+    if (nanoseconds < 0 || nanoseconds > LIMIT_MOST)
+        return -EINVAL;
+    atomic_store_explicit(&spin_limit, nanoseconds, memory_order_relaxed);
+    return 0;
+}
+
+static bool may_look(ap_spin *spin, int64_t limit)
+{
+    if (limit == 0)
+        return false;
+    if (spin->pause > 0) {
+        spin->pause--;
+        return false;
+    }
+    return ap_now() - spin->began < TURN * limit;
+}
+
+static void judge(ap_hub *hub, ap_poller *poller, bool hit)
+{
+    ap_spin *spin = &hub->spin;
+    if (hit) {
+        ap_count(&poller->hits, 1);
+        spin->doubt -= spin->doubt > 0;
+        return;
+    }
+    spin->doubt += spin->doubt < DOUBT_MOST;
+    spin->pause = (1u << spin->doubt) - 1;
+}
+
+int ap_hub_look(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    if (ap_borrower(poller) != hub)
+        return -EPERM;
+    if (!may_look(&hub->spin, limit_now()))
+        return 0;
+    ap_count(&poller->looks, 1);
+    int n = step_once(hub, poller, tokens, max);
+    if (n == 0 && !hub->spin.alone)
+        return -EAGAIN;
+    judge(hub, poller, n > 0);
+    return n;
+}
+
+int ap_hub_spin(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max)
+{
+    if (hub->epoch != ap_epoch_now())
+        return -ECHILD;
+    int64_t until = ap_now() + limit_now();
+    ap_count(&poller->spins, 1);
     ap_hub_hush(hub);
-    int rc = ap_poller_step(poller, 0, AP_LOOP_BUDGET);
-    if (rc < 0 && rc != -EBUSY)
-        end_loan(poller, hub); /* the thread knows how to wait for better times */
-    return ap_hub_take_hushed(hub, tokens, max);
+    while (ap_borrower(poller) == hub && !ap_hub_has_mail(hub) && ap_now() < until)
+        step(hub, poller);
+    int n = ap_hub_take_hushed(hub, tokens, max);
+    hub->spin.ended = ap_now();
+    hub->spin.found = n > 0;
+    return n;
+}
+
+void ap_hub_spun(ap_hub *hub, ap_poller *poller)
+{
+    judge(hub, poller, hub->spin.found && ap_now() - hub->spin.ended < LATE);
 }

@@ -119,6 +119,9 @@ int ap_poller_statistics(ap_poller *poller, ap_poller_stats *out)
         .stalls = ap_counted(&poller->stalls),
         .timeouts = ap_counted(&poller->timeouts),
         .slots = ap_counted(&poller->slots),
+        .looks = ap_counted(&poller->looks),
+        .spins = ap_counted(&poller->spins),
+        .hits = ap_counted(&poller->hits),
     };
     ap_pool_statistics(poller->context.pool, out);
     return 0;

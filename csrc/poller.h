@@ -39,7 +39,8 @@ struct ap_poller {
     int failures;                  /* (d) of epoll_wait, in a row */
     _Atomic int state;             /* (a) see ending.c: AP_ACTIVE ..., or why it has ended */
     ap_counter connections, waits, polls, events, reads, writes, again, accepts, bytes_received,
-        bytes_sent, wakeups, wakeups_coalesced, stale_tokens, stalls, timeouts, slots;
+        bytes_sent, wakeups, wakeups_coalesced, stale_tokens, stalls, timeouts, slots, looks, spins,
+        hits;
 };
 
 #ifdef AP_DEBUG

@@ -332,6 +332,11 @@ void ap_pool_trim(ap_pool *pool)
     }
 }
 
+bool ap_pool_can_trim(const ap_pool *pool)
+{
+    return ap_counted(&pool->bytes_in_use) + ap_counted(&pool->bytes_free) > SLAB_MIN;
+}
+
 void ap_pool_unref(ap_pool *pool)
 {
     /* acq_rel; pairs with itself: the last one sees what the others wrote */

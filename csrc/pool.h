@@ -50,6 +50,9 @@ void ap_pool_unref(ap_pool *pool);
 AP_MUST_CHECK ap_block *ap_pool_take(ap_pool *pool, size_t room);
 /* Returns unneeded memory that others gave back to the system. */
 void ap_pool_trim(ap_pool *pool);
+/* Whether that can be worthwhile, now or when blocks that are out have come back: the pool has more
+ * memory than one slab. */
+bool ap_pool_can_trim(const ap_pool *pool);
 /* Adds the pool's numbers to out. */
 void ap_pool_statistics(ap_pool *pool, ap_poller_stats *out);
 /* In the child of a fork: the parent's pools are not counted there. */

@@ -20,7 +20,8 @@
 /* ---- giving memory back ----------------------------------------------- */
 
 /* Blocks come back from loops and views while the driver sleeps. While there is
- * something to do, it checks once a second what can be given back. */
+ * something to do, it checks once a second what can be given back; but a few small
+ * connections are not worth a wake-up. */
 void ap_run_sweep(ap_poller *poller)
 {
     if (poller->now < poller->sweep_at)
@@ -31,7 +32,7 @@ void ap_run_sweep(ap_poller *poller)
 
 void ap_run_sweep_later(ap_poller *poller)
 {
-    if (poller->sweep_at == AP_FOREVER)
+    if (poller->sweep_at == AP_FOREVER && ap_pool_can_trim(poller->context.pool))
         poller->sweep_at = poller->now + AP_TRIM_AFTER + AP_TRIM_AFTER / 4;
 }
 

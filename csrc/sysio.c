@@ -14,6 +14,7 @@
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -327,6 +328,12 @@ int ap_sys_sleep(int efd, int other, int64_t until)
         return error == EINTR ? 0 : -error; /* the caller recomputes its timeout */
     }
     return (at[0].revents ? AP_SLEEP_WOKEN : 0) | (at[1].revents ? AP_SLEEP_OTHER : 0);
+}
+
+bool ap_sys_one_core(void)
+{
+    cpu_set_t cores; /* EINVAL: the machine has more than this has room for */
+    return sched_getaffinity(0, sizeof cores, &cores) == 0 && CPU_COUNT(&cores) == 1;
 }
 
 /* ---- sockets ---------------------------------------------------------- */

@@ -45,6 +45,9 @@ enum { AP_SLEEP_WOKEN = 1, AP_SLEEP_OTHER = 2 };
  * other, which may be -1 (AP_SLEEP_OTHER). Returns those; -errno. */
 AP_MUST_CHECK int ap_sys_sleep(int efd, int other, int64_t until);
 
+/* Whether the calling thread has to share one core with everybody else. */
+bool ap_sys_one_core(void);
+
 /* SO_ERROR (> 0), which asking clears; 0: none. */
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);

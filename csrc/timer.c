@@ -6,6 +6,9 @@
  * on a higher level is filed again when its slot comes up (at most AP_WHEEL_LEVELS
  * times in its life).
  *
+ * Nobody has to wake for that alone: the head of a slot has the least tick of its timers (or
+ * a lesser one, if that timer was unfiled), and until then nothing is due.
+ *
  * Deadlines round up: a timer is never early, and late by at most one tick. Timers
  * are lazy: the wheel only says "look at this slot now", and the slot knows whether
  * anything is due. The idea is that of the kernel's timer wheel
@@ -46,6 +49,8 @@ static void place(ap_wheel *wheel, ap_timer *timer)
     int level = level_of(wheel, timer->tick);
     unsigned slot = (timer->tick >> (level * LEVEL_SHIFT)) & SLOT_MASK;
     ap_timer *head = &wheel->slots[level][slot];
+    if (head->next == head || timer->tick < head->tick)
+        head->tick = timer->tick;
     timer->prev = head->prev;
     timer->next = head;
     head->prev->next = timer;
@@ -80,9 +85,9 @@ void ap_wheel_unfile(ap_wheel *wheel, ap_timer *timer)
     }
 }
 
-/* The first tick of the earliest non-empty slot. The slots of a level lie ahead of now's
- * own digit, except on level 0, where that may be now itself. */
-static bool next_tick(const ap_wheel *wheel, uint64_t *tick)
+/* The earliest non-empty slot, and its first tick; NULL: there is none. The slots of a level lie
+ * ahead of now's own digit, except on level 0, where that may be now itself. */
+static const ap_timer *next_slot(const ap_wheel *wheel, uint64_t *tick)
 {
     for (int level = 0; level < AP_WHEEL_LEVELS; level++) {
         if (!wheel->used[level])
@@ -91,15 +96,16 @@ static bool next_tick(const ap_wheel *wheel, uint64_t *tick)
         int shift = level * LEVEL_SHIFT;
         uint64_t above = wheel->now >> (shift + LEVEL_SHIFT) << (shift + LEVEL_SHIFT);
         *tick = above | (uint64_t)slot << shift;
-        return true;
+        return &wheel->slots[level][slot];
     }
-    return false;
+    return NULL;
 }
 
 int64_t ap_wheel_next(const ap_wheel *wheel)
 {
-    uint64_t tick;
-    return next_tick(wheel, &tick) ? (int64_t)(tick << TICK_SHIFT) : AP_FOREVER;
+    uint64_t first;
+    const ap_timer *head = next_slot(wheel, &first);
+    return head ? (int64_t)(head->tick << TICK_SHIFT) : AP_FOREVER;
 }
 
 /* Moves the timers of the slot that begins at now to the levels below. */
@@ -120,7 +126,7 @@ static void cascade(ap_wheel *wheel, uint64_t tick)
 ap_timer *ap_wheel_expire(ap_wheel *wheel, int64_t now)
 {
     uint64_t until = (uint64_t)now >> TICK_SHIFT, tick;
-    while (next_tick(wheel, &tick) && tick <= until) {
+    while (next_slot(wheel, &tick) && tick <= until) {
         if (tick > wheel->now)
             cascade(wheel, tick);
         ap_timer *head = &wheel->slots[0][tick & SLOT_MASK];

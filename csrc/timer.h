@@ -15,14 +15,15 @@ typedef struct ap_timer {
 typedef struct {
     uint64_t now;                                    /* (d) the last tick that was run */
     uint64_t used[AP_WHEEL_LEVELS];                  /* (d) a bit per non-empty slot */
-    ap_timer slots[AP_WHEEL_LEVELS][AP_WHEEL_SLOTS]; /* (d) heads of rings */
+    ap_timer slots[AP_WHEEL_LEVELS][AP_WHEEL_SLOTS]; /* (d) heads of rings; tick: the least in it */
     size_t filed;                                    /* (d) */
 } ap_wheel;
 
 void ap_wheel_init(ap_wheel *wheel, int64_t now);
 void ap_wheel_file(ap_wheel *wheel, ap_timer *timer, int64_t deadline);
 void ap_wheel_unfile(ap_wheel *wheel, ap_timer *timer);
-/* The earliest moment at which something may be due; AP_FOREVER if nothing is filed. */
+/* The moment at which the earliest timer is due, or somewhat before if one was unfiled; AP_FOREVER
+ * if nothing is filed. */
 int64_t ap_wheel_next(const ap_wheel *wheel);
 /* Removes and returns one timer that is due at now, or NULL. */
 ap_timer *ap_wheel_expire(ap_wheel *wheel, int64_t now);

@@ -353,6 +353,10 @@ PROCESS = {
             {TypeError: [1, 0, "yes", b"", []]}, "direct_resume must be a bool"
         ),
         "driver": Argument({ValueError: ["", "x", 5, b"auto"]}, "driver must be 'auto'"),
+        "spin": Argument(
+            {ValueError: [1001, *TOO_SMALL, *HUGE], TypeError: [*THINGS, 1.5, NAN]},
+            "spin must be (an integer|between 0 and 1000)",
+        ),
     },
 }
 NOCOPY = {
@@ -470,6 +474,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "checkpoint_budget": 3,
         "direct_resume": False,
         "driver": "thread",
+        "spin": 0,
     },
     "ShardQueue": {"conn": OPEN},
     "open_tcp_stream": {"host": "127.0.0.1", "port": 1},

@@ -127,7 +127,7 @@ def test_parameters_are_those_of_anyio(theirs: Any, ours: Any, added: list[str])
             ),
         ),
         (anypoll.serve_forever, "handler task_status"),
-        (anypoll.configure, "pollers load_balance block_size checkpoint_budget"),
+        (anypoll.configure, "pollers load_balance block_size checkpoint_budget driver spin"),
         (anypoll.mux.ShardQueue, "conn shards"),
     ],
 )
@@ -138,7 +138,7 @@ def test_parameters_are_as_promised(function: Any, promised: str) -> None:
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        (anypoll.configure, "pollers load_balance block_size checkpoint_budget"),
+        (anypoll.configure, "pollers load_balance block_size checkpoint_budget driver spin"),
         (anypoll.mux.ShardQueue, "shards"),
     ],
 )
@@ -223,7 +223,7 @@ TRAFFIC = "bytes_received bytes_sent reads writes wakeups"
         (
             anypoll.PollerStatistics,
             f"connections waits events {TRAFFIC} wakeups_coalesced stale_tokens stalls timeouts "
-            + BLOCKS,
+            "looks spins hits " + BLOCKS,
         ),
         (
             anypoll.ConnectionStatistics,

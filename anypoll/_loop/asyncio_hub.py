@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from inspect import CORO_CREATED, getcoroutinestate
@@ -39,6 +40,12 @@ def _task_states() -> dict[Any, Any] | None:
         return None
     known = all(hasattr(scope, name) for name in ("_cancel_called", "_shield", "_parent_scope"))
     return states if known and hasattr(state, "cancel_scope") and type(states) is dict else None
+
+
+def _queue_of(loop: AbstractEventLoop) -> weakref.ref[Any] | None:
+    """What the loop will run next. asyncio does not publish it, and uvloop hides it."""
+    ready = getattr(loop, "_ready", None)
+    return weakref.ref(ready) if isinstance(ready, deque) else None
 
 
 class _Unstoppable(Coroutine[Any, Any, None]):
@@ -126,6 +133,7 @@ class AsyncioHub(Hub):
         self._look = checkpoint_if_cancelled
         self._states = _task_states()
         self._can_rest = True
+        self._queue = _queue_of(loop)
         drain = _Drain(self)
         self._drain = weakref.ref(drain)
         loop.add_reader(hub_fd(self.handle), drain)
@@ -175,7 +183,7 @@ class AsyncioHub(Hub):
         await sleep(0)
 
     def _watch(self, loan: Loan) -> None:
-        get_running_loop().add_reader(loan.fd, loan)
+        get_running_loop().add_reader(loan.fd, self.drive, loan)
 
     def _unwatch(self, loan: Loan) -> None:
         loop = self._loop()

@@ -6,8 +6,8 @@ the woken task looks at the connection again. So a wake-up that comes late, twic
 task does no harm.
 
 An event loop that has the poller to itself *borrows* it (:meth:`Hub.borrow`): it watches the
-poller's descriptor as well, and :meth:`Hub.drive` does the poller's work and takes what came of it.
-The poller's thread then only guards (csrc/guard.c). ``runtime`` decides who borrows.
+poller's descriptor as well, and calls ``drive()``, which does the poller's work and takes what came
+of it. The poller's thread then only guards (csrc/guard.c). ``runtime`` decides who borrows.
 
 The registries:
   - ``readers`` and ``writers`` hold the waiters (futures or tasks) strongly while they wait; a
@@ -65,26 +65,22 @@ class Request(Protocol):
 
 
 class Loan:
-    """A poller that an event loop drives, and the callback on its descriptor.
+    """A poller that an event loop drives.
 
     It holds the poller, and so the descriptor, for as long as the loop watches that.
     """
 
-    __slots__ = ("_hub", "address", "fd", "poller")
+    __slots__ = ("address", "fd", "poller")
 
     poller: Poller
     address: int
     """the poller's, for the native types"""
     fd: int
 
-    def __init__(self, hub: Hub, poller: Poller) -> None:
-        self._hub = hub
+    def __init__(self, poller: Poller) -> None:
         self.poller = poller
         self.fd = _epoll.poller_fd(poller)
         self.address = _epoll.address(poller)
-
-    def __call__(self) -> None:
-        self._hub.drive(self)
 
 
 class Hub(_native.Hub, ABC):
@@ -167,7 +163,8 @@ class Hub(_native.Hub, ABC):
 
     @abstractmethod
     def _watch(self, loan: Loan) -> None:
-        """Has the loop call ``loan`` whenever its descriptor is readable. Call it in the loop.
+        """Has the loop call ``drive(loan)`` whenever the loan's descriptor is readable. Call it in
+        the loop.
 
         :raises OSError: if the loop cannot watch it
         """
@@ -187,7 +184,7 @@ class Hub(_native.Hub, ABC):
         in the loop.
         """
         self._stop_watching(self._watched)
-        loan = Loan(self, poller)
+        loan = Loan(poller)
         try:
             self._watch(loan)
         except OSError:
@@ -207,14 +204,10 @@ class Hub(_native.Hub, ABC):
             self._watched = None
             self._unwatch(loan)
 
-    def drive(self, loan: Loan) -> None:
-        """Does what there is to do for the poller, and :meth:`dispatch`. Call it in the loop's
-        thread.
-        """
-        if not self._step(loan.address):  # the loan is over, or the poller has failed
-            self._stop_watching(loan)
-            if self.loan is loan:
-                self.loan = None
+    def _loan_is_over(self, loan: Loan) -> None:
+        self._stop_watching(loan)
+        if self.loan is loan:
+            self.loan = None
 
     # --- waking ----------------------------------------------------------------------------------
 

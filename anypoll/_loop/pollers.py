@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("anypoll.pollers")
 
+#: Microseconds for which an event loop waits without sleeping: initially, and at most.
+SPIN = 20
+SPIN_MOST = 1000
+
 LoadBalance = str | Callable[[Sequence[PollerStatistics]], int]
 
 
@@ -46,12 +50,14 @@ class Settings:
     checkpoint_budget: int = 64
     direct_resume: bool = True
     driver: str = "auto"
+    spin: int = SPIN
 
     def __post_init__(self) -> None:
         count_field(self, "pollers", least=1, most=256)
         count_field(self, "block_size", least=BLOCK_SIZE, most=MIB)
         count_field(self, "checkpoint_budget", least=1)
         flag(self.direct_resume, "direct_resume")
+        count_field(self, "spin", least=0, most=SPIN_MOST)
         if self.driver not in {"auto", "thread"}:
             raise ValueError(f"driver must be 'auto' or 'thread', not {self.driver!r}")
         balance: Any = self.load_balance

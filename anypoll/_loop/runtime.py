@@ -77,6 +77,7 @@ def configure(**changes: Any) -> None:
         if _pool is not None and _exiting_thread is None:
             _pool.configure(new)
         _settings = new
+        _epoll.limit_spin(new.spin)
         if new.driver != "auto" or new.pollers > 1:
             _end_loans()
     bury_pollers()
@@ -140,6 +141,7 @@ def _lend(hub: Hub, poller: Poller) -> None:
             if _lent:
                 _end_loans()
             return
+        _epoll.limit_spin(_settings.spin)
         hub.borrow(poller)
         _lent = True
 

@@ -10,6 +10,8 @@ connection after that (another system task, an async generator's finaliser) find
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Sized
 from contextvars import Context, copy_context
 from functools import partial
@@ -103,6 +105,16 @@ def _inside_of_trio() -> _Inside | None:
     if not all(hasattr(task._runner, name) for name in ("ki_pending", "main_task")):
         return None
     return _Inside(run_context, WaitTaskRescheduled, instruments, slots)
+
+
+def _queue_of_run() -> weakref.ref[Any] | None:
+    """What the run will step next, which Trio does not publish."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT  # noqa: PLC0415
+    except ImportError:
+        return None
+    queue = getattr(getattr(GLOBAL_RUN_CONTEXT, "runner", None), "runq", None)
+    return weakref.ref(queue) if isinstance(queue, deque) else None
 
 
 def _forget(hub: Hub, number: int, _raise_cancel: Any) -> Abort:
@@ -218,6 +230,7 @@ class TrioHub(Hub):
         self._unprotected = _unprotected
         inside = _inside_of_trio() or (None, None, None, None)
         self._run_context, self._wait_trap, self._instruments, self._task_slots = inside
+        self._queue = _queue_of_run()
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
         if self._run_context is not None:

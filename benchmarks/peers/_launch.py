@@ -7,7 +7,7 @@ its standard output as soon as it accepts, and serves until it is killed.
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import signal
 import threading
 from pathlib import Path
@@ -52,11 +52,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """``name=value``; a value that is no JSON is a string."""
+    """``name=value``; a value that is no literal of Python's is a string."""
     name, _, value = text.partition("=")
     try:
-        return name, json.loads(value)
-    except ValueError:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
         return name, value
 
 

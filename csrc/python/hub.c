@@ -17,8 +17,7 @@
  */
 #include "native.h"
 
-#define BATCH 128 /* tokens taken at once */
-#define TURN 256  /* tasks woken before the loop gets its turn */
+#define TURN 256 /* tasks woken before the loop gets its turn */
 #define LAST (AP_MAIL_IDLE | AP_MAIL_STARVED | AP_MAIL_FAILED) /* may run user code */
 
 PyTypeObject *Hub_Type;
@@ -71,6 +70,7 @@ void hub_wait(Core *core, Operation *op)
     if (core->next)
         core->next->prev = core;
     hub->waiting = core;
+    hub->armed++;
 }
 
 /* The caller inherits the list's reference to the operation. */
@@ -80,6 +80,7 @@ static Operation *take_waiting(Core *core)
     if (!op)
         return NULL;
     core->waiting = NULL;
+    core->hub->armed--;
     if (core->prev)
         core->prev->next = core->next;
     else
@@ -175,7 +176,7 @@ typedef struct {
     Operation *ready[BATCH];
     ap_token other[BATCH];
     int ready_count, other_count;
-    bool trim;
+    bool trim, more;
     bool nested;    /* dispatch() was called by a task: tasks cannot run within one another */
     PyObject *left; /* a list of the exceptions that end the program, or NULL */
 } batch;
@@ -214,6 +215,7 @@ static void sort(batch *b, const ap_token *token)
             rest.bits &= ~(uint32_t)AP_MAIL_READ;
         }
     }
+    b->more |= (rest.bits & ~(uint32_t)(AP_MAIL_SENT | AP_MAIL_TRIM)) != 0;
     if (rest.bits)
         b->other[b->other_count++] = rest;
 }
@@ -275,14 +277,13 @@ static int is_nested(Hub *hub)
     return task != Py_None;
 }
 
-/* Delivers the first n tokens, and takes and delivers what is left. */
-static PyObject *deliver_all(Hub *hub, const ap_token *first, int n)
+int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
 {
-    if (n <= 0)
-        Py_RETURN_NONE;
-    batch b = {.hub = hub, .nested = is_nested(hub)};
-    ap_token tokens[BATCH];
-    memcpy(tokens, first, (size_t)n * sizeof *tokens);
+    batch b; /* not all of it: it is large, and mostly one task is woken */
+    b.hub = hub;
+    b.nested = nested;
+    b.trim = b.more = false;
+    b.left = NULL;
     hub->depth++;
     for (int woken = 0; n > 0;) {
         b.ready_count = b.other_count = 0;
@@ -294,6 +295,7 @@ static PyObject *deliver_all(Hub *hub, const ap_token *first, int n)
             break;
         if (woken >= TURN) {
             ap_hub_again(hub->hub);
+            b.more = true;
             break;
         }
         n = ap_hub_take(hub->hub, tokens, BATCH);
@@ -303,9 +305,7 @@ static PyObject *deliver_all(Hub *hub, const ap_token *first, int n)
         ap_hub_trim(hub->hub);
     if (hub_ask_for_round(hub) < 0)
         hub_keep_exception(&b.left);
-    if (hub_raise_first(hub, b.left) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    return hub_raise_first(hub, b.left) < 0 ? -1 : b.more;
 }
 
 static PyObject *dispatch(PyObject *self, PyObject *unused)
@@ -313,24 +313,9 @@ static PyObject *dispatch(PyObject *self, PyObject *unused)
     Hub *hub = (Hub *)self;
     ap_token tokens[BATCH];
     int n = ap_hub_take(hub->hub, tokens, BATCH);
-    return deliver_all(hub, tokens, n);
-}
-
-static PyObject *step(PyObject *self, PyObject *address)
-{
-    Hub *hub = (Hub *)self;
-    ap_token tokens[BATCH];
-    ap_poller *poller = PyLong_AsVoidPtr(address);
-    if (!poller && PyErr_Occurred())
+    if (n > 0 && hub_deliver(hub, tokens, n, is_nested(hub)) < 0)
         return NULL;
-    int n = ap_hub_drive(hub->hub, poller, tokens, BATCH);
-    if (n < 0)
-        Py_RETURN_FALSE;
-    PyObject *none = deliver_all(hub, tokens, n);
-    if (!none)
-        return NULL;
-    Py_DECREF(none);
-    Py_RETURN_TRUE;
+    Py_RETURN_NONE;
 }
 
 /* ---- for Python --------------------------------------------------------- */
@@ -428,6 +413,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->shielded);
     Py_VISIT(hub->reschedule);
     Py_VISIT(hub->value);
+    Py_VISIT(hub->queue);
     for (Core *core = hub->waiting; core; core = core->next) {
         Py_VISIT((PyObject *)core);
         Py_VISIT((PyObject *)core->waiting);
@@ -461,6 +447,7 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->shielded);
     Py_CLEAR(hub->reschedule);
     Py_CLEAR(hub->value);
+    Py_CLEAR(hub->queue);
     return 0;
 }
 
@@ -481,9 +468,9 @@ static PyMethodDef methods[] = {
      "Events that may run user code come last: the other tokens describe the moment they were\n"
      "taken, and user code may use their connections. An exception that ends the program leaves\n"
      "this method once every token has been delivered."},
-    {"_step", step, METH_O,
-     "Steps the poller at that address, which is lent to this hub, and dispatches. Returns False,\n"
-     "and does nothing, if the loan is over."},
+    {"drive", hub_drive, METH_O,
+     "Does what there is to do for the poller that is lent to this hub, and dispatches. The loop\n"
+     "calls it, outside of any task."},
     {"_step_next", step_next, METH_NOARGS, "Steps a drive, in whatever context this is called."},
     {"waits", waits, METH_O, "Whether a reader call of the connection of that number waits."},
     {"_wake_waiting", wake_waiting, METH_O,
@@ -516,6 +503,7 @@ static PyMemberDef members[] = {
     {"_look", T_OBJECT, offsetof(Hub, look), 0, NULL},
     {"_shielded", T_OBJECT, offsetof(Hub, shielded), 0, NULL},
     {"_reschedule", T_OBJECT, offsetof(Hub, reschedule), 0, NULL},
+    {"_queue", T_OBJECT, offsetof(Hub, queue), 0, NULL},
     {"_value", T_OBJECT, offsetof(Hub, value), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };

@@ -12,6 +12,7 @@
  *   core.c           Core       Endpoint            asking the core for input
  *   stream.c         Stream     Connection          the same calls, for short
  *   hub.c            Hub        _loop.hub.Hub       who waits, and waking them
+ *   turn.c                                          what a loop calls that drives its poller
  *   operation.c      Operation  -                   the awaitable: a call that may have to wait
  *   reading.c                                       arguments and results of the reader's calls
  *   send.c                                          send() and flush()
@@ -22,9 +23,9 @@
  *   coroutine.c                                     what operations and drives share as coroutines
  *   future.c                                        and as futures, for asyncio
  *
- * Everything here runs with the GIL, which is never released: the core's calls do not block, and
- * getting the GIL back would take a millisecond if another thread computes. So whatever is marked
- * (g) needs no other lock.
+ * Everything here runs with the GIL: the core's calls do not block, and getting the GIL back would
+ * take milliseconds if another thread computes. It is released only where the loop would go to
+ * sleep instead (turn.c).
  */
 #ifndef ANYPOLL_PYTHON_NATIVE_H
 #define ANYPOLL_PYTHON_NATIVE_H
@@ -40,6 +41,7 @@
 
 #define SHUT (-1)            /* a window's end that no request can satisfy */
 #define CLAIMED 1            /* the caller of flush() is the sender already */
+#define BATCH 128            /* tokens taken at once */
 #define VECTORED (16 * 1024) /* from this size on output is sent by itself, piece by piece */
 
 typedef struct Core Core;
@@ -117,6 +119,9 @@ struct Hub {
     bool round_due;   /* those that rest now have not asked for theirs yet */
     PyObject *rester; /* Trio: the task that resumes them, while it waits; or None */
     Core *waiting;    /* those with an armed operation; the list holds both strongly */
+    size_t armed;     /* how many they are */
+    bool crowded;     /* the last turn has left something to others that the loop runs */
+    PyObject *queue;  /* a weak reference to what the loop will run at once; or None */
 };
 
 typedef struct {
@@ -198,13 +203,13 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
     X(_cancel_called) X(_checkpoint_and_raise) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
-    X(_keep) X(_ki_protected) X(_max_bytes) X(_not_found) X(_parent_scope) X(_raise_first) \
-    X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) X(_shield) X(_stands_high) \
-    X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) X(abort_func) \
-    X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) X(checkpoint) X(close) \
-    X(consume) X(context) X(dispatch_one) X(effectively_cancelled) X(fill) X(fill_nowait) \
-    X(find) X(flush) X(join) X(ki_pending) X(main_task) X(receive) X(run) X(send) X(task) \
-    X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
+    X(_keep) X(_ki_protected) X(_loan_is_over) X(_max_bytes) X(_not_found) X(_parent_scope) \
+    X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) X(_shield) \
+    X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
+    X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) \
+    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(effectively_cancelled) \
+    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) X(main_task) X(receive) X(run) \
+    X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -290,6 +295,13 @@ int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *co
 int hub_check(Hub *hub);
 /* What Trio's scheduler is to be given; remembers the task. */
 PyObject *hub_trap(Hub *hub, Operation *op);
+
+/* Wakes those that the n tokens name, and those named in what is left if they fill the array, of
+ * BATCH. nested: a task calls. Returns 0; 1 if the loop has to go on, because not all has been
+ * taken or something else than an operation was told; or -1 with an exception. */
+int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested);
+/* A method of Hub. */
+PyObject *hub_drive(PyObject *self, PyObject *loan);
 
 Operation *operation_new(enum kind kind, Reader *reader, PyObject *argument);
 bool operation_finds(const Operation *op); /* a delimiter */

@@ -1,0 +1,68 @@
+/* The turn of an event loop that drives its poller: the callback on the poller's descriptor.
+ *
+ * A method of the hub, called for each batch of events, so it takes the loop no interpreted frame.
+ *
+ * When the batch is dealt with, the loop looks for the next one before it goes on (loan.c): but
+ * only if nobody has to wait for that. All tasks that were woken wait for one of our operations
+ * again, and no other can be seen in the loop's queue, as far as there is access to it (uvloop's
+ * is hidden). Nor does it look in the turn that follows one that has left something to others: Trio
+ * takes its queue as a whole and in any order, so they may come after us. This is the one place
+ * where the native types release the GIL.
+ */
+#include "native.h"
+
+#include <errno.h>
+
+static ap_poller *poller_of(PyObject *loan)
+{
+    PyObject *address = PyObject_GetAttr(loan, n_address);
+    void *poller = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(address);
+    return poller;
+}
+
+/* Whether the loop has something to run at once. */
+static bool others_wait(Hub *hub)
+{
+    if (!hub->queue || hub->queue == Py_None)
+        return false;
+    PyObject *queue = PyWeakref_GetObject(hub->queue);
+    return queue != Py_None && PySequence_Size(queue) != 0;
+}
+
+static int look_again(Hub *hub, ap_poller *poller, ap_token *tokens)
+{
+    int n = ap_hub_look(hub->hub, poller, tokens, BATCH);
+    if (n != -EAGAIN)
+        return n;
+    Py_BEGIN_ALLOW_THREADS;
+    n = ap_hub_spin(hub->hub, poller, tokens, BATCH);
+    Py_END_ALLOW_THREADS;
+    ap_hub_spun(hub->hub, poller);
+    return n;
+}
+
+PyObject *hub_drive(PyObject *self, PyObject *loan)
+{
+    Hub *hub = (Hub *)self;
+    ap_token tokens[BATCH];
+    ap_poller *poller = poller_of(loan);
+    if (!poller)
+        return NULL;
+    bool may_look = !hub->crowded;
+    hub->crowded = false;
+    int n = ap_hub_drive(hub->hub, poller, tokens, BATCH);
+    while (n > 0) {
+        size_t armed = hub->armed;
+        int more = hub_deliver(hub, tokens, n, false);
+        if (more < 0)
+            return NULL;
+        hub->crowded = more || hub->armed < armed || others_wait(hub);
+        if (hub->crowded || !may_look)
+            Py_RETURN_NONE;
+        n = look_again(hub, poller, tokens);
+    }
+    if (n < 0) /* the loan is over, or the poller has failed */
+        return PyObject_CallMethodObjArgs(self, n__loan_is_over, loan, NULL);
+    Py_RETURN_NONE;
+}
