@@ -110,8 +110,9 @@ class Lifecycle:
     # --- tasks -----------------------------------------------------------------------------------
 
     def open(self, group: anyio.abc.TaskGroup) -> None:
-        """Sets the group in which tasks run from now on."""
+        """Sets the group in which tasks run from now on. Call it in the group's block."""
         self._group = group
+        self._handlers = self.workers.hub.tasks_in(group, self.context)
 
     def _begin(self, function: Callable[..., Awaitable[Any]], *args: Any) -> bool:
         """Runs the function in a task of the server, with the context variables of ``serve()``."""
@@ -224,7 +225,7 @@ class Lifecycle:
         if options.on_disconnect is not None or options.cancel_on_disconnect:
             self._watch(connection)
         if core.requests is None or options.on_request is None:
-            self._begin(self._run, connection)
+            self._handlers.start(self._run, connection)
         elif options.on_connect is not None or options.ssl_context is not None:
             core.requests.start(self._connect)
         else:
@@ -410,7 +411,8 @@ class Lifecycle:
         """
         self.cut = True
         if self._options.on_request is None:
-            return  # each connection has its handler
+            await self._handlers.join()  # each connection has its handler
+            return
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as group:
                 for connection in tuple(self.connections):
