@@ -174,7 +174,7 @@ class Lifecycle:
     def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
         """:raises OSError: if resources are exhausted; the descriptor is closed then"""
         options = self._options
-        connection = new_connection(fd, listener._kind, options.limits, peer)
+        connection = new_connection(fd, listener._kind, options.limits, peer, listener._hub)
         core = connection._core
         try:
             if listener._kind == _epoll.TCP:
