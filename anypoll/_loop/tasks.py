@@ -11,7 +11,8 @@ tasks without, and keeps what AnyIO and its users rely on:
   - ``get_current_task()`` and ``get_running_tasks()`` know its parent.
   - The group does not end before the task: :meth:`Tasks.join` is awaited in its block.
   - If the task fails or is cancelled natively, the group is cancelled. An exception leaves the
-    group within its ``BaseExceptionGroup``.
+    group within its ``BaseExceptionGroup``, except for those with which asyncio has ended the whole
+    run by then.
 
 For the first two it writes into AnyIO's registers of tasks, which AnyIO does not publish. They are
 probed once for each hub (``asyncio_hub``): if anything is not as it was, and also if the event loop
@@ -110,9 +111,10 @@ class LeanTasks(Tasks):
         self._running -= 1
         if self._idle is not None and not self._running:
             self._idle.set()
-        if task.cancelled():
+        exc = None if task.cancelled() else task.exception()
+        if task.cancelled() or isinstance(exc, (SystemExit, KeyboardInterrupt)):
             self._group.cancel_scope.cancel()
-        elif (exc := task.exception()) is not None:
+        elif exc is not None:
             self._group.start_soon(_raise, exc)
 
     async def join(self) -> None:

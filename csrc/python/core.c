@@ -465,6 +465,9 @@ static PyMethodDef methods[] = {
     {"_end", (PyCFunction)(void (*)(void))core_end, METH_FASTCALL,
      "_end($self, reset, keep_fd, /)\n--\n\n"
      "Closes it there, and everything towards its user. As ``conn_close``."},
+    {"_may_close", core_may_close, METH_NOARGS,
+     "Whether a close loses nothing; if not, lingering has begun, without a deadline."},
+    {"_traffic", core_traffic, METH_NOARGS, "The bytes received, and sent."},
     {"_show", show_window, METH_NOARGS, "Opens the window on a new block."},
     {"_send", send_pieces, METH_O,
      "Sends the pieces; returns the number of bytes queued, or a negative code."},

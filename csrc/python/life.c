@@ -82,6 +82,25 @@ PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return failed ? NULL : PyLong_FromLong(rc);
 }
 
+/* Whether closing loses nothing: everything is sent, and no input would make it a reset. If not, it
+ * has begun to linger, without a deadline yet. */
+PyObject *core_may_close(PyObject *self, PyObject *unused)
+{
+    Core *core = (Core *)self;
+    bool sent = core->writer->size == 0 && !core->writing && ap_conn_queued(core->conn) == 0;
+    return PyBool_FromLong(sent &&
+                           ap_conn_linger(core->conn, (uint32_t)core->reader->start, 0) == 0);
+}
+
+/* The bytes received, and sent. */
+PyObject *core_traffic(PyObject *self, PyObject *unused)
+{
+    ap_conn_stats stats = {0};
+    ap_conn_statistics(((Core *)self)->conn, 0, &stats); /* zeroes in the child of a fork */
+    return Py_BuildValue("KK", (unsigned long long)stats.bytes_received,
+                         (unsigned long long)stats.bytes_sent);
+}
+
 /* The pointer for cffi, made when it is first asked for. */
 PyObject *core_handle(PyObject *self, void *closure)
 {

@@ -250,6 +250,8 @@ void core_stop_waiting(Core *core);
 /* Methods; life.c. */
 PyObject *core_open(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *core_may_close(PyObject *self, PyObject *unused);
+PyObject *core_traffic(PyObject *self, PyObject *unused);
 PyObject *core_handle(PyObject *self, void *closure);
 
 /* Of kind SEND or FLUSH. */

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import weakref
 from typing import Any
 
 import anyio
 import pytest
 import trio
-from peers import settle
+from peers import holds, read_to_end, send_all, settle, within
 from serving import FOR_EVER, client, echo, is_served, local, once
 
 from anypoll import Connection
@@ -318,3 +319,53 @@ async def test_nothing_is_left_of_it() -> None:
                     await anyio.sleep(0)
     finally:
         gc.enable()
+
+
+# --- the end, which needs no waiting as a rule ---------------------------------------------------
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+async def test_an_end_that_has_to_wait_has_a_deadline(hooked: bool) -> None:
+    """Input that nobody has read makes the close linger, for `write_timeout` at most."""
+    options: dict[str, Any] = {"write_timeout": 0.05, "shutdown_timeout": FOR_EVER}
+
+    async def connected(_conn: Connection) -> None: ...
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+
+    if hooked:
+        options["on_connect"] = connected
+    async with local(handler, **options) as server, client(server) as sock:
+        await send_all(sock, b"more than it reads")
+        assert await within(read_to_end(sock)) == b""
+        await holds(lambda: not server.connections)
+        assert server.statistics().closed == {"done": 1}
+
+
+@pytest.mark.parametrize("left", ["nothing", "output", "callback"])
+async def test_what_the_end_has_to_do(left: str) -> None:
+    """The same is counted, and nothing is lost, whether or not the end has to wait."""
+    done: list[str] = []
+    size = 8 << 20 if left == "output" else 2
+
+    async def callback() -> None:
+        await anyio.sleep(0)
+        done.append("callback")
+
+    async def handler(conn: Connection) -> None:
+        if left == "callback":
+            conn.add_close_callback(callback)
+        await conn.next(1)
+        conn.writer.write(bytes(size))
+        await conn.next(1)
+
+    async with local(handler) as server, client(server) as sock:
+        await send_all(sock, b"a")
+        sock.shutdown(socket.SHUT_WR)
+        assert len(await within(read_to_end(sock))) == size
+        await holds(lambda: not server.connections)
+        statistics = server.statistics()
+    assert statistics.closed == {"eof": 1}
+    assert (statistics.bytes_received, statistics.bytes_sent) == (1, size)
+    assert done == ["callback"] * (left == "callback")
