@@ -25,6 +25,7 @@ from ._buffers.reader import SCATTER
 from ._native._core import ffi, lib
 
 if TYPE_CHECKING:
+    from ._native import Core
     from ._native._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
 
     __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
@@ -82,7 +83,6 @@ conn_disarm_read = lib.ap_conn_disarm_read
 conn_disarm_write = lib.ap_conn_disarm_write
 conn_shutdown = lib.ap_conn_shutdown
 conn_linger = lib.ap_conn_linger
-conn_close = lib.ap_conn_close
 conn_detach = lib.ap_conn_detach
 conn_report = lib.ap_conn_report
 conn_fd = lib.ap_conn_fd
@@ -280,6 +280,7 @@ def hub_fd(hub: Hub) -> int:
 
 
 Handle = TypeVar("Handle")
+_CONN = ffi.typeof("ap_conn *")
 
 
 def address(handle: object) -> int:
@@ -320,21 +321,29 @@ class ConnectionStatistics:
     """likewise, to within about 4 ms: when a byte last went in or out"""
 
 
-def open_connection(poller: Poller, hub: Hub, fd: int, kind: int, high_water: int) -> Conn:
-    """Takes over a connected, non-blocking socket; owns ``fd`` when it returns.
+def open_connection(core: Core, poller: Poller, fd: int, high_water: int) -> None:
+    """Takes over a connected, non-blocking socket; ``core`` owns ``fd`` when it returns.
 
     :raises OSError: ``ENOMEM``; ``EBADF`` if the hub's loop has ended
     :raises PollerEndedError: if the poller has ended
     """
-    out = ffi.new("ap_conn **")
-    _check_open(lib.ap_conn_new(poller, hub, fd, kind, high_water, out))
-    conn: Conn = ffi.gc(out[0], lib.ap_conn_release)
+    code = core._open(address(poller), fd, high_water)
+    if code < 0:
+        _check_open(code)
+
+
+def connection_at(address: int) -> Conn:
+    """The connection at that address, which a native ``Core`` owns."""
+    conn: Conn = ffi.cast(_CONN, address)
     return conn
 
 
-def conn_id(conn: Conn) -> int:
-    """The number by which tokens name the connection."""
-    return lib.ap_conn_id(conn)
+def set_nodelay(fd: int) -> None:
+    """Sets ``TCP_NODELAY``.
+
+    :raises OSError: if that fails
+    """
+    check(lib.ap_fd_nodelay(fd))
 
 
 def register(conns: Sequence[Conn]) -> list[int]:

@@ -489,6 +489,9 @@ AP_API int ap_fork_child(void);
  * -EBADF if it is not the core's. */
 AP_API int ap_fd_close(int fd);
 
+/* Sets TCP_NODELAY. 0, or -errno. */
+AP_API int ap_fd_nodelay(int fd);
+
 /* ---- fault injection, for tests --------------------------------------- */
 
 enum {
@@ -506,7 +509,7 @@ enum {
     AP_CALL_SIGNAL, /* write(2) to an event descriptor */
     AP_CALL_DRAIN,  /* read(2) from one */
     AP_CALL_SHUTDOWN,
-    AP_CALL_SOCKOPT, /* SO_ERROR, SO_LINGER */
+    AP_CALL_SOCKOPT, /* SO_ERROR, SO_LINGER, TCP_NODELAY */
     AP_CALL_IOCTL,   /* FIONREAD, SIOCOUTQNSD */
     AP_CALL_POLL,
     AP_CALL_ERRQUEUE, /* recvmsg(2) with MSG_ERRQUEUE */

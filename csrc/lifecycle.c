@@ -107,6 +107,11 @@ int ap_conn_new(ap_poller *poller, ap_hub *hub, int fd, int kind, uint32_t high_
     return 0;
 }
 
+int ap_fd_nodelay(int fd)
+{
+    return ap_sys_nodelay(fd);
+}
+
 static int register_one(ap_conn *conn)
 {
     int rc = ap_slot_enter(&conn->slot);

@@ -13,6 +13,7 @@
 
 #include <linux/sockios.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -391,6 +392,13 @@ void ap_sys_linger_now(int fd)
     int rc;
     RETRY(rc, AP_CALL_SOCKOPT, setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now));
     (void)rc;
+}
+
+int ap_sys_nodelay(int fd)
+{
+    int on = 1, rc;
+    RETRY(rc, AP_CALL_SOCKOPT, setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
+    return rc;
 }
 
 /* Not retried: on Linux the descriptor is gone whatever close returns, and the number may

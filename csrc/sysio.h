@@ -61,6 +61,7 @@ AP_MUST_CHECK int ap_sys_unsent(int fd);
 AP_MUST_CHECK int ap_sys_shutdown(int fd, int how);
 /* Makes the close send an RST. */
 void ap_sys_linger_now(int fd);
+AP_MUST_CHECK int ap_sys_nodelay(int fd);
 void ap_sys_close(int fd);
 
 /* Zeroed; NULL: no memory. */

@@ -29,7 +29,8 @@ from peers import (
 )
 
 import anypoll
-from anypoll import _epoll
+from anypoll import _native
+from anypoll._connection.core import Core
 from anypoll._loop import runtime as _runtime
 
 pytestmark = pytest.mark.anyio
@@ -238,13 +239,12 @@ async def test_a_raw_socket_in_a_garbage_cycle_outlives_the_connection(
     close the descriptor while a poller reads from it.
     """
     seen: list[bool] = []
-    close = _epoll.conn_close
 
-    def watched(handle: Any, reset: int, keep_fd: int) -> int:
+    def watched(core: Core, reset: bool, keep_fd: bool) -> int:
         seen.append(os.path.exists(f"/proc/self/fd/{fd}"))
-        return close(handle, reset, keep_fd)
+        return _native.Core._end(core, reset, keep_fd)
 
-    monkeypatch.setattr(_epoll, "conn_close", watched)
+    monkeypatch.setattr(Core, "_end", watched)
     ours, peer = socket.socketpair()
     with peer:
         ours.setblocking(False)
@@ -261,25 +261,24 @@ async def test_a_raw_socket_in_a_garbage_cycle_outlives_the_connection(
 
 
 @pytest.mark.parametrize("with_raw", [False, True])
-async def test_a_handle_in_a_garbage_cycle_outlives_the_connection(
+async def test_the_slot_of_a_connection_in_a_garbage_cycle_outlives_it(
     monkeypatch: pytest.MonkeyPatch, with_raw: bool
 ) -> None:
-    """L06, O8. Its destructor, if it came first, would give the slot back: the close that follows
-    would be that of whoever has the slot by then, and the socket would stay open.
+    """L06, O8. If the slot were given back first, the close that follows would be that of whoever
+    has the slot by then, and the socket would stay open.
     """
     seen: list[int] = []
-    close = _epoll.conn_close
 
-    def watched(handle: Any, reset: int, keep_fd: int) -> int:
-        seen.append(close(handle, reset, keep_fd))
+    def watched(core: Core, reset: bool, keep_fd: bool) -> int:
+        seen.append(_native.Core._end(core, reset, keep_fd))
         return seen[-1]
 
-    monkeypatch.setattr(_epoll, "conn_close", watched)
+    monkeypatch.setattr(Core, "_end", watched)
     conn, peer = anypoll.socketpair()
     async with peer:
         if with_raw:
             conn.extra(anyio.abc.SocketAttribute.raw_socket)
-        fd, first = conn.fileno(), conn._core._owner
+        fd, first = conn.fileno(), conn._core
         gc.collect()  # moves what only `conn` leads to behind what `first` leads to
         del first, conn
         with pytest.warns(ResourceWarning, match="unclosed"):
@@ -288,8 +287,8 @@ async def test_a_handle_in_a_garbage_cycle_outlives_the_connection(
         assert seen[0] >= 0
         assert not os.path.exists(f"/proc/self/fd/{fd}")
         assert not _runtime.raw_sockets
-        assert list(_runtime.handles) == [peer._core.number]
-    assert not _runtime.handles
+        assert peer._core.hub._cores() == [peer._core]
+    assert not peer._core.hub._cores()
 
 
 # --- of a real process, as the kernel counts it --------------------------------------------------

@@ -176,6 +176,9 @@ def error_in(exc: BaseException) -> Exception | None:
 
 def normal_end(exc: BaseException, number: int) -> Reason | None:
     """The reason, if ``exc`` holds only what the peer of connection ``number`` can cause."""
+    if exc.__cause__ is None and (usual := _OWN.get(type(exc))) is not None:
+        marks = exc.__dict__
+        return marks.get(REASON, usual) if marks.get(ORIGIN) == number else None
     if isinstance(exc, BaseExceptionGroup):
         reasons = [normal_end(e, number) for e in exc.exceptions]
         return reasons[0] if all(reasons) else None

@@ -76,11 +76,12 @@ class Core(Input):
 
     def on_hub_end(self) -> None:
         """The event loop has ended: C has closed the descriptor, unless Python owned it."""
+        self._over = True
         self._mark_closed()
         self.reader._close()
         self.writer._close()
         self._no_more_news()
-        self._release_handle()
+        self._close_raw()
         self._let_go()  # the handler's task will never run again
         self._reading = self._writing = self._flushing = False  # nor will any other
         self.release_callbacks()
@@ -91,21 +92,17 @@ class Core(Input):
         """Closes the descriptor now, and wakes all waiters. Idempotent. Call it in the event loop's
         thread, or where nothing else has the connection, as in the garbage collector.
         """
-        self._mark_closed()
-        if hasattr(self, "reader"):
-            self.reader._close()
-            self.writer._close()
-        hub = self.hub
-        hub.forget(self.number)
-        if self.raw is None:
-            _epoll.conn_close(self.handle, reset, 0)
-        elif _epoll.conn_close(self.handle, 0, 1) >= 0 and reset:
-            with suppress(OSError):  # already closed by another thread
-                linger_now(self.raw)
-        self._release_handle()
-        hub.outputs.pop(self.number, None)
-        hub.wake_reader(self.number)
-        hub.wake_writers(self.number)
+        if self._over:
+            return
+        raw = self.raw
+        if raw is None:
+            self._end(reset, False)
+        else:
+            if self._end(False, True) >= 0 and reset:
+                with suppress(OSError):  # already closed by another thread
+                    linger_now(raw)
+            self._close_raw()
+        self.hub.part_from(self.number)
         if self.requests is not None:
             self.requests.on_close()
 
@@ -228,6 +225,7 @@ class Core(Input):
         result = _epoll.conn_detach(self.handle, self.reader._start)
         if result < 0:
             raise self._own(stream_error(result))
+        self._over = True
         self._mark_closed()
         self._forget_raw()
         self.hub.forget(self.number)

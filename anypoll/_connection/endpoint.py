@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-import weakref
 from errno import EAGAIN, EBADF, ECONNRESET, EPIPE
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -82,20 +81,7 @@ class RequestMode(Protocol):
 class Endpoint(_native.Core):
     """See the module. Owns ``fd`` from the call on, even if the call fails."""
 
-    __slots__ = (
-        "__weakref__",
-        "_owner",
-        "callbacks",
-        "handle",
-        "held",
-        "idle_timeout",
-        "name",
-        "peer",
-        "poller",
-        "raw",
-        "requests",
-        "watcher",
-    )
+    __slots__ = ("__weakref__",)
 
     reader: Reader
     writer: Writer
@@ -125,51 +111,45 @@ class Endpoint(_native.Core):
     """a wait with nothing unread ends as if the peer had ended its side"""
     failure: int
     """the first socket error seen"""
-    name: str
-    _owner: Conn
+    name: str | None
+    """what a warning calls it"""
 
-    def __init__(self, fd: int, kind: int, limits: Limits, *, peer: bytes | None = None) -> None:
+    def __init__(
+        self,
+        fd: int,
+        kind: int,
+        limits: Limits,
+        *,
+        peer: bytes | None = None,
+        hub: Hub | None = None,
+    ) -> None:
         self.closed = True  # until there is something to close
+        self.kind = kind
         try:
-            hub = self.hub = runtime.current_hub()
-            self.poller, self._owner = runtime.on_poller(
-                hub,
-                lambda poller: _epoll.open_connection(
-                    poller, hub.handle, fd, kind, limits.read_high_water
-                ),
+            self.hub = hub = runtime.current_hub() if hub is None else hub
+            self.poller = runtime.on_poller(
+                hub, lambda poller: _epoll.open_connection(self, poller, fd, limits.read_high_water)
             )
         except BaseException:
             if _epoll.fd_close(fd) < 0:  # the core did not own it yet
                 os.close(fd)
             raise
-        self.handle = _epoll.bare(self._owner)
-        self.kind = kind
         self.limits = limits
         if limits.read_limit < _WINDOW:  # the window must not let a larger request through
             _epoll.conn_set_window(self.handle, limits.read_limit)
-        self._attach(_epoll.address(self.handle))
         settings = runtime.settings()
         self.budget = settings.checkpoint_budget
         if settings.block_size != BLOCK_SIZE:
             _epoll.conn_set_block(self.handle, settings.block_size)
         self.read_timeout = limits.read_timeout
         self.write_timeout = limits.write_timeout
-        self.idle_timeout = None
         if limits.idle_timeout is not None:
             self.set_idle_timeout(limits.idle_timeout)
-        self.callbacks = None
-        self.requests = None
-        self.watcher = None
-        self.held = False
         self.peer = peer
-        self.raw = None
-        self.closed = self.draining = False
-        self.failure = 0
-        self.name = ""
-        self._reading = self._writing = self._flushing = False
-        this: Any = weakref.ref(self)  # self is a Core, which can take tokens
-        hub.addressees[self.number] = this
-        runtime.handles[self.number] = self._owner
+        self.closed = False
+
+    def _make_handle(self, address: int) -> Conn:
+        return _epoll.connection_at(address)
 
     def _mark_closed(self) -> None:
         self.closed = True
@@ -222,9 +202,8 @@ class Endpoint(_native.Core):
         self.raw = sock
         runtime.raw_sockets.add(sock)
 
-    def _release_handle(self) -> None:
-        """Drops what was kept for the C side, which has closed the descriptor."""
-        runtime.handles.pop(self.number, None)
+    def _close_raw(self) -> None:
+        """Closes the socket object: the C side has ended, and left the descriptor to it."""
         raw = self.raw
         if raw is None:
             return
@@ -235,7 +214,6 @@ class Endpoint(_native.Core):
 
     def _forget_raw(self) -> None:
         """Drops the socket object: the C side has given the descriptor away."""
-        runtime.handles.pop(self.number, None)
         if self.raw is not None:
             runtime.raw_sockets.discard(self.raw)
         self.raw = None

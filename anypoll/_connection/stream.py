@@ -26,6 +26,7 @@ from .unix import DescriptorStream, MessageCore, UNIXCore
 if TYPE_CHECKING:
     from typing import Self
 
+    from .._loop.hub import Hub
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _DEFAULT = Limits()
@@ -268,16 +269,19 @@ class UNIXConnection(Connection, DescriptorStream):
 # --- opening -------------------------------------------------------------------------------------
 
 
-def new_connection(fd: int, kind: int, limits: Limits, peer: bytes | None = None) -> Connection:
+def new_connection(
+    fd: int, kind: int, limits: Limits, peer: bytes | None = None, hub: Hub | None = None
+) -> Connection:
     """A connection that no poller watches yet; owns ``fd`` from the call on.
 
+    :param hub: that of the running event loop, if the caller knows it
     :raises OSError: if resources are exhausted
     """
     if kind == TCP:
-        return Connection(Core(fd, kind, limits, peer=peer))
+        return Connection(Core(fd, kind, limits, peer=peer, hub=hub))
     if kind == UNIX:
-        return UNIXConnection(UNIXCore(fd, kind, limits, peer=peer))
-    connection = UNIXConnection(MessageCore(fd, kind, limits, peer=peer))
+        return UNIXConnection(UNIXCore(fd, kind, limits, peer=peer, hub=hub))
+    connection = UNIXConnection(MessageCore(fd, kind, limits, peer=peer, hub=hub))
     connection._writer._shut = True
     return connection
 

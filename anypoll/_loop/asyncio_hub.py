@@ -14,32 +14,37 @@ import weakref
 from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any
 
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._epoll import hub_fd
 from .hub import Hub, Loan, logger
+from .tasks import LeanTasks, Tasks
 
 Function = Callable[[], Coroutine[Any, Any, None]]
 
 
-def _task_states() -> dict[Any, Any] | None:
-    """Where AnyIO keeps the scopes of tasks, which it does not publish. ``None`` if anything is not
-    as it was: then it is asked each time.
+def _register_of_tasks() -> tuple[Any, Any] | None:
+    """Where AnyIO keeps the scopes of tasks, which it does not publish, and the type of what is
+    there. ``None`` if anything is not as it was: then AnyIO is asked each time.
     """
     try:
         from anyio._backends import _asyncio  # noqa: PLC0415
 
         backend: Any = _asyncio
-        states = backend._task_states.data
-        scope, state = backend.CancelScope, backend.TaskState
-    except (ImportError, AttributeError):
+        states, state = backend._task_states, backend.TaskState
+        scope = backend.CancelScope()
+        made = state(1, scope)
+        known = (made.parent_id, made.cancel_scope) == (1, scope) and type(scope._tasks) is set
+    except (ImportError, AttributeError, TypeError):
         return None
-    known = all(hasattr(scope, name) for name in ("_cancel_called", "_shield", "_parent_scope"))
-    return states if known and hasattr(state, "cancel_scope") and type(states) is dict else None
+    names = ("_cancel_called", "_shield", "_parent_scope")
+    known = known and type(states) is weakref.WeakKeyDictionary
+    return (states, state) if known and all(hasattr(scope, name) for name in names) else None
 
 
 def _queue_of(loop: AbstractEventLoop) -> weakref.ref[Any] | None:
@@ -131,7 +136,8 @@ class AsyncioHub(Hub):
         self._loop = weakref.ref(loop)
         self._current_task = current_task
         self._look = checkpoint_if_cancelled
-        self._states = _task_states()
+        self._register = _register_of_tasks()
+        self._states = self._register and self._register[0].data
         self._can_rest = True
         self._queue = _queue_of(loop)
         drain = _Drain(self)
@@ -211,6 +217,11 @@ class AsyncioHub(Hub):
         except RuntimeError:  # another thread has closed the loop meanwhile
             return False
         return True
+
+    def tasks_in(self, group: TaskGroup, context: Context) -> Tasks:
+        if self._register is None:
+            return Tasks(group.start_soon, context)
+        return LeanTasks(group, context, get_running_loop(), *self._register)
 
     def wake(self, waiter: Future[None]) -> None:
         if not waiter.done():  # it may have been cancelled meanwhile

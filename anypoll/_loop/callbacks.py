@@ -40,6 +40,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from .tasks import wait_shielded
+
 if TYPE_CHECKING:
     from .hub import Hub
 
@@ -272,16 +274,3 @@ def cancellation_suppressed() -> Iterator[None]:
     except BaseException as exc:
         if not isinstance(exc, anyio.get_cancelled_exc_class()):
             raise
-
-
-async def wait_shielded(event: anyio.Event) -> None:
-    """Waits despite any cancellation, and raises that afterwards."""
-    cancelled: BaseException | None = None
-    with anyio.CancelScope(shield=True):
-        while not event.is_set():
-            try:
-                await event.wait()
-            except anyio.get_cancelled_exc_class() as exc:  # asyncio's native cancellation
-                cancelled = exc
-    if cancelled is not None:
-        raise cancelled

@@ -12,7 +12,8 @@ of it. The poller's thread then only guards (csrc/guard.c). ``runtime`` decides 
 The registries:
   - ``readers`` and ``writers`` hold the waiters (futures or tasks) strongly while they wait; a
     suspended task's frame holds its connection, so a connection that a task waits on stays alive.
-  - ``addressees`` holds connections and listeners weakly, by the number that tokens carry.
+  - ``addressees`` holds listeners weakly, by the number that tokens carry. Connections are found
+    by the index of their slot, in an array of the native base class.
   - ``requests`` holds the idle connections in request mode, strongly: no task holds them.
   - ``outputs`` holds the objects whose memory a poller is still sending. It is a plain registry,
     not an attribute of the connection: objects in a garbage cycle are freed in arbitrary order,
@@ -34,9 +35,13 @@ from .._epoll import (
     MAIL_STARVED,
     MAIL_WRITE,
 )
+from .tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
+    from contextvars import Context
+
+    from anyio.abc import TaskGroup
 
     from .._buffers.chain import Piece
     from .._epoll import Hub as HubHandle, Poller
@@ -161,6 +166,10 @@ class Hub(_native.Hub, ABC):
         Returns False, and runs nothing, if the event loop has ended.
         """
 
+    def tasks_in(self, group: TaskGroup, context: Context) -> Tasks:
+        """What starts many tasks in the group at little cost. Call it in the group's block."""
+        return Tasks(group.start_soon, context)
+
     @abstractmethod
     def _watch(self, loan: Loan) -> None:
         """Has the loop call ``drive(loan)`` whenever the loan's descriptor is readable. Call it in
@@ -213,7 +222,19 @@ class Hub(_native.Hub, ABC):
 
     def forget(self, number: int) -> None:
         """``number`` has ended: its tokens go to nobody from now on."""
+        self._remove_core(number)
         self.addressees.pop(number, None)
+
+    def part_from(self, number: int) -> None:
+        """The connection ``number`` is closed: whoever waits for it natively has been woken; now
+        the others are.
+        """
+        if self.outputs:
+            self.outputs.pop(number, None)
+        if self.readers and (waiter := self.readers.pop(number, None)) is not None:
+            self.wake(waiter)
+        if self.writers:
+            self.wake_writers(number)
 
     def waits(self, number: int) -> bool:
         """Whether a reader call waits, or a task in :meth:`wait_read`."""
@@ -258,7 +279,7 @@ class Hub(_native.Hub, ABC):
 
     def _tell(self, number: int, news: int, value: int) -> None:
         found = self.addressees.get(number)
-        addressee = found() if found is not None else None
+        addressee = self._core(number) if found is None else found()
         if addressee is not None:
             try:
                 addressee.on_token(news, value)
@@ -275,8 +296,8 @@ class Hub(_native.Hub, ABC):
             _epoll.lend_poller(loan.poller, None)
         _epoll.hub_kill(self.handle)
         left: list[BaseException] = []
-        for found in list(self.addressees.values()):
-            addressee = found()
+        open_now = [found() for found in list(self.addressees.values())]
+        for addressee in [*open_now, *self._cores()]:
             if addressee is not None:
                 try:
                     addressee.on_hub_end()

@@ -22,7 +22,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import MutableMapping
 from dataclasses import replace
 from errno import EIO
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from anyio.lowlevel import current_token
 
@@ -54,8 +54,8 @@ _lent = False  # an event loop drives the poller, or did when it was last looked
 #: descriptor under the poller. A forked child also closes them through their objects.
 raw_sockets: set[socket.socket] = set()
 
-#: Handles of open slots, by number; strong for the same reason: a handle's destructor would free
-#: the slot, and the close that follows could hit the slot's next occupant.
+#: Handles of open listeners, by number; strong for the same reason: a handle's destructor would
+#: free the slot, and the close that follows could hit the slot's next occupant.
 handles: dict[int, object] = {}
 
 
@@ -148,22 +148,30 @@ def _lend(hub: Hub, poller: Poller) -> None:
 
 _TRIES = 8
 
-_Handle = TypeVar("_Handle")
 
-
-def on_poller(hub: Hub, open_on: Callable[[Poller], _Handle]) -> tuple[Poller, _Handle]:
+def on_poller(hub: Hub, open_on: Callable[[Poller], None]) -> Poller:
     """Picks a poller and opens something on it for the event loop of ``hub``; on another poller, if
     that one has ended meanwhile.
 
     :raises OSError: if the pool cannot be started, or if ``open_on`` raises it
     """
+    loan = hub.loan
+    if loan is not None and _pool is not None and not _pool.draining:
+        try:  # there is no choice
+            open_on(loan.poller)
+        except PollerEndedError:
+            bury_pollers()
+        else:
+            return loan.poller
     for _ in range(_TRIES):
         poller = pick_poller()
         _lend(hub, poller)
         try:
-            return poller, open_on(poller)
+            open_on(poller)
         except PollerEndedError:
             bury_pollers()
+        else:
+            return poller
     raise OSError(EIO, "Pollers fail as soon as they are started")
 
 

@@ -20,11 +20,13 @@ from threading import get_ident
 from typing import Any, NamedTuple
 
 import trio
+from anyio.abc import TaskGroup
 from outcome import Value
 from trio.lowlevel import Abort, Task
 
 from .._epoll import hub_fd
 from .hub import Hub, Loan, logger
+from .tasks import Tasks
 
 _VALUES = 1024  # window ends whose wake-up values are cached
 
@@ -362,6 +364,10 @@ class TrioHub(Hub):
         except RuntimeError:  # the run is over
             return False
         return True
+
+    def tasks_in(self, group: TaskGroup, context: Context) -> Tasks:
+        nursery = getattr(group, "_nursery", None)  # AnyIO's own; without it AnyIO is asked
+        return Tasks((nursery if isinstance(nursery, trio.Nursery) else group).start_soon, context)
 
     def wake(self, waiter: Task) -> None:
         trio.lowlevel.reschedule(waiter)

@@ -25,7 +25,7 @@ from anyio.streams.stapled import MultiListener
 from .. import _epoll
 from .._buffers.arguments import Limits
 from .._buffers.errors import stream_error
-from .._connection.sockets import set_nodelay, validated
+from .._connection.sockets import validated
 from .._connection.stream import Connection, kind_of, new_connection
 from .._epoll import MAIL_FAILED, MAIL_STARVED, TCP
 from .._loop import runtime
@@ -35,7 +35,7 @@ from .binding import BACKLOG_MOST, tcp_listening, unix_listening
 if TYPE_CHECKING:
     from typing import Self
 
-    from .._epoll import Account
+    from .._epoll import Account, Poller
 
 __all__ = ("SocketListener", "create_tcp_listener", "create_unix_listener")
 
@@ -87,17 +87,17 @@ class SocketListener(AnyIOSocketListener):
 
         :raises OSError: if resources are exhausted
         """
-        self._poller, self._handle = runtime.on_poller(
-            self._hub,
-            lambda poller: _epoll.open_listener(
-                poller, self._hub.handle, self._raw.fileno(), self._account
-            ),
-        )
+        self._poller = runtime.on_poller(self._hub, self._open_on)
         _epoll.listener_fd(self._handle, 1)
         runtime.raw_sockets.add(self._raw)
         self._number = _epoll.listener_id(self._handle)
         self._hub.addressees[self._number] = weakref.ref(self)
         runtime.handles[self._number] = self._handle
+
+    def _open_on(self, poller: Poller) -> None:
+        self._handle = _epoll.open_listener(
+            poller, self._hub.handle, self._raw.fileno(), self._account
+        )
 
     def _move(self) -> None:
         """Moves to another poller after its own has failed; takes what that had accepted.
@@ -302,11 +302,7 @@ class SocketListener(AnyIOSocketListener):
 
 def nodelay_fd(fd: int) -> None:
     """Sets ``TCP_NODELAY`` on a descriptor that someone else owns."""
-    sock = socket.socket(fileno=fd)
-    try:
-        set_nodelay(sock, True)
-    finally:
-        sock.detach()
+    _epoll.set_nodelay(fd)
 
 
 def open_listeners(

@@ -14,7 +14,7 @@ import anyio
 
 from .._connection.core import Core
 from .._epoll import IS_GONE, conn_status
-from .._loop.callbacks import wait_shielded
+from .._loop.tasks import wait_shielded
 
 
 class PeerGoneError(Exception):

@@ -37,7 +37,7 @@ from .._native import Drive
 from .._network.listener import SocketListener, nodelay_fd
 from .._tls.sessions import HandshakeError, TLSSessions
 from .disconnect import DisconnectHook, PeerGoneError
-from .options import Options
+from .options import Hook, Options
 from .statistics import ServerStatistics
 
 if TYPE_CHECKING:
@@ -76,13 +76,20 @@ class Lifecycle:
             options.ssl_context, options.tls_handshake_timeout, options.on_request
         )
         self.on_leave: Callable[[], None] = lambda: None
-        """called whenever a connection has ended"""
+        """called whenever a connection has ended while the server is ending"""
         # Held while values change that other threads must see as one. Reentrant, because signal
         # handlers and the garbage collector may run user code anywhere, which may read statistics.
         self._lock = threading.RLock()
         self._accepted = self._rejected = self._errors = self._received = self._sent = 0
         self._closed: Counter[str] = Counter()
         self.cut = False
+        self._plain = options.handler is not None and not (
+            options.ssl_context
+            or options.on_connect
+            or options.on_disconnect
+            or options.cancel_on_disconnect
+        )
+        """the handler is called at once, and nothing but its end ends it"""
 
     def statistics(self) -> ServerStatistics:
         """The current counters; works after the end too. Any thread."""
@@ -110,8 +117,9 @@ class Lifecycle:
     # --- tasks -----------------------------------------------------------------------------------
 
     def open(self, group: anyio.abc.TaskGroup) -> None:
-        """Sets the group in which tasks run from now on."""
+        """Sets the group in which tasks run from now on. Call it in the group's block."""
         self._group = group
+        self._handlers = self.workers.hub.tasks_in(group, self.context)
 
     def _begin(self, function: Callable[..., Awaitable[Any]], *args: Any) -> bool:
         """Runs the function in a task of the server, with the context variables of ``serve()``."""
@@ -168,12 +176,13 @@ class Lifecycle:
         with self._lock:
             self._accepted += 1
             self.connections[connection] = None
-        return connection if self._prepare(connection) else None
+        on_prepare = self._options.on_prepare
+        return connection if on_prepare is None or self._prepare(connection, on_prepare) else None
 
     def _open(self, listener: SocketListener, fd: int, peer: bytes) -> Connection:
         """:raises OSError: if resources are exhausted; the descriptor is closed then"""
         options = self._options
-        connection = new_connection(fd, listener._kind, options.limits, peer)
+        connection = new_connection(fd, listener._kind, options.limits, peer, listener._hub)
         core = connection._core
         try:
             if listener._kind == _epoll.TCP:
@@ -185,18 +194,16 @@ class Lifecycle:
             core.close()
             raise
         core.held = True
-        core.draining = self._server.shutting_down
+        core.draining = self._server._ending
         connection._server = self._server
         if options.on_request is not None:
             core.requests = Requests(connection, core, options.on_request, self)
         return connection
 
-    def _prepare(self, connection: Connection) -> bool:
+    def _prepare(self, connection: Connection, on_prepare: Hook) -> bool:
         """Runs ``on_prepare``; returns whether the connection may go on."""
-        if self._options.on_prepare is None:
-            return True
         try:
-            result = self._options.on_prepare(connection)
+            result = on_prepare(connection)
             if inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
                     result.close()
@@ -224,7 +231,7 @@ class Lifecycle:
         if options.on_disconnect is not None or options.cancel_on_disconnect:
             self._watch(connection)
         if core.requests is None or options.on_request is None:
-            self._begin(self._run, connection)
+            self._handlers.start(self._run, connection)
         elif options.on_connect is not None or options.ssl_context is not None:
             core.requests.start(self._connect)
         else:
@@ -257,31 +264,30 @@ class Lifecycle:
 
     async def _run(self, connection: Connection) -> None:
         """The whole life of one connection in handler mode."""
+        exc: Exception | None = None
         try:
-            exc = await self._outcome(connection)
+            if self._plain:
+                assert self._options.handler is not None
+                await self._driven(self._options.handler(connection))
+            else:
+                await self._handle(connection)
         except BaseException as e:
-            with cancellation_suppressed():  # it must not replace the handler's outcome
-                await self.conclude(connection, e)
-            raise
-        try:
-            await self.conclude(connection, exc)
-        finally:
-            exc = None  # from CPython 3.12 on, frames of its traceback lead back to this one
-
-    async def _outcome(self, connection: Connection) -> Exception | None:
-        """The exception that the handler raised. No frame in its traceback keeps it, or each end
-        would leave a garbage cycle that contains the connection.
-        """
-        assert self._options.handler is not None
-        try:
-            await self._connect(connection)
-            if not connection._core.closed:  # on_connect may have refused it
-                await self._driven(self.call(connection, self._options.handler))
-        except BaseException as exc:  # as promised: an error stops nothing else
-            if error_in(exc) is None:
+            exc = error_in(e)
+            if exc is None:
+                with cancellation_suppressed():  # it must not replace the handler's outcome
+                    await self.conclude(connection, e)
                 raise
-            return error_in(exc)
-        return None
+        try:  # as promised: an error stops nothing else
+            if not self._plain or not self._conclude_now(connection, exc):
+                await self.conclude(connection, exc)
+        finally:
+            exc = None  # its traceback leads back to this frame
+
+    async def _handle(self, connection: Connection) -> None:
+        assert self._options.handler is not None
+        await self._connect(connection)
+        if not connection._core.closed:  # on_connect may have refused it
+            await self._driven(self.call(connection, self._options.handler))
 
     def _driven(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
         """The same, but resumed directly where that is possible."""
@@ -313,6 +319,23 @@ class Lifecycle:
                 del error  # its traceback refers to this frame
 
     # --- end -------------------------------------------------------------------------------------
+
+    def _conclude_now(self, connection: Connection, exc: Exception | None) -> bool:
+        """Does what :meth:`conclude` would do, if that would neither wait nor call anybody. If not,
+        it returns False, and nothing is decided.
+        """
+        core = connection._core
+        reason = "done" if exc is None else normal_end(exc, core.number)
+        if reason not in GRACEFUL or core.callbacks is not None or core.requests is not None:
+            return False
+        if not core.closed and not core._may_close():
+            return False
+        if exc is not None and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s ended: %s", self._name(connection), reason)
+        core.close()
+        core.held = False
+        self._leave(connection, reason)
+        return True
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """Called when the handler or the last call has ended, with its exception."""
@@ -386,17 +409,18 @@ class Lifecycle:
         return f"anypoll connection {connection._core.number & 0xFFFFFFFF}"
 
     def _leave(self, connection: Connection, reason: Reason) -> None:
-        statistics = connection.statistics()
+        received, sent = connection._core._traffic()
         with self._lock:
-            self._received += statistics.bytes_received
-            self._sent += statistics.bytes_sent
+            self._received += received
+            self._sent += sent
             self._closed[reason] += 1
             del self.connections[connection]
         self._sessions.forget(connection)
         self._admission.leave(connection._core.peer)
-        if not self._server.shutting_down:
+        if self._server._ending:
+            self.on_leave()
+        else:
             self._admission.grant(len(self.connections))
-        self.on_leave()
 
     def drain(self) -> None:
         """Ends idle connections now, and the others as soon as they are idle."""
@@ -410,7 +434,8 @@ class Lifecycle:
         """
         self.cut = True
         if self._options.on_request is None:
-            return  # each connection has its handler
+            await self._handlers.join()  # each connection has its handler
+            return
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as group:
                 for connection in tuple(self.connections):

@@ -15,7 +15,7 @@ from anyio.abc import TaskStatus
 from .._buffers.arguments import Limits, count, flag, seconds
 from .._connection.requests import Function
 from .._connection.sockets import Keepalive, check_keepalive
-from .._loop.callbacks import wait_shielded
+from .._loop.tasks import wait_shielded
 from .options import Options
 from .server import Server
 from .targets import ListenTargets, all_different, flat

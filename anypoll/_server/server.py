@@ -50,7 +50,8 @@ class Server:
         self._lifecycle.on_leave = self._check_idle
         self._listeners: list[SocketListener] = []
         self._addresses: tuple[Address, ...] = ()
-        self._shutting_down = anyio.Event()
+        self._ending = False
+        self._shutting_down = anyio.Event()  # the same, for those who wait
         self._ended = anyio.Event()
         self._idle = anyio.Event()  # no connection is left, and none will come
         self._accepting = 0
@@ -90,7 +91,7 @@ class Server:
     @property
     def shutting_down(self) -> bool:
         """Whether the server is ending or has ended. Any thread."""
-        return self._shutting_down.is_set()
+        return self._ending
 
     async def wait_shutting_down(self) -> None:
         """Waits until the server begins to end.
@@ -159,6 +160,12 @@ class Server:
         if self.shutting_down and not self._lifecycle.connections and not self._accepting:
             self._idle.set()
 
+    def _end(self) -> None:
+        """Accepts nothing more, and says so."""
+        self._ending = True
+        self._shutting_down.set()
+        self._close_listeners()
+
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener._close()
@@ -169,8 +176,7 @@ class Server:
             self._grace.deadline = min(self._grace.deadline, self._deadline)
         if self.shutting_down:
             return
-        self._shutting_down.set()
-        self._close_listeners()
+        self._end()
         self._lifecycle.drain()
         self._check_idle()
 
@@ -192,11 +198,9 @@ class Server:
                     await self._shutting_down.wait()
                     await self._wait_idle()
                 finally:
-                    self._shutting_down.set()
-                    self._close_listeners()
+                    self._end()
                     group.cancel_scope.cancel()
                     await self._lifecycle.end()
         finally:
-            self._shutting_down.set()
-            self._close_listeners()
+            self._end()
             self._ended.set()

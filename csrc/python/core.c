@@ -329,21 +329,6 @@ int core_skip(Core *core, Operation *op)
 
 /* ---- for Python ------------------------------------------------------------- */
 
-static PyObject *attach(PyObject *self, PyObject *address)
-{
-    Core *core = (Core *)self;
-    core->conn = PyLong_AsVoidPtr(address);
-    if (!core->conn || !core->hub) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_ValueError, "a core needs a connection and a hub");
-        return NULL;
-    }
-    core->number = ap_conn_id(core->conn);
-    if (hub_add_core(core->hub, core) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 static PyObject *fill(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     long flags = n == 2 ? PyLong_AsLong(args[1]) : 0;
@@ -429,6 +414,10 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(core->read_timeout);
     Py_VISIT(core->write_timeout);
     Py_VISIT(core->trap);
+    Py_VISIT(core->raw);
+    Py_VISIT(core->requests);
+    Py_VISIT(core->watcher);
+    Py_VISIT(core->callbacks);
     return 0;
 }
 
@@ -446,6 +435,15 @@ static int clear(PyObject *self)
     Py_CLEAR(core->read_timeout);
     Py_CLEAR(core->write_timeout);
     Py_CLEAR(core->trap);
+    Py_CLEAR(core->idle_timeout);
+    Py_CLEAR(core->handle);
+    Py_CLEAR(core->poller);
+    Py_CLEAR(core->peer);
+    Py_CLEAR(core->raw);
+    Py_CLEAR(core->name);
+    Py_CLEAR(core->requests);
+    Py_CLEAR(core->watcher);
+    Py_CLEAR(core->callbacks);
     return 0;
 }
 
@@ -454,12 +452,22 @@ static void dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     clear(self);
+    if (((Core *)self)->conn)
+        ap_conn_release(((Core *)self)->conn);
     PyObject_GC_Del(self);
     Py_DECREF(type);
 }
 
 static PyMethodDef methods[] = {
-    {"_attach", attach, METH_O, "Takes the address of the core's connection."},
+    {"_open", (PyCFunction)(void (*)(void))core_open, METH_FASTCALL,
+     "_open($self, poller, fd, high_water, /)\n--\n\n"
+     "Opens the connection in the core, on the poller of that address. 0, or a negative code."},
+    {"_end", (PyCFunction)(void (*)(void))core_end, METH_FASTCALL,
+     "_end($self, reset, keep_fd, /)\n--\n\n"
+     "Closes it there, and everything towards its user. As ``conn_close``."},
+    {"_may_close", core_may_close, METH_NOARGS,
+     "Whether a close loses nothing; if not, lingering has begun, without a deadline."},
+    {"_traffic", core_traffic, METH_NOARGS, "The bytes received, and sent."},
     {"_show", show_window, METH_NOARGS, "Opens the window on a new block."},
     {"_send", send_pieces, METH_O,
      "Sends the pieces; returns the number of bytes queued, or a negative code."},
@@ -508,7 +516,17 @@ static PyMemberDef members[] = {
     FLAG("_reading", reading),
     FLAG("_writing", writing),
     FLAG("_flushing", flushing),
+    FLAG("_over", over),
+    FLAG("held", held),
     OBJECT("limits", limits),
+    OBJECT("idle_timeout", idle_timeout),
+    OBJECT("poller", poller),
+    OBJECT("peer", peer),
+    OBJECT("raw", raw),
+    OBJECT("name", name),
+    OBJECT("requests", requests),
+    OBJECT("watcher", watcher),
+    OBJECT("callbacks", callbacks),
     OBJECT("read_timeout", read_timeout),
     OBJECT("write_timeout", write_timeout),
     {NULL, 0, 0, 0, NULL},
@@ -540,6 +558,7 @@ TYPED(Reader, reader, Reader_Type)
 TYPED(Writer, writer, Writer_Type)
 
 static PyGetSetDef properties[] = {
+    {"handle", core_handle, NULL, NULL, NULL},
     {"hub", get_hub, set_hub, NULL, NULL},
     {"reader", get_reader, set_reader, NULL, NULL},
     {"writer", get_writer, set_writer, NULL, NULL},

@@ -73,8 +73,7 @@ void hub_wait(Core *core, Operation *op)
     hub->armed++;
 }
 
-/* The caller inherits the list's reference to the operation. */
-static Operation *take_waiting(Core *core)
+Operation *hub_take_wait(Core *core)
 {
     Operation *op = core->waiting;
     if (!op)
@@ -94,7 +93,7 @@ static Operation *take_waiting(Core *core)
 
 void hub_forget_wait(Core *core)
 {
-    Operation *op = take_waiting(core);
+    Operation *op = hub_take_wait(core);
     Py_XDECREF((PyObject *)op);
 }
 
@@ -207,7 +206,7 @@ static void sort(batch *b, const ap_token *token)
     b->trim |= (token->bits & AP_MAIL_TRIM) != 0;
     if (token->bits & AP_MAIL_READ) {
         Core *core = find(b->hub, token->id);
-        Operation *op = core ? take_waiting(core) : NULL;
+        Operation *op = core ? hub_take_wait(core) : NULL;
         if (op) {
             /* of a failure the value is the error, not the window's end */
             operation_ready(op, token->bits & AP_MAIL_FAILED ? 0 : token->value);
@@ -335,7 +334,7 @@ static PyObject *wake_waiting(PyObject *self, PyObject *number)
     if (PyErr_Occurred())
         return NULL;
     Core *core = find((Hub *)self, id);
-    Operation *op = core ? take_waiting(core) : NULL;
+    Operation *op = core ? hub_take_wait(core) : NULL;
     if (!op)
         Py_RETURN_FALSE;
     operation_ready(op, 0);
@@ -344,6 +343,39 @@ static PyObject *wake_waiting(PyObject *self, PyObject *number)
     if (rc < 0)
         return NULL;
     Py_RETURN_TRUE;
+}
+
+/* One that is being deallocated is no longer to be found. */
+static PyObject *find_core(PyObject *self, PyObject *number)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLongMask(number);
+    if (PyErr_Occurred())
+        return NULL;
+    Core *core = find((Hub *)self, id);
+    return Py_NewRef(core && Py_REFCNT((PyObject *)core) > 0 ? (PyObject *)core : Py_None);
+}
+
+static PyObject *all_cores(PyObject *self, PyObject *unused)
+{
+    Hub *hub = (Hub *)self;
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = 0; list && i < hub->room; i++) {
+        PyObject *core = (PyObject *)hub->cores[i];
+        if (core && Py_REFCNT(core) > 0 && PyList_Append(list, core) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *remove_core(PyObject *self, PyObject *number)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLongMask(number);
+    if (PyErr_Occurred())
+        return NULL;
+    Core *core = find((Hub *)self, id);
+    if (core)
+        hub_remove_core((Hub *)self, core);
+    Py_RETURN_NONE;
 }
 
 static PyObject *forget_waiting(PyObject *self, PyObject *number)
@@ -472,6 +504,9 @@ static PyMethodDef methods[] = {
      "Does what there is to do for the poller that is lent to this hub, and dispatches. The loop\n"
      "calls it, outside of any task."},
     {"_step_next", step_next, METH_NOARGS, "Steps a drive, in whatever context this is called."},
+    {"_core", find_core, METH_O, "The open connection's core of that number, or None."},
+    {"_cores", all_cores, METH_NOARGS, "The cores of all open connections."},
+    {"_remove_core", remove_core, METH_O, "The core of that number is found no longer."},
     {"waits", waits, METH_O, "Whether a reader call of the connection of that number waits."},
     {"_wake_waiting", wake_waiting, METH_O,
      "Ends the wait of that number in the next round; returns whether there is one."},

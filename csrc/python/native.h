@@ -10,6 +10,7 @@
  *   reader.c         Reader     nocopy.Reader       the window, and the calls that look in it
  *   writer.c         Writer     BaseWriter          collecting output
  *   core.c           Core       Endpoint            asking the core for input
+ *   life.c                                          opening and closing it
  *   stream.c         Stream     Connection          the same calls, for short
  *   hub.c            Hub        _loop.hub.Hub       who waits, and waking them
  *   turn.c                                          what a loop calls that drives its poller
@@ -78,16 +79,21 @@ typedef struct Hub Hub;
 typedef struct Drive Drive;
 
 struct Core {
-    PyObject_HEAD ap_conn *conn; /* Python holds the handle */
+    PyObject_HEAD ap_conn *conn; /* owned */
     unsigned long long number;
     int kind;
     int failure;
     long budget;
     char closed, draining, reading, writing, flushing;
+    char over; /* the descriptor is closed, or given away */
+    char held;
     Hub *hub;
     Reader *reader;
     Writer *writer;
-    PyObject *limits, *read_timeout, *write_timeout;
+    PyObject *limits, *read_timeout, *write_timeout, *idle_timeout;
+    PyObject *handle;                     /* for cffi, once it was asked for */
+    PyObject *poller, *peer, *raw, *name; /* Python's alone, as are these: */
+    PyObject *requests, *watcher, *callbacks;
     PyObject *trap;     /* what Trio's scheduler is given while an operation waits */
     Operation *waiting; /* armed, and listed with the hub */
     Core *next, *prev;  /* in the hub's list */
@@ -201,15 +207,16 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 /* clang-format off */
 #define NAMES(X) \
     X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
-    X(_cancel_called) X(_checkpoint_and_raise) X(_closed_error) X(_count) X(_drain) \
+    X(_cancel_called) X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
-    X(_keep) X(_ki_protected) X(_loan_is_over) X(_max_bytes) X(_not_found) X(_parent_scope) \
-    X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) X(_shield) \
-    X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
-    X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) \
-    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(effectively_cancelled) \
-    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) X(main_task) X(receive) X(run) \
-    X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
+    X(_keep) X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
+    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) \
+    X(_shield) X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) \
+    X(_write_error) X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) \
+    X(cancelling) X(check) X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
+    X(effectively_cancelled) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) \
+    X(main_task) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) \
+    X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -239,8 +246,9 @@ PyObject *window_bytes(PyObject *view, long long start, long long stop);
 
 /* The method, which a Stream has too. */
 PyObject *reader_until(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names);
-/* Closes the window, and lets go of its block. */
+/* Closes the window, and lets go of its block; for good. */
 void window_drop(Reader *reader);
+void window_close(Reader *reader);
 
 /* These return 0, and op->state says how it stands (ARMED, INNER or OPEN), or -1 with an exception.
  */
@@ -257,6 +265,12 @@ int64_t core_deadline(PyObject *timeout);
 int core_owes(Core *core);
 int core_skip(Core *core, Operation *op);
 void core_stop_waiting(Core *core);
+/* Methods; life.c. */
+PyObject *core_open(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *core_may_close(PyObject *self, PyObject *unused);
+PyObject *core_traffic(PyObject *self, PyObject *unused);
+PyObject *core_handle(PyObject *self, void *closure);
 
 /* Of kind SEND or FLUSH. */
 PyObject *send_new(enum kind kind, Core *core, PyObject *item, int flags);
@@ -287,6 +301,7 @@ int hub_add_core(Hub *hub, Core *core);
 void hub_remove_core(Hub *hub, Core *core);
 void hub_wait(Core *core, Operation *op);
 void hub_forget_wait(Core *core);
+Operation *hub_take_wait(Core *core); /* the caller inherits the list's reference */
 /* asyncio's loop, or None: it has ended, or is a Trio run. A new reference. */
 PyObject *hub_loop(Hub *hub);
 /* Has asyncio's loop call callback(argument) in its next round. */

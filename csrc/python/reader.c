@@ -65,6 +65,12 @@ void window_drop(Reader *reader)
     replace(&reader->view, empty_view);
 }
 
+void window_close(Reader *reader)
+{
+    window_drop(reader);
+    reader->end = SHUT;
+}
+
 /* ---- members ------------------------------------------------------------ */
 
 static PyObject *get_source(PyObject *self, void *closure)
