@@ -10,9 +10,9 @@
 #include "chain.h"
 #include "connection.h"
 #include "driver.h"
-#include "epoch.h"
 #include "fds.h"
 #include "hub.h"
+#include "inbox.h"
 #include "input.h"
 #include "pool.h"
 #include "slot.h"
@@ -49,18 +49,23 @@ int64_t ap_window_new_block(const ap_conn *conn)
     return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
 }
 
-/* Replaces the first n unread bytes with block, which holds a copy of them. */
-static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+void ap_window_put_front(ap_conn *conn, ap_block *block)
 {
     ap_chain *chain = &conn->input;
-    ap_chain_consume(chain, n, &conn->pins);
-    block->end += (uint32_t)n;
     block->next = chain->head;
     chain->head = block;
     if (!chain->tail)
         chain->tail = block;
-    chain->size += n;
+    chain->size += block->end - block->start;
     conn->shown = NULL;
+}
+
+/* Replaces the first n unread bytes with block, which holds a copy of them. */
+static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+{
+    ap_chain_consume(&conn->input, n, &conn->pins);
+    block->end += (uint32_t)n;
+    ap_window_put_front(conn, block);
 }
 
 /* Moves the first n unread bytes into one block. Copies in portions, releasing the mutex
@@ -185,10 +190,15 @@ int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
 
 int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
 {
-    if (conn->slot.epoch != ap_epoch_now())
-        return -ECHILD;
-    ap_driver_catch_up(conn->slot.poller);
     int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    if (conn->straight && (conn->slot.ready & AP_READABLE))
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
+    conn->straight = false;
+    ap_slot_unlock(&conn->slot);
+    ap_driver_catch_up(conn->slot.poller);
+    rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
     int64_t n = (int64_t)ap_conn_left(conn, pos);
