@@ -308,8 +308,9 @@ AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHE
 
 /* The caller has read the block up to *pos, and has no views of it. If nothing else is unread,
  * the block is filled from its start again, and stays the one that was handed out; *pos is the
- * new position then. Consumes nothing otherwise.
- * Thread: loop. Returns 1 if the block was rewound; 0; -EBADF. */
+ * new position then. Or it is given back, if it is large. Consumes nothing otherwise.
+ * Thread: loop. Returns 1 if the block was rewound; 2 if it was given back, and the caller is to
+ * let go of it, too; 0; -EBADF. */
 AP_API int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos) AP_MUST_CHECK;
 
 /* How many bytes a window shows beyond the request, initially 64 KiB. */

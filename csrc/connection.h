@@ -56,7 +56,7 @@ struct ap_conn {
     size_t delimiter_size;
     uint64_t searched; /* position in the stream up to which it is known to be absent */
     int64_t trim_at;   /* when to take an empty block back; AP_FOREVER: never */
-    bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
+    bool lent;         /* the loop got a block since the last trim: it, or the pool, may have it */
 
     /* request mode, all (m): the state when the last call began */
     bool any_more;         /* a wait for one byte more may read on beyond high water */

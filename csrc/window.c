@@ -14,6 +14,7 @@
 #include "hub.h"
 #include "inbox.h"
 #include "input.h"
+#include "poller.h"
 #include "pool.h"
 #include "slot.h"
 #include "sysio.h"
@@ -125,6 +126,9 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
     return rc;
 }
 
+/* A large one that is given back is the next one that is taken, while it is in the processor's
+ * cache: a few blocks serve all connections of a loop that drives. A thread has read for all
+ * connections before the loop comes, so many would come and go. */
 int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos)
 {
     int rc = ap_slot_enter(&conn->slot);
@@ -133,6 +137,11 @@ int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos)
     if (block == conn->shown && ap_input_restart(conn, *pos)) {
         *pos = block->start;
         rc = 1;
+        if (block->size >= AP_BLOCK_LARGE && ap_borrower(conn->slot.poller)) {
+            conn->shown = NULL;
+            ap_chain_drop(&conn->input, NULL); /* no view pins it */
+            rc = 2;
+        }
     }
     ap_conn_unlock(conn);
     return rc;

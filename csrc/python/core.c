@@ -210,10 +210,14 @@ static void rewind_window(Core *core)
         return;
     Block *block = (Block *)reader->view;
     uint32_t pos = (uint32_t)reader->start;
-    if (pos >= block->size / 2 && ap_conn_rewind(core->conn, block->block, &pos) == 1) {
+    int rc = pos >= block->size / 2 ? ap_conn_rewind(core->conn, block->block, &pos) : 0;
+    if (rc < 1)
+        return;
+    if (rc == 2)
+        window_drop(reader);
+    else
         reader->start = pos;
-        reader->end = SHUT; /* until the core has answered */
-    }
+    reader->end = SHUT; /* until the core has answered */
 }
 
 int core_ask(Core *core, Operation *op)
