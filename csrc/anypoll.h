@@ -67,8 +67,9 @@ enum {
 
 /* Flags of ap_conn_read and ap_conn_find. */
 enum {
-    AP_NOWAIT = 1, /* do not arm a wait: -EAGAIN only says that too little is buffered */
-    AP_SCATTER = 2 /* the bytes need not be contiguous */
+    AP_NOWAIT = 1,  /* do not arm a wait: -EAGAIN only says that too little is buffered */
+    AP_SCATTER = 2, /* the bytes need not be contiguous */
+    AP_STRAIGHT = 4 /* of ap_conn_read: the caller can receive into memory of its own */
 };
 
 /* In the result of ap_conn_read: the window lies in a block not handed out
@@ -280,9 +281,19 @@ AP_API uint64_t ap_conn_id(ap_conn *conn);
  * the wait is armed.
  * Thread: loop. Returns the end of the window, with bit AP_NEW_BLOCK_SHIFT set
  * if its block is new (n == 0 or AP_SCATTER: 0 or more); -EAGAIN or AP_EQUEUED;
- * AP_EEOF; AP_ELATE; -EBADF when closed; -ENOMEM; the socket's error. */
+ * AP_EEOF; AP_ELATE; -EBADF when closed; -ENOMEM; the socket's error. With AP_STRAIGHT
+ * and n > 0 also 0: nothing is buffered, and the socket is readable; now call
+ * ap_conn_read_straight. What was shown is not kept: the caller lets go of it. */
 AP_API int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t deadline,
                             const char *output, size_t output_size);
+
+/* Receives up to size bytes into memory, as one call of recv does, or takes what is buffered.
+ * Thread: loop. Returns the bytes; -EAGAIN: there are none; the others as ap_conn_read. */
+AP_API int64_t ap_conn_read_straight(ap_conn *conn, uint32_t pos, char *memory, size_t size);
+
+/* Makes n bytes the first unread ones again: those that ap_conn_read_straight returned last.
+ * Thread: loop. 0; -EBADF; -ENOMEM: they are lost, and nothing can be read any more. */
+AP_API int ap_conn_put_back(ap_conn *conn, const char *memory, size_t n);
 
 /* The same without flags, deadline and output, as most requests are. */
 AP_API int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n);
@@ -315,8 +326,9 @@ AP_API int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view) AP_MUST_CHE
 
 /* The caller has read the block up to *pos, and has no views of it. If nothing else is unread,
  * the block is filled from its start again, and stays the one that was handed out; *pos is the
- * new position then. Consumes nothing otherwise.
- * Thread: loop. Returns 1 if the block was rewound; 0; -EBADF. */
+ * new position then. Or it is given back, if it is large. Consumes nothing otherwise.
+ * Thread: loop. Returns 1 if the block was rewound; 2 if it was given back, and the caller is to
+ * let go of it, too; 0; -EBADF. */
 AP_API int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos) AP_MUST_CHECK;
 
 /* How many bytes a window shows beyond the request, initially 64 KiB. */

@@ -22,7 +22,7 @@
 #define AP_WINDOW (64u * 1024) /* shown beyond a request, initially */
 #define AP_DELIMITER_INLINE 16
 
-enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_MESSAGE, AP_WANT_END };
+enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_READABLE, AP_WANT_END };
 
 struct ap_conn {
     ap_slot slot;
@@ -40,6 +40,7 @@ struct ap_conn {
     int read_end;           /* 0, AP_EEOF, AP_EIDLE or -errno: nothing more will come */
     bool paused;            /* above high water, until below low */
     bool discarding;        /* input is thrown away */
+    bool straight;          /* the driver leaves it in the socket, for ap_conn_read_straight */
     bool was_reset;         /* RST noticed behind input that nobody reads */
     struct ap_fds *carried; /* came with the bytes from carried_from to carried_to */
     uint64_t carried_from, carried_to; /* positions in the stream */
@@ -55,7 +56,7 @@ struct ap_conn {
     size_t delimiter_size;
     uint64_t searched; /* position in the stream up to which it is known to be absent */
     int64_t trim_at;   /* when to take an empty block back; AP_FOREVER: never */
-    bool lent;         /* the loop has the wrapper of a block, which may have left the chain */
+    bool lent;         /* the loop got a block since the last trim: it, or the pool, may have it */
 
     /* request mode, all (m): the state when the last call began */
     bool any_more;         /* a wait for one byte more may read on beyond high water */

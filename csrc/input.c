@@ -16,6 +16,10 @@
  * needs no block, and memory follows what has arrived, never what a length prefix
  * promised. A connection that has been receiving much, or waits for much, reads
  * into a block of its own instead, without the copy.
+ *
+ * Or into no block at all: what comes in large pieces and is wanted as it comes goes
+ * straight into the memory of who asks for it (AP_STRAIGHT), if the loop drives. Then
+ * nothing is read ahead: the driver only says that the socket is readable.
  */
 #include "input.h"
 
@@ -29,6 +33,8 @@
 #include "pool.h"
 #include "slot.h"
 #include "sysio.h"
+
+#define STRAIGHT_FROM (64u * 1024) /* the size of blocks that have grown so far */
 
 /* ---- the wait --------------------------------------------------------- */
 
@@ -51,7 +57,7 @@ static bool target_met(ap_conn *conn)
     switch (conn->want) {
     case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
     case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
-    case AP_WANT_MESSAGE: return conn->slot.ready & AP_READABLE;
+    case AP_WANT_READABLE: return conn->slot.ready & AP_READABLE;
     default: return false;
     }
 }
@@ -112,6 +118,8 @@ bool ap_input_wanted(ap_conn *conn)
 {
     bool waits = waiting(conn);
     if (conn->type == AP_SEQPACKET || (conn->carried && !waits))
+        return false;
+    if (conn->straight && !(conn->slot.ready & AP_NO_SHORT_READ) && !conn->discarding)
         return false;
     return conn->read_end == 0 && (!conn->paused || waits || conn->discarding) &&
            conn->input.size < level_allowed(conn, waits);
@@ -293,18 +301,14 @@ static ssize_t receive_into(ap_context *context, ap_conn *conn, target *into)
     return got;
 }
 
-/* One system call. Returns the bytes received, 0 when that was all for now. */
-static size_t receive(ap_context *context, ap_conn *conn, size_t max)
+/* Draws the conclusions of one system call. Returns the bytes received, 0 when that was all for
+ * now. */
+static size_t conclude(ap_conn *conn, ssize_t got, size_t offered)
 {
     ap_slot *slot = &conn->slot;
-    target into;
-    choose_target(context, conn, max, &into);
-    ssize_t got = receive_into(context, conn, &into);
-    if (into.fresh)
-        ap_block_unref(into.fresh);
     if (got > 0) {
         ap_input_note(conn, (size_t)got);
-        if ((size_t)got < into.offered && conn->type == AP_TCP && !(slot->ready & AP_NO_SHORT_READ))
+        if ((size_t)got < offered && conn->type == AP_TCP && !(slot->ready & AP_NO_SHORT_READ))
             slot->ready &= (uint8_t)~AP_READABLE;
         return (size_t)got;
     }
@@ -315,6 +319,33 @@ static size_t receive(ap_context *context, ap_conn *conn, size_t max)
     else
         conn->read_end = ap_input_end(conn);
     return 0;
+}
+
+/* One system call. */
+static size_t receive(ap_context *context, ap_conn *conn, size_t max)
+{
+    target into;
+    choose_target(context, conn, max, &into);
+    ssize_t got = receive_into(context, conn, &into);
+    if (into.fresh)
+        ap_block_unref(into.fresh);
+    return conclude(conn, got, into.offered);
+}
+
+bool ap_input_may_go_straight(const ap_conn *conn)
+{
+    const ap_slot *slot = &conn->slot;
+    return conn->grow >= STRAIGHT_FROM && conn->type == AP_TCP &&
+           !(slot->ready & AP_NO_SHORT_READ) && ap_borrower(slot->poller) == slot->hub;
+}
+
+size_t ap_input_receive(ap_conn *conn, void *memory, size_t size)
+{
+    struct iovec iov = {.iov_base = memory, .iov_len = size};
+    ssize_t got = ap_sys_recv(conn->slot.fd, &iov, 1, &size);
+    size_t n = conclude(conn, got, size);
+    conn->consumed += n;
+    return n;
 }
 
 bool ap_input_read(ap_context *context, ap_conn *conn)
@@ -337,6 +368,8 @@ bool ap_input_read(ap_context *context, ap_conn *conn)
 void ap_input_probe(ap_conn *conn)
 {
     ap_slot *slot = &conn->slot;
+    if (conn->straight && (slot->ready & AP_READABLE))
+        ap_conn_note_activity(conn); /* something has come, whoever is to read it */
     if (!(slot->ready & AP_ERR) || (conn->read_end != 0 && conn->read_end != AP_EEOF))
         return;
     if (slot->ready & AP_HUP) {

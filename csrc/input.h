@@ -11,6 +11,10 @@
 bool ap_input_wanted(ap_conn *conn);
 /* Receives what is wanted, at most AP_BOUND. True: there may be more. */
 bool ap_input_read(ap_context *context, ap_conn *conn);
+/* Whether input may go straight from the socket to who asks for it. */
+bool ap_input_may_go_straight(const ap_conn *conn);
+/* Receives into memory of the caller's. Returns the bytes; 0: none, or nothing more will come. */
+size_t ap_input_receive(ap_conn *conn, void *memory, size_t size);
 /* Nothing is to be received now: checks what only events show. */
 void ap_input_probe(ap_conn *conn);
 /* Handles EAGAIN from recvmsg. */

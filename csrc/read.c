@@ -99,9 +99,26 @@ static void make_room(ap_conn *conn, size_t n)
     conn->shown = NULL;
 }
 
+/* The caller will receive by itself what has come, and what it was shown goes. Nothing is unread.
+ */
+static int64_t read_straight(ap_conn *conn, int flags, int64_t deadline, const char *output,
+                             size_t output_size)
+{
+    if (conn->read_end)
+        return conn->read_end;
+    if (!(conn->slot.ready & AP_READABLE))
+        return ap_read_wait(conn, AP_WANT_READABLE, 1, flags, deadline, output, output_size);
+    ap_chain_drop(&conn->input, &conn->pins); /* an empty block */
+    conn->shown = NULL;
+    return 0;
+}
+
 static int64_t read_locked(ap_conn *conn, size_t n, int flags, int64_t deadline, const char *output,
                            size_t output_size)
 {
+    conn->straight = (flags & AP_STRAIGHT) && n > 0 && ap_input_may_go_straight(conn);
+    if (conn->straight && conn->input.size == 0)
+        return read_straight(conn, flags, deadline, output, output_size);
     conn->want = AP_WANT_BYTES; /* what is read now is read for this */
     conn->want_bytes = n;
     if (conn->input.size < n) {
@@ -133,6 +150,51 @@ int64_t ap_conn_read(ap_conn *conn, uint32_t pos, size_t n, int flags, int64_t d
     ap_window_to(conn, pos);
     int64_t result = read_locked(conn, n, flags, deadline, output, output_size);
     return leave(conn, result);
+}
+
+static int64_t receive_locked(ap_conn *conn, char *memory, size_t size)
+{
+    size_t have = conn->input.size, n = have < size ? have : size;
+    if (have) {
+        ap_chain_copy(&conn->input, 0, (uint8_t *)memory, n);
+        ap_input_consume(conn, n);
+        return (int64_t)n;
+    }
+    if (conn->read_end)
+        return conn->read_end;
+    n = ap_input_receive(conn, memory, size);
+    ap_conn_learn(conn);
+    if (n)
+        return (int64_t)n;
+    return conn->read_end ? conn->read_end : -EAGAIN;
+}
+
+int64_t ap_conn_read_straight(ap_conn *conn, uint32_t pos, char *memory, size_t size)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_window_to(conn, pos);
+    int64_t result = receive_locked(conn, memory, size);
+    return leave(conn, result);
+}
+
+int ap_conn_put_back(ap_conn *conn, const char *memory, size_t n)
+{
+    int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    ap_block *block = ap_pool_take(conn->slot.hub->context.pool, n);
+    if (block) {
+        memcpy(ap_block_at(block, block->start), memory, n);
+        block->end += (uint32_t)n;
+        ap_window_put_front(conn, block);
+        conn->consumed -= n;
+    } else {
+        rc = conn->read_end = -ENOMEM;
+    }
+    ap_slot_unlock(&conn->slot);
+    return rc;
 }
 
 int64_t ap_conn_want(ap_conn *conn, uint32_t pos, size_t n)
@@ -205,7 +267,7 @@ static int64_t request_message(ap_conn *conn, bool fresh, const char *output, si
     conn->slot.ready &= (uint8_t)~AP_READABLE; /* the next one sets it */
     if (conn->read_end || (conn->slot.ready & AP_RDHUP))
         return message_end(conn, waiting);
-    return ap_read_wait(conn, AP_WANT_MESSAGE, 0, 0, 0, output, output_size);
+    return ap_read_wait(conn, AP_WANT_READABLE, 0, 0, 0, output, output_size);
 }
 
 int64_t ap_conn_request(ap_conn *conn, uint32_t pos, int fresh, const char *output,
@@ -256,6 +318,7 @@ static size_t find_length(ap_conn *conn, size_t max_bytes)
 static int64_t find_locked(ap_conn *conn, size_t max_bytes, int flags, int64_t deadline,
                            const char *output, size_t output_size)
 {
+    conn->straight = false;
     size_t length = find_length(conn, max_bytes);
     if (!length && conn->input.size < max_bytes) {
         conn->want = AP_WANT_DELIMITER;

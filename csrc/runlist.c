@@ -86,13 +86,23 @@ void ap_run_later(ap_poller *poller, ap_slot *slot)
     poller->run_tail = &slot->run_next;
 }
 
+/* A loop that drives reads no more at once than stays in the processor's cache until the
+ * handlers come to it. A thread's loop has another core, and another cache. */
+static bool has_read_enough(ap_poller *poller, uint64_t before)
+{
+    return ap_counted(&poller->bytes_received) - before >= AP_RUN_BYTES && ap_borrower(poller);
+}
+
 /* Each slot once: those with work left go to the end, and wait for the next step, so
  * that events, the inbox and the timers get their turn. */
 int ap_run(ap_poller *poller, int budget)
 {
     ap_slot **end = poller->run_tail;
+    uint64_t before = ap_counted(&poller->bytes_received);
     int served = 0;
     for (bool last = false; poller->run_head && !last && served < budget; served++) {
+        if (has_read_enough(poller, before))
+            break;
         ap_slot *slot = poller->run_head;
         last = &slot->run_next == end;
         poller->run_head = slot->run_next;

@@ -8,9 +8,11 @@
 #include "poller.h"
 #include "slot.h"
 
+#define AP_RUN_BYTES (256u * 1024) /* read in one step of a loop, or few more */
+
 /* Appends the slot, unless it is already on the list. */
 void ap_run_later(ap_poller *poller, ap_slot *slot);
-/* Serves at most budget slots, each of them once. Returns how many. */
+/* Serves at most budget slots, each of them once, until much was read. Returns how many. */
 int ap_run(ap_poller *poller, int budget);
 /* Does what the inbox asks for. */
 void ap_run_inbox(ap_poller *poller);

@@ -220,7 +220,7 @@ int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_view *vi
     int64_t got = receive_message(conn, max, view, &rights);
     ap_conn_learn(conn);
     if (got == -EAGAIN)
-        got = ap_read_wait(conn, AP_WANT_MESSAGE, 1, 0, deadline, NULL, 0);
+        got = ap_read_wait(conn, AP_WANT_READABLE, 1, 0, deadline, NULL, 0);
     ap_slot_unlock(&conn->slot);
     if (got < 0)
         return got;

@@ -10,10 +10,11 @@
 #include "chain.h"
 #include "connection.h"
 #include "driver.h"
-#include "epoch.h"
 #include "fds.h"
 #include "hub.h"
+#include "inbox.h"
 #include "input.h"
+#include "poller.h"
 #include "pool.h"
 #include "slot.h"
 #include "sysio.h"
@@ -49,18 +50,23 @@ int64_t ap_window_new_block(const ap_conn *conn)
     return conn->input.head != conn->shown ? (int64_t)1 << AP_NEW_BLOCK_SHIFT : 0;
 }
 
-/* Replaces the first n unread bytes with block, which holds a copy of them. */
-static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+void ap_window_put_front(ap_conn *conn, ap_block *block)
 {
     ap_chain *chain = &conn->input;
-    ap_chain_consume(chain, n, &conn->pins);
-    block->end += (uint32_t)n;
     block->next = chain->head;
     chain->head = block;
     if (!chain->tail)
         chain->tail = block;
-    chain->size += n;
+    chain->size += block->end - block->start;
     conn->shown = NULL;
+}
+
+/* Replaces the first n unread bytes with block, which holds a copy of them. */
+static void replace_front(ap_conn *conn, ap_block *block, size_t n)
+{
+    ap_chain_consume(&conn->input, n, &conn->pins);
+    block->end += (uint32_t)n;
+    ap_window_put_front(conn, block);
 }
 
 /* Moves the first n unread bytes into one block. Copies in portions, releasing the mutex
@@ -120,6 +126,9 @@ int ap_conn_block(ap_conn *conn, uint32_t pos, ap_view *view)
     return rc;
 }
 
+/* A large one that is given back is the next one that is taken, while it is in the processor's
+ * cache: a few blocks serve all connections of a loop that drives. A thread has read for all
+ * connections before the loop comes, so many would come and go. */
 int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos)
 {
     int rc = ap_slot_enter(&conn->slot);
@@ -128,6 +137,11 @@ int ap_conn_rewind(ap_conn *conn, const ap_block *block, uint32_t *pos)
     if (block == conn->shown && ap_input_restart(conn, *pos)) {
         *pos = block->start;
         rc = 1;
+        if (block->size >= AP_BLOCK_LARGE && ap_borrower(conn->slot.poller)) {
+            conn->shown = NULL;
+            ap_chain_drop(&conn->input, NULL); /* no view pins it */
+            rc = 2;
+        }
     }
     ap_conn_unlock(conn);
     return rc;
@@ -185,10 +199,15 @@ int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
 
 int64_t ap_conn_buffered(ap_conn *conn, uint32_t pos)
 {
-    if (conn->slot.epoch != ap_epoch_now())
-        return -ECHILD;
-    ap_driver_catch_up(conn->slot.poller);
     int rc = ap_slot_enter(&conn->slot);
+    if (rc < 0)
+        return rc;
+    if (conn->straight && (conn->slot.ready & AP_READABLE))
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
+    conn->straight = false;
+    ap_slot_unlock(&conn->slot);
+    ap_driver_catch_up(conn->slot.poller);
+    rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
     int64_t n = (int64_t)ap_conn_left(conn, pos);

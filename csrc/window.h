@@ -14,6 +14,8 @@ uint32_t ap_window_end(const ap_conn *conn, size_t n);
 uint32_t ap_window_shown(const ap_conn *conn, size_t n);
 /* AP_NEW_BLOCK_SHIFT's bit, if the window lies in a block not shown yet. */
 int64_t ap_window_new_block(const ap_conn *conn);
+/* Makes the bytes of the block, which becomes the chain's, the first unread ones. */
+void ap_window_put_front(ap_conn *conn, ap_block *block);
 /* Moves the first n unread bytes into one block, at times without the mutex.
  * 0; -ENOMEM; AP_CLOSED_MEANWHILE. */
 AP_MUST_CHECK int ap_window_join(ap_conn *conn, size_t n);

@@ -101,10 +101,11 @@ def _inside_of_trio() -> _Inside | None:
     trap = _wait_trap(_unprotected)
     if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
         return None
-    instruments = getattr(getattr(task, "_runner", None), "instruments", None)
+    runner = getattr(task, "_runner", None)
+    instruments = getattr(runner, "instruments", None)
     if not isinstance(instruments, Sized) or not _can_unprotect():
         return None
-    if not all(hasattr(task._runner, name) for name in ("ki_pending", "main_task")):
+    if not all(hasattr(runner, name) for name in ("ki_pending", "main_task")):
         return None
     return _Inside(run_context, WaitTaskRescheduled, instruments, slots)
 

@@ -138,8 +138,9 @@ bool operation_finds(const Operation *op)
 static int64_t ask(Core *core, Operation *op, const char *data, Py_ssize_t size)
 {
     uint32_t start = (uint32_t)core->reader->start;
+    int flags = receive_may_go_straight(op) ? AP_STRAIGHT : op->flags;
     if (!operation_finds(op))
-        return ap_conn_read(core->conn, start, (size_t)op->n, op->flags, op->deadline, data,
+        return ap_conn_read(core->conn, start, (size_t)op->n, flags, op->deadline, data,
                             (size_t)size);
     char *delimiter;
     Py_ssize_t length;
@@ -159,17 +160,21 @@ static int answered(Core *core, Operation *op, int64_t result)
     }
     if (operation_finds(op))
         return found(core, op, result);
-    if (op->n && !(op->flags & AP_SCATTER))
-        return open_window(core, result);
-    return 0;
+    if (op->n == 0 || op->flags & AP_SCATTER)
+        return 0;
+    return result ? open_window(core, result) : receive_straight(core, op);
+}
+
+int core_ended(Core *core, int64_t code)
+{
+    raise_ended(core, code);
+    return -1;
 }
 
 static int refused(Core *core, Operation *op, int64_t result)
 {
-    if (result != AP_EDELIM) {
-        raise_ended(core, result);
-        return -1;
-    }
+    if (result != AP_EDELIM)
+        return core_ended(core, result);
     PyObject *most = PyLong_FromSsize_t(op->most);
     if (most)
         core_raise_from(core, n__not_found, most);
@@ -205,10 +210,14 @@ static void rewind_window(Core *core)
         return;
     Block *block = (Block *)reader->view;
     uint32_t pos = (uint32_t)reader->start;
-    if (pos >= block->size / 2 && ap_conn_rewind(core->conn, block->block, &pos) == 1) {
+    int rc = pos >= block->size / 2 ? ap_conn_rewind(core->conn, block->block, &pos) : 0;
+    if (rc < 1)
+        return;
+    if (rc == 2)
+        window_drop(reader);
+    else
         reader->start = pos;
-        reader->end = SHUT; /* until the core has answered */
-    }
+    reader->end = SHUT; /* until the core has answered */
 }
 
 int core_ask(Core *core, Operation *op)
@@ -299,7 +308,7 @@ int core_reopen(Core *core, Operation *op)
     op->reading = false;
     if (core->closed)
         return core_refuse(core);
-    if (Py_TYPE(core->reader->view) == Block_Type) {
+    if (op->received || Py_TYPE(core->reader->view) == Block_Type) {
         core->reader->end = op->end;
         return 0;
     }

@@ -172,8 +172,9 @@ struct Operation {
     PyObject *limit;    /* max_bytes as it was given, or NULL */
     Py_ssize_t n, most; /* bytes wanted, and at most */
     int64_t deadline;
-    int64_t end;     /* where the window ends now, as the token said; 0: unknown */
-    PyObject *inner; /* a coroutine of Python's that has to end first */
+    int64_t end;        /* where the window ends now, as the token said; 0: unknown */
+    PyObject *inner;    /* a coroutine of Python's that has to end first */
+    PyObject *received; /* bytes straight from the socket, not returned yet */
 };
 
 /* ---- a handler and its task; drive.c has the table ------------------------ */
@@ -257,6 +258,7 @@ int core_ask(Core *core, Operation *op);
 int core_resume(Core *core, Operation *op);
 int core_reopen(Core *core, Operation *op); /* after receive()'s checkpoint */
 int core_refuse(Core *core);                /* always -1: it is closed */
+int core_ended(Core *core, int64_t code);     /* always -1: as the core has answered */
 void core_raise_from(Core *core, PyObject *method,
                      PyObject *argument); /* what the method returns */
 /* In nanoseconds of CLOCK_MONOTONIC; 0: never; -1: an exception. */
@@ -271,6 +273,12 @@ PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *core_may_close(PyObject *self, PyObject *unused);
 PyObject *core_traffic(PyObject *self, PyObject *unused);
 PyObject *core_handle(PyObject *self, void *closure);
+
+/* Whether receive() takes what the core would have to give it piece by piece. */
+bool receive_may_go_straight(const Operation *op);
+/* Receives, or begins to wait; as core_ask. */
+int receive_straight(Core *core, Operation *op);
+void receive_put_back(Operation *op);
 
 /* Of kind SEND or FLUSH. */
 PyObject *send_new(enum kind kind, Core *core, PyObject *item, int flags);

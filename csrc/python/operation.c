@@ -89,6 +89,8 @@ static void release(Operation *op)
     if (op->writing)
         op->core->writing = false;
     op->reading = op->writing = false;
+    if (op->received)
+        receive_put_back(op);
     Py_CLEAR(op->inner);
     future_drop((Future *)op);
     if (Py_REFCNT((PyObject *)op) > 1)

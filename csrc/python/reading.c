@@ -143,6 +143,10 @@ static PyObject *report(Core *core, PyObject *bytes)
 static PyObject *received(Operation *op)
 {
     Reader *reader = op->reader;
+    PyObject *straight = op->received;
+    op->received = NULL;
+    if (straight)
+        return straight;
     long long start = reader->start, stop = reader->end;
     if (stop - start > op->most)
         stop = start + op->most;

@@ -124,6 +124,7 @@ static void conn_refuses(struct family *f)
     CHECK_EQ(ap_conn_set_window(c, 1), -ECHILD);
     CHECK_EQ(ap_conn_set_block(c, AP_BLOCK_MIN), -ECHILD);
     CHECK_EQ(ap_conn_arrived(c, 0), -ECHILD);
+    CHECK_EQ(ap_conn_put_back(c, "x", 1), -ECHILD);
     CHECK_EQ(ap_conn_queued(c), -ECHILD);
     CHECK_EQ(ap_conn_awaited(c), -ECHILD);
     CHECK_EQ(ap_conn_give_up(c), -ECHILD);

@@ -573,6 +573,39 @@ LINK_TEST(input_full_block_is_rewound, TCP, HIGH)
     }
 }
 
+/* A loop that drives gives a large one back, for whichever connection is next. */
+LINKS_TEST(input_large_block_is_given_back, TCP, HIGH, 2)
+{
+    size_t n = AP_BLOCK_LARGE / 2 + 1;
+    const ap_block *before = NULL;
+    CHECK_OK(ap_poller_lend(w->poller, w->hub));
+    for (uint64_t i = 0; i < 6; i++) {
+        struct link *link = &l[i % 2];
+        CHECK_EQ(want(link, n), -EAGAIN);
+        peer_say(link, 1, i * n, n);
+        expect(link, 1, i * n, n);
+        CHECK_EQ(link->block->size, AP_BLOCK_LARGE);
+        CHECK(!before || link->block == before);
+        before = link->block;
+        CHECK_EQ(rewind_block(link), 2);
+        CHECK_EQ(bytes_in_use(w), AP_BLOCK_LARGE); /* ours, still */
+        ap_block_unref(link->block);
+        link->block = NULL;
+        link->pos = 0;
+        CHECK_EQ(bytes_in_use(w), 0);
+        CHECK_EQ(bytes_pinned(w), 0);
+        CHECK_EQ(buffered(link), 0);
+    }
+    /* the pool of the loop may have it: it is trimmed as if the block were still there */
+    CHECK_EQ(want(l, 1), -EAGAIN);
+    CHECK(ap_input_idle(l->conn));
+    CHECK_OK(ap_poller_lend(w->poller, NULL));
+    CHECK_EQ(want(&l[1], n), -EAGAIN);
+    peer_say(&l[1], 1, 0, n);
+    expect(&l[1], 1, 0, n);
+    CHECK_EQ(rewind_block(&l[1]), 1); /* a thread keeps it for the connection */
+}
+
 /* Not while anything in it is unread, or a view is left, or it is not what is shown. */
 LINK_TEST(input_is_not_rewound_under_anyone, TCP, HIGH)
 {

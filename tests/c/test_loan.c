@@ -251,6 +251,24 @@ LINK_TEST(loan_work_makes_the_descriptor_readable, STREAMS, HIGH)
     CHECK_EQ(atomic_load(&l->conn->slot.box_bits), 0);
 }
 
+/* A step does not read more for all connections than the cache holds until handlers come to it. */
+LINKS_TEST(loan_a_step_reads_so_much, TCP, HIGH, 8)
+{
+    enum { SIZE = 64 * 1024 };
+    for (int i = 0; i < 8; i++) {
+        peer_say(&l[i], 1, 0, SIZE);
+        arrived(&l[i], SIZE);
+    }
+    borrow(w);
+    CHECK_OK(drive(w));
+    CHECK_EQ(stats(w).bytes_received, AP_RUN_BYTES);
+    CHECK(poller_calls(w));
+    drive_while_called(w);
+    CHECK_EQ(stats(w).bytes_received, 8 * SIZE);
+    for (int i = 0; i < 8; i++)
+        expect(&l[i], 1, 0, SIZE);
+}
+
 /* What one step leaves, the next one does: 256 KiB each. */
 LINK_TEST(loan_work_that_is_left_brings_the_loop_again, UNIX, 64 * MB)
 {

@@ -11,6 +11,7 @@
     V(read, ap_conn_read(c, 0, 1, 0, 0, NULL, 0))              \
     V(find, ap_conn_find(c, 0, "\n", 1, 100, 0, 0, NULL, 0))   \
     V(request, ap_conn_request(c, 0, 0, NULL, 0))              \
+    V(read_straight, ap_conn_read_straight(c, 0, &byte, 1))    \
     V(block, ap_conn_block(c, 0, &view))                       \
     V(rewind, ap_conn_rewind(c, NULL, &pos))                   \
     V(consume, ap_conn_consume(c, 0, 0))                       \
@@ -45,6 +46,7 @@ static inline int64_t verb_call(enum verb verb, ap_conn *c)
 {
     int result;
     uint32_t pos = 0;
+    char byte;
     ap_view view;
     switch (verb) {
 #define VERB_CASE(name_, call_) \

@@ -702,7 +702,6 @@ async def test_a_cancellation_that_is_taken_back(then: str) -> None:
         assert task is not None
         task.cancel()
         task.uncancel()
-        begun = True
         try:
             await (conn.next(1) if then == "reads" else asyncio.sleep(0))
             seen.append("went on")
