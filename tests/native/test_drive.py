@@ -284,8 +284,11 @@ async def test_it_is_seen_among_the_tasks() -> None:
 async def test_trio_counts_its_checkpoints() -> None:
     results: list[str] = []
 
+    conns: list[Connection] = []
+
     async def handler(conn: Connection) -> None:
         await conn.next(1)
+        conns.append(conn)
         with trio.testing.assert_checkpoints():
             await conn.next(1)
         results.append("checkpoint")
@@ -293,7 +296,7 @@ async def test_trio_counts_its_checkpoints() -> None:
 
     async with one(handler) as sock:
         await send_all(sock, b"a")
-        await settle()
+        await holds(lambda: conns and is_waiting(conns[0]))
         await send_all(sock, b"b")
         assert await read(sock, 1) == b"!"
     assert results == ["checkpoint"]
