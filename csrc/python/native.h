@@ -258,7 +258,7 @@ int core_ask(Core *core, Operation *op);
 int core_resume(Core *core, Operation *op);
 int core_reopen(Core *core, Operation *op); /* after receive()'s checkpoint */
 int core_refuse(Core *core);                /* always -1: it is closed */
-int core_ended(Core *core, int64_t code);     /* always -1: as the core has answered */
+int core_ended(Core *core, int64_t code);   /* always -1: as the core has answered */
 void core_raise_from(Core *core, PyObject *method,
                      PyObject *argument); /* what the method returns */
 /* In nanoseconds of CLOCK_MONOTONIC; 0: never; -1: an exception. */
