@@ -9,6 +9,7 @@ but the loop and the hub's connections.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import weakref
 from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_loop, sleep
@@ -135,6 +136,7 @@ class AsyncioHub(Hub):
         super().__init__()
         self._loop = weakref.ref(loop)
         self._current_task = current_task
+        self._tasks = getattr(asyncio.tasks, "_current_tasks", None)  # up to CPython 3.13
         self._look = checkpoint_if_cancelled
         self._register = _register_of_tasks()
         self._states = self._register and self._register[0].data

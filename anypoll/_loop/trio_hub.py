@@ -69,12 +69,13 @@ _SLOTS = ("_abort_func", "_cancel_points", "_schedule_points", "context", "_canc
 class _Inside(NamedTuple):
     """What resuming a handler directly needs and Trio does not publish."""
 
-    run_context: dict[str, Any]
+    tasks: dict[str, Any]
     """where this thread's run keeps the current task"""
+    runner: Any
+    """of the run"""
     wait_trap: type
     """of what tasks yield that wait"""
     instruments: Sized
-    """of the run"""
     slots: tuple[Any, ...]
     """the descriptors of _SLOTS"""
 
@@ -95,8 +96,8 @@ def _inside_of_trio() -> _Inside | None:
         return None
     if type(getattr(task._cancel_status, "effectively_cancelled", None)) is not bool:
         return None
-    run_context = GLOBAL_RUN_CONTEXT.__dict__
-    if type(run_context) is not dict or run_context.get("task") is not task:
+    tasks = GLOBAL_RUN_CONTEXT.__dict__
+    if type(tasks) is not dict or tasks.get("task") is not task:
         return None
     trap = _wait_trap(_unprotected)
     if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
@@ -105,9 +106,9 @@ def _inside_of_trio() -> _Inside | None:
     instruments = getattr(runner, "instruments", None)
     if not isinstance(instruments, Sized) or not _can_unprotect():
         return None
-    if not all(hasattr(runner, name) for name in ("ki_pending", "main_task")):
+    if not hasattr(runner, "ki_pending"):
         return None
-    return _Inside(run_context, WaitTaskRescheduled, instruments, slots)
+    return _Inside(tasks, runner, WaitTaskRescheduled, instruments, slots)
 
 
 def _queue_of_run() -> weakref.ref[Any] | None:
@@ -230,13 +231,14 @@ class TrioHub(Hub):
         self._look = trio.lowlevel.checkpoint_if_cancelled
         self._shielded = _trap_of(trio.lowlevel.cancel_shielded_checkpoint())  # noqa: ASYNC105
         self._abort_succeeded = Abort.SUCCEEDED
+        self._abort_failed = Abort.FAILED
         self._unprotected = _unprotected
-        inside = _inside_of_trio() or (None, None, None, None)
-        self._run_context, self._wait_trap, self._instruments, self._task_slots = inside
+        inside = _inside_of_trio() or (None, None, None, None, None)
+        self._tasks, self._runner, self._wait_trap, self._instruments, self._task_slots = inside
         self._queue = _queue_of_run()
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
-        if self._run_context is not None:
+        if self._task_slots is not None:
             trio.lowlevel.spawn_system_task(self._rest)
 
     async def _drain(self) -> None:
@@ -328,7 +330,7 @@ class TrioHub(Hub):
     @property
     def can_resume_directly(self) -> bool:
         """Whether handlers can be resumed directly."""
-        return self._run_context is not None
+        return self._task_slots is not None
 
     def _drive_trap(self, drive: Any) -> Any:
         return _wait_trap(drive._abort)

@@ -49,8 +49,9 @@ def gather(pieces: list[bytes | memoryview], most: int, /) -> list[bytes | memor
 class Hub:
     _current_task: Any
     _abort_succeeded: Any
+    _abort_failed: Any
     _is_trio: bool
-    _run_context: Any
+    _runner: Any
     _can_rest: bool
     _rester: Any
     _unprotected: Any
@@ -63,6 +64,7 @@ class Hub:
     _shielded: Any
     _states: dict[Any, Any] | None
     _task_slots: Any
+    _tasks: dict[Any, Any] | None
     _value: Any
     dead: bool
     outputs: dict[int, list[bytes | memoryview]]

@@ -35,8 +35,12 @@ PyTypeObject *Drive_Type;
 
 static void park(Drive *drive, Operation *op)
 {
-    drive->state = D_PARKED;
     op->blocking = -1;
+    if (op->state == YIELDED) {
+        hub_rest(drive);
+        return;
+    }
+    drive->state = D_PARKED;
     replace(&op->wake, (PyObject *)drive);
 }
 
@@ -47,12 +51,12 @@ static bool is_ours(Drive *drive, PyObject *yielded)
     Operation *op = (Operation *)yielded;
     if (op->core->hub != drive->hub || op->wake)
         return false;
-    return op->state == ARMED || (op->state == YIELDED && drive->by_hub);
+    return op->state == ARMED || op->state == YIELDED;
 }
 
 bool drive_takes_rests(Hub *hub)
 {
-    return hub->stepping && hub->stepping->by_hub && hub->can_rest;
+    return hub->stepping && hub->can_rest;
 }
 
 void drive_stop_resting(Drive *drive)
@@ -82,6 +86,7 @@ static PySendResult finish(Drive *drive, PySendResult how)
     Py_CLEAR(drive->context);
     Py_CLEAR(drive->wake);
     Py_CLEAR(drive->abort);
+    Py_CLEAR(drive->scopes);
     return how;
 }
 
@@ -107,8 +112,13 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
         drive->state = D_PASSING;
         return PYGEN_NEXT;
     }
+    Hub *hub = drive->hub;
     park(drive, (Operation *)*result);
     Py_CLEAR(*result);
+    if (hub->depth == 0 && hub_ask_for_round(hub) < 0) { /* within a callback of the hub it asks */
+        drive_stop_resting(drive);
+        return finish(drive, PYGEN_ERROR);
+    }
     return wait_for_drive(drive, result);
 }
 
@@ -117,15 +127,10 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 void drive_step(Drive *drive)
 {
     PyObject *result = NULL;
-    drive->has_run = drive->by_hub = true;
+    drive->has_run = true;
     PySendResult how = step_inner(drive, Py_None, &result);
-    bool ours = how == PYGEN_NEXT && is_ours(drive, result);
-    drive->by_hub = false;
-    if (ours) {
-        if (((Operation *)result)->state == YIELDED)
-            hub_rest(drive);
-        else
-            park(drive, (Operation *)result);
+    if (how == PYGEN_NEXT && is_ours(drive, result)) {
+        park(drive, (Operation *)result);
         Py_DECREF(result);
         return;
     }
@@ -184,16 +189,10 @@ static PyObject *refuse_running(void)
 static PySendResult begin(Drive *drive, PyObject **result)
 {
     Hub *hub = drive->hub;
-    if (hub->trio) {
-        drive->task = PyObject_CallNoArgs(hub->current_task);
-        drive->is_protected = drive->task && native_is_true(drive->task, n__ki_protected);
-    } else {
-        PyObject *loop = hub_loop(hub);
-        drive->task = PyObject_CallFunctionObjArgs(hub->current_task, loop, NULL);
-        Py_DECREF(loop);
-    }
+    drive->task = hub_current_task(hub);
     if (!drive->task)
         return finish(drive, PYGEN_ERROR);
+    drive->is_protected = hub->trio && native_is_true(drive->task, n__ki_protected);
     PySendResult how = step_inner(drive, Py_None, result);
     return stepped_by_task(drive, how, result);
 }
@@ -365,6 +364,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(drive->exception);
     Py_VISIT(drive->interrupt);
     Py_VISIT(drive->abort);
+    Py_VISIT(drive->scopes);
     return future_visit((Future *)drive, visit, arg);
 }
 
@@ -379,6 +379,7 @@ static int clear(PyObject *self)
     Py_CLEAR(drive->exception);
     Py_CLEAR(drive->interrupt);
     Py_CLEAR(drive->abort);
+    Py_CLEAR(drive->scopes);
     future_drop((Future *)drive);
     Py_CLEAR(drive->hub);
     return 0;

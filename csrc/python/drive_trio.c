@@ -156,7 +156,7 @@ static bool step(Drive *drive)
 
 int drive_resume_on_trio(Drive *drive)
 {
-    PyObject *current = drive->hub->run_context, *task = Py_NewRef(drive->task);
+    PyObject *current = drive->hub->tasks, *task = Py_NewRef(drive->task);
     PyObject *before = Py_XNewRef(PyDict_GetItemWithError(current, n_task)); /* the hub's own */
     int rc = -1;
     if (before && trio_set(drive->hub, task, ABORT_FUNC, Py_None) == 0 &&
@@ -189,6 +189,8 @@ bool drive_is_watched(Drive *drive)
 PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
 {
     Drive *drive = (Drive *)self;
+    if (drive->state == D_RESTING) /* its task has seen it rest; it will go on by itself */
+        return Py_NewRef(drive->hub->abort_failed);
     drive->state = D_LEAVING; /* Trio reschedules the task: the hub comes too late */
     return Py_NewRef(drive->hub->abort_succeeded);
 }

@@ -138,6 +138,20 @@ static PyObject *call_soon_within(PyObject *loop, PyObject *callback, PyObject *
     return handle;
 }
 
+/* asyncio's dict has the task of each loop, Trio's the one of this thread's run. To look there
+ * costs less than the loop's function, which on asyncio is interpreted up to CPython 3.11. */
+PyObject *hub_current_task(Hub *hub)
+{
+    if (!hub->tasks || !PyDict_CheckExact(hub->tasks))
+        return PyObject_CallNoArgs(hub->current_task);
+    PyObject *loop = hub->trio ? Py_NewRef(n_task) : hub_loop(hub);
+    PyObject *task = PyDict_GetItemWithError(hub->tasks, loop);
+    Py_DECREF(loop);
+    if (task)
+        return Py_NewRef(task);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context)
 {
     PyObject *loop = hub_loop(hub), *handle = NULL;
@@ -156,7 +170,7 @@ PyObject *hub_trap(Hub *hub, Operation *op)
     Core *core = op->core;
     if (hub_check(hub) < 0)
         return NULL;
-    op->wake = PyObject_CallNoArgs(hub->current_task);
+    op->wake = hub_current_task(hub);
     if (!op->wake)
         return NULL;
     if (!core->trap) {
@@ -265,9 +279,7 @@ static int is_nested(Hub *hub)
 {
     if (hub->trio) /* there it is a task that dispatches */
         return false;
-    PyObject *loop = hub_loop(hub);
-    PyObject *task = PyObject_CallFunctionObjArgs(hub->current_task, loop, NULL);
-    Py_DECREF(loop);
+    PyObject *task = hub_current_task(hub);
     if (!task) {
         PyErr_Clear();
         return true;
@@ -433,9 +445,11 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->loop);
     Py_VISIT(hub->outputs);
     Py_VISIT(hub->current_task);
+    Py_VISIT(hub->tasks);
     Py_VISIT(hub->abort_succeeded);
+    Py_VISIT(hub->abort_failed);
     Py_VISIT(hub->wait_trap);
-    Py_VISIT(hub->run_context);
+    Py_VISIT(hub->runner);
     Py_VISIT(hub->task_slots);
     Py_VISIT(hub->instruments);
     Py_VISIT(hub->unprotected);
@@ -467,9 +481,11 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->loop);
     Py_CLEAR(hub->outputs);
     Py_CLEAR(hub->current_task);
+    Py_CLEAR(hub->tasks);
     Py_CLEAR(hub->abort_succeeded);
+    Py_CLEAR(hub->abort_failed);
     Py_CLEAR(hub->wait_trap);
-    Py_CLEAR(hub->run_context);
+    Py_CLEAR(hub->runner);
     Py_CLEAR(hub->task_slots);
     Py_CLEAR(hub->instruments);
     Py_CLEAR(hub->unprotected);
@@ -527,13 +543,15 @@ static PyMemberDef members[] = {
     {"_is_trio", T_BOOL, offsetof(Hub, trio), 0, NULL},
     {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
     {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},
-    {"_run_context", T_OBJECT, offsetof(Hub, run_context), 0, NULL},
+    {"_runner", T_OBJECT, offsetof(Hub, runner), 0, NULL},
     {"_task_slots", T_OBJECT, offsetof(Hub, task_slots), 0, NULL},
     {"_instruments", T_OBJECT, offsetof(Hub, instruments), 0, NULL},
     {"_unprotected", T_OBJECT, offsetof(Hub, unprotected), 0, NULL},
     {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},
     {"_abort_succeeded", T_OBJECT, offsetof(Hub, abort_succeeded), 0, NULL},
+    {"_abort_failed", T_OBJECT, offsetof(Hub, abort_failed), 0, NULL},
     {"_current_task", T_OBJECT, offsetof(Hub, current_task), 0, NULL},
+    {"_tasks", T_OBJECT, offsetof(Hub, tasks), 0, NULL},
     {"_states", T_OBJECT, offsetof(Hub, states), 0, NULL},
     {"_look", T_OBJECT, offsetof(Hub, look), 0, NULL},
     {"_shielded", T_OBJECT, offsetof(Hub, shielded), 0, NULL},

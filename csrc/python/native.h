@@ -109,12 +109,13 @@ struct Hub {
     PyObject *outputs;      /* a dict by number: memory that the core is still sending */
     Drive *stepping;        /* whose handler runs; borrowed */
     PyObject *current_task; /* the loop's function */
+    PyObject *tasks;        /* its dict of current tasks, if known: hub_current_task() */
     PyObject *look;         /* the loop's function: raises in a cancelled scope */
     PyObject *states;       /* AnyIO's states of tasks, by weak references; or None */
     PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
-    PyObject *run_context, *wait_trap, *instruments, *task_slots; /* of Trio's inside; see */
-    PyObject *abort_succeeded, *unprotected;                      /* drive_trio.c */
+    PyObject *runner, *wait_trap, *instruments, *task_slots; /* of Trio's inside; see */
+    PyObject *abort_succeeded, *abort_failed, *unprotected;  /* drive_trio.c */
     PyObject *stepper;   /* the method _step_next; while drives step in other contexts */
     Drive *next_to_step; /* by it; borrowed */
     Core **cores;        /* by the index of their slots; borrowed */
@@ -185,7 +186,6 @@ struct Drive {
     FUTURE_HEAD
     uint8_t state;
     bool must_cancel;  /* while the handler ran in the name of the task */
-    bool by_hub;       /* RUNNING: the hub steps it, not its task */
     bool has_run;      /* in this resumption */
     bool is_protected; /* Trio: the task, from KeyboardInterrupt */
     bool ended;        /* LEAVING: outcome is the handler's result */
@@ -196,6 +196,7 @@ struct Drive {
     PyObject *exception; /* LEAVING: what it has raised; or NULL */
     PyObject *interrupt; /* LEAVING: what is to be thrown into it; or NULL */
     PyObject *abort;     /* Trio: the method _abort, once it was needed */
+    PyObject *scopes;    /* asyncio: AnyIO's TaskState of the task, once it was needed */
     Drive *prev, *next;  /* RESTING: in the hub's list */
     uint32_t round;      /* RESTING: goes on in that one */
 };
@@ -211,13 +212,12 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_cancel_called) X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_keep) X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
-    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_runner) X(_seal) \
-    X(_shield) X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) \
-    X(_write_error) X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) \
-    X(cancelling) X(check) X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
-    X(effectively_cancelled) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) \
-    X(main_task) X(receive) X(run) X(send) X(task) X(throw) X(uncancel) X(unwrap) X(value) \
-    X(why_unwritable)
+    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) X(_shield) \
+    X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
+    X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) \
+    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(effectively_cancelled) \
+    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) X(receive) X(run) X(send) \
+    X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
 #define DECLARE(name) extern PyObject *n_##name;
@@ -312,6 +312,8 @@ void hub_forget_wait(Core *core);
 Operation *hub_take_wait(Core *core); /* the caller inherits the list's reference */
 /* asyncio's loop, or None: it has ended, or is a Trio run. A new reference. */
 PyObject *hub_loop(Hub *hub);
+/* A new reference; None if there is none. */
+PyObject *hub_current_task(Hub *hub);
 /* Has asyncio's loop call callback(argument) in its next round. */
 int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context);
 /* Raises RuntimeError outside of the hub's event loop. */

@@ -1,12 +1,13 @@
 /* Handlers that let the event loop have a round: a checkpoint under a drive.
  *
  * send() after its write and receive() that found its bytes yield once. A task would do that by
- * itself, a handle and a step of the task each time. The handlers that the hub resumes yield the
- * operation; the drive is listed here, and one callback resumes all that rest: on asyncio a handle
- * that is asked for (call_soon) when the callback of the hub in which they ran ends; on Trio a
- * system task (TrioHub._rest), which is rescheduled then. So whatever they have made ready runs
- * before they go on, as with checkpoints of their own. A handler whose task steps it rests with its
- * task.
+ * itself, a handle and a step of the task each time. Under a drive they yield the operation; the
+ * drive is listed here, and one callback resumes all that rest: on asyncio a handle that is asked
+ * for (call_soon) when the callback of the hub in which they ran ends; on Trio a system task
+ * (TrioHub._rest), which is rescheduled then. So whatever they have made ready runs before they go
+ * on, as with checkpoints of their own. A handler that was stepped by its task asks for the round
+ * itself, and goes on without its task; on Trio, which mixes the order of a round, it joins one
+ * that has been asked for.
  *
  * Each callback is a round. A handler is listed for the round that is asked for next, so one that
  * rests again within a round is not resumed twice in it. What exceeds a turn goes on in the next.
@@ -23,9 +24,10 @@
 void hub_rest(Drive *drive)
 {
     Hub *hub = drive->hub;
+    bool joins = hub->trio && hub->depth == 0 && hub->rounds_begun != hub->rounds_asked;
     Py_INCREF((PyObject *)drive);
     drive->state = D_RESTING;
-    drive->round = hub->rounds_asked + 1;
+    drive->round = hub->rounds_asked + !joins;
     drive->next = NULL;
     drive->prev = hub->last_resting;
     if (drive->prev)
@@ -33,7 +35,7 @@ void hub_rest(Drive *drive)
     else
         hub->resting = drive;
     hub->last_resting = drive;
-    hub->round_due = true;
+    hub->round_due |= !joins;
 }
 
 void hub_end_rest(Drive *drive)

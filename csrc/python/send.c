@@ -252,17 +252,30 @@ static int flush_now(Operation *op)
 
 /* ---- the cancelled scope --------------------------------------------------------------- */
 
+/* AnyIO's TaskState of the current task; NULL: there is none, or an exception. It is the same as
+ * long as the task lives, so the drive of a handler remembers it. */
+static PyObject *current_state(Hub *hub)
+{
+    PyObject *task = hub_current_task(hub), *ref = NULL, *state = NULL;
+    Drive *drive = hub->stepping;
+    bool driven = drive && drive->task == task; /* not an eager task, which the handler has begun */
+    if (driven && drive->scopes)
+        state = drive->scopes;
+    else if (task && task != Py_None && (ref = PyWeakref_NewRef(task, NULL)))
+        state = PyDict_GetItemWithError(hub->states, ref);
+    if (driven && !drive->scopes)
+        drive->scopes = Py_XNewRef(state);
+    Py_XDECREF(ref);
+    Py_XDECREF(task);
+    return Py_XNewRef(state);
+}
+
 /* The innermost of AnyIO's scopes that the task is in; NULL: there is none, or an exception. */
 static PyObject *current_scope(Hub *hub)
 {
-    PyObject *task = PyObject_CallNoArgs(hub->current_task), *ref = NULL, *state = NULL;
-    if (task && task != Py_None)
-        ref = PyWeakref_NewRef(task, NULL);
-    if (ref)
-        state = PyDict_GetItemWithError(hub->states, ref);
+    PyObject *state = current_state(hub);
     PyObject *scope = state ? PyObject_GetAttr(state, n_cancel_scope) : NULL;
-    Py_XDECREF(ref);
-    Py_XDECREF(task);
+    Py_XDECREF(state);
     return scope;
 }
 
@@ -283,18 +296,14 @@ static bool is_in_cancelled_scope(Hub *hub)
 /* As trio.lowlevel.checkpoint_if_cancelled() has it. */
 static bool is_cancelled_on_trio(Hub *hub)
 {
-    PyObject *task = PyObject_CallNoArgs(hub->current_task);
+    PyObject *task = hub_current_task(hub);
     PyObject *status = task ? trio_get(hub, task, CANCEL_STATUS) : NULL;
-    PyObject *runner = status ? PyObject_GetAttr(task, n__runner) : NULL;
-    PyObject *main_task = runner ? PyObject_GetAttr(runner, n_main_task) : NULL;
-    bool cancelled = !main_task || native_is_true(status, n_effectively_cancelled) ||
-                     (main_task == task && native_is_true(runner, n_ki_pending));
+    bool cancelled = !status || native_is_true(status, n_effectively_cancelled) ||
+                     native_is_true(hub->runner, n_ki_pending); /* perhaps not for this task */
     if (!cancelled)
         trio_count_point(hub, task, CANCEL_POINTS);
     Py_XDECREF(task);
     Py_XDECREF(status);
-    Py_XDECREF(runner);
-    Py_XDECREF(main_task);
     return cancelled;
 }
 
@@ -303,7 +312,7 @@ static bool is_cancelled_on_trio(Hub *hub)
  * known to be (_loop/asyncio_hub.py, trio_hub.py). */
 bool send_may_be_cancelled(Hub *hub)
 {
-    PyObject *known = hub->trio ? hub->run_context : hub->states;
+    PyObject *known = hub->trio ? hub->task_slots : hub->states;
     if (!known || known == Py_None)
         return true;
     bool cancelled = hub->trio ? is_cancelled_on_trio(hub) : is_in_cancelled_scope(hub);

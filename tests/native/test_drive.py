@@ -728,7 +728,8 @@ async def test_a_cancellation_that_is_taken_back(then: str) -> None:
 # --- handlers that let the loop have a round ------------------------------------------------------
 
 
-async def test_other_tasks_have_their_turn_meanwhile(anyio_backend: Any) -> None:
+@pytest.mark.parametrize("by", ["hub", "task"])
+async def test_other_tasks_have_their_turn_meanwhile(anyio_backend: Any, by: str) -> None:
     """Whatever a handler has made ready runs before its `send()` or `receive()` returns. Trio mixes
     the order within a round.
     """
@@ -737,6 +738,8 @@ async def test_other_tasks_have_their_turn_meanwhile(anyio_backend: Any) -> None
 
     async def handler(conn: Connection) -> None:
         await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
         for n, event in enumerate(calls):
             event.set()
             await (conn.send(b"!") if n % 2 else conn.receive(1))
@@ -759,12 +762,15 @@ async def test_other_tasks_have_their_turn_meanwhile(anyio_backend: Any) -> None
         assert order.index(f"listener {n}") < order.index(f"handler {n + late}")
 
 
-async def test_none_is_resumed_twice_in_a_round() -> None:
+@pytest.mark.parametrize("by", ["hub", "task"])
+async def test_none_is_resumed_twice_in_a_round(by: str) -> None:
     rounds = 0
     spans: list[int] = []
 
     async def handler(conn: Connection) -> None:
         await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
         before = rounds
         for _ in range(50):
             await conn.send(b"!")
@@ -803,9 +809,12 @@ async def test_more_rest_than_one_turn_resumes() -> None:
             sock.close()
 
 
+@pytest.mark.parametrize("by", ["hub", "task"])
 @pytest.mark.parametrize("call", ["send", "receive"])
 @pytest.mark.parametrize("how", ["scope", "task", "itself"])
-async def test_a_cancellation_finds_one_that_rests(call: str, how: str, anyio_backend: Any) -> None:
+async def test_a_cancellation_finds_one_that_rests(
+    call: str, how: str, anyio_backend: Any, by: str
+) -> None:
     """`receive()` leaves its bytes; on Trio a `send()` that has written returns."""
     on_trio = anyio_backend[0] == "trio"
     if how == "task" and on_trio:
@@ -818,6 +827,8 @@ async def test_a_cancellation_finds_one_that_rests(call: str, how: str, anyio_ba
 
     async def handler(conn: Connection) -> None:
         await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
         if how == "task":
             victim.append(asyncio.current_task())
         with anyio.CancelScope() as scope:
@@ -858,12 +869,15 @@ async def test_a_cancellation_finds_one_that_rests(call: str, how: str, anyio_ba
         assert seen in (["Cancelled"], ["CancelledError"])
 
 
+@pytest.mark.parametrize("by", ["hub", "task"])
 @pytest.mark.loops("trio")
-async def test_trio_counts_the_points_of_one_that_rests() -> None:
+async def test_trio_counts_the_points_of_one_that_rests(by: str) -> None:
     results: list[str] = []
 
     async def handler(conn: Connection) -> None:
         await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
         for _ in range(2):
             with trio.testing.assert_checkpoints():
                 await conn.send(b"!")
