@@ -45,6 +45,7 @@ class Lib(Protocol):
     AP_MAIL_FAILED: int
     AP_NOWAIT: int
     AP_SCATTER: int
+    AP_STRAIGHT: int
     AP_NEW_BLOCK_SHIFT: int
     AP_IS_CLOSED: int
     AP_IS_BROKEN: int
@@ -105,6 +106,8 @@ class Lib(Protocol):
     def ap_conn_register(self, conns: Any, results: Any, count: int, /) -> int: ...
     def ap_conn_set_block(self, conn: Conn, size: int, /) -> int: ...
     def ap_conn_id(self, conn: Conn, /) -> int: ...
+    def ap_conn_read_straight(self, conn: Conn, pos: int, memory: Any, size: int, /) -> int: ...
+    def ap_conn_put_back(self, conn: Conn, memory: Any, n: int, /) -> int: ...
     def ap_conn_read(
         self,
         conn: Conn,

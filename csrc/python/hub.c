@@ -296,7 +296,8 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     b.trim = b.more = false;
     b.left = NULL;
     hub->depth++;
-    for (int woken = 0; n > 0;) {
+    int woken = 0;
+    while (n > 0) {
         b.ready_count = b.other_count = 0;
         for (int i = 0; i < n; i++)
             sort(&b, &tokens[i]);
@@ -314,8 +315,7 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     hub->depth--;
     if (b.trim) /* now that the wrappers of the blocks are gone */
         ap_hub_trim(hub->hub);
-    if (hub_ask_for_round(hub) < 0)
-        hub_keep_exception(&b.left);
+    hub_go_round(hub, nested || hub->depth > 0 ? 0 : TURN - woken, &b.left);
     return hub_raise_first(hub, b.left) < 0 ? -1 : b.more;
 }
 

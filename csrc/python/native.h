@@ -344,6 +344,10 @@ void hub_rest(Drive *drive);
 void hub_end_rest(Drive *drive);
 /* At the end of a callback of the hub's in which handlers ran. */
 int hub_ask_for_round(Hub *hub);
+/* Begins or asks for the round that is due, if any. A turn is a number of handlers. */
+void hub_go_round(Hub *hub, int turn, PyObject **left);
+/* How much the loop has to run at once; -1: it hides that. */
+Py_ssize_t hub_sees_queue(const Hub *hub);
 /* Nobody will be resumed by the hub any more: the tasks go on themselves. */
 void hub_stop_resting(Hub *hub);
 PyObject *hub_resume_rested(PyObject *self, PyObject *unused);

@@ -12,12 +12,17 @@
  * Each callback is a round. A handler is listed for the round that is asked for next, so one that
  * rests again within a round is not resumed twice in it. What exceeds a turn goes on in the next.
  *
+ * A round in which the loop would run nothing else need not be asked for: if its queue can be seen,
+ * and is empty, the next one begins within the same callback. That happens a few times only, or
+ * what the loop has yet to find out, by its timers and descriptors, would wait for long.
+ *
  * A cancellation finds the handler when its round comes, as it finds a task at a checkpoint. On
  * Trio resting is shielded; receive() looks for a cancelled scope afterwards.
  */
 #include "native.h"
 
 #define TURN 256 /* handlers resumed before the loop gets its turn */
+#define ROUNDS 8 /* of a loop that has nothing else to run */
 
 /* ---- the list ---------------------------------------------------------------- */
 
@@ -100,25 +105,51 @@ static bool is_due(const Hub *hub)
     return hub->resting && (int32_t)(hub->rounds_begun - hub->resting->round) >= 0;
 }
 
+/* Whether the round that is due may begin at once. Trio takes its queue as a whole: who is in it no
+ * longer may not have run. */
+static bool has_loop_to_itself(const Hub *hub)
+{
+    return hub->round_due && !hub->trio && hub->rounds_begun == hub->rounds_asked &&
+           hub_sees_queue(hub) == 0;
+}
+
+/* Returns how many handlers it has resumed. */
+static int begin_round(Hub *hub, int most, PyObject **left)
+{
+    int n = 0;
+    hub->rounds_begun++;
+    hub->depth++;
+    for (; n < most && is_due(hub); n++) {
+        Drive *drive = (Drive *)Py_NewRef((PyObject *)hub->resting);
+        hub_end_rest(drive);
+        if (drive_resume(drive) < 0)
+            hub_keep_exception(left);
+        Py_DECREF((PyObject *)drive);
+    }
+    hub->depth--;
+    hub->round_due |= is_due(hub);
+    return n;
+}
+
+void hub_go_round(Hub *hub, int turn, PyObject **left)
+{
+    for (int rounds = 1; rounds < ROUNDS && turn > 0 && has_loop_to_itself(hub); rounds++) {
+        hub->round_due = false;
+        hub->rounds_asked++;
+        turn -= begin_round(hub, turn, left);
+    }
+    if (hub_ask_for_round(hub) < 0)
+        hub_keep_exception(left);
+}
+
 PyObject *hub_resume_rested(PyObject *self, PyObject *unused)
 {
     Hub *hub = (Hub *)self;
     PyObject *left = NULL;
     if (hub->rounds_begun == hub->rounds_asked)
         Py_RETURN_FALSE;
-    hub->rounds_begun++;
-    hub->depth++;
-    for (int n = 0; n < TURN && is_due(hub); n++) {
-        Drive *drive = (Drive *)Py_NewRef((PyObject *)hub->resting);
-        hub_end_rest(drive);
-        if (drive_resume(drive) < 0)
-            hub_keep_exception(&left);
-        Py_DECREF((PyObject *)drive);
-    }
-    hub->depth--;
-    hub->round_due |= is_due(hub);
-    if (hub_ask_for_round(hub) < 0)
-        hub_keep_exception(&left);
+    int n = begin_round(hub, TURN, &left);
+    hub_go_round(hub, TURN - n, &left);
     if (hub_raise_first(hub, left) < 0)
         return NULL;
     return PyBool_FromLong(hub->rounds_begun != hub->rounds_asked);

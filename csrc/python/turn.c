@@ -21,13 +21,12 @@ static ap_poller *poller_of(PyObject *loan)
     return poller;
 }
 
-/* Whether the loop has something to run at once. */
-static bool others_wait(Hub *hub)
+Py_ssize_t hub_sees_queue(const Hub *hub)
 {
     if (!hub->queue || hub->queue == Py_None)
-        return false;
+        return -1;
     PyObject *queue = PyWeakref_GetObject(hub->queue);
-    return queue != Py_None && PySequence_Size(queue) != 0;
+    return queue != Py_None ? PySequence_Size(queue) : -1;
 }
 
 static int look_again(Hub *hub, ap_poller *poller, ap_token *tokens)
@@ -57,7 +56,7 @@ PyObject *hub_drive(PyObject *self, PyObject *loan)
         int more = hub_deliver(hub, tokens, n, false);
         if (more < 0)
             return NULL;
-        hub->crowded = more || hub->armed < armed || others_wait(hub);
+        hub->crowded = more || hub->armed < armed || hub_sees_queue(hub) > 0;
         if (hub->crowded || !may_look)
             Py_RETURN_NONE;
         n = look_again(hub, poller, tokens);

@@ -16,7 +16,7 @@ import anypoll
 from anypoll import Connection
 from anypoll._loop import runtime as _runtime
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
 
 Handler = Callable[[Connection], Awaitable[None]]
 ROUNDS = 50

@@ -786,6 +786,36 @@ async def test_none_is_resumed_twice_in_a_round(by: str) -> None:
     assert spans[0] >= 49
 
 
+@pytest.mark.loops("asyncio")
+async def test_a_loop_with_nothing_to_run_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """A few rounds pass within one callback; then the loop looks at its timers and descriptors."""
+    loop: Any = asyncio.get_running_loop()
+    counted = 0
+
+    def count() -> None:
+        nonlocal counted
+        counted += 1
+        original()
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        before = counted
+        for _ in range(80):
+            await conn.send(b"!")
+        spans.append(counted - before)
+
+    spans: list[int] = []
+    async with one(handler) as sock:
+        await settle()
+        original = loop._run_once
+        monkeypatch.setattr(loop, "_run_once", count)
+        sock.send(b"x")
+        await holds(lambda: spans)
+    assert 80 / 8 <= spans[0] <= (60 if direct else 100)
+
+
 async def test_more_rest_than_one_turn_resumes() -> None:
     """All of them, whatever the number; rest.c resumes 256 before the loop gets its turn."""
     number = 300

@@ -25,7 +25,7 @@ from peers import (
 
 from anypoll import Connection, ReadTimeout
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
 
 PIECE = 64 * KIB
 
@@ -56,8 +56,8 @@ async def receive_all(conn: Connection) -> None:
 async def busy() -> AsyncIterator[tuple[Connection, socket.socket]]:
     """A connection on which much has arrived, and of which nothing is read ahead any more."""
     async with opened("tcp") as (conn, peer):
-        data, ahead = pattern(4 * PIECE), True
-        while ahead:  # it depends on how much of it is read at once
+        data = pattern(4 * PIECE)
+        for _ in range(200):  # it depends on how much of it is read at once
             async with anyio.create_task_group() as group:
                 group.start_soon(send_all, peer, data)
                 assert await conn.reader.read_bytes(len(data)) == data
@@ -68,19 +68,28 @@ async def busy() -> AsyncIterator[tuple[Connection, socket.socket]]:
             await pollers_have_looked()
             ahead = buffered(conn) > 0
             assert await receive_so_many(conn, PIECE) == b"x" * PIECE
+            if not ahead:
+                break
+        else:
+            pytest.fail("it is always read ahead")
         yield conn, peer
 
 
 @pytest.mark.parametrize("size", [1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE])
 async def test_what_has_come(size: int) -> None:
+    """One read, unless the poller's thread has come first, because the machine is busy."""
+    data = pattern(size)
     async with busy() as (conn, peer):
-        data = pattern(size)
-        await come(conn, peer, data)
-        reads = conn.statistics().reads
-        assert await conn.receive() == data[:PIECE]
-        assert conn.statistics().reads == reads + 1
-        if size > PIECE:
-            assert await conn.receive() == data[PIECE:]
+        for _ in range(50):
+            await come(conn, peer, data)
+            reads = conn.statistics().reads
+            assert await conn.receive() == data[:PIECE]
+            straight = conn.statistics().reads == reads + 1
+            if size > PIECE:
+                assert await conn.receive() == data[PIECE:]
+            if straight:
+                return
+    pytest.fail("nothing is received straight")
 
 
 async def test_it_waits() -> None:
