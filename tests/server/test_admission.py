@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from serving import (
 
 import anypoll
 from anypoll import Connection, _epoll
+from anypoll._loop import runtime as _runtime
 from anypoll._server import lifecycle
 
 pytestmark = pytest.mark.anyio
@@ -281,6 +282,16 @@ def polls() -> int:
     return sum(poller.polls for poller in anypoll.statistics().pollers)
 
 
+@pytest.fixture
+def no_spin() -> Iterator[None]:
+    """A spin is made of polls, as many as fit into its time."""
+    before = _runtime.settings().spin
+    anypoll.configure(spin=0)
+    yield
+    anypoll.configure(spin=before)
+
+
+@pytest.mark.usefixtures("no_spin")
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 async def test_accepting_pauses_for_want_of_resources(
     code: int, fault: Callable[..., None], log: pytest.LogCaptureFixture
