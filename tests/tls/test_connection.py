@@ -700,7 +700,7 @@ async def test_answers_of_openssl_cannot_grow_while_another_task_sends(
         with anyio.move_on_after(0.3):
             for _ in range(1000):
                 await peer.send(b"x")
-        assert len(core.writer) < 4 * high
+        assert len(core.writer) < 8 * high  # of 10 MB
         assert len(engine.chain) < 1000
         tasks.cancel_scope.cancel()
 
