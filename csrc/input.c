@@ -52,12 +52,14 @@ static bool delimiter_found(ap_conn *conn)
     return length > 0;
 }
 
+/* Whoever waits for a socket to be readable also takes what is read ahead meanwhile: a query turns
+ * that on again, and so does an event after which no short read can be trusted. */
 static bool target_met(ap_conn *conn)
 {
     switch (conn->want) {
     case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
     case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
-    case AP_WANT_READABLE: return conn->slot.ready & AP_READABLE;
+    case AP_WANT_READABLE: return (conn->slot.ready & AP_READABLE) || conn->input.size > 0;
     default: return false;
     }
 }

@@ -116,6 +116,19 @@ LINK_TEST(straight_queries_read_it, TCP, HIGH)
     expect(l, 1, 0, 1010);
 }
 
+/* A wait that has begun is over all the same, though the socket is not readable any more. */
+LINK_TEST(straight_queries_do_not_disturb_a_wait, TCP, HIGH)
+{
+    grow(w, l);
+    CHECK_EQ(ask(l), -EAGAIN);
+    CHECK_EQ(buffered(l), 0);
+    peer_say(l, 1, 0, 1000);
+    CHECK_EQ(await(w, l->id, AP_MAIL_READ), AP_MAIL_READ);
+    CHECK_EQ(unread_in_kernel(l->fd), 0);
+    CHECK(ask(l) > 0);
+    expect(l, 1, 0, 1000);
+}
+
 LINK_TEST(straight_bytes_that_are_put_back, TCP, HIGH)
 {
     grow(w, l);

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import pytest
@@ -20,10 +23,12 @@ from peers import (
     pollers_have_looked,
     read_all,
     send_all,
+    socket_pair,
     within,
 )
 
 from anypoll import Connection, ReadTimeout
+from anypoll._connection.stream import open_socket
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
 
@@ -52,26 +57,29 @@ async def receive_all(conn: Connection) -> None:
         await conn.receive()
 
 
+async def make_busy(conn: Connection, peer: socket.socket) -> None:
+    """Much arrives, and nothing is read ahead any more."""
+    data = pattern(4 * PIECE)
+    for _ in range(200):  # it depends on how much of it is read at once
+        async with anyio.create_task_group() as group:
+            group.start_soon(send_all, peer, data)
+            assert await conn.reader.read_bytes(len(data)) == data
+        with anyio.move_on_after(0):
+            await conn.receive()
+        await send_all(peer, b"x" * PIECE)
+        await holds(lambda: arrived(conn.fileno()) + buffered(conn) == PIECE)
+        await pollers_have_looked()
+        ahead = buffered(conn) > 0
+        assert await receive_so_many(conn, PIECE) == b"x" * PIECE
+        if not ahead:
+            return
+    pytest.fail("it is always read ahead")
+
+
 @asynccontextmanager
 async def busy() -> AsyncIterator[tuple[Connection, socket.socket]]:
-    """A connection on which much has arrived, and of which nothing is read ahead any more."""
     async with opened("tcp") as (conn, peer):
-        data = pattern(4 * PIECE)
-        for _ in range(200):  # it depends on how much of it is read at once
-            async with anyio.create_task_group() as group:
-                group.start_soon(send_all, peer, data)
-                assert await conn.reader.read_bytes(len(data)) == data
-            with anyio.move_on_after(0):
-                await conn.receive()
-            await send_all(peer, b"x" * PIECE)
-            await holds(lambda: arrived(conn.fileno()) + buffered(conn) == PIECE)
-            await pollers_have_looked()
-            ahead = buffered(conn) > 0
-            assert await receive_so_many(conn, PIECE) == b"x" * PIECE
-            if not ahead:
-                break
-        else:
-            pytest.fail("it is always read ahead")
+        await make_busy(conn, peer)
         yield conn, peer
 
 
@@ -106,6 +114,26 @@ async def test_it_waits() -> None:
         assert got == [b"late"]
 
 
+@pytest.mark.parametrize("urgent", [False, True], ids=["asked", "urgent"])
+async def test_it_waits_and_the_bytes_are_read_ahead(urgent: bool) -> None:
+    """Somebody asks what is buffered, or an urgent byte shows that no short read can be trusted."""
+    async with busy() as (conn, peer):
+        got: list[bytes] = []
+
+        async def receive() -> None:
+            got.append(await within(conn.receive(), 5))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(receive)
+            await holds(lambda: is_waiting(conn))
+            if urgent:
+                peer.send(b"late!", socket.MSG_OOB)
+            else:
+                assert len(conn.reader) == 0
+                await send_all(peer, b"late")
+        assert got == [b"late"]
+
+
 async def test_no_more_than_was_asked_for() -> None:
     async with busy() as (conn, peer):
         await come(conn, peer, pattern(PIECE))
@@ -135,6 +163,26 @@ async def test_closed_at_the_checkpoint() -> None:
             group.start_soon(conn.aclose)
             with pytest.raises(ClosedResourceError):
                 await receive_all(conn)  # Trio shuffles its tasks: the first may be in time
+
+
+async def test_forgotten_at_the_checkpoint() -> None:
+    """The collector may clear the connection before the call that holds its bytes."""
+    ours, peer = socket_pair("tcp")
+    ours.setblocking(False)
+    peer.setblocking(False)
+    with peer:
+        conn = open_socket(ours)
+        await make_busy(conn, peer)
+        await come(conn, peer, pattern(PIECE))
+        call: Any = conn.receive()
+        call.send(None)
+        assert buffered(conn) == 0
+        conn._core.watcher = call  # any reference will do
+        gone = weakref.ref(conn._core)
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del conn, call
+            gc.collect()
+        assert gone() is None
 
 
 async def test_the_end() -> None:
