@@ -34,14 +34,14 @@ int receive_straight(Core *core, Operation *op)
     return 0;
 }
 
-/* The call will not return them. Another thread than the loop's collects garbage: then nobody will
- * read any more. */
+/* The call will not return them. Another thread than the loop's collects garbage, or the core was
+ * cleared in a cycle with the call: then nobody will read any more. */
 void receive_put_back(Operation *op)
 {
     Core *core = op->core;
     PyObject *bytes = op->received;
     op->received = NULL;
-    if (core->conn && core->hub->thread == PyThread_get_thread_ident())
+    if (core->conn && core->hub && core->hub->thread == PyThread_get_thread_ident())
         (void)ap_conn_put_back(core->conn, PyBytes_AsString(bytes), (size_t)PyBytes_Size(bytes));
     Py_DECREF(bytes);
 }
