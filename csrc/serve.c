@@ -144,9 +144,12 @@ static void trim(ap_conn *conn)
         ap_chain_drop(&conn->input, &conn->pins);
 }
 
+/* A step may end before it has come to all that is ready (ap_run). What has arrived in time, and
+ * what can be sent, counts as activity all the same: the next step serves it first. */
 int64_t ap_conn_expire(ap_slot *slot, int64_t now)
 {
     ap_conn *conn = ap_conn_of(slot);
+    bool served = !slot->on_run;
     if (now >= read_deadline(conn)) {
         conn->want_expired = true;
         ap_hub_post(&conn->slot, AP_MAIL_READ);
@@ -155,11 +158,12 @@ int64_t ap_conn_expire(ap_slot *slot, int64_t now)
         conn->drain_expired = true;
         ap_hub_post(&conn->slot, AP_MAIL_WRITE);
     }
-    if (now >= idle_deadline(conn))
+    if (now >= idle_deadline(conn) && served)
         end_idle(conn);
     if (now >= conn->trim_at)
         trim(conn);
-    return next_deadline(conn);
+    int64_t next = next_deadline(conn);
+    return served || next > now ? next : now + COARSE_TICK;
 }
 
 /* Buffered input stays readable; the socket is unchanged, but nobody looks after it. */

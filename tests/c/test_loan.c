@@ -269,6 +269,27 @@ LINKS_TEST(loan_a_step_reads_so_much, TCP, HIGH, 8)
         expect(&l[i], 1, 0, SIZE);
 }
 
+/* What such a step has not come to has arrived all the same. */
+LINKS_TEST(loan_input_that_a_step_leaves_is_activity, TCP, HIGH, 8)
+{
+    enum { SIZE = 64 * 1024 };
+    borrow(w);
+    for (int i = 0; i < 8; i++) {
+        CHECK_OK(ap_conn_set_idle(l[i].conn, MS));
+        peer_say(&l[i], 1, 0, SIZE);
+        arrived(&l[i], SIZE);
+    }
+    usleep(30 * 1000);
+    CHECK_OK(drive(w));
+    CHECK_EQ(stats(w).bytes_received, AP_RUN_BYTES);
+    for (int i = 0; i < 8; i++)
+        CHECK_EQ(l[i].conn->read_end, 0);
+    drive_while_called(w);
+    CHECK_EQ(stats(w).bytes_received, 8 * SIZE);
+    for (int i = 0; i < 8; i++) /* nothing is left to do: they are idle now */
+        UNTIL(w, l[i].conn->read_end == AP_EIDLE);
+}
+
 /* What one step leaves, the next one does: 256 KiB each. */
 LINK_TEST(loan_work_that_is_left_brings_the_loop_again, UNIX, 64 * MB)
 {
