@@ -214,7 +214,11 @@ void ap_driver_catch_up(ap_poller *poller)
     /* Waits for the guard, which may be in the middle of a step or of a look: having tried is
      * not having looked. It does not sleep with the lease, and the caller holds no lock. */
     pthread_mutex_lock(&poller->lease);
-    ap_driver_step(poller, 0, AP_LOOP_BUDGET);
+    int rc, served = 0;
+    do { /* a step that has read so much ends early */
+        rc = ap_driver_step(poller, 0, AP_LOOP_BUDGET);
+        served += rc;
+    } while (rc > 0 && poller->run_head && served < AP_LOOP_BUDGET);
     pthread_mutex_unlock(&poller->lease);
 }
 

@@ -523,6 +523,19 @@ LINK_TEST(loan_queries_are_up_to_date, STREAMS, HIGH)
     CHECK(ap_conn_status(l->conn) & AP_IS_EOF);
 }
 
+/* However much has come for others. */
+LINKS_TEST(loan_queries_are_up_to_date_among_others, TCP, HIGH, 8)
+{
+    enum { SIZE = 64 * 1024 };
+    borrow(w);
+    drive_while_called(w);
+    for (int i = 0; i < 8; i++) {
+        peer_say(&l[i], 1, 0, SIZE);
+        arrived(&l[i], SIZE);
+    }
+    CHECK_EQ(buffered(&l[7]), SIZE);
+}
+
 LINK_TEST(loan_reading_without_waiting, STREAMS, HIGH)
 {
     CHECK_EQ(want(l, 1), -EAGAIN);
