@@ -102,7 +102,7 @@ class LeanTasks(Tasks):
         scope._tasks.add(task)
         future_add_to_awaited_by(task, self._host)
         self._running += 1
-        task.add_done_callback(self._over)
+        task.add_done_callback(self._over, context=self._context)
 
     def _over(self, task: Task[None]) -> None:
         """Does what the group does when one of its own tasks has ended."""

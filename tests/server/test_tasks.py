@@ -224,6 +224,24 @@ async def test_what_ends_the_program_leaves_the_server() -> None:
     assert len(found) == 3
 
 
+def test_what_ends_the_program_leaves_a_server_of_plain_asyncio() -> None:
+    """There nobody has told sniffio which library is running, but the task that asks for it."""
+
+    async def handler(_conn: Connection) -> None:
+        raise Stop
+
+    async def main() -> None:
+        with anyio.fail_after(60):
+            async with local(handler) as server, client(server):
+                await server._ended.wait()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(main())
+    stopped, others = caught.value.split(Stop)
+    assert stopped is not None
+    assert others is None
+
+
 @on_asyncio
 async def test_a_native_cancellation_ends_the_server() -> None:
     """As it ends any task group."""
