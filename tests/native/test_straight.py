@@ -179,8 +179,8 @@ async def test_forgotten_at_the_checkpoint() -> None:
         assert buffered(conn) == 0
         conn._core.watcher = call  # any reference will do
         gone = weakref.ref(conn._core)
+        del conn, call
         with pytest.warns(ResourceWarning, match="unclosed"):
-            del conn, call
             gc.collect()
         assert gone() is None
 
