@@ -19,9 +19,9 @@ pytestmark = pytest.mark.anyio
 # --- what a token says ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("by_threads")
 async def test_a_poller_that_fails_opens_no_window() -> None:
     """Its token carries the error where others carry the window's end."""
-    anypoll.configure(driver="thread")
     async with opened("tcp") as (conn, peer):
         await arrive(conn, peer, b"abcd")
         assert await conn.next(2) == b"ab"  # so there is a block to look at
