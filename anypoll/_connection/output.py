@@ -43,15 +43,11 @@ class Output(Endpoint):
 
     __slots__ = ()
 
-    def _keep(self, pieces: list[Piece], left: int) -> None:
-        """Keeps the pieces that C has queued (``left`` bytes) alive until C is done with them."""
-        outputs = self.hub.outputs
-        kept = outputs.get(self.number)
-        if kept is None:
-            outputs[self.number] = pieces
-            return
-        kept.extend(pieces)
-        # A queue that is never quite empty must not keep pieces sent long ago.
+    def _drop_sent(self, left: int) -> None:
+        """Of what is kept for C (:meth:`_keep`) only the last ``left`` bytes are still queued: a
+        queue that is never quite empty must not keep pieces sent long ago.
+        """
+        kept = self.hub.outputs[self.number]
         surplus = sum(map(len, kept)) - left
         while kept and surplus >= len(kept[0]):
             surplus -= len(kept.pop(0))

@@ -69,14 +69,10 @@ static int forget(Core *core, bool queued)
 {
     if (!queued)
         return writer_forget(core->writer);
-    PyObject *pieces = writer_hand_over(core->writer), *none = NULL;
-    PyObject *left = PyLong_FromLongLong(ap_conn_queued(core->conn));
-    if (pieces && left)
-        none = PyObject_CallMethodObjArgs((PyObject *)core, n__keep, pieces, left, NULL);
-    Py_XDECREF(left);
+    PyObject *pieces = writer_hand_over(core->writer);
+    int rc = pieces ? core_keep(core, pieces, ap_conn_queued(core->conn)) : -1;
     Py_XDECREF(pieces);
-    Py_XDECREF(none);
-    return none ? 0 : -1;
+    return rc;
 }
 
 /* ---- the window ----------------------------------------------------------- */
@@ -405,6 +401,18 @@ static PyObject *send_pieces(PyObject *self, PyObject *pieces)
     return PyLong_FromLongLong(left);
 }
 
+static PyObject *keep(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    if (n != 2 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "_keep() takes a list and a number");
+        return NULL;
+    }
+    long long left = PyLong_AsLongLong(args[1]);
+    if (PyErr_Occurred() || core_keep((Core *)self, args[0], left) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *show_window(PyObject *self, PyObject *unused)
 {
     if (show((Core *)self) < 0)
@@ -481,6 +489,9 @@ static PyMethodDef methods[] = {
     {"_send", send_pieces, METH_O,
      "Sends the pieces; returns the number of bytes queued, or a negative code."},
     {"_send_pending", send_pending, METH_NOARGS, "The same with what the writer has."},
+    {"_keep", (PyCFunction)(void (*)(void))keep, METH_FASTCALL,
+     "_keep($self, pieces, left, /)\n--\n\n"
+     "Keeps the pieces that the core has queued (``left`` bytes) until it is done with them."},
     {"send", send_call, METH_O,
      "send($self, item, /)\n--\n\n"
      "Sends the writer's pending output, then ``item``; returns when the kernel has it all.\n\n"

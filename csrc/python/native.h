@@ -210,8 +210,8 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 #define NAMES(X) \
     X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
     X(_cancel_called) X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
-    X(_drive_trap) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
-    X(_keep) X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
+    X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
+    X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
     X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) X(_shield) \
     X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
     X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) \
@@ -293,6 +293,9 @@ int send_go_on(Operation *op, PyObject *value); /* after an inner coroutine, whi
  * core has queued is kept. */
 int core_send(Core *core, PyObject *list, int64_t *left);
 int core_send_pending(Core *core, int64_t *left);
+/* Holds the pieces, a list, that the core has queued, until it is done with them. left: bytes that
+ * are queued now. */
+int core_keep(Core *core, PyObject *pieces, int64_t left);
 
 /* Pending output in one piece, left where it is. */
 int writer_join(Writer *writer, const char **data, Py_ssize_t *size);

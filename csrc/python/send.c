@@ -16,7 +16,7 @@
  *
  * The core is given the memory of the objects themselves, as many pieces as there are. While it
  * looks at them nobody else runs, for the GIL is held. What it has queued the hub keeps
- * (Output._keep), until the core is done with it.
+ * (core_keep), until the core is done with it.
  */
 #include "native.h"
 
@@ -45,11 +45,34 @@ static int take_memory(PyObject *object, ap_piece *piece)
     return 0;
 }
 
-static int keep(Core *core, PyObject *pieces, int64_t left)
+static int hold(Core *core, PyObject *pieces, bool *more)
 {
+    PyObject *number = PyLong_FromUnsignedLongLong(core->number);
+    PyObject *held = number ? PyDict_GetItemWithError(core->hub->outputs, number) : NULL;
+    int rc = -1;
+    *more = held;
+    if (held)
+        rc = PyList_SetSlice(held, PyList_Size(held), PyList_Size(held), pieces);
+    else if (!PyErr_Occurred())
+        rc = PyDict_SetItem(core->hub->outputs, number, pieces);
+    Py_XDECREF(number);
+    return rc;
+}
+
+/* No interpreted frame comes before the memory is held: a signal handler may raise an exception in
+ * any, and the core would send memory that is free. */
+int core_keep(Core *core, PyObject *pieces, int64_t left)
+{
+    bool more;
+    if (hold(core, pieces, &more) < 0) {
+        Py_INCREF(pieces); /* lost, not freed: they are still needed */
+        return -1;
+    }
+    if (!more)
+        return 0;
     PyObject *size = PyLong_FromLongLong(left), *none = NULL;
     if (size)
-        none = PyObject_CallMethodObjArgs((PyObject *)core, n__keep, pieces, size, NULL);
+        none = PyObject_CallMethodObjArgs((PyObject *)core, n__drop_sent, size, NULL);
     Py_XDECREF(size);
     Py_XDECREF(none);
     return none ? 0 : -1;
@@ -70,7 +93,7 @@ int core_send(Core *core, PyObject *list, int64_t *left)
         *left = ap_conn_send(core->conn, pieces, (int)count);
     if (pieces != few)
         PyMem_Free(pieces);
-    return rc == 0 && *left > 0 ? keep(core, list, *left) : rc;
+    return rc == 0 && *left > 0 ? core_keep(core, list, *left) : rc;
 }
 
 int core_send_pending(Core *core, int64_t *left)
@@ -163,7 +186,8 @@ static int send_item(Operation *op, const ap_piece *item, int64_t *left)
     if (*left <= 0)
         return 0;
     PyObject *pieces = PyList_New(0);
-    int rc = pieces && PyList_Append(pieces, op->argument) == 0 ? keep(core, pieces, *left) : -1;
+    int rc =
+        pieces && PyList_Append(pieces, op->argument) == 0 ? core_keep(core, pieces, *left) : -1;
     Py_XDECREF(pieces);
     return rc;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -81,3 +82,34 @@ async def test_small_output_that_is_queued_is_not_written_over() -> None:
             peer.send(b"x")
         await conn.writer.flush()
         assert await within(read_all(peer, 500)) == b"later" * 100
+
+
+@pytest.mark.parametrize("small", [True, False])
+async def test_queued_output_is_held_before_anything_is_interpreted(
+    small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler may raise an exception in any frame of Python's, while the core sends."""
+    output = b"reply" if small else b"reply" * 2000
+    frames: list[str] = []
+
+    def interrupted(frame: Any, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_name in ("_keep", "_drop_sent"):
+            frames.append(frame.f_code.co_name)
+            raise InterruptedError
+
+    async with opened("unix") as (conn, peer):
+        full = await fill_the_kernel(conn)
+        conn.writer.write(output)
+        sys.setprofile(interrupted)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(conn.reader.peek, 1)  # it takes the output along
+                await holds(lambda: is_waiting(conn))
+                sys.setprofile(None)
+                number, outputs = conn._core.number, conn._core.hub.outputs
+                assert sum(map(len, outputs[number])) == len(output)
+                assert await within(read_all(peer, full + len(output))) == bytes(full) + output
+                peer.send(b"x")
+        finally:
+            sys.setprofile(None)
+    assert not frames
