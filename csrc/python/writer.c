@@ -62,12 +62,14 @@ static int seal_tail(Writer *writer)
     int rc = piece ? PyList_Append(writer->pieces, piece) : -1;
     Py_XDECREF(piece);
     if (rc == 0)
-        writer->used = 0;
+        drop_tail(writer);
     return rc;
 }
 
 static int copy_to_tail(Writer *writer, const void *data, Py_ssize_t size)
 {
+    if (size == 0)
+        return 0;
     if (size > TAIL - writer->used && seal_tail(writer) < 0)
         return -1;
     if (!has_tail(writer))
@@ -260,7 +262,6 @@ PyObject *writer_take(Writer *writer)
 {
     if (seal_tail(writer) < 0)
         return NULL;
-    drop_tail(writer);
     PyObject *pieces = PyList_Size(writer->pieces) > 1
                            ? writer_gather(writer->pieces, PY_SSIZE_T_MAX)
                            : Py_NewRef(writer->pieces);

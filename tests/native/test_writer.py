@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import tracemalloc
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -113,3 +116,30 @@ async def test_queued_output_is_held_before_anything_is_interpreted(
         finally:
             sys.setprofile(None)
     assert not frames
+
+
+async def test_a_writer_with_nothing_pending_has_no_tail() -> None:
+    """An idle connection has no memory for output, whatever was written before."""
+    async with AsyncExitStack() as stack:
+        conns = [(await stack.enter_async_context(opened("unix")))[0] for _ in range(200)]
+
+        async def use(conn: Any) -> None:
+            conn.writer.write(b"small")
+            conn.writer.write(bytes(5000))
+            conn.writer.write(b"")
+            with anyio.move_on_after(0):
+                await conn.next(1)
+            await conn.writer.flush()
+            conn.writer.write(b"")
+
+        await use(conns[0])
+        tracemalloc.start()
+        try:
+            for conn in conns:
+                await use(conn)
+            gc.collect()
+            tails = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, __file__)])
+            large = [t for t in tails.traces if t.size > TAIL]
+        finally:
+            tracemalloc.stop()
+    assert len(large) < 100  # some are kept for the next writers
