@@ -48,6 +48,16 @@ def _register_of_tasks() -> tuple[Any, Any] | None:
     return (states, state) if known and all(hasattr(scope, name) for name in names) else None
 
 
+def _dict_of_current_tasks(loop: AbstractEventLoop) -> dict[Any, Any] | None:
+    """asyncio's, if it is in use: from CPython 3.14 on there still is one, which is always empty if
+    tasks are native.
+    """
+    tasks = getattr(asyncio.tasks, "_current_tasks", None)
+    task = current_task()
+    known = type(tasks) is dict and task is not None and tasks.get(loop) is task
+    return tasks if known else None
+
+
 def _queue_of(loop: AbstractEventLoop) -> weakref.ref[Any] | None:
     """What the loop will run next. asyncio does not publish it, and uvloop hides it."""
     ready = getattr(loop, "_ready", None)
@@ -136,7 +146,7 @@ class AsyncioHub(Hub):
         super().__init__()
         self._loop = weakref.ref(loop)
         self._current_task = current_task
-        self._tasks = getattr(asyncio.tasks, "_current_tasks", None)  # up to CPython 3.13
+        self._tasks = _dict_of_current_tasks(loop)
         self._look = checkpoint_if_cancelled
         self._register = _register_of_tasks()
         self._states = self._register and self._register[0].data

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -25,6 +26,7 @@ from serving import connected
 
 import anypoll
 from anypoll import Connection, _native
+from anypoll._loop import asyncio_hub
 
 pytestmark = pytest.mark.anyio
 
@@ -958,3 +960,31 @@ def test_a_loop_that_is_forgotten_while_handlers_rest(
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+# --- when something goes wrong in between ---------------------------------------------------------
+
+
+@on_asyncio
+async def test_a_dict_of_current_tasks_that_is_not_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in CPython 3.14, where native tasks are kept elsewhere."""
+    empty = SimpleNamespace(tasks=SimpleNamespace(_current_tasks={}))
+    monkeypatch.setattr(asyncio_hub, "asyncio", empty)
+    tasks: list[Any] = []
+
+    async def handler(conn: Connection) -> None:
+        for _ in range(3):
+            await conn.next(1)
+            tasks.append(asyncio.current_task())
+            with anyio.CancelScope():
+                await conn.send(b"!")
+
+    async with one(handler) as sock:
+        for n in range(3):
+            await send_all(sock, b"x")
+            assert await read(sock, 1) == b"!"
+            assert len(tasks) == n + 1
+    assert len(set(tasks)) == 1
+    assert isinstance(tasks[0], asyncio.Task)
