@@ -155,14 +155,22 @@ bool drive_step_in(Drive *drive, PyObject *context, PyObject *function)
     return none != NULL;
 }
 
-int drive_resume(Drive *drive)
+static int resume(Drive *drive)
 {
-    if (drive->state != D_PARKED)
-        return 0; /* the task has been woken for another reason, and will go on itself */
     if (!drive->hub->trio)
         return drive->wake && drive->context ? drive_resume_on_asyncio(drive)
                                              : drive_resume_soon(drive);
     return drive_is_watched(drive) ? drive_resume_soon(drive) : drive_resume_on_trio(drive);
+}
+
+int drive_resume(Drive *drive)
+{
+    if (drive->state != D_PARKED)
+        return 0; /* the task has been woken for another reason, and will go on itself */
+    Py_INCREF((PyObject *)drive); /* the handler may close its task's coroutine, which holds it */
+    int rc = resume(drive);
+    Py_DECREF((PyObject *)drive);
+    return rc;
 }
 
 int drive_resume_soon(Drive *drive)

@@ -11,7 +11,7 @@ import socket
 import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -963,6 +963,42 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
 
 
 # --- when something goes wrong in between ---------------------------------------------------------
+
+
+async def test_a_handler_that_closes_its_own_task(anyio_backend: Any, direct: bool) -> None:
+    """The task's coroutine does not run while the hub represents it, so it lets itself be closed,
+    and with it goes what awaited the handler. That stays until the handler has stopped.
+    """
+    if not direct:
+        pytest.skip("its coroutine would run")
+    seen: list[tuple[int, int]] = []
+
+    def drives() -> int:
+        return sum(type(o) is _native.Drive for o in gc.get_objects())
+
+    async with opened("unix") as (conn, peer):
+
+        async def handler() -> None:
+            await conn.next(1)
+            if anyio_backend[0] == "trio":
+                coroutine: Any = trio.lowlevel.current_task().coro
+            else:
+                task: Any = asyncio.current_task()
+                coroutine = task.get_coro()
+            before = drives()
+            with suppress(ValueError):
+                coroutine.close()
+            seen.append((before, drives()))
+
+        async def run() -> None:
+            await _native.Drive(conn._core.hub, handler())
+
+        with suppress(BaseException):  # the task cannot go on
+            async with anyio.create_task_group() as group:
+                group.start_soon(run)
+                await holds(lambda: is_waiting(conn))
+                peer.send(b"x")
+        assert seen == [(1, 1)]
 
 
 @on_asyncio
