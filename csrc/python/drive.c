@@ -103,6 +103,17 @@ static PySendResult wait_for_drive(Drive *drive, PyObject **result)
     return PYGEN_NEXT;
 }
 
+static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, PyObject **result);
+
+/* The exception that is set is the handler's. */
+static PySendResult throw_current(Drive *drive, PyObject **result)
+{
+    PyObject *exception = native_take_exception();
+    PySendResult how = throw_in(drive, &exception, 1, result);
+    Py_DECREF(exception);
+    return how;
+}
+
 /* The handler has been stepped by its task. */
 static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **result)
 {
@@ -115,11 +126,10 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
     Hub *hub = drive->hub;
     park(drive, (Operation *)*result);
     Py_CLEAR(*result);
-    if (hub->depth == 0 && hub_ask_for_round(hub) < 0) { /* within a callback of the hub it asks */
-        drive_stop_resting(drive);
-        return finish(drive, PYGEN_ERROR);
-    }
-    return wait_for_drive(drive, result);
+    if (hub->depth == 0 && hub_ask_for_round(hub) < 0) /* within a callback of the hub it asks */
+        return throw_current(drive, result);
+    how = wait_for_drive(drive, result);
+    return how == PYGEN_ERROR ? throw_current(drive, result) : how; /* of a signal handler, say */
 }
 
 /* ---- resumed by the hub --------------------------------------------------------- */
@@ -205,8 +215,6 @@ static PySendResult begin(Drive *drive, PyObject **result)
     return stepped_by_task(drive, how, result);
 }
 
-static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, PyObject **result);
-
 /* LEAVING: the task runs, and gets what there is for it. */
 static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result);
 
@@ -253,10 +261,7 @@ static PySendResult after_abort(Drive *drive, PyObject *value, PyObject **result
         PySendResult how = step_inner(drive, Py_None, result);
         return stepped_by_task(drive, how, result);
     }
-    PyObject *exception = native_take_exception();
-    PySendResult how = throw_in(drive, &exception, 1, result);
-    Py_DECREF(exception);
-    return how;
+    return throw_current(drive, result);
 }
 
 static PySendResult send(PyObject *self, PyObject *value, PyObject **result)

@@ -89,15 +89,27 @@ static int call_soon(Hub *hub)
     return rc;
 }
 
-int hub_ask_for_round(Hub *hub)
+static int ask(Hub *hub)
 {
-    if (!hub->round_due)
-        return 0;
     if ((hub->trio ? wake_rester(hub) : call_soon(hub)) < 0)
         return -1; /* it is still due */
     hub->round_due = false;
     hub->rounds_asked++;
     return 0;
+}
+
+/* A signal handler may raise an exception in the loop's function. It leaves this function, but
+ * nobody else would ask for those that rest. One callback too many finds nothing to do. */
+int hub_ask_for_round(Hub *hub)
+{
+    if (!hub->round_due || ask(hub) == 0)
+        return 0;
+    PyObject *exception = native_take_exception();
+    if (ask(hub) < 0)
+        PyErr_Clear(); /* the loop is closed */
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return -1;
 }
 
 static bool is_due(const Hub *hub)

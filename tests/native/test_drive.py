@@ -27,6 +27,7 @@ from serving import connected
 import anypoll
 from anypoll import Connection, _native
 from anypoll._loop import asyncio_hub
+from anypoll._loop.trio_hub import TrioHub
 
 pytestmark = pytest.mark.anyio
 
@@ -963,6 +964,86 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
 
 
 # --- when something goes wrong in between ---------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """As a signal handler may raise it anywhere."""
+
+
+@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.loops("trio")
+async def test_an_exception_before_the_task_waits_is_the_handlers(
+    rests: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making Trio's trap takes a frame of Python's, in which a signal handler may run."""
+    if not direct:
+        pytest.skip("there is no such moment")
+    seen: list[str] = []
+    original = TrioHub._drive_trap
+
+    def interrupted(hub: TrioHub, drive: Any) -> Any:
+        monkeypatch.setattr(TrioHub, "_drive_trap", original)
+        raise Interrupted
+
+    async def handler(conn: Connection) -> None:
+        await anyio.sleep(0)  # from here on it is stepped by its task
+        monkeypatch.setattr(TrioHub, "_drive_trap", interrupted)
+        try:
+            await (conn.send(b"?") if rests else conn.next(1))
+        except Interrupted:
+            seen.append("interrupted")
+        await conn.send(await conn.next(1))
+        seen.append("went on")
+
+    async with one(handler) as sock:
+        await holds(lambda: seen)
+        await send_all(sock, b"x")
+        assert await read(sock, 1 + rests) == b"?" * rests + b"x"
+        await holds(lambda: len(seen) == 2)
+    assert seen == ["interrupted", "went on"]
+
+
+@pytest.mark.parametrize("by", ["hub", "task"])
+@pytest.mark.loops("asyncio")
+async def test_an_exception_before_a_round_is_asked_for(
+    by: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's `call_soon()` is interpreted: a signal handler may run in it. Those that rest go on
+    all the same.
+    """
+    if not direct:
+        pytest.skip("no rounds are asked for")
+    seen: list[str] = []
+    loop = asyncio.get_running_loop()
+    original = loop.call_soon
+
+    def interrupted(callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(callback, "__name__", "") != "_resume_rested":
+            return original(callback, *args, **kwargs)
+        monkeypatch.setattr(loop, "call_soon", original)
+        raise Interrupted
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
+        monkeypatch.setattr(loop, "call_soon", interrupted)
+        try:
+            await conn.send(b"!")
+            seen.append("sent")
+        except Interrupted:
+            seen.append("interrupted")
+        await conn.send(b"?")
+        seen.append("went on")
+
+    monkeypatch.setattr(loop, "_exception_handler", lambda _, context: seen.append("reported"))
+    async with one(handler) as sock:
+        await settle()
+        await send_all(sock, b"x")
+        assert await read(sock, 2) == b"!?"
+        await holds(lambda: seen[-1:] == ["went on"])
+    first = ["reported", "sent"] if by == "hub" else ["interrupted"]
+    assert seen == [*first, "went on"]
 
 
 async def test_a_handler_that_closes_its_own_task(anyio_backend: Any, direct: bool) -> None:
