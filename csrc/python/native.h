@@ -26,7 +26,7 @@
  *
  * Everything here runs with the GIL: the core's calls do not block, and getting the GIL back would
  * take milliseconds if another thread computes. It is released only where the loop would go to
- * sleep instead (turn.c).
+ * sleep instead (turn.c), and while a descriptor is closed (life.c).
  */
 #ifndef ANYPOLL_PYTHON_NATIVE_H
 #define ANYPOLL_PYTHON_NATIVE_H

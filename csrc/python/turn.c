@@ -6,8 +6,8 @@
  * only if nobody has to wait for that. All tasks that were woken wait for one of our operations
  * again, and no other can be seen in the loop's queue, as far as there is access to it (uvloop's
  * is hidden). Nor does it look in the turn that follows one that has left something to others: Trio
- * takes its queue as a whole and in any order, so they may come after us. This is the one place
- * where the native types release the GIL.
+ * takes its queue as a whole and in any order, so they may come after us. Only here
+ * and where a connection is closed (life.c) do the native types release the GIL.
  */
 #include "native.h"
 
