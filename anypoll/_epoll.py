@@ -65,7 +65,6 @@ IS_GONE = lib.AP_IS_GONE
 
 conn_read = lib.ap_conn_read
 conn_find = lib.ap_conn_find
-conn_request = lib.ap_conn_request
 conn_watch_peer = lib.ap_conn_watch_peer
 conn_write = lib.ap_conn_write
 conn_drain = lib.ap_conn_drain

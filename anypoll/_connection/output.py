@@ -16,7 +16,7 @@ from .. import _epoll
 from .._buffers.arguments import flat_view
 from .._buffers.errors import IdleTimeout, ReadTimeout, WriteTimeout
 from .._buffers.reader import SHUT
-from .._epoll import EQUEUED, conn_queued
+from .._epoll import conn_queued
 from .._native import Block
 from .endpoint import AGAIN, Endpoint
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .._buffers.chain import Piece
-
-VECTORED = 16 * 1024  # from this size on, output is sent piece by piece instead of joined
 
 
 def is_constant(piece: Piece) -> bool:
@@ -65,13 +63,6 @@ class Output(Endpoint):
     def stand_high(self) -> None:
         """The writer has reached high water: the next reader call lets it drain first."""
         self.reader._end = SHUT
-
-    def _after_output(self, result: int, output: bytes) -> None:
-        """``output`` went along with a read call; C sends it only if it has to wait."""
-        if result == EQUEUED:
-            self._keep([output], self.queued())
-        elif result != AGAIN:
-            self.writer._put_back([output])
 
     def _enter_writing(self) -> None:
         if self._writing:

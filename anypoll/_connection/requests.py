@@ -31,7 +31,6 @@ from .._epoll import EQUEUED, NEW_BLOCK
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
 from .endpoint import AGAIN
-from .output import VECTORED
 
 if TYPE_CHECKING:
     from .._loop.hub import Hub
@@ -252,7 +251,7 @@ class Requests:
             raise core._own(ClosedResourceError())
         if core._reading:
             raise RuntimeError("A request call has ended while another task reads its connection")
-        result = self._ask()
+        result = core._request(self._fresh)
         if result in _ARMED:
             self._become_idle()
             return False
@@ -261,18 +260,6 @@ class Requests:
         self._open_window(result)
         self.carries = core.writer._size > 0
         return True
-
-    def _ask(self) -> int:
-        """See ``ap_conn_request``."""
-        core, writer = self._core, self._core.writer
-        if writer._size >= VECTORED:
-            core._send_pending()  # large output goes by itself, piece by piece
-        output = writer._take_joined()
-        start = core.reader._start
-        result = _epoll.conn_request(core.handle, start, self._fresh, output, len(output))
-        if output and result != AGAIN:
-            core._after_output(result, output)
-        return result
 
     def _become_idle(self) -> None:
         core, reader = self._core, self._core.reader

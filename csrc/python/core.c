@@ -216,29 +216,44 @@ static void rewind_window(Core *core)
     reader->end = SHUT; /* until the core has answered */
 }
 
+/* What goes along with the question; large output goes before it, piece by piece. */
+static int take_along(Core *core, const char **data, Py_ssize_t *size)
+{
+    *data = NULL;
+    *size = 0;
+    if (core->writer->size < VECTORED)
+        return writer_join(core->writer, data, size);
+    int64_t left; /* a failure is for those who write to learn */
+    return core_send_pending(core, &left);
+}
+
+static bool is_armed(int64_t result)
+{
+    return result == -EAGAIN || result == AP_EQUEUED;
+}
+
+/* The question has been answered: output went along only if it has to wait. */
+static int went_along(Core *core, int64_t result, Py_ssize_t size)
+{
+    if (!is_armed(result) || size == 0 || forget(core, result == AP_EQUEUED) == 0)
+        return 0;
+    ap_conn_disarm_read(core->conn);
+    return -1;
+}
+
 int core_ask(Core *core, Operation *op)
 {
-    Writer *writer = core->writer;
-    const char *data = NULL;
-    Py_ssize_t size = 0;
-    if (writer->size >= VECTORED) {
-        int64_t left; /* a failure is for those who write to learn */
-        if (core_send_pending(core, &left) < 0)
-            return -1;
-    } else if (writer_join(writer, &data, &size) < 0) {
+    const char *data;
+    Py_ssize_t size;
+    if (take_along(core, &data, &size) < 0)
         return -1;
-    }
     rewind_window(core);
     int64_t result = ask(core, op, data, size);
     if (result >= 0)
         return answered(core, op, result);
-    if (result != -EAGAIN && result != AP_EQUEUED)
+    if (!is_armed(result))
         return refused(core, op, result);
-    if (size && forget(core, result == AP_EQUEUED) < 0) {
-        ap_conn_disarm_read(core->conn);
-        return -1;
-    }
-    return arm(core, op);
+    return went_along(core, result, size) < 0 ? -1 : arm(core, op);
 }
 
 int core_begin(Core *core, Operation *op)
@@ -381,6 +396,25 @@ static PyObject *flush_claimed(PyObject *self, PyObject *unused)
     return send_new(FLUSH, (Core *)self, Py_None, CLAIMED);
 }
 
+static PyObject *request(PyObject *self, PyObject *fresh)
+{
+    Core *core = (Core *)self;
+    const char *data;
+    Py_ssize_t size;
+    int truth = PyObject_IsTrue(fresh);
+    if (truth < 0)
+        return NULL;
+    if (core->closed || !core->conn) {
+        core_refuse(core);
+        return NULL;
+    }
+    if (take_along(core, &data, &size) < 0)
+        return NULL;
+    int64_t result =
+        ap_conn_request(core->conn, (uint32_t)core->reader->start, truth, data, (size_t)size);
+    return went_along(core, result, size) < 0 ? NULL : PyLong_FromLongLong(result);
+}
+
 static PyObject *send_pending(PyObject *self, PyObject *unused)
 {
     int64_t left;
@@ -489,6 +523,7 @@ static PyMethodDef methods[] = {
     {"_send", send_pieces, METH_O,
      "Sends the pieces; returns the number of bytes queued, or a negative code."},
     {"_send_pending", send_pending, METH_NOARGS, "The same with what the writer has."},
+    {"_request", request, METH_O, "Asks for the next call of request mode; as ap_conn_request."},
     {"_keep", (PyCFunction)(void (*)(void))keep, METH_FASTCALL,
      "_keep($self, pieces, left, /)\n--\n\n"
      "Keeps the pieces that the core has queued (``left`` bytes) until it is done with them."},
