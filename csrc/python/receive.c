@@ -17,21 +17,39 @@ bool receive_may_go_straight(const Operation *op)
     return op->kind == RECEIVE && op->most >= AT_ONCE;
 }
 
+/* The bytes, if they fill the object; otherwise a copy, for the limited API has no way to shorten
+ * it. The object is then kept for the next call. */
+static PyObject *room;
+
+static PyObject *take_room(void)
+{
+    PyObject *bytes = room;
+    room = NULL;
+    return bytes ? bytes : PyBytes_FromStringAndSize(NULL, AT_ONCE);
+}
+
+static PyObject *filled(PyObject *bytes, int64_t size)
+{
+    if (size == AT_ONCE)
+        return bytes;
+    PyObject *copy =
+        size > 0 ? PyBytes_FromStringAndSize(PyBytes_AsString(bytes), (Py_ssize_t)size) : NULL;
+    Py_XDECREF(room);
+    room = bytes;
+    return copy;
+}
+
 int receive_straight(Core *core, Operation *op)
 {
     window_drop(core->reader);
-    PyObject *bytes = PyBytes_FromStringAndSize(NULL, AT_ONCE);
+    PyObject *bytes = take_room();
     if (!bytes)
         return -1;
     int64_t got = ap_conn_read_straight(core->conn, 0, PyBytes_AsString(bytes), AT_ONCE);
-    if (got <= 0) {
-        Py_DECREF(bytes);
+    op->received = filled(bytes, got);
+    if (got <= 0)
         return got == -EAGAIN ? core_ask(core, op) : core_ended(core, got);
-    }
-    if (got < AT_ONCE && _PyBytes_Resize(&bytes, (Py_ssize_t)got) < 0)
-        return -1;
-    op->received = bytes;
-    return 0;
+    return op->received ? 0 : -1;
 }
 
 /* The call will not return them. Another thread than the loop's collects garbage, or the core was
