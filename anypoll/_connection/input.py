@@ -94,7 +94,9 @@ class Input(Output):
 
     def buffered(self) -> int:
         """Unread bytes; 0 once the connection is closed."""
-        return 0 if self.closed else max(conn_buffered(self.handle, self.reader._start), 0)
+        if self.closed:
+            return 0
+        return max(conn_buffered(self.handle, self.reader._start), 0) + self._straight
 
     def consume(self, n: int) -> None:
         """Consumes buffered bytes, whichever blocks they lie in, and closes the window; the C side
@@ -168,7 +170,9 @@ class Input(Output):
 
     def has_arrived(self) -> bool:
         """Whether any input is unread, including input not yet read from the socket."""
-        return not self.closed and _epoll.conn_arrived(self.handle, self.reader._start) > 0
+        if self.closed:
+            return False
+        return self._straight > 0 or _epoll.conn_arrived(self.handle, self.reader._start) > 0
 
     def _end_if_drained(self) -> None:
         """Called when the server is ending: keeps a wait with nothing unread from beginning."""

@@ -82,6 +82,7 @@ class Hub:
     def waits(self, number: int, /) -> bool: ...
 
 class Core:
+    _straight: int
     _flushing: bool
     _reading: bool
     _writing: bool

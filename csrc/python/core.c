@@ -566,6 +566,7 @@ static PyMemberDef members[] = {
     {"kind", T_INT, offsetof(Core, kind), 0, NULL},
     {"failure", T_INT, offsetof(Core, failure), 0, NULL},
     {"budget", T_LONG, offsetof(Core, budget), 0, NULL},
+    {"_straight", T_LONGLONG, offsetof(Core, straight), READONLY, NULL},
     FLAG("closed", closed),
     FLAG("draining", draining),
     FLAG("_reading", reading),

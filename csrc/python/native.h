@@ -84,6 +84,7 @@ struct Core {
     int kind;
     int failure;
     long budget;
+    long long straight; /* bytes that a receive() holds which has not returned yet */
     char closed, draining, reading, writing, flushing;
     char over; /* the descriptor is closed, or given away */
     char held;

@@ -145,8 +145,10 @@ static PyObject *received(Operation *op)
     Reader *reader = op->reader;
     PyObject *straight = op->received;
     op->received = NULL;
-    if (straight)
+    if (straight) {
+        op->core->straight = 0;
         return straight;
+    }
     long long start = reader->start, stop = reader->end;
     if (stop - start > op->most)
         stop = start + op->most;

@@ -4,7 +4,8 @@
  * The core decides (read.c): it says that nothing is buffered and that the socket is readable. So
  * the object is not allocated in vain. It is received before the checkpoint, which is for nothing
  * if the socket turns out to be empty: then receive() has to wait anyway. A cancellation at the
- * checkpoint puts the bytes back, for nothing may be lost.
+ * checkpoint puts the bytes back, for nothing may be lost. Until it returns they count as unread
+ * (core->straight), or others would see the end of the stream before it.
  */
 #include "native.h"
 
@@ -49,7 +50,10 @@ int receive_straight(Core *core, Operation *op)
     op->received = filled(bytes, got);
     if (got <= 0)
         return got == -EAGAIN ? core_ask(core, op) : core_ended(core, got);
-    return op->received ? 0 : -1;
+    if (!op->received)
+        return -1;
+    core->straight = got;
+    return 0;
 }
 
 /* The call will not return them. Another thread than the loop's collects garbage, or the core was
@@ -59,6 +63,7 @@ void receive_put_back(Operation *op)
     Core *core = op->core;
     PyObject *bytes = op->received;
     op->received = NULL;
+    core->straight = 0;
     if (core->conn && core->hub && core->hub->thread == PyThread_get_thread_ident())
         (void)ap_conn_put_back(core->conn, PyBytes_AsString(bytes), (size_t)PyBytes_Size(bytes));
     Py_DECREF(bytes);

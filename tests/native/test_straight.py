@@ -29,6 +29,7 @@ from peers import (
 
 from anypoll import Connection, ReadTimeout
 from anypoll._connection.stream import open_socket
+from anypoll._epoll import IS_EOF
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
 
@@ -132,6 +133,25 @@ async def test_it_waits_and_the_bytes_are_read_ahead(urgent: bool) -> None:
                 assert len(conn.reader) == 0
                 await send_all(peer, b"late")
         assert got == [b"late"]
+
+
+async def test_bytes_of_a_call_that_has_not_returned_are_unread() -> None:
+    """Whoever waits for `at_eof` would miss them. A call that ends early puts them back."""
+    data = pattern(PIECE)
+    async with busy() as (conn, peer):
+        await come(conn, peer, data)
+        call: Any = conn.receive()
+        call.send(None)  # to its checkpoint
+        assert arrived(conn.fileno()) == 0
+        peer.shutdown(socket.SHUT_WR)
+        await holds(lambda: conn._core.status() & IS_EOF)
+        assert len(conn.reader) == PIECE
+        assert not conn.at_eof
+        call.close()
+        assert len(conn.reader) == PIECE
+        assert not conn.at_eof
+        assert await receive_so_many(conn, PIECE) == data
+        assert conn.at_eof
 
 
 async def test_no_more_than_was_asked_for() -> None:
