@@ -375,6 +375,13 @@ async def test_tls_with_a_server_that_has_none(library: Any, server: HTTPServer)
     assert isinstance(caught.value.__cause__, (ssl.SSLError, anyio.EndOfStream))
 
 
+def left_by(client: Any) -> list[Any]:
+    """What cancelled requests have left in the pool, but for connections on which none had begun:
+    httpcore keeps one that was made in the moment of the cancellation.
+    """
+    return [connection for connection in client.pool.connections if " NEW," not in repr(connection)]
+
+
 @pytest.mark.parametrize("path", ["never", "bytes/50000000"])
 async def test_a_request_that_is_cancelled_leaves_nothing(
     client_of: Any, server: HTTPServer, path: str
@@ -386,17 +393,17 @@ async def test_a_request_that_is_cancelled_leaves_nothing(
                     async for _ in response.aiter_stream():
                         pass
             if scope.cancelled_caught:  # else all has come in time, and the connection is kept
-                assert client.pool.connections == []
+                assert left_by(client) == []
         with anyio.CancelScope() as scope:
             async with client.stream("bytes/50000000") as response:
                 async for _ in response.aiter_stream():
                     scope.cancel()
         assert scope.cancelled_caught
-        assert client.pool.connections == []
+        assert left_by(client) == []
         for delay in (0.002, 0.05):
             with anyio.move_on_after(delay):
                 await client.post("never", Body([bytes(20 * MIB)]))
-            assert client.pool.connections == []
+            assert left_by(client) == []
         assert (await client.get("hello")).content == b"hello"
 
 
