@@ -18,9 +18,7 @@ bool receive_may_go_straight(const Operation *op)
     return op->kind == RECEIVE && op->most >= AT_ONCE;
 }
 
-/* The bytes, if they fill the object; otherwise a copy, for the limited API has no way to shorten
- * it. The object is then kept for the next call. */
-static PyObject *room;
+static PyObject *room; /* an object that an earlier call has not filled */
 
 static PyObject *take_room(void)
 {
@@ -29,6 +27,8 @@ static PyObject *take_room(void)
     return bytes ? bytes : PyBytes_FromStringAndSize(NULL, AT_ONCE);
 }
 
+/* The object, if the bytes fill it; otherwise a copy of them, for the limited API has no way to
+ * shorten it. */
 static PyObject *filled(PyObject *bytes, int64_t size)
 {
     if (size == AT_ONCE)
