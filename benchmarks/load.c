@@ -18,6 +18,11 @@
  * A run is warm-up, measurement, drain. Only frames that complete during the measurement count, but
  * every frame that was begun is waited for and verified; a connection that is silent while others
  * go on is found in the drain. Broken connections are counted, closed and not replaced.
+ *
+ * Counted (--counted): the warm-up and each measurement end after a number of frames, not by time,
+ * and with nothing in flight. Then the generator waits to be told whether to measure once more, so
+ * that whoever observes the server can begin and end exactly with the measured frames: connecting
+ * is before, closing after them.
  */
 #define _GNU_SOURCE
 
@@ -65,6 +70,7 @@ struct run {
     uint8_t *pattern, *receive_buffer;
     struct connection *connections;
     uint64_t in_flight, errors;
+    uint64_t allowed;  /* frames that may still be begun in this phase */
     uint64_t answered; /* since the measurement began, those of the drain included */
     uint64_t begun;    /* by the timer of --rate */
     uint64_t moved;    /* bytes, both ways: what counts as progress */
@@ -112,7 +118,7 @@ static void write_frame(const struct run *run, struct connection *conn, uint8_t 
 static bool may_begin(const struct run *run, const struct connection *conn)
 {
     const struct options *opt = &run->options;
-    return run->phase != DRAIN && conn->begun - conn->done < opt->outstanding &&
+    return run->phase != DRAIN && run->allowed > 0 && conn->begun - conn->done < opt->outstanding &&
            (opt->requests == 0 || conn->begun < opt->requests);
 }
 
@@ -123,6 +129,7 @@ static void begin_frame(struct run *run, struct connection *conn, uint64_t now)
     conn->started[slot] = now;
     conn->filled += run->frame;
     run->in_flight++;
+    run->allowed--;
 }
 
 static void begin_frames(struct run *run, struct connection *conn, uint64_t now)
@@ -299,8 +306,15 @@ static void begin_measurement(struct run *run, uint64_t now)
 {
     run->phase = MEASURE;
     run->measure_at = now;
-    run->drain_at = now + (uint64_t)(run->options.seconds * 1e9);
+    run->drain_at =
+        run->options.counted ? UINT64_MAX : now + (uint64_t)(run->options.seconds * 1e9);
+    run->answered = 0;
+    memset(&run->latencies, 0, sizeof run->latencies);
     run->cpu_seconds = own_cpu_seconds();
+}
+
+static void announce_measurement(void)
+{
     puts("MEASURING");
     fflush(stdout);
 }
@@ -314,8 +328,10 @@ static void end_measurement(struct run *run, uint64_t now)
 
 static void advance_phase(struct run *run, uint64_t now)
 {
-    if (run->phase == WARMUP && now >= run->measure_at)
+    if (run->phase == WARMUP && now >= run->measure_at) {
+        announce_measurement();
         begin_measurement(run, now);
+    }
     if (run->phase == MEASURE && now >= run->drain_at)
         end_measurement(run, now);
 }
@@ -337,15 +353,21 @@ static int wait_events(struct run *run, struct epoll_event *events, int timeout_
     return n < 0 ? 0 : n;
 }
 
-static void begin_all(struct run *run)
+static void open_all(struct run *run)
 {
     for (uint32_t i = 0; i < run->options.connections; i++)
         open_connection(run, &run->connections[i]);
     uint64_t now = now_ns();
-    run->measure_at = now + (uint64_t)(run->options.warmup * 1e9);
+    run->measure_at =
+        run->options.counted ? UINT64_MAX : now + (uint64_t)(run->options.warmup * 1e9);
     advance_phase(run, now);
     if (run->options.rate > 0)
         start_timer(run);
+}
+
+static void begin_all(struct run *run)
+{
+    run->allowed = run->options.counted ? run->options.counted : UINT64_MAX;
     for (uint32_t i = 0; i < run->options.connections; i++) {
         struct connection *conn = &run->connections[i];
         if (conn->fd >= 0) {
@@ -361,7 +383,8 @@ static bool is_running(const struct run *run)
     return open || run->in_flight > 0;
 }
 
-static void run_load(struct run *run)
+/* Until nothing is in flight and nothing more is to be begun. */
+static void exchange(struct run *run)
 {
     struct epoll_event events[EVENT_BATCH];
     begin_all(run);
@@ -382,8 +405,6 @@ static void run_load(struct run *run)
             fail_unfinished(run);
         }
     }
-    if (run->phase == MEASURE) /* all requests were made before the time was up */
-        end_measurement(run, now_ns());
 }
 
 /* Silence: nothing was asked, so any event is a byte too many or a close. */
@@ -411,6 +432,37 @@ static void print_result(const struct run *run)
            (double)histogram_quantile(hist, 0.99) / 1e3, (double)hist->max / 1e3,
            (unsigned long long)run->errors, run->cpu_seconds, (unsigned long long)run->answered);
     fflush(stdout);
+}
+
+static void run_by_time(struct run *run)
+{
+    exchange(run);
+    if (run->phase == MEASURE) /* all requests were made before the time was up */
+        end_measurement(run, now_ns());
+    print_result(run);
+    if (run->options.idle > 0)
+        stay_idle(run);
+}
+
+static bool is_told_to_go_on(void)
+{
+    int letter;
+    do
+        letter = getchar();
+    while (letter != '\n' && letter != EOF);
+    return letter == '\n';
+}
+
+static void run_counted(struct run *run)
+{
+    exchange(run);
+    announce_measurement();
+    while (is_told_to_go_on()) {
+        begin_measurement(run, now_ns());
+        exchange(run);
+        end_measurement(run, now_ns());
+        print_result(run);
+    }
 }
 
 static void prepare(struct run *run)
@@ -447,9 +499,10 @@ int main(int argc, char **argv)
     static struct run run; /* large: the histogram is part of it */
     run.options = parse_options(argc, argv);
     prepare(&run);
-    run_load(&run);
-    print_result(&run);
-    if (run.options.idle > 0)
-        stay_idle(&run);
+    open_all(&run);
+    if (run.options.counted)
+        run_counted(&run);
+    else
+        run_by_time(&run);
     return run.errors == 0 ? 0 : 1;
 }

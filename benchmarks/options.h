@@ -18,6 +18,7 @@ struct options {
     bool reconnect; /* a connection that has made its requests is replaced by a new one */
     uint32_t connections, outstanding;
     uint64_t requests; /* per connection; 0 = no limit */
+    uint64_t counted;  /* over all connections, in the warm-up and in a measurement; 0 = by time */
     size_t size;       /* of the payload, without a header */
     double rate;       /* requests a second over all connections; 0 = closed loop */
     double seconds, warmup, idle, stall;
@@ -26,7 +27,7 @@ struct options {
 static const char USAGE[] =
     "usage: load --port P [--host 127.0.0.1] [--workload rpc|echo] [--connections 1]\n"
     "            [--size 64] [--outstanding 1] [--seconds 1.5] [--warmup 0.3]\n"
-    "            [--requests N] [--reconnect] [--rate R] [--idle S] [--stall 10]\n"
+    "            [--requests N] [--reconnect] [--rate R] [--idle S] [--counted N] [--stall 10]\n"
     "\n"
     "  --size         bytes of payload; rpc puts a header of 4 bytes before them\n"
     "  --outstanding  requests that every connection keeps in flight\n"
@@ -36,6 +37,8 @@ static const char USAGE[] =
     "                 whatever the server does; it has failed when `outstanding` are unanswered\n"
     "  --idle         afterwards stay connected and silent for so long; the result is printed "
     "first\n"
+    "  --counted      the warm-up and the measurement each end after so many requests over all\n"
+    "                 connections, not by time; for each line of standard input it measures once\n"
     "  --stall        seconds without any progress after which the run has failed\n"
     "\n"
     "Prints MEASURING when the warm-up is over, and at the end one line of JSON. Exit status: 0, 1\n"
@@ -104,6 +107,7 @@ static void parse_option(struct options *opt, int letter, const char *name, cons
     case 'n': opt->requests = parse_count(name, text, 1, UINT32_MAX); break;
     case 'r': opt->reconnect = true; break;
     case 'a': opt->rate = parse_rate(name, text); break;
+    case 'C': opt->counted = parse_count(name, text, 1, UINT32_MAX); break;
     case 'i': opt->idle = parse_seconds(name, text); break;
     case 'l': opt->stall = parse_seconds(name, text); break;
     default: fputs(USAGE, letter == 'H' ? stdout : stderr); exit(letter == 'H' ? 0 : 2);
@@ -113,11 +117,14 @@ static void parse_option(struct options *opt, int letter, const char *name, cons
 static struct options parse_options(int argc, char **argv)
 {
     static const struct option names[] = {
-        {"host", 1, NULL, 'h'},        {"port", 1, NULL, 'p'},   {"workload", 1, NULL, 'w'},
-        {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},   {"outstanding", 1, NULL, 'k'},
-        {"seconds", 1, NULL, 't'},     {"warmup", 1, NULL, 'u'}, {"requests", 1, NULL, 'n'},
-        {"reconnect", 0, NULL, 'r'},   {"idle", 1, NULL, 'i'},   {"stall", 1, NULL, 'l'},
-        {"rate", 1, NULL, 'a'},        {"help", 0, NULL, 'H'},   {NULL, 0, NULL, 0},
+        {"host", 1, NULL, 'h'},     {"port", 1, NULL, 'p'},
+        {"workload", 1, NULL, 'w'}, {"connections", 1, NULL, 'c'},
+        {"size", 1, NULL, 's'},     {"outstanding", 1, NULL, 'k'},
+        {"seconds", 1, NULL, 't'},  {"warmup", 1, NULL, 'u'},
+        {"requests", 1, NULL, 'n'}, {"reconnect", 0, NULL, 'r'},
+        {"idle", 1, NULL, 'i'},     {"stall", 1, NULL, 'l'},
+        {"rate", 1, NULL, 'a'},     {"counted", 1, NULL, 'C'},
+        {"help", 0, NULL, 'H'},     {NULL, 0, NULL, 0},
     };
     struct options opt = {
         .address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)},
@@ -140,6 +147,10 @@ static struct options parse_options(int argc, char **argv)
         die("--reconnect needs --requests");
     if (opt.rate > 0 && (opt.requests != 0 || opt.idle > 0))
         die("--rate takes neither --requests nor --idle");
+    if (opt.counted != 0 && (opt.rate > 0 || opt.idle > 0))
+        die("--counted takes neither --rate nor --idle");
+    if (opt.counted != 0 && opt.requests != 0 && !opt.reconnect)
+        die("--counted takes --requests only with --reconnect");
     return opt;
 }
 
