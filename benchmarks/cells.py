@@ -5,24 +5,23 @@ Or, for a client, a freshly started client against the C server.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import procfs
 from catalog import BUILD, EPOLL_SERVER, GO_SERVER, HERE, Cell, Workload
+from processes import CellError, check_alive, read_line, read_port, running, text_of, time_limit
 from procfs import BUSY_THREAD, LOOP_THREAD
 from rounds import NO_LOOP, Measurement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 LOAD = str(BUILD / "load")
 
@@ -37,10 +36,6 @@ class Result:
     """µs per request in (user, system) mode by the name of the server's thread."""
     output: str = ""
     """What the programs wrote to their standard error."""
-
-
-class CellError(Exception):
-    """The server did not start or did not survive, or the load generator found a fault."""
 
 
 def build() -> None:
@@ -65,8 +60,8 @@ def measure(cell: Cell, *, seconds: float, warmup: float) -> Result:
         try:
             result = take(cell, seconds, warmup, limit, log)
         except CellError as error:
-            raise CellError(f"{error}\n{_text(log)}".rstrip()) from None
-        return Result(result.figures, result.threads, _text(log))
+            raise CellError(f"{error}\n{text_of(log)}".rstrip()) from None
+        return Result(result.figures, result.threads, text_of(log))
 
 
 # ---- a server ----
@@ -77,27 +72,29 @@ def _measure_server(
 ) -> Result:
     workload = cell.workload
     command = cell.peer.command(workload, cell.key.loop, lifetime=int(limit + START_LIMIT) + 1)
-    with _process([*command, "--workload", workload.kind], log) as server:
-        port = _read_port(server)
+    with running([*command, "--workload", workload.kind], log) as server:
+        port = read_port(server, START_LIMIT)
         memory = procfs.resident_kib(server.pid)
-        load_command = _load_command(port, workload, seconds, warmup)
-        with _process(load_command, log) as load, _time_limit(load, limit):
+        # With a number of requests, the first is already one of those that count.
+        warmup = 0.0 if workload.requests and not workload.reconnect else warmup
+        limits = {"seconds": seconds, "warmup": warmup, "stall": STALL_LIMIT}
+        with (
+            running(load_command(port, workload, limits), log) as load,
+            time_limit(load, limit),
+        ):
             return _watch(cell, server, load, memory)
 
 
-def _load_command(port: int, workload: Workload, seconds: float, warmup: float) -> list[str]:
-    if workload.requests and not workload.reconnect:
-        warmup = 0.0  # the first request is already one of those that count
+def load_command(port: int, workload: Workload, limits: Mapping[str, float]) -> list[str]:
+    """``limits`` are those options that say how long it takes."""
     options = {
         "port": port,
         "workload": workload.kind,
         "connections": workload.connections,
         "size": workload.size,
         "outstanding": workload.outstanding,
-        "seconds": seconds,
-        "warmup": warmup,
         "idle": workload.idle,
-        "stall": STALL_LIMIT,
+        **limits,
     }
     if workload.requests:
         options["requests"] = workload.requests
@@ -111,10 +108,9 @@ def _watch(
     cell: Cell, server: subprocess.Popen[str], load: subprocess.Popen[str], memory: float
 ) -> Result:
     """Take what the server uses from the end of the warm-up until the last answer."""
-    assert load.stdout is not None
-    started = load.stdout.readline()
+    started = read_line(load)
     before = _times(server)
-    line = load.stdout.readline()
+    line = read_line(load)
     after = _times(server)
     idle = _watch_idle(server.pid, cell.workload, memory) if line and cell.workload.idle else {}
     if load.wait() != 0 or not started or not line:
@@ -137,8 +133,7 @@ def _watch(
 
 
 def _times(server: subprocess.Popen[str]) -> procfs.ProcessTimes:
-    if server.poll() is not None:
-        raise CellError(f"the server has ended with status {server.returncode}")
+    check_alive(server)
     return procfs.times(server.pid)
 
 
@@ -164,51 +159,12 @@ def _measure_client(
 ) -> Result:
     lifetime = int(limit + START_LIMIT) + 1
     command = cell.peer.command(cell.workload, cell.key.loop, lifetime)
-    with _process([EPOLL_SERVER, "--lifetime", str(lifetime)], log) as server:
-        command += [f"--port={_read_port(server)}", f"--size={cell.workload.size}"]
+    with running([EPOLL_SERVER, "--lifetime", str(lifetime)], log) as server:
+        command += [f"--port={read_port(server, START_LIMIT)}", f"--size={cell.workload.size}"]
         command += [f"--seconds={seconds}", f"--warmup={warmup}"]
-        with _process(command, log) as client, _time_limit(client, START_LIMIT + limit):
-            assert client.stdout is not None
-            line = client.stdout.readline()
+        with running(command, log) as client, time_limit(client, START_LIMIT + limit):
+            line = read_line(client)
             if client.wait() != 0 or not line:
                 raise CellError(f"the client has ended with status {client.returncode}")
             figures: dict[str, Any] = json.loads(line)
             return Result(figures)
-
-
-# ---- processes ----
-
-
-@contextlib.contextmanager
-def _process(command: list[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@contextlib.contextmanager
-def _time_limit(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
-    """Kill the process when the time is up, which ends every read from it."""
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _read_port(process: subprocess.Popen[str]) -> int:
-    assert process.stdout is not None
-    with _time_limit(process, START_LIMIT):
-        word, _, port = process.stdout.readline().partition(" ")
-    if word != "PORT":
-        raise CellError("the server has not started")
-    return int(port)
-
-
-def _text(log: IO[str]) -> str:
-    log.seek(0)
-    return log.read().strip()

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from catalog import Cell
-from cells import CellError, Result, measure
+from cells import Result, measure
 from machine import reason_to_skip
+from processes import CellError
 from rounds import Key, Rounds, format_figure
 
 _OVERHEAD = 0.7  # seconds that it takes to start and end the programs of a cell

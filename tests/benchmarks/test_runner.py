@@ -11,8 +11,9 @@ import pytest
 import run
 import runner
 from catalog import LOOPS, Cell, find_cells, find_peer
-from cells import CellError, Result
+from cells import Result
 from machine import Interpreter
+from processes import CellError
 from runner import Outcome, Plan
 
 CELLS = list(find_cells(["rpc1", "rpc100"], [find_peer("anypoll"), find_peer("anyio")], LOOPS))
