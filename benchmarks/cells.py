@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -39,7 +40,14 @@ class Result:
 
 
 def build() -> None:
-    """Compile what is not Python. Go's server only where there is a Go."""
+    """Compile what is not Python, or end the program. Go's server only where there is a Go."""
+    try:
+        _build()
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"benchmarks: a C compiler is needed (cc, or $CC): {error}")
+
+
+def _build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CC", "cc").split()
     for source in (HERE / "load.c", HERE / "peers" / "epoll_server.c"):

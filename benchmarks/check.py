@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -27,11 +26,7 @@ from runner import Outcome, Plan, announce, drop_unavailable, prepare_process, r
 def main() -> int:
     options = parse_arguments()
     prepare_process()
-    try:
-        build()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"benchmarks: a C compiler is needed (cc, or $CC): {error}", file=sys.stderr)
-        return 1
+    build()
     ratios = load(FILE.read_text("utf-8"))
     cells = drop_unavailable(find(needed(ratios)))
     plan = Plan(cells, options.rounds, options.seconds, warmup=0.3, seed=options.seed)

@@ -1,4 +1,4 @@
-"""benchmarks/runner.py, run.py, machine.py: what is measured, in which order, what is left out."""
+"""benchmarks/runner.py, choices.py, machine.py: what is measured, what is left out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import choices
 import machine
 import pytest
-import run
 import runner
 from catalog import LOOPS, Cell, find_cells, find_peer
 from cells import Result
@@ -106,7 +106,7 @@ def test_against_measures_ours_twice() -> None:
         against=Path("/before"),
         before="abc",
     )
-    cells = run.choose_cells(options)
+    cells = choices.choose_cells(options)
     assert [cell.key.server for cell in cells] == [
         "anypoll",
         "anypoll@abc",
