@@ -43,6 +43,7 @@ help:
 	@echo 'make soak-asan     the same with ASan+UBSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here'
 	@echo 'make bench         a short comparison with others (ARGS="--help")'
+	@echo 'make bench-instructions  instructions per request, by valgrind, however busy the machine is'
 	@echo 'make bench-check   whether the committed ratios hold, in minutes'
 	@echo 'make bench-all     everything, in hours, and from it the charts and tables of the docs'
 	@echo 'make charts        the charts and tables alone, from benchmarks/results.json'
@@ -102,7 +103,7 @@ SANITIZE_tsan := thread
 
 # --- run -----------------------------------------------------------------------------------------
 
-.PHONY: serve bench bench-check bench-all charts
+.PHONY: serve bench bench-instructions bench-check bench-all charts
 serve: .venv/.core
 	@echo 'Talk to it:  redis-cli -p $(PORT)      or:  nc $(HOST) $(PORT)   and type   PING'
 	@echo 'Stop it:     Ctrl-C'
@@ -110,6 +111,9 @@ serve: .venv/.core
 
 bench: .venv/.core
 	@exec .venv/bin/python benchmarks/run.py $(ARGS)
+
+bench-instructions: .venv/.core
+	@exec .venv/bin/python benchmarks/instructions.py $(ARGS)
 
 bench-check: .venv/.core
 	@exec .venv/bin/python benchmarks/check.py $(ARGS)

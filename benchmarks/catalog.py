@@ -43,6 +43,8 @@ class Workload:
     """Seconds of measuring, whatever is asked for."""
     settle: float = 0.0
     """The same for the warm-up."""
+    counted: int = 0
+    """Requests over which instructions are counted; 0 = they cannot be, or say nothing."""
 
     def duration(self, seconds: float, warmup: float) -> float:
         """About how many seconds are measured or waited for, if so many are asked for."""
@@ -67,15 +69,15 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("rpc1", "rpc", 1, 64),
-        Workload("rpc100", "rpc", 100, 64),
-        Workload("rpc1000", "rpc", 1000, 64),
-        Workload("rpc100_16k", "rpc", 100, 16 << 10),
-        Workload("pipe", "rpc", 100, 64, outstanding=16),
-        Workload("echo1", "echo", 1, 64),
-        Workload("echo100", "echo", 100, 64),
-        Workload("bulk", "echo", 4, 256 << 10),
-        Workload("connect", "rpc", 50, 64, requests=1, reconnect=True),
+        Workload("rpc1", "rpc", 1, 64, counted=500),
+        Workload("rpc100", "rpc", 100, 64, counted=2000),
+        Workload("rpc1000", "rpc", 1000, 64, counted=5000),
+        Workload("rpc100_16k", "rpc", 100, 16 << 10, counted=1000),
+        Workload("pipe", "rpc", 100, 64, outstanding=16, counted=10000),
+        Workload("echo1", "echo", 1, 64, counted=500),
+        Workload("echo100", "echo", 100, 64, counted=2000),
+        Workload("bulk", "echo", 4, 256 << 10, counted=200),
+        Workload("connect", "rpc", 50, 64, requests=1, reconnect=True, counted=200),
         Workload("idle", "rpc", 5000, 64, requests=1, idle=4, at_least=10),
         Workload("trickle", "rpc", 1, 64, outstanding=16, rate=10, at_least=4, settle=0.5),
         Workload("busy100", "rpc", 100, 64, busy=True, at_least=3, settle=3),

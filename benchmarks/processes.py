@@ -45,12 +45,19 @@ def read_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def tell(process: subprocess.Popen[str]) -> None:
-    """Let a process go on that waits for a line; one that has ended is found when it is read."""
+def ask(process: subprocess.Popen[str]) -> str:
+    """What a process says that waits for a line; empty if it has ended."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         # Not by write(): what that cannot send, closing would try again.
         os.write(process.stdin.fileno(), b"\n")
+    return read_line(process)
+
+
+def hang_up(process: subprocess.Popen[str]) -> None:
+    """To a process that waits for a line: there are no more."""
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def read_port(server: subprocess.Popen[str], seconds: float) -> int:

@@ -106,6 +106,20 @@ def wakeups(pid: int) -> int:
     return total
 
 
+def is_waiting(pid: int) -> bool:
+    """Whether no thread runs, or would if there were a CPU for it."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # one has ended just now
+    return all(parse_state(stat) == "S" for stat in stats)
+
+
+def parse_state(stat: str) -> str:
+    """A letter: R = runs or could, S = waits."""
+    return stat.rpartition(")")[2].split(maxsplit=1)[0]
+
+
 def parse_schedstat(text: str) -> int:
     """Nanoseconds on a CPU: the first of the three numbers."""
     return int(text.split(maxsplit=1)[0])

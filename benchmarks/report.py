@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from statistics import median
 
 from catalog import WORKLOADS
@@ -38,10 +38,10 @@ def format_threads(results: Mapping[Key, Sequence[Result | None]]) -> str:
     return align(rows, words=4)
 
 
-def earlier(rounds: Rounds, key: Key, before: str) -> Key:
+def earlier(known: Container[Key], key: Key, before: str) -> Key:
     """The same of the other checkout; without settings, if it does not know these."""
     same = key._replace(server=f"{key.server}@{before}")
-    return same if same in rounds.cells else key._replace(server=f"{key.base}@{before}")
+    return same if same in known else key._replace(server=f"{key.base}@{before}")
 
 
 def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[Column]:
@@ -59,7 +59,7 @@ def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[C
         *_ratios(rounds, "AnyIO", lambda key: reference_of(key, ANYIO)),
     ]
     if before:
-        columns += _ratios(rounds, before, lambda key: earlier(rounds, key, before))
+        columns += _ratios(rounds, before, lambda key: earlier(rounds.cells, key, before))
     return [column for column in columns if any(column[1](key) for key in keys)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,18 @@ def test_schedstat_begins_with_nanoseconds() -> None:
 def test_stat_with_any_name(name: str) -> None:
     text = f"12 ({name}) S 1 12 12 0 -1 4194304 81 0 0 0 17 4 0 0 20 0 1 0"
     assert procfs.parse_stat(text) == (name, 17, 4)
+    assert procfs.parse_state(text) == "S"
+
+
+def test_a_process_that_runs_is_not_waiting() -> None:
+    assert not procfs.is_waiting(os.getpid())
+
+
+def test_a_process_that_reads_is_waiting() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        while not procfs.is_waiting(process.pid):
+            time.sleep(0.01)
+        process.communicate()
 
 
 def test_threads_of_one_name_are_added_up() -> None:
