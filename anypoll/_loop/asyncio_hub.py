@@ -16,7 +16,7 @@ from asyncio import AbstractEventLoop, Future, Task, current_task, get_running_l
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
-from inspect import CORO_CREATED, getcoroutinestate
+from inspect import CORO_CREATED, getcoroutinestate, ismemberdescriptor
 from typing import Any
 
 from anyio.abc import TaskGroup
@@ -29,9 +29,15 @@ from .tasks import LeanTasks, Tasks
 Function = Callable[[], Coroutine[Any, Any, None]]
 
 
-def _register_of_tasks() -> tuple[Any, Any] | None:
-    """Where AnyIO keeps the scopes of tasks, which it does not publish, and the type of what is
-    there. ``None`` if anything is not as it was: then AnyIO is asked each time.
+#: Of AnyIO's scopes; with one before of its states of tasks, in the order of `enum anyio_slot` in
+#: csrc/python/native.h.
+_SLOTS = ("_cancel_called", "_shield", "_parent_scope")
+
+
+def _register_of_tasks() -> tuple[Any, Any, tuple[Any, ...]] | None:
+    """Where AnyIO keeps the scopes of tasks, which it does not publish, the type of what is there,
+    and the descriptors of attributes. ``None`` if anything is not as it was: then AnyIO is asked
+    each time.
     """
     try:
         from anyio._backends import _asyncio  # noqa: PLC0415
@@ -43,9 +49,10 @@ def _register_of_tasks() -> tuple[Any, Any] | None:
         known = (made.parent_id, made.cancel_scope) == (1, scope) and type(scope._tasks) is set
     except (ImportError, AttributeError, TypeError):
         return None
-    names = ("_cancel_called", "_shield", "_parent_scope")
+    scopes = (getattr(type(scope), name, None) for name in _SLOTS)
+    slots = (getattr(state, "cancel_scope", None), *scopes)
     known = known and type(states) is weakref.WeakKeyDictionary
-    return (states, state) if known and all(hasattr(scope, name) for name in names) else None
+    return (states, state, slots) if known and all(map(ismemberdescriptor, slots)) else None
 
 
 def _dict_of_current_tasks(loop: AbstractEventLoop) -> dict[Any, Any] | None:
@@ -148,8 +155,9 @@ class AsyncioHub(Hub):
         self._current_task = current_task
         self._tasks = _dict_of_current_tasks(loop)
         self._look = checkpoint_if_cancelled
-        self._register = _register_of_tasks()
-        self._states = self._register and self._register[0].data
+        self._register, self._states, self._slots = None, None, None
+        if (known := _register_of_tasks()) is not None:
+            self._register, self._states, self._slots = known[:2], known[0].data, known[2]
         self._can_rest = True
         self._queue = _queue_of(loop)
         drain = _Drain(self)

@@ -126,7 +126,7 @@ class Hub(_native.Hub, ABC):
     @property
     def can_resume_directly(self) -> bool:
         """Whether handlers can be resumed directly."""
-        return True
+        return _native.CAN_ENTER_CONTEXTS
 
     @abstractmethod
     def current_task(self) -> object:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Sized
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from functools import partial
 from inspect import ismemberdescriptor
@@ -62,7 +62,8 @@ def _can_unprotect() -> bool:
     return not _unprotected(trio.lowlevel.currently_ki_protected)
 
 
-#: Of Trio's tasks, in the order of `enum task_slot` in csrc/python/native.h.
+#: Of Trio's tasks; with two more of others, in the order of `enum trio_slot` in
+#: csrc/python/native.h.
 _SLOTS = ("_abort_func", "_cancel_points", "_schedule_points", "context", "_cancel_status")
 
 
@@ -75,9 +76,10 @@ class _Inside(NamedTuple):
     """of the run"""
     wait_trap: type
     """of what tasks yield that wait"""
-    instruments: Sized
+    instruments: dict[str, Any]
+    """by hook, and all"""
     slots: tuple[Any, ...]
-    """the descriptors of _SLOTS"""
+    """descriptors"""
 
 
 def _inside_of_trio() -> _Inside | None:
@@ -91,7 +93,12 @@ def _inside_of_trio() -> _Inside | None:
     names = ("_attempt_delivery_of_any_pending_cancel", "_ki_protected")
     if type(task) is not RunTask or not all(hasattr(task, name) for name in names):
         return None
-    slots = tuple(getattr(RunTask, name, None) for name in _SLOTS)
+    runner = getattr(task, "_runner", None)
+    slots = (
+        *(getattr(RunTask, name, None) for name in _SLOTS),
+        getattr(type(task._cancel_status), "effectively_cancelled", None),
+        getattr(type(runner), "ki_pending", None),
+    )
     if not all(map(ismemberdescriptor, slots)):
         return None
     if type(getattr(task._cancel_status, "effectively_cancelled", None)) is not bool:
@@ -102,11 +109,9 @@ def _inside_of_trio() -> _Inside | None:
     trap = _wait_trap(_unprotected)
     if type(trap) is not WaitTaskRescheduled or trap.abort_func is not _unprotected:
         return None
-    runner = getattr(task, "_runner", None)
     instruments = getattr(runner, "instruments", None)
-    if not isinstance(instruments, Sized) or not _can_unprotect():
-        return None
-    if not hasattr(runner, "ki_pending"):
+    instruments = getattr(instruments, "data", instruments)  # a UserDict
+    if not isinstance(instruments, dict) or "_all" not in instruments or not _can_unprotect():
         return None
     return _Inside(tasks, runner, WaitTaskRescheduled, instruments, slots)
 
@@ -234,11 +239,11 @@ class TrioHub(Hub):
         self._abort_failed = Abort.FAILED
         self._unprotected = _unprotected
         inside = _inside_of_trio() or (None, None, None, None, None)
-        self._tasks, self._runner, self._wait_trap, self._instruments, self._task_slots = inside
+        self._tasks, self._runner, self._wait_trap, self._instruments, self._slots = inside
         self._queue = _queue_of_run()
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
-        if self._task_slots is not None:
+        if self._slots is not None:
             trio.lowlevel.spawn_system_task(self._rest)
 
     async def _drain(self) -> None:
@@ -330,7 +335,7 @@ class TrioHub(Hub):
     @property
     def can_resume_directly(self) -> bool:
         """Whether handlers can be resumed directly."""
-        return self._task_slots is not None
+        return super().can_resume_directly and self._slots is not None
 
     def _drive_trap(self, drive: Any) -> Any:
         return _wait_trap(drive._abort)

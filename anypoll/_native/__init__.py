@@ -23,6 +23,7 @@ assert _spec is not None
 _types = module_from_spec(_spec)
 _spec.loader.exec_module(_types)
 
+CAN_ENTER_CONTEXTS = _types.CAN_ENTER_CONTEXTS
 Block = _types.Block
 Core = _types.Core
 Drive = _types.Drive

@@ -44,6 +44,8 @@ class Writer:
     def write(self, data: Buffer, /) -> int: ...
     def _take(self) -> list[bytes | memoryview]: ...
 
+CAN_ENTER_CONTEXTS: bool
+
 def gather(pieces: list[bytes | memoryview], most: int, /) -> list[bytes | memoryview]: ...
 
 class Hub:
@@ -57,13 +59,13 @@ class Hub:
     _unprotected: Any
     _wait_trap: Any
     _loop: Any
-    _instruments: Any
+    _instruments: dict[str, Any] | None
     _look: Any
     _queue: Any
     _reschedule: Any
     _shielded: Any
+    _slots: Any
     _states: dict[Any, Any] | None
-    _task_slots: Any
     _tasks: dict[Any, Any] | None
     _value: Any
     dead: bool

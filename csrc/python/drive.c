@@ -134,7 +134,7 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 
 /* ---- resumed by the hub --------------------------------------------------------- */
 
-void drive_step(Drive *drive)
+static void step(Drive *drive)
 {
     PyObject *result = NULL;
     drive->has_run = true;
@@ -151,36 +151,36 @@ void drive_step(Drive *drive)
         drive->exception = native_take_exception();
 }
 
-/* Context.run() needs an object to call, and one of the hub's serves for all its drives. */
-bool drive_step_in(Drive *drive, PyObject *context, PyObject *function)
+bool drive_step_in(Drive *drive, PyObject *context)
 {
-    Hub *hub = drive->hub;
-    drive->has_run = false;
-    hub->next_to_step = drive;
-    PyObject *none = function
-                         ? PyObject_CallMethodObjArgs(context, n_run, function, hub->stepper, NULL)
-                         : PyObject_CallMethodObjArgs(context, n_run, hub->stepper, NULL);
-    hub->next_to_step = NULL;
-    Py_XDECREF(none);
-    return none != NULL;
+    if (enter_context(context) < 0)
+        return false;
+    step(drive);
+    if (exit_context(context) < 0)
+        PyErr_Clear(); /* whoever has entered another one by C, and not left it */
+    return true;
 }
 
-static int resume(Drive *drive)
+/* The walk holds each drive meanwhile: the handler may close its task's coroutine, which holds it
+ * otherwise. One that is not PARKED has had its task woken for another reason, and goes on by that.
+ */
+void drive_walk(walk *walk)
 {
-    if (!drive->hub->trio)
-        return drive->wake && drive->context ? drive_resume_on_asyncio(drive)
-                                             : drive_resume_soon(drive);
-    return drive_is_watched(drive) ? drive_resume_soon(drive) : drive_resume_on_trio(drive);
-}
-
-int drive_resume(Drive *drive)
-{
-    if (drive->state != D_PARKED)
-        return 0; /* the task has been woken for another reason, and will go on itself */
-    Py_INCREF((PyObject *)drive); /* the handler may close its task's coroutine, which holds it */
-    int rc = resume(drive);
-    Py_DECREF((PyObject *)drive);
-    return rc;
+    if (walk->hub->trio) {
+        drive_walk_on_trio(walk);
+        return;
+    }
+    Drive *drive;
+    PyObject *outer = walk->hub->entered; /* in which dispatch() has been called */
+    walk->hub->entered = NULL;
+    while ((drive = walk->next(walk))) {
+        if (drive->state == D_PARKED && drive_resume_on_asyncio(drive) < 0)
+            hub_keep_exception(walk->left);
+        Py_DECREF((PyObject *)drive);
+    }
+    if (hub_leave_task(walk->hub) < 0)
+        hub_keep_exception(walk->left);
+    walk->hub->entered = outer;
 }
 
 int drive_resume_soon(Drive *drive)

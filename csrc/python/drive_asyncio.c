@@ -56,20 +56,77 @@ static int after_step(Drive *drive)
     return rc;
 }
 
+/* ---- the current task ----------------------------------------------------------- */
+
+/* From one handler to the next the entry in asyncio's dict is only replaced. If it is kept
+ * elsewhere (CPython 3.14), a task is entered and left each time. */
+static bool has_dict(const Hub *hub)
+{
+    return hub->tasks && PyDict_CheckExact(hub->tasks);
+}
+
+static int call(PyObject *function, Hub *hub, PyObject *task)
+{
+    PyObject *loop = hub_loop(hub);
+    PyObject *none = PyObject_CallFunctionObjArgs(function, loop, task, NULL);
+    Py_DECREF(loop);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+static int enter(Hub *hub, PyObject *task)
+{
+    if (!has_dict(hub) || !hub->entered) {
+        if (call(enter_task, hub, task) < 0)
+            return -1;
+    } else {
+        PyObject *loop = hub_loop(hub);
+        int rc = PyDict_SetItem(hub->tasks, loop, task);
+        Py_DECREF(loop);
+        if (rc < 0)
+            return -1;
+    }
+    replace(&hub->entered, task);
+    return 0;
+}
+
+int hub_leave_task(Hub *hub)
+{
+    PyObject *task = hub->entered;
+    hub->entered = NULL;
+    int rc = task ? call(leave_task, hub, task) : 0;
+    Py_XDECREF(task);
+    return rc;
+}
+
+/* The handler was the current task's at its end, too; otherwise -1 with an exception. */
+static int check_current(Hub *hub, PyObject *task)
+{
+    if (!has_dict(hub))
+        return hub_leave_task(hub);
+    PyObject *loop = hub_loop(hub), *current = PyDict_GetItemWithError(hub->tasks, loop);
+    Py_DECREF(loop);
+    return current == task ? 0 : hub_leave_task(hub);
+}
+
+/* ---- a step ------------------------------------------------------------------------ */
+
 int drive_resume_on_asyncio(Drive *drive)
 {
+    Hub *hub = drive->hub;
+    if (!drive->wake || !drive->context)
+        return drive_resume_soon(drive);
     if (drive->must_cancel && take_must_cancel(drive)) { /* it came while the handler rested */
         drive->state = D_LEAVING;
         drive->cancelled = true;
-        return future_wake((Future *)drive, drive->hub);
+        return future_wake((Future *)drive, hub);
     }
-    PyObject *loop = hub_loop(drive->hub), *task = Py_NewRef(drive->task);
-    PyObject *entered = PyObject_CallFunctionObjArgs(enter_task, loop, task, NULL), *left = NULL;
-    bool has_run = entered && drive_step_in(drive, drive->context, NULL);
+    PyObject *task = Py_NewRef(drive->task);
+    bool has_run = enter(hub, task) == 0 && drive_step_in(drive, drive->context);
     if (!has_run) /* another task is running, or the context is entered: its task will run it */
         PyErr_Clear();
-    if (entered)
-        left = PyObject_CallFunctionObjArgs(leave_task, loop, task, NULL);
+    if (hub->entered)
+        check_current(hub, task);
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback); /* the handler was not the current task at its end */
     int rc = has_run ? after_step(drive) : drive_resume_soon(drive);
@@ -81,10 +138,7 @@ int drive_resume_on_asyncio(Drive *drive)
         Py_XDECREF(value);
         Py_XDECREF(traceback);
     }
-    Py_DECREF(loop);
     Py_DECREF(task);
-    Py_XDECREF(entered);
-    Py_XDECREF(left);
     return rc;
 }
 

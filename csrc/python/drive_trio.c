@@ -4,63 +4,67 @@
  * (_loop/trio_hub.py), and without it handlers are resumed by their tasks. A foreign trap
  * cannot wait for the task's next turn, because its waker may come before; so the task is blocked
  * in it at once, as Trio's own loop would do it. While the handler runs in the name of its task
- * there is no abort function, or a handler that cancels itself would have the running task
+ * its abort function fails, or a handler that cancels itself would have the running task
  * rescheduled; the pending cancellation is looked for when it has parked again.
  *
  * KeyboardInterrupt. Trio's signal handler raises it at once if the innermost frame that is marked
  * allows it, and otherwise keeps it for the main task. The hub's own task is marked as protected,
- * so the handler runs in a frame that is marked as not.
+ * so handlers run in a frame that is marked as not: one for all that go on one after another. No
+ * other interpreted function is called in it; for what needs one, the frame is left.
  */
 #include "native.h"
 
 /* ---- Trio's tasks ------------------------------------------------------------ */
 
-PyObject *trio_get(Hub *hub, PyObject *task, enum task_slot slot)
+int trio_count_point(Hub *hub, PyObject *task, int slot)
 {
-    PyObject *descriptor = PyTuple_GetItem(hub->task_slots, slot);
-    descrgetfunc function = (descrgetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get);
-    return function(descriptor, task, NULL);
-}
-
-int trio_set(Hub *hub, PyObject *task, enum task_slot slot, PyObject *value)
-{
-    PyObject *descriptor = PyTuple_GetItem(hub->task_slots, slot);
-    descrsetfunc function = (descrsetfunc)PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_set);
-    return function(descriptor, task, value);
-}
-
-int trio_count_point(Hub *hub, PyObject *task, enum task_slot slot)
-{
-    PyObject *count = trio_get(hub, task, slot);
+    PyObject *count = slot_get(hub, task, slot);
     PyObject *more = count ? PyLong_FromLongLong(PyLong_AsLongLong(count) + 1) : NULL;
-    int rc = more ? trio_set(hub, task, slot, more) : -1;
+    int rc = more ? slot_set(hub, task, slot, more) : -1;
     Py_XDECREF(count);
     Py_XDECREF(more);
     return rc;
 }
 
+static bool is_cancelled(Drive *drive)
+{
+    PyObject *status = slot_get(drive->hub, drive->task, CANCEL_STATUS);
+    bool cancelled = status && slot_is_true(drive->hub, status, EFFECTIVELY_CANCELLED);
+    Py_XDECREF(status);
+    return cancelled;
+}
+
 static int deliver_cancellation(Drive *drive)
 {
-    PyObject *status = trio_get(drive->hub, drive->task, CANCEL_STATUS), *none = NULL;
-    bool cancelled = status && native_is_true(status, n_effectively_cancelled);
-    Py_XDECREF(status);
-    if (!cancelled)
+    if (!is_cancelled(drive))
         return PyErr_Occurred() ? -1 : 0;
-    none = PyObject_CallMethodObjArgs(drive->task, n__attempt_delivery_of_any_pending_cancel, NULL);
+    PyObject *none =
+        PyObject_CallMethodObjArgs(drive->task, n__attempt_delivery_of_any_pending_cancel, NULL);
     Py_XDECREF(none);
     return none ? 0 : -1;
 }
 
-/* Blocks the task with that abort function, as Trio's own loop does. */
+/* Blocks the task with that abort function, as Trio's own loop does, which then looks whether the
+ * task is cancelled. */
 static int block_trio_task(Drive *drive, PyObject *abort)
 {
     Hub *hub = drive->hub;
     PyObject *task = drive->task;
-    if (trio_set(hub, task, ABORT_FUNC, abort) < 0 ||
-        trio_count_point(hub, task, CANCEL_POINTS) < 0 ||
-        trio_count_point(hub, task, SCHEDULE_POINTS) < 0)
-        return -1;
-    return deliver_cancellation(drive);
+    return slot_set(hub, task, ABORT_FUNC, abort) < 0 ||
+                   trio_count_point(hub, task, CANCEL_POINTS) < 0 ||
+                   trio_count_point(hub, task, SCHEDULE_POINTS) < 0
+               ? -1
+               : 0;
+}
+
+/* As Trio does for its shielded checkpoint, or until the hub resumes it. */
+static int wait_again(Drive *drive)
+{
+    if (drive->state == D_RESTING)
+        return trio_count_point(drive->hub, drive->task, SCHEDULE_POINTS);
+    if (!drive->abort)
+        drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
+    return drive->abort ? block_trio_task(drive, drive->abort) : -1;
 }
 
 /* ---- after a step ----------------------------------------------------------- */
@@ -82,7 +86,7 @@ static int block_in_foreign_trap(Drive *drive, PyObject *trap)
         PyObject *abort = PyObject_GetAttr(trap, n_abort_func);
         int rc = abort ? block_trio_task(drive, abort) : -1;
         Py_XDECREF(abort);
-        return rc;
+        return rc < 0 ? -1 : deliver_cancellation(drive);
     }
     drive->state = D_LEAVING;
     replace(&drive->outcome, trap);
@@ -91,13 +95,10 @@ static int block_in_foreign_trap(Drive *drive, PyObject *trap)
 
 static int left_to_trio(Drive *drive)
 {
-    if (drive->state == D_RESTING) /* as Trio does for its shielded checkpoint */
-        return trio_count_point(drive->hub, drive->task, SCHEDULE_POINTS);
-    if (drive->state == D_PARKED) {
-        if (!drive->abort)
-            drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
-        return drive->abort ? block_trio_task(drive, drive->abort) : -1;
-    }
+    if (drive->state == D_RESTING)
+        return wait_again(drive);
+    if (drive->state == D_PARKED)
+        return wait_again(drive) < 0 ? -1 : deliver_cancellation(drive);
     if (drive->state != D_LEAVING)
         return 0;
     if (!drive->outcome || drive->ended)
@@ -139,57 +140,116 @@ static int after_step(Drive *drive, bool went_well)
     return drive_resume_soon(drive);
 }
 
-/* ---- a step ------------------------------------------------------------------ */
+/* Whether somebody may watch every step of tasks. Trio keeps its instruments in a dict by hook,
+ * with one more entry for all of them. */
+static bool is_watched(const Hub *hub)
+{
+    return PyDict_Size(hub->instruments) != 1;
+}
 
-/* A task that is not protected from KeyboardInterrupt runs in a frame that says so: Trio looks for
- * one from the innermost on, and that of the task is not among them. */
+/* ---- one step after another --------------------------------------------------- */
+
+static Drive *next_of(walk *walk)
+{
+    Drive *drive;
+    while ((drive = walk->next(walk))) {
+        bool watched = is_watched(walk->hub);
+        if (drive->state == D_PARKED && !watched)
+            break;
+        if (watched && drive_resume_soon(drive) < 0)
+            hub_keep_exception(walk->left);
+        Py_DECREF((PyObject *)drive);
+    }
+    return drive;
+}
+
 static bool step(Drive *drive)
 {
-    PyObject *context = trio_get(drive->hub, drive->task, CONTEXT);
-    if (!context)
-        return false;
-    bool went_well =
-        drive_step_in(drive, context, drive->is_protected ? NULL : drive->hub->unprotected);
-    Py_DECREF(context);
+    Hub *hub = drive->hub;
+    PyObject *context = slot_get(hub, drive->task, CONTEXT);
+    bool went_well = context && PyDict_SetItem(hub->tasks, n_task, drive->task) == 0 &&
+                     drive_step_in(drive, context);
+    Py_XDECREF(context);
     return went_well;
 }
 
-int drive_resume_on_trio(Drive *drive)
+/* Whether the task only waits again: for that no interpreted frame is needed, in which a signal
+ * handler might raise. */
+static bool just_waits(Drive *drive)
 {
-    PyObject *current = drive->hub->tasks, *task = Py_NewRef(drive->task);
-    PyObject *before = Py_XNewRef(PyDict_GetItemWithError(current, n_task)); /* the hub's own */
-    int rc = -1;
-    if (before && trio_set(drive->hub, task, ABORT_FUNC, Py_None) == 0 &&
-        PyDict_SetItem(current, n_task, task) == 0) {
-        bool went_well = step(drive);
-        PyObject *exception = went_well ? NULL : native_take_exception();
-        rc = PyDict_SetItem(current, n_task, before);
-        if (exception)
-            PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
-        Py_XDECREF(exception);
-        if (after_step(drive, went_well) < 0)
-            rc = -1;
-    }
-    Py_XDECREF(before);
-    Py_DECREF(task);
-    return rc;
+    bool waits = drive->state == D_RESTING || (drive->state == D_PARKED && !is_cancelled(drive));
+    if (waits && wait_again(drive) == 0)
+        return true;
+    PyErr_Clear(); /* it is tried again */
+    return false;
 }
 
-/* Whether somebody may watch every step of tasks, or it is not known. Trio keeps its instruments in
- * a dict by hook, with one more entry for all of them. */
-bool drive_is_watched(Drive *drive)
+/* What follows the last step is for walk_on(). */
+PyObject *drive_step_on(PyObject *self, PyObject *unused)
 {
-    Py_ssize_t hooks = PyObject_Size(drive->hub->instruments);
-    if (hooks < 0)
-        PyErr_Clear();
-    return hooks != 1;
+    walk *walk = ((Hub *)self)->walk;
+    while (walk) {
+        Drive *drive = walk->drive;
+        if (!step(drive))
+            return NULL;
+        Drive *following = walk->following = next_of(walk);
+        if (!following || following->is_protected != drive->is_protected || !just_waits(drive))
+            Py_RETURN_NONE;
+        walk->drive = following;
+        walk->following = NULL;
+        following->has_run = false;
+        Py_DECREF((PyObject *)drive);
+    }
+    Py_RETURN_NONE;
+}
+
+/* The first one, and those that can follow in the same frame. */
+static int walk_on(walk *walk, PyObject *hubs_task)
+{
+    Hub *hub = walk->hub;
+    walk->drive->has_run = false;
+    PyObject *none = walk->drive->is_protected
+                         ? drive_step_on((PyObject *)hub, NULL)
+                         : PyObject_CallFunctionObjArgs(hub->unprotected, hub->stepper, NULL);
+    PyObject *exception = none ? NULL : native_take_exception();
+    int rc = PyDict_SetItem(hub->tasks, n_task, hubs_task);
+    if (exception)
+        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    bool went_well = !exception;
+    Py_XDECREF(exception);
+    Py_XDECREF(none);
+    return after_step(walk->drive, went_well) < 0 ? -1 : rc;
+}
+
+/* A task that is not protected from KeyboardInterrupt runs in a frame that says so: Trio looks for
+ * one from the innermost on, and that of the task is not among them. One frame serves for as many
+ * as possible. */
+void drive_walk_on_trio(walk *walk)
+{
+    Hub *hub = walk->hub;
+    Drive *drive = next_of(walk);
+    PyObject *hubs_task = drive ? hub_current_task(hub) : NULL;
+    struct walk *outer = hub->walk;
+    hub->walk = walk;
+    while (drive) {
+        walk->drive = drive;
+        walk->following = NULL;
+        if (walk_on(walk, hubs_task) < 0)
+            hub_keep_exception(walk->left);
+        Py_DECREF((PyObject *)walk->drive);
+        drive = walk->following ? walk->following : next_of(walk);
+    }
+    hub->walk = outer;
+    Py_XDECREF(hubs_task);
 }
 
 /* Trio's abort function: the task is to be cancelled while the handler is parked. */
 PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
 {
     Drive *drive = (Drive *)self;
-    if (drive->state == D_RESTING) /* its task has seen it rest; it will go on by itself */
+    /* RUNNING: it is looked for when the handler has parked. RESTING: its task has seen it rest; it
+     * will go on by itself. */
+    if (drive->state == D_RUNNING || drive->state == D_RESTING)
         return Py_NewRef(drive->hub->abort_failed);
     drive->state = D_LEAVING; /* Trio reschedules the task: the hub comes too late */
     return Py_NewRef(drive->hub->abort_succeeded);

@@ -39,6 +39,8 @@ int future_wake(Future *future, Hub *hub)
         Py_XDECREF(context);
         return 0;
     }
+    if (hub_leave_task(hub) < 0)
+        PyErr_WriteUnraisable(NULL);
     future->wake = NULL;
     future->asked = false;
     none = context ? PyObject_CallMethodObjArgs(context, n_run, wake, (PyObject *)future, NULL)

@@ -185,10 +185,11 @@ PyObject *hub_trap(Hub *hub, Operation *op)
 /* ---- dispatch ----------------------------------------------------------- */
 
 typedef struct {
+    walk walk;
     Hub *hub;
     Operation *ready[BATCH];
     ap_token other[BATCH];
-    int ready_count, other_count;
+    int ready_count, other_count, woken;
     bool trim, more;
     bool nested;    /* dispatch() was called by a task: tasks cannot run within one another */
     PyObject *left; /* a list of the exceptions that end the program, or NULL */
@@ -260,17 +261,30 @@ static void reschedule_tasks(batch *b)
     }
 }
 
+/* Wakes tasks until it comes to a handler that goes on here. */
+static Drive *next_ready(walk *walk)
+{
+    batch *b = (batch *)walk;
+    while (b->woken < b->ready_count) {
+        Operation *op = b->ready[b->woken++];
+        bool driven = op->wake && Py_TYPE(op->wake) == Drive_Type && !b->nested;
+        Drive *drive = driven ? (Drive *)Py_NewRef(op->wake) : NULL;
+        if (!driven && (b->nested ? operation_wake_soon(op) : operation_wake(op)) < 0)
+            hub_keep_exception(&b->left);
+        Py_DECREF((PyObject *)op);
+        if (driven)
+            return drive;
+    }
+    return NULL;
+}
+
 static void deliver(batch *b)
 {
     for (int i = 0; i < b->other_count; i++)
         tell(b, &b->other[i], b->other[i].bits & ~(uint32_t)LAST, n_dispatch_one);
     if (b->hub->trio)
         reschedule_tasks(b);
-    for (int i = 0; i < b->ready_count; i++) {
-        if ((b->nested ? operation_wake_soon(b->ready[i]) : operation_wake(b->ready[i])) < 0)
-            hub_keep_exception(&b->left);
-        Py_DECREF((PyObject *)b->ready[i]);
-    }
+    drive_walk(&b->walk);
     for (int i = 0; i < b->other_count; i++)
         tell(b, &b->other[i], b->other[i].bits & LAST, n__tell_last);
 }
@@ -291,6 +305,7 @@ static int is_nested(Hub *hub)
 int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
 {
     batch b; /* not all of it: it is large, and mostly one task is woken */
+    b.walk = (walk){.hub = hub, .next = next_ready, .left = &b.left};
     b.hub = hub;
     b.nested = nested;
     b.trim = b.more = false;
@@ -298,7 +313,7 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     hub->depth++;
     int woken = 0;
     while (n > 0) {
-        b.ready_count = b.other_count = 0;
+        b.ready_count = b.other_count = b.woken = 0;
         for (int i = 0; i < n; i++)
             sort(&b, &tokens[i]);
         deliver(&b);
@@ -416,16 +431,6 @@ static PyObject *stop_resting(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *step_next(PyObject *self, PyObject *unused)
-{
-    Hub *hub = (Hub *)self;
-    Drive *drive = hub->next_to_step;
-    hub->next_to_step = NULL;
-    if (drive)
-        drive_step(drive);
-    Py_RETURN_NONE;
-}
-
 static PyObject *attach(PyObject *self, PyObject *address)
 {
     Hub *hub = (Hub *)self;
@@ -433,7 +438,7 @@ static PyObject *attach(PyObject *self, PyObject *address)
     hub->thread = PyThread_get_thread_ident();
     if (PyErr_Occurred())
         return NULL;
-    if (!hub->stepper && !(hub->stepper = PyObject_GetAttr(self, n__step_next)))
+    if (!hub->stepper && !(hub->stepper = PyObject_GetAttr(self, n__step_on)))
         return NULL;
     Py_RETURN_NONE;
 }
@@ -450,10 +455,11 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->abort_failed);
     Py_VISIT(hub->wait_trap);
     Py_VISIT(hub->runner);
-    Py_VISIT(hub->task_slots);
+    Py_VISIT(hub->slots);
     Py_VISIT(hub->instruments);
     Py_VISIT(hub->unprotected);
     Py_VISIT(hub->stepper);
+    Py_VISIT(hub->entered);
     Py_VISIT(hub->look);
     Py_VISIT(hub->states);
     Py_VISIT(hub->shielded);
@@ -486,10 +492,11 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->abort_failed);
     Py_CLEAR(hub->wait_trap);
     Py_CLEAR(hub->runner);
-    Py_CLEAR(hub->task_slots);
+    Py_CLEAR(hub->slots);
     Py_CLEAR(hub->instruments);
     Py_CLEAR(hub->unprotected);
     Py_CLEAR(hub->stepper);
+    Py_CLEAR(hub->entered);
     Py_CLEAR(hub->look);
     Py_CLEAR(hub->states);
     Py_CLEAR(hub->shielded);
@@ -519,7 +526,7 @@ static PyMethodDef methods[] = {
     {"drive", hub_drive, METH_O,
      "Does what there is to do for the poller that is lent to this hub, and dispatches. The loop\n"
      "calls it, outside of any task."},
-    {"_step_next", step_next, METH_NOARGS, "Steps a drive, in whatever context this is called."},
+    {"_step_on", drive_step_on, METH_NOARGS, "Steps handlers, in the frame that calls this."},
     {"_core", find_core, METH_O, "The open connection's core of that number, or None."},
     {"_cores", all_cores, METH_NOARGS, "The cores of all open connections."},
     {"_remove_core", remove_core, METH_O, "The core of that number is found no longer."},
@@ -544,7 +551,7 @@ static PyMemberDef members[] = {
     {"_loop", T_OBJECT, offsetof(Hub, loop), 0, NULL},
     {"outputs", T_OBJECT, offsetof(Hub, outputs), 0, NULL},
     {"_runner", T_OBJECT, offsetof(Hub, runner), 0, NULL},
-    {"_task_slots", T_OBJECT, offsetof(Hub, task_slots), 0, NULL},
+    {"_slots", T_OBJECT, offsetof(Hub, slots), 0, NULL},
     {"_instruments", T_OBJECT, offsetof(Hub, instruments), 0, NULL},
     {"_unprotected", T_OBJECT, offsetof(Hub, unprotected), 0, NULL},
     {"_wait_trap", T_OBJECT, offsetof(Hub, wait_trap), 0, NULL},

@@ -74,7 +74,9 @@ static int execute(PyObject *module)
                    add_type(module, "Core", &Core_spec, &Core_Type) < 0 ||
                    add_type(module, "Stream", &Stream_spec, &Stream_Type) < 0 ||
                    add_type(module, "Operation", &Operation_spec, &Operation_Type) < 0 ||
-                   add_type(module, "Drive", &Drive_spec, &Drive_Type) < 0
+                   add_type(module, "Drive", &Drive_spec, &Drive_Type) < 0 || inside_init() < 0 ||
+                   PyModule_AddObjectRef(module, "CAN_ENTER_CONTEXTS",
+                                         enter_context && exit_context ? Py_True : Py_False) < 0
                ? -1
                : 0;
 }

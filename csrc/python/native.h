@@ -21,6 +21,7 @@
  *   drive_asyncio.c                                 the same, if it is asyncio's task
  *   drive_trio.c                                    the same, if it is Trio's
  *   rest.c                                          handlers that let the loop have a round
+ *   inside.c                                        what is used of others' inside
  *   coroutine.c                                     what operations and drives share as coroutines
  *   future.c                                        and as futures, for asyncio
  *
@@ -77,6 +78,7 @@ typedef struct {
 
 typedef struct Hub Hub;
 typedef struct Drive Drive;
+typedef struct walk walk;
 
 struct Core {
     PyObject_HEAD ap_conn *conn; /* owned */
@@ -115,11 +117,13 @@ struct Hub {
     PyObject *states;       /* AnyIO's states of tasks, by weak references; or None */
     PyObject *shielded;     /* Trio's trap for a round of the scheduler that is not cancelled */
     PyObject *reschedule, *value; /* Trio's function, and what tasks are sent */
-    PyObject *runner, *wait_trap, *instruments, *task_slots; /* of Trio's inside; see */
-    PyObject *abort_succeeded, *abort_failed, *unprotected;  /* drive_trio.c */
-    PyObject *stepper;   /* the method _step_next; while drives step in other contexts */
-    Drive *next_to_step; /* by it; borrowed */
-    Core **cores;        /* by the index of their slots; borrowed */
+    PyObject *slots;              /* descriptors of Trio's and AnyIO's attributes; slot_get() */
+    PyObject *runner, *wait_trap, *instruments;             /* of Trio's inside; see */
+    PyObject *abort_succeeded, *abort_failed, *unprotected; /* drive_trio.c */
+    PyObject *stepper;                                      /* Trio: the method _step_on */
+    walk *walk;                                             /* for it */
+    PyObject *entered; /* asyncio: the task that the walk has made the current one */
+    Core **cores;      /* by the index of their slots; borrowed */
     uint32_t room;
     Drive *resting, *last_resting; /* in their order; the list holds them strongly; see rest.c */
     uint32_t rounds_asked, rounds_begun;
@@ -210,14 +214,14 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
 /* clang-format off */
 #define NAMES(X) \
     X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
-    X(_cancel_called) X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
+    X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
-    X(_parent_scope) X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) X(_shield) \
-    X(_stands_high) X(_step_next) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
-    X(abort_func) X(address) X(call_soon) X(cancel) X(cancel_scope) X(cancelling) X(check) \
-    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) X(effectively_cancelled) \
-    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(ki_pending) X(receive) X(run) X(send) \
+    X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
+    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
+    X(abort_func) X(address) X(call_soon) X(cancel) X(cancelling) X(check) \
+    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
+    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(receive) X(run) X(send) \
     X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
@@ -229,6 +233,32 @@ extern PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidState
 extern PyObject *running_loop, *enter_task, *leave_task; /* asyncio's C functions */
 extern PyObject *empty_bytes, *empty_view;
 extern PyObject *usual_most; /* of receive() */
+
+/* PyContext_Enter() and PyContext_Exit(), which the limited API lacks; or NULL. */
+extern int (*enter_context)(PyObject *context);
+extern int (*exit_context)(PyObject *context);
+
+/* Attributes that every request looks at, by their descriptors (_SLOTS in _loop/trio_hub.py and
+ * _loop/asyncio_hub.py): the search for a name would take longer than all else. */
+enum trio_slot {
+    ABORT_FUNC, /* of tasks */
+    CANCEL_POINTS,
+    SCHEDULE_POINTS,
+    CONTEXT,
+    CANCEL_STATUS,
+    EFFECTIVELY_CANCELLED, /* of that */
+    KI_PENDING,            /* of the runner */
+};
+enum anyio_slot {
+    CANCEL_SCOPE,  /* of the state of a task */
+    CANCEL_CALLED, /* of scopes */
+    SHIELD,
+    PARENT_SCOPE,
+};
+PyObject *slot_get(Hub *hub, PyObject *object, int slot);
+int slot_set(Hub *hub, PyObject *object, int slot, PyObject *value);
+bool slot_is_true(Hub *hub, PyObject *object, int slot);
+int inside_init(void);
 
 /* Sets a field to a borrowed object. */
 static inline void replace(PyObject **field, PyObject *value)
@@ -335,7 +365,7 @@ PyObject *hub_drive(PyObject *self, PyObject *loan);
 Operation *operation_new(enum kind kind, Reader *reader, PyObject *argument);
 bool operation_finds(const Operation *op); /* a delimiter */
 void operation_ready(Operation *op, int64_t end);
-int operation_wake(Operation *op);      /* asyncio: the task runs here and now */
+int operation_wake(Operation *op);      /* a task; on asyncio it runs here and now */
 int operation_wake_soon(Operation *op); /* in the next round of the loop */
 
 /* After the arguments have been looked at: as core_begin(). */
@@ -362,26 +392,29 @@ int hub_raise_first(Hub *hub, PyObject *left);
 /* Whether an operation that only wants a round of the loop may be yielded itself. */
 bool drive_takes_rests(Hub *hub);
 
-/* The handler goes on here and now, or in the next round. */
-int drive_resume(Drive *drive);
+/* Handlers go on one after another, within a callback of the hub's. */
+struct walk {
+    Hub *hub;
+    Drive *(*next)(walk *walk); /* a new reference; NULL: there are no more */
+    PyObject **left;            /* see hub_keep_exception() */
+    Drive *drive, *following;   /* Trio: whose turn it is */
+};
+void drive_walk(walk *walk);
+void drive_walk_on_trio(walk *walk);
+PyObject *drive_step_on(PyObject *self, PyObject *unused); /* a method of Hub */
+
+/* The handler goes on in the next round. */
 int drive_resume_soon(Drive *drive);
-/* In the context in which this is called. Leaves in drive->state how it stands. */
-void drive_step(Drive *drive);
-/* The same in that context, and in a call of that function, if any. Returns whether it went well;
- * an exception is not the handler's, which may have run (drive->has_run). */
-bool drive_step_in(Drive *drive, PyObject *context, PyObject *function);
+/* In that context. Leaves in drive->state how it stands. False, with an exception: it has not run,
+ * for the context is entered already. */
+bool drive_step_in(Drive *drive, PyObject *context);
 void drive_stop_resting(Drive *drive); /* if it does */
 int drive_resume_on_asyncio(Drive *drive);
+/* asyncio: no task is current any more, before another one runs. */
+int hub_leave_task(Hub *hub);
 int drive_pass_on_cancellation(Drive *drive);
-int drive_resume_on_trio(Drive *drive);
 int drive_reschedule(Drive *drive);
-/* Attributes of Trio's tasks, by their descriptors (_loop/trio_hub.py): the search for a name would
- * take longer than all else. */
-enum task_slot { ABORT_FUNC, CANCEL_POINTS, SCHEDULE_POINTS, CONTEXT, CANCEL_STATUS };
-PyObject *trio_get(Hub *hub, PyObject *task, enum task_slot slot);
-int trio_set(Hub *hub, PyObject *task, enum task_slot slot, PyObject *value);
-int trio_count_point(Hub *hub, PyObject *task, enum task_slot slot);
-bool drive_is_watched(Drive *drive);
+int trio_count_point(Hub *hub, PyObject *task, int slot);
 PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                   PyObject *names);
 PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs);

@@ -410,8 +410,6 @@ int operation_wake(Operation *op)
 {
     if (!op->wake)
         return 0;
-    if (Py_TYPE(op->wake) == Drive_Type)
-        return drive_resume((Drive *)op->wake);
     return op->core->hub->trio ? reschedule(op) : future_wake((Future *)op, op->core->hub);
 }
 

@@ -125,22 +125,32 @@ static bool has_loop_to_itself(const Hub *hub)
            hub_sees_queue(hub) == 0;
 }
 
+struct round {
+    walk walk;
+    int resumed, most;
+};
+
+static Drive *next_due(walk *walk)
+{
+    struct round *round = (struct round *)walk;
+    if (round->resumed == round->most || !is_due(walk->hub))
+        return NULL;
+    Drive *drive = (Drive *)Py_NewRef((PyObject *)walk->hub->resting);
+    hub_end_rest(drive);
+    round->resumed++;
+    return drive;
+}
+
 /* Returns how many handlers it has resumed. */
 static int begin_round(Hub *hub, int most, PyObject **left)
 {
-    int n = 0;
+    struct round round = {.walk = {.hub = hub, .next = next_due, .left = left}, .most = most};
     hub->rounds_begun++;
     hub->depth++;
-    for (; n < most && is_due(hub); n++) {
-        Drive *drive = (Drive *)Py_NewRef((PyObject *)hub->resting);
-        hub_end_rest(drive);
-        if (drive_resume(drive) < 0)
-            hub_keep_exception(left);
-        Py_DECREF((PyObject *)drive);
-    }
+    drive_walk(&round.walk);
     hub->depth--;
     hub->round_due |= is_due(hub);
-    return n;
+    return round.resumed;
 }
 
 void hub_go_round(Hub *hub, int turn, PyObject **left)

@@ -298,7 +298,7 @@ static PyObject *current_state(Hub *hub)
 static PyObject *current_scope(Hub *hub)
 {
     PyObject *state = current_state(hub);
-    PyObject *scope = state ? PyObject_GetAttr(state, n_cancel_scope) : NULL;
+    PyObject *scope = state ? slot_get(hub, state, CANCEL_SCOPE) : NULL;
     Py_XDECREF(state);
     return scope;
 }
@@ -307,9 +307,9 @@ static bool is_in_cancelled_scope(Hub *hub)
 {
     bool cancelled = false;
     PyObject *scope = current_scope(hub);
-    while (scope && scope != Py_None && !(cancelled = native_is_true(scope, n__cancel_called)) &&
-           !native_is_true(scope, n__shield)) {
-        PyObject *outer = PyObject_GetAttr(scope, n__parent_scope);
+    while (scope && scope != Py_None && !(cancelled = slot_is_true(hub, scope, CANCEL_CALLED)) &&
+           !slot_is_true(hub, scope, SHIELD)) {
+        PyObject *outer = slot_get(hub, scope, PARENT_SCOPE);
         Py_DECREF(scope);
         scope = outer;
     }
@@ -320,10 +320,10 @@ static bool is_in_cancelled_scope(Hub *hub)
 /* As trio.lowlevel.checkpoint_if_cancelled() has it. */
 static bool is_cancelled_on_trio(Hub *hub)
 {
-    PyObject *task = hub_current_task(hub);
-    PyObject *status = task ? trio_get(hub, task, CANCEL_STATUS) : NULL;
-    bool cancelled = !status || native_is_true(status, n_effectively_cancelled) ||
-                     native_is_true(hub->runner, n_ki_pending); /* perhaps not for this task */
+    PyObject *task = hub->stepping ? Py_NewRef(hub->stepping->task) : hub_current_task(hub);
+    PyObject *status = task ? slot_get(hub, task, CANCEL_STATUS) : NULL;
+    bool cancelled = !status || slot_is_true(hub, status, EFFECTIVELY_CANCELLED) ||
+                     slot_is_true(hub, hub->runner, KI_PENDING); /* perhaps not for this task */
     if (!cancelled)
         trio_count_point(hub, task, CANCEL_POINTS);
     Py_XDECREF(task);
@@ -336,8 +336,7 @@ static bool is_cancelled_on_trio(Hub *hub)
  * known to be (_loop/asyncio_hub.py, trio_hub.py). */
 bool send_may_be_cancelled(Hub *hub)
 {
-    PyObject *known = hub->trio ? hub->task_slots : hub->states;
-    if (!known || known == Py_None)
+    if (!hub->slots || hub->slots == Py_None)
         return true;
     bool cancelled = hub->trio ? is_cancelled_on_trio(hub) : is_in_cancelled_scope(hub);
     if (PyErr_Occurred()) {

@@ -598,6 +598,7 @@ async def test_an_exception_of_a_signal_handler_is_the_handlers(direct: bool, wh
         "_cancel_points",
         "_cancel_status",
         "effectively_cancelled",
+        "ki_pending",
         "current task",
         "abort_func",
         "unprotected",
@@ -622,6 +623,8 @@ async def test_without_the_inside_of_trio_tasks_resume(
             patch.setattr(type(task), missing, property(lambda _: None))
         elif missing == "effectively_cancelled":
             patch.setattr(type(task._cancel_status), missing, None)
+        elif missing == "ki_pending":
+            patch.setattr(type(task._runner), missing, False)
         elif missing == "current task":
             patch.setattr(GLOBAL_RUN_CONTEXT, "task", None)
             patch.setattr(trio.lowlevel, "current_task", lambda: task)
@@ -631,6 +634,22 @@ async def test_without_the_inside_of_trio_tasks_resume(
             patch.setattr(trio_hub, "_unprotected", lambda step: step())
         inside = trio_hub._inside_of_trio()
     assert inside is None
+
+
+async def test_without_a_way_to_enter_contexts_tasks_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_native, "CAN_ENTER_CONTEXTS", False)
+    drives: list[bool] = []
+
+    async def handler(conn: Connection) -> None:
+        drives.append(any(type(o) is _native.Drive for o in gc.get_objects()))
+        await conn.send(await conn.next(1))
+
+    async with one(handler) as sock:
+        await send_all(sock, b"x")
+        assert await read(sock, 1) == b"x"
+    assert drives == [False]
 
 
 # --- what others see of it ------------------------------------------------------------------------

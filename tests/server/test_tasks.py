@@ -314,6 +314,9 @@ async def test_an_anyio_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(backend, "TaskState", lambda parent: None)
     assert asyncio_hub._register_of_tasks() is None
     monkeypatch.undo()
+    monkeypatch.setattr(backend.CancelScope, "_shield", False)
+    assert asyncio_hub._register_of_tasks() is None
+    monkeypatch.undo()
     assert asyncio_hub._register_of_tasks() is not None
 
 

@@ -1,0 +1,192 @@
+"""Handlers that have input at once go on one after another, in one call of the hub's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trio
+from peers import holds, is_waiting, opened, settle
+
+from anypoll import Connection, _native
+from anypoll._loop import asyncio_hub
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
+
+on_asyncio = pytest.mark.loops("asyncio", "uvloop")
+on_trio = pytest.mark.loops("trio")
+COUNT = 8
+
+
+@asynccontextmanager
+async def connections(
+    count: int = COUNT,
+) -> AsyncIterator[tuple[list[Connection], list[socket.socket]]]:
+    async with AsyncExitStack() as stack:
+        pairs = [await stack.enter_async_context(opened()) for _ in range(count)]
+        yield [conn for conn, _ in pairs], [peer for _, peer in pairs]
+
+
+async def driven(conn: Connection, handler: Callable[[], Any]) -> None:
+    await _native.Drive(conn._core.hub, handler())
+
+
+async def all_wait(conns: list[Connection]) -> None:
+    await holds(lambda: all(map(is_waiting, conns)))
+    await settle()
+
+
+@on_asyncio
+async def test_each_is_the_current_task_in_its_turn() -> None:
+    """Beside tasks that are resumed in the same turn, and in a call of dispatch() within one. None
+    is current afterwards.
+    """
+    seen: list[bool] = []
+    after: list[object] = []
+
+    async def handler(conn: Connection, n: int) -> None:
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for turn in range(3):
+            await conn.next(1)
+            seen.append(asyncio.current_task() is task)
+            if n == turn:
+                conn._core.hub.dispatch()
+                seen.append(asyncio.current_task() is task)
+            if n == 2:
+                await anyio.lowlevel.checkpoint()
+            if n == COUNT - 1:
+                loop.call_soon(lambda: after.append(asyncio.current_task()))
+
+    async with connections() as (conns, peers), anyio.create_task_group() as group:
+        for n, conn in enumerate(conns):
+            if n % 3 == 1:
+                group.start_soon(handler, conn, n)
+            else:
+                group.start_soon(driven, conn, lambda n=n, conn=conn: handler(conn, n))
+        for turn in range(3):
+            await all_wait(conns)
+            for peer in peers:
+                peer.send(b"x")
+            await holds(lambda: len(after) == turn + 1)  # noqa: B023
+    assert seen == [True] * (3 * COUNT + 3)
+    assert after == [None] * 3
+
+
+@on_asyncio
+async def test_without_the_dict_of_current_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is entered and left by asyncio's functions."""
+    monkeypatch.setattr(asyncio_hub, "_dict_of_current_tasks", lambda _: None)
+    await test_each_is_the_current_task_in_its_turn()
+
+
+@on_trio
+async def test_one_frame_serves_those_that_are_not_protected() -> None:
+    """From KeyboardInterrupt, as Trio's system tasks are. One that cancels itself, and one that
+    waits for something else, do not spoil it for those that follow.
+    """
+    seen: dict[int, bool] = {}
+    ends: list[int] = []
+    frames = 0
+
+    def counted(step: Callable[[], Any]) -> Any:
+        nonlocal frames
+        frames += 1
+        return original(step)
+
+    async def handler(conn: Connection, n: int) -> None:
+        await conn.next(1)
+        seen[n] = trio.lowlevel.currently_ki_protected()
+        if n == 2:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await conn.next(1)
+            assert scope.cancelled_caught
+        if n == 5:
+            await trio.sleep(0)
+        ends.append(n)
+
+    async with connections() as (conns, peers), trio.open_nursery() as nursery:
+        for n, conn in enumerate(conns):
+            start = trio.lowlevel.spawn_system_task if n == 3 else nursery.start_soon
+            start(driven, conn, lambda n=n, conn=conn: handler(conn, n))
+        await all_wait(conns)
+        hub: Any = conns[0]._core.hub
+        original, hub._unprotected = hub._unprotected, counted
+        for peer in peers:
+            peer.send(b"x")
+        await holds(lambda: len(ends) == COUNT)
+        hub._unprotected = original
+    assert seen == {n: n == 3 for n in range(COUNT)}
+    if hub.loan is not None:
+        assert frames < COUNT
+
+
+@on_trio
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_an_exception_of_a_signal_handler_stops_none_of_them(when: str) -> None:
+    """Trio's handler raises it in the frame: it is of the first, or of the last."""
+    end = KeyboardInterrupt()
+    seen: list[int] = []
+    interrupted: list[BaseException] = []
+
+    def frame(step: Callable[[], Any]) -> None:
+        hub._unprotected = original
+        if when == "after":
+            step()
+        raise end
+
+    async def handler(conn: Connection, n: int) -> None:
+        for _ in range(2):
+            try:
+                await conn.next(1)
+                seen.append(n)
+            except KeyboardInterrupt as exc:
+                interrupted.append(exc)
+
+    async with connections() as (conns, peers), trio.open_nursery() as nursery:
+        for n, conn in enumerate(conns):
+            nursery.start_soon(driven, conn, lambda n=n, conn=conn: handler(conn, n))
+        await all_wait(conns)
+        hub: Any = conns[0]._core.hub
+        original, hub._unprotected = hub._unprotected, frame
+        for peer in peers:
+            peer.send(b"x")
+        await holds(lambda: interrupted and len(seen) >= COUNT)
+        for peer in peers:
+            peer.send(b"x")
+    assert interrupted == [end]
+    assert len(seen) == 2 * COUNT - 1
+
+
+@on_trio
+async def test_one_that_is_cancelled_while_it_runs_is_cancelled_when_it_waits() -> None:
+    """By itself, and by the one before it in the same turn."""
+    scopes: dict[int, trio.CancelScope] = {}
+    ends: list[tuple[int, bool]] = []
+
+    async def handler(conn: Connection, n: int) -> None:
+        with trio.CancelScope() as scopes[n]:
+            await conn.next(1)
+            if n % 2:
+                scopes[n].cancel()
+            else:
+                scopes[n + 1].cancel()
+            await conn.next(100)
+        ends.append((n, scopes[n].cancelled_caught))
+
+    async with connections() as (conns, peers), trio.open_nursery() as nursery:
+        for n, conn in enumerate(conns):
+            nursery.start_soon(driven, conn, lambda n=n, conn=conn: handler(conn, n))
+        await all_wait(conns)
+        for peer in peers:
+            peer.send(b"x")
+        await holds(lambda: len(ends) == COUNT / 2)
+        nursery.cancel_scope.cancel()
+    assert {n for n, caught in ends if caught} == {1, 3, 5, 7}
