@@ -11,6 +11,8 @@
  *
  * Each callback is a round. A handler is listed for the round that is asked for next, so one that
  * rests again within a round is not resumed twice in it. What exceeds a turn goes on in the next.
+ * While a round is asked for, the next one is not: it is when that has begun. Otherwise the
+ * handlers would spread over ever more rounds, each with a callback of its own.
  *
  * A round in which the loop would run nothing else need not be asked for: if its queue can be seen,
  * and is empty, the next one begins within the same callback. That happens a few times only, or
@@ -102,7 +104,8 @@ static int ask(Hub *hub)
  * nobody else would ask for those that rest. One callback too many finds nothing to do. */
 int hub_ask_for_round(Hub *hub)
 {
-    if (!hub->round_due || ask(hub) == 0)
+    bool will_ask = hub->rounds_begun != hub->rounds_asked; /* the one that is to come */
+    if (!hub->round_due || will_ask || ask(hub) == 0)
         return 0;
     PyObject *exception = native_take_exception();
     if (ask(hub) < 0)

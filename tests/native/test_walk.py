@@ -12,7 +12,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
-from peers import holds, is_waiting, opened, settle
+from peers import holds, is_waiting, opened, settle, within
 
 from anypoll import Connection, _native
 from anypoll._loop import asyncio_hub
@@ -190,3 +190,43 @@ async def test_one_that_is_cancelled_while_it_runs_is_cancelled_when_it_waits() 
         await holds(lambda: len(ends) == COUNT / 2)
         nursery.cancel_scope.cancel()
     assert {n for n, caught in ends if caught} == {1, 3, 5, 7}
+
+
+@on_asyncio
+async def test_rounds_do_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers that rest one after another, each stepped by its own task, share the next callbacks:
+    there is one at a time.
+    """
+    begin = anyio.Event()
+    run = 0
+
+    async def handler(conn: Connection) -> None:
+        await begin.wait()
+        for _ in range(20):
+            await conn.send(b"!")
+            await asyncio.sleep(0)  # its task steps it again
+
+    async with connections() as (conns, peers), anyio.create_task_group() as group:
+        hub: Any = conns[0]._core.hub
+        original, hub._queue = hub._queue, None  # as uvloop has it
+
+        def counted(self: Any, unused: None) -> bool:
+            nonlocal run
+            run += 1
+            return _native.Hub._resume_rested(self, unused)
+
+        monkeypatch.setattr(type(hub), "_resume_rested", counted, raising=False)
+        for conn in conns:
+            group.start_soon(driven, conn, lambda conn=conn: handler(conn))
+        await settle()
+        begin.set()
+        await within(_drained(peers))
+        hub._queue = original
+    assert 20 <= run <= 3 * 20
+
+
+async def _drained(peers: list[socket.socket]) -> None:
+    for peer in peers:
+        for _ in range(20):
+            await anyio.wait_readable(peer)
+            assert peer.recv(1) == b"!"
