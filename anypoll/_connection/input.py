@@ -187,7 +187,7 @@ class Input(Output):
     def _max_bytes(self, value: SupportsIndex) -> int:
         return positive(value, "max_bytes")
 
-    async def _checkpoint_and_raise(self, exc: Exception) -> NoReturn:
+    async def _checkpoint_and_raise(self, exc: Exception | type[Exception]) -> NoReturn:
         try:
             await self.hub.checkpoint()
             raise exc

@@ -71,6 +71,8 @@ class Connection(_native.Stream, SocketSurface):
         connection: Any = open_socket(sock)
         return connection  # type: ignore[no-any-return]
 
+    _next_message = SocketSurface.__anext__
+
     def __repr__(self) -> str:
         state = "closed" if self._core.closed else f"fd={self.fileno()}"
         return f"<anypoll.{type(self).__name__} {state}>"

@@ -170,6 +170,7 @@ struct Operation {
         state, step;
     uint8_t flags;      /* AP_SCATTER; of FLUSH: CLAIMED */
     bool suspended;     /* it has waited, or yielded */
+    bool iterates;      /* RECEIVE: the end of the stream is that of an iteration */
     bool reading;       /* it holds core->reading */
     bool writing;       /* it holds core->writing */
     Reader *reader;     /* NULL if it sends */
@@ -216,7 +217,7 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
     X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
     X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
-    X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_not_found) \
+    X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_next_message) X(_not_found) \
     X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
     X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
     X(abort_func) X(address) X(call_soon) X(cancel) X(cancelling) X(check) \

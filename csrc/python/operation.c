@@ -253,8 +253,9 @@ static PySendResult failed(Operation *op, PyObject **result)
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
     release(op);
+    PyObject *raised = op->iterates ? PyExc_StopAsyncIteration : value;
     op->inner =
-        PyObject_CallMethodObjArgs((PyObject *)op->core, n__checkpoint_and_raise, value, NULL);
+        PyObject_CallMethodObjArgs((PyObject *)op->core, n__checkpoint_and_raise, raised, NULL);
     Py_XDECREF(type);
     Py_XDECREF(value);
     Py_XDECREF(traceback);

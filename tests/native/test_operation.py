@@ -56,6 +56,38 @@ async def test_it_is_awaited_once() -> None:
         assert await conn.next(1) == b"b"
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix", "messages"])
+async def test_iteration_ends_with_the_stream(kind: str) -> None:
+    async with opened(kind) as (conn, peer):
+        assert conn.__aiter__() is conn
+        got: list[bytes] = []
+        for piece in (b"ab", b"cd"):
+            await send_all(peer, piece)
+            got.append(await conn.__anext__())
+        peer.close()
+        for _ in range(2):
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await conn.__anext__()
+                pytest.fail("the end is a checkpoint")
+            with pytest.raises(StopAsyncIteration) as caught:
+                await conn.__anext__()
+            assert caught.value.__cause__ is None
+            assert caught.value.__context__ is None or caught.value.__suppress_context__
+        assert [piece async for piece in conn] == []
+    assert got == [b"ab", b"cd"]
+    with pytest.raises(ClosedResourceError):
+        await conn.__anext__()
+
+
+async def test_iteration_takes_what_receive_would() -> None:
+    async with opened("tcp") as (conn, peer):
+        await arrive(conn, peer, b"x" * 70_000)
+        assert [len(await conn.__anext__()) for _ in range(2)] == [65536, 70_000 - 65536]
+        with pytest.warns(RuntimeWarning, match="'receive' was never awaited"):
+            conn.__anext__()
+
+
 @pytest.mark.parametrize("end", ["throw", "close", "throw a class"])
 async def test_it_can_be_ended_from_outside(end: str) -> None:
     """As whoever drives a coroutine by hand does; nothing is consumed, and the reader is free."""
