@@ -10,6 +10,7 @@ connection after that (another system task, an async generator's finaliser) find
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
@@ -17,6 +18,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from inspect import ismemberdescriptor
 from threading import get_ident
+from types import FrameType
 from typing import Any, NamedTuple
 
 import trio
@@ -124,6 +126,20 @@ def _queue_of_run() -> weakref.ref[Any] | None:
         return None
     queue = getattr(getattr(GLOBAL_RUN_CONTEXT, "runner", None), "runq", None)
     return weakref.ref(queue) if isinstance(queue, deque) else None
+
+
+def _frame_of_run() -> FrameType | None:
+    """The frame of Trio's loop, whose variable ``batch`` has those tasks of the current round that
+    have not run yet.
+    """
+    try:
+        from trio._core._run import unrolled_run  # noqa: PLC0415
+    except ImportError:
+        return None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not unrolled_run.__code__:
+        frame = frame.f_back
+    return frame if frame is not None and type(frame.f_locals.get("batch")) is list else None
 
 
 def _forget(hub: Hub, number: int, _raise_cancel: Any) -> Abort:
@@ -241,6 +257,7 @@ class TrioHub(Hub):
         inside = _inside_of_trio() or (None, None, None, None, None)
         self._tasks, self._runner, self._wait_trap, self._instruments, self._slots = inside
         self._queue = _queue_of_run()
+        self._frame = _frame_of_run()
         self._scope: trio.CancelScope | None = None  # of the task that drives
         trio.lowlevel.spawn_system_task(self._drain)
         if self._slots is not None:
@@ -261,6 +278,7 @@ class TrioHub(Hub):
             except BaseException as exc:  # noqa: BLE001
                 _end_run(exc)
             self._token = None  # the registry of hubs would keep both forever
+            self._frame = None
 
     async def _rest(self) -> None:
         """Resumes the handlers that have let the scheduler have a round (csrc/python/rest.c)."""

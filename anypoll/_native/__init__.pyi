@@ -62,6 +62,7 @@ class Hub:
     _instruments: dict[str, Any] | None
     _look: Any
     _queue: Any
+    _frame: Any
     _reschedule: Any
     _shielded: Any
     _slots: Any

@@ -466,6 +466,7 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(hub->reschedule);
     Py_VISIT(hub->value);
     Py_VISIT(hub->queue);
+    Py_VISIT(hub->frame);
     for (Core *core = hub->waiting; core; core = core->next) {
         Py_VISIT((PyObject *)core);
         Py_VISIT((PyObject *)core->waiting);
@@ -503,6 +504,7 @@ static int clear(PyObject *self)
     Py_CLEAR(hub->reschedule);
     Py_CLEAR(hub->value);
     Py_CLEAR(hub->queue);
+    Py_CLEAR(hub->frame);
     return 0;
 }
 
@@ -564,6 +566,7 @@ static PyMemberDef members[] = {
     {"_shielded", T_OBJECT, offsetof(Hub, shielded), 0, NULL},
     {"_reschedule", T_OBJECT, offsetof(Hub, reschedule), 0, NULL},
     {"_queue", T_OBJECT, offsetof(Hub, queue), 0, NULL},
+    {"_frame", T_OBJECT, offsetof(Hub, frame), 0, NULL},
     {"_value", T_OBJECT, offsetof(Hub, value), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };

@@ -134,6 +134,7 @@ struct Hub {
     size_t armed;     /* how many they are */
     bool crowded;     /* the last turn has left something to others that the loop runs */
     PyObject *queue;  /* a weak reference to what the loop will run at once; or None */
+    PyObject *frame;  /* of Trio's loop; or None */
 };
 
 typedef struct {
@@ -220,9 +221,9 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_next_message) X(_not_found) \
     X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
     X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
-    X(abort_func) X(address) X(call_soon) X(cancel) X(cancelling) X(check) \
+    X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
     X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
-    X(fill) X(fill_nowait) X(find) X(flush) X(join) X(receive) X(run) X(send) \
+    X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(receive) X(run) X(send) \
     X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 
@@ -383,6 +384,8 @@ int hub_ask_for_round(Hub *hub);
 void hub_go_round(Hub *hub, int turn, PyObject **left);
 /* How much the loop has to run at once; -1: it hides that. */
 Py_ssize_t hub_sees_queue(const Hub *hub);
+/* Whether it has nothing else to run, as far as that can be seen. */
+bool hub_is_alone(const Hub *hub);
 /* Nobody will be resumed by the hub any more: the tasks go on themselves. */
 void hub_stop_resting(Hub *hub);
 PyObject *hub_resume_rested(PyObject *self, PyObject *unused);

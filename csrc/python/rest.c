@@ -15,8 +15,9 @@
  * handlers would spread over ever more rounds, each with a callback of its own.
  *
  * A round in which the loop would run nothing else need not be asked for: if its queue can be seen,
- * and is empty, the next one begins within the same callback. That happens a few times only, or
- * what the loop has yet to find out, by its timers and descriptors, would wait for long.
+ * and is empty (on Trio also the batch that is under way), the next one begins within the same
+ * callback. That happens a few times only, or what the loop has yet to find out, by its timers and
+ * descriptors, would wait for long.
  *
  * A cancellation finds the handler when its round comes, as it finds a task at a checkpoint. On
  * Trio resting is shielded; receive() looks for a cancelled scope afterwards.
@@ -120,12 +121,10 @@ static bool is_due(const Hub *hub)
     return hub->resting && (int32_t)(hub->rounds_begun - hub->resting->round) >= 0;
 }
 
-/* Whether the round that is due may begin at once. Trio takes its queue as a whole: who is in it no
- * longer may not have run. */
+/* Whether the round that is due may begin at once. */
 static bool has_loop_to_itself(const Hub *hub)
 {
-    return hub->round_due && !hub->trio && hub->rounds_begun == hub->rounds_asked &&
-           hub_sees_queue(hub) == 0;
+    return hub->round_due && hub->rounds_begun == hub->rounds_asked && hub_is_alone(hub);
 }
 
 struct round {

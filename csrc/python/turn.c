@@ -29,6 +29,28 @@ Py_ssize_t hub_sees_queue(const Hub *hub)
     return queue != Py_None ? PySequence_Size(queue) : -1;
 }
 
+/* Trio takes its queue as a whole, and whom it has yet to step is in a variable of its loop alone.
+ */
+static bool batch_is_done(const Hub *hub)
+{
+    if (!hub->frame || hub->frame == Py_None)
+        return false;
+    PyObject *locals = PyObject_GetAttr(hub->frame, n_f_locals);
+    PyObject *batch = locals ? PyObject_GetItem(locals, n_batch) : NULL;
+    bool done = batch && PyList_Check(batch) && PyList_Size(batch) == 0;
+    if (locals && PyDict_CheckExact(locals)) /* a copy, which would keep tasks alive */
+        PyDict_Clear(locals);
+    Py_XDECREF(batch);
+    Py_XDECREF(locals);
+    PyErr_Clear();
+    return done;
+}
+
+bool hub_is_alone(const Hub *hub)
+{
+    return hub_sees_queue(hub) == 0 && (!hub->trio || batch_is_done(hub));
+}
+
 static int look_again(Hub *hub, ap_poller *poller, ap_token *tokens)
 {
     int n = ap_hub_look(hub->hub, poller, tokens, BATCH);

@@ -15,7 +15,7 @@ import trio
 from peers import holds, is_waiting, opened, settle, within
 
 from anypoll import Connection, _native
-from anypoll._loop import asyncio_hub
+from anypoll._loop import asyncio_hub, trio_hub
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("by_loops")]
 
@@ -223,6 +223,59 @@ async def test_rounds_do_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
         await within(_drained(peers))
         hub._queue = original
     assert 20 <= run <= 3 * 20
+
+
+@on_trio
+@pytest.mark.parametrize("case", ["alone", "busy", "unknown"])
+async def test_rounds_of_a_run_with_nothing_else_to_step(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few begin within one step of Trio's; but not while another task has its turn in each,
+    before ours or after, nor if that cannot be seen.
+    """
+    run = 0
+    if case == "unknown":
+        monkeypatch.setattr(trio_hub, "_frame_of_run", lambda: None)
+    over = trio.Event()
+
+    async def handler(conn: Connection) -> None:
+        for _ in range(80):
+            await conn.next(1)
+            await conn.send(b"!")
+        over.set()
+
+    async def busy() -> None:
+        while not over.is_set():
+            await trio.lowlevel.checkpoint()
+
+    def counted(self: Any, unused: None) -> bool:
+        nonlocal run
+        run += 1
+        return _native.Hub._resume_rested(self, unused)
+
+    async with connections(1) as ([conn], [peer]), trio.open_nursery() as nursery:
+        nursery.start_soon(driven, conn, lambda: handler(conn))
+        await all_wait([conn])
+        monkeypatch.setattr(type(conn._core.hub), "_resume_rested", counted, raising=False)
+        if case == "busy":
+            nursery.start_soon(busy)
+        peer.send(b"x" * 80)
+        await within(over.wait())
+    if case == "alone":
+        assert run <= 80 / 4
+    else:
+        assert run >= 70
+
+
+@on_trio
+async def test_a_run_whose_loop_is_not_as_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trio._core._run as run
+
+    assert trio_hub._frame_of_run() is not None
+    monkeypatch.setattr(run, "unrolled_run", trio.run)
+    assert trio_hub._frame_of_run() is None
+    monkeypatch.delattr(run, "unrolled_run")
+    assert trio_hub._frame_of_run() is None
 
 
 async def _drained(peers: list[socket.socket]) -> None:
