@@ -180,6 +180,14 @@ class Input(Output):
             _epoll.conn_disarm_read(self.handle)
             raise self._own(EndOfStream())
 
+    def _check_unread(self) -> None:
+        """Called if a call of request mode has left input unread.
+
+        :raises MessageTooLarge: if that is more than the limit for a single request
+        """
+        if (unread := self.buffered()) > self.limits.read_limit:
+            self.check_request(unread)
+
     def _stop_waiting(self) -> None:
         self.hub.readers.pop(self.number, None)
         _epoll.conn_disarm_read(self.handle)

@@ -4,10 +4,8 @@ A connection is in one of three states. *Idle*: the C side waits for input, the 
 connection, and nobody else may read. *Ready*: input has come, and the connection stands in the
 queue of its owner's workers. *Busy*: a worker runs the call, which may read and write as any task.
 
-Each step begins by asking the C side: is a call due, must the connection wait, or has the input
-ended? A call is due if anything is unread; but if the last call consumed nothing, only once more
-input has come than was there when that call began. So a call that consumes nothing is not repeated
-in a busy loop, and input that arrives while it runs is not missed.
+csrc/python/requests.c takes a connection through these: it asks the core whether a call is due, and
+makes the calls. Here is what happens seldom: the beginning, a replaced function, and the end.
 
 The owner of the connection (its server, its handler, or only the event loop) determines in which
 tasks calls run, and what happens when no more will come.
@@ -21,26 +19,20 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from anyio import ClosedResourceError, EndOfStream
-
-from .. import _epoll
-from .._buffers.chain import EMPTY
+from .. import _epoll, _native
 from .._buffers.errors import GRACEFUL, error_in, normal_end
-from .._buffers.reader import SHUT
-from .._epoll import EQUEUED, NEW_BLOCK
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
-from .endpoint import AGAIN
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from .._loop.hub import Hub
     from .core import Core
 
 logger = logging.getLogger("anypoll.connection")
 
 Function = Callable[[Any], Awaitable[Any]]
-
-_ARMED = frozenset({AGAIN, EQUEUED})
 
 
 class Owner(Protocol):
@@ -56,8 +48,9 @@ class Owner(Protocol):
     def cut(self) -> bool:
         """Whether no more calls begin, and a running call is its connection's last."""
 
-    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
-        """Calls ``function(conn)``."""
+    @property
+    def caller(self) -> Callable[[Any, Function], Awaitable[Any]] | None:
+        """Calls the function with the connection; ``None``: nothing else is to be done."""
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """No more calls will come: one has raised or was cancelled, the input has ended, or the
@@ -65,37 +58,16 @@ class Owner(Protocol):
         """
 
 
-class Requests:
+class Requests(_native.Requests):
     """Request mode of one connection; see the module."""
 
-    __slots__ = (
-        "_before",
-        "_conn",
-        "_core",
-        "_due",
-        "_fresh",
-        "_function",
-        "_over",
-        "_owner",
-        "carries",
-        "context",
-        "taskless",
-    )
+    __slots__ = ()
 
-    def __init__(self, conn: Any, core: Core, function: Function, owner: Owner) -> None:
-        self._conn = conn
-        self._core = core
-        self._function = function
-        self._owner = owner
-        self.context = owner.context or copy_context()
-        self._before: Function | None = None
-        self._fresh = True  # the unread input is new to the function
-        self._due = False  # as far as the C side knows, a call has begun
-        self._over = False
-        self.carries = False
-        """output of earlier calls is still pending"""
-        self.taskless = False
-        """request mode has begun, and no step is running"""
+    def __new__(cls, conn: Any, core: Core, function: Function, owner: Owner) -> Self:
+        context = owner.context or copy_context()
+        return super().__new__(
+            cls, conn, core, function, owner, owner.caller, context, owner.workers
+        )
 
     # --- plain functions, in the event loop's thread ---------------------------------------------
 
@@ -105,13 +77,11 @@ class Requests:
         self._before = before
         if before is None:
             try:
-                self._due = self._look()
+                if not self._look():
+                    return
             except Exception:  # noqa: BLE001, S110 -- it will be found again, in a task
                 pass
-            else:
-                if not self._due:
-                    return
-        self._owner.workers.submit(self)
+        self._submit()
 
     def replace(self, function: Function) -> None:
         """Calls this function from now on, also for input that an earlier one left unread."""
@@ -121,11 +91,6 @@ class Requests:
         if self._leave_idle():
             _epoll.conn_disarm_read(self._core.handle)
             self.start()
-
-    def on_input(self) -> None:
-        """Called by the hub when the wait is over."""
-        self._core._reading = False
-        self._owner.workers.submit(self)
 
     def on_draining(self) -> None:
         """The server is ending: a connection that waits with nothing unread ends now."""
@@ -140,12 +105,12 @@ class Requests:
             return
         hub = self._core.hub
         if hub.is_here():
-            self._owner.workers.submit(self)
-        elif not hub.spawn(self._submit):
+            self._submit()
+        elif not hub.spawn(self._submit_there):
             self.abandon()
 
-    async def _submit(self) -> None:
-        self._owner.workers.submit(self)
+    async def _submit_there(self) -> None:
+        self._submit()
 
     def stop(self) -> None:
         """Lets no further call start, and tells nobody."""
@@ -159,132 +124,31 @@ class Requests:
         self._core.close()
         self._core.release_callbacks()
 
-    @property
-    def idle(self) -> bool:
-        """Whether the connection waits for input, and no call is running or due."""
-        return self._core.number in self._core.hub.requests
+    # --- coroutines of a step --------------------------------------------------------------------
 
-    def _leave_idle(self) -> bool:
-        core = self._core
-        if core.hub.requests.pop(core.number, None) is None:
-            return False
-        core._reading = False
-        return True
+    async def _await(self, awaitable: Awaitable[Any]) -> None:
+        """A call that is no coroutine."""
+        await awaitable
 
-    def on_suspend(self) -> None:
-        """The call waits for something: earlier answers must not wait with it."""
-        core = self._core
-        if self.carries and not core.closed and not core._writing and core.writer._size:
-            core._send_pending()
+    async def _conclude(self, exc: BaseException | None) -> None:
+        """The end, after a call that raised the exception, or instead of one.
 
-    # --- one step --------------------------------------------------------------------------------
-
-    async def step(self) -> None:
-        """Does what is due now: makes a call, or ends."""
-        if self._over:
-            return
-        self.taskless = False
+        It is no frame of the exception's traceback that keeps it, or each end would leave a garbage
+        cycle that contains the connection.
+        """
+        error = None if exc is None else error_in(exc)
         try:
-            exc = await self._outcome()
-        except BaseException as e:
+            if error is not None:
+                self._send_carried()  # the owner decides
             self.stop()
+            if exc is None or error is not None:
+                await self._owner.conclude(self._conn, error)
+                return
             with cancellation_suppressed():  # it must not replace this outcome
-                await self._owner.conclude(self._conn, e)
-            raise
-        if exc is None and not self._owner.cut:
-            self.taskless = True
-        else:  # also after a call that suppressed its cancellation
-            self.stop()
-            try:
                 await self._owner.conclude(self._conn, exc)
-            finally:
-                exc = None  # from CPython 3.12 on, frames of its traceback lead back to this one
-
-    async def _outcome(self) -> Exception | None:
-        """The exception that :meth:`_call_if_due` raised. No frame in its traceback keeps it, or
-        each end would leave a garbage cycle that contains the connection.
-        """
-        try:
-            await self._call_if_due()
-        except BaseException as exc:
-            if error_in(exc) is None:
-                raise
-            self.on_suspend()
-            return error_in(exc)  # the owner decides
-        return None
-
-    async def _call_if_due(self) -> None:
-        """:raises Exception: if no call will ever be due, or the call raised it"""
-        if self._before is not None:
-            before, self._before = self._before, None
-            await before(self._conn)
-        if self._owner.cut:
-            return
-        if self._core.closed:
-            self._due = False
-        if not self._due and (self._over or not self._look()):
-            return
-        self._due = self._fresh = False
-        await self._owner.call(self._conn, self._function)
-        self.carries = False
-        if not self._over and not self._is_cut() and self._look():
-            self._due = True
-            self._owner.workers.submit(self)  # behind the jobs that are already ready
-
-    def _is_cut(self) -> bool:
-        return self._owner.cut
-
-    def _look(self) -> bool:
-        """Whether a call is due. If not, pending output is sent and the connection becomes idle; if
-        so, pending output goes along with the next answer, or when that call suspends.
-
-        :raises EndOfStream: if none will ever be due, because the peer has ended its side, or
-            because the server is ending and nothing is unread
-        :raises ClosedResourceError, BrokenResourceError, IdleTimeout: likewise
-        :raises MessageTooLarge: if the last call left more than ``read_limit`` unread
-        """
-        core = self._core
-        if core.closed:
-            if core._flushing:  # in another task's aclose(), which reports when all is sent
-                core.hub.requests[core.number] = self
-                return False
-            raise core._own(ClosedResourceError())
-        if core._reading:
-            raise RuntimeError("A request call has ended while another task reads its connection")
-        result = core._request(self._fresh)
-        if result in _ARMED:
-            self._become_idle()
-            return False
-        if result < 0:
-            raise core._ended(result)
-        self._open_window(result)
-        self.carries = core.writer._size > 0
-        return True
-
-    def _become_idle(self) -> None:
-        core, reader = self._core, self._core.reader
-        reader._view = EMPTY
-        reader._start, reader._end = 0, SHUT
-        if core.draining and not core.has_arrived():
-            _epoll.conn_disarm_read(core.handle)
-            raise core._own(EndOfStream())
-        core._reading = True
-        core.hub.requests[core.number] = self
-
-    def _open_window(self, result: int) -> None:
-        core, reader = self._core, self._core.reader
-        reader._budget = core.budget
-        if result == 0:  # the unread bytes were seen before, and may span several blocks
-            reader._end = SHUT
-            if (unread := core.buffered()) > core.limits.read_limit:
-                core.check_request(unread)
-            return
-        if core.number in core.hub.outputs:  # the first reader call lets it drain
-            reader._end = SHUT
-            return
-        if result & NEW_BLOCK:
-            core._show()
-        reader._end = result & (NEW_BLOCK - 1)
+            raise exc
+        finally:
+            exc = error = None
 
 
 class Unserved:
@@ -294,13 +158,10 @@ class Unserved:
 
     context = None
     cut = False
+    caller = None
 
     def __init__(self, hub: Hub) -> None:
         self.workers = Workers(hub, partial(hub.spawn, stoppable=True))
-
-    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
-        """See :class:`Owner`."""
-        return function(conn)
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """Drains the answers if all went well, and closes."""

@@ -14,7 +14,8 @@ The registries:
     suspended task's frame holds its connection, so a connection that a task waits on stays alive.
   - ``addressees`` holds listeners weakly, by the number that tokens carry. Connections are found
     by the index of their slot, in an array of the native base class.
-  - ``requests`` holds the idle connections in request mode, strongly: no task holds them.
+  - Connections in request mode that are idle are in a list of the native base class, which holds
+    them strongly: no task does.
   - ``outputs`` holds the objects whose memory a poller is still sending. It is a plain registry,
     not an attribute of the connection: objects in a garbage cycle are freed in arbitrary order,
     and the memory must outlive the C side's use of it.
@@ -62,13 +63,6 @@ class Addressee(Protocol):
         """The event loop has ended, and the C side has closed the descriptor."""
 
 
-class Request(Protocol):
-    """The waiter of an idle connection in request mode."""
-
-    def on_input(self) -> None:
-        """The wait is over. Must not run user code."""
-
-
 class Loan:
     """A poller that an event loop drives.
 
@@ -105,7 +99,6 @@ class Hub(_native.Hub, ABC):
         self.writers: dict[int, list[Any]] = {}
         self.addressees: dict[int, Callable[[], Addressee | None]] = {}  # weak references
         self.outputs: dict[int, list[Piece]] = {}
-        self.requests: dict[int, Request] = {}
         self.unserved: Any = None
 
     @abstractmethod
@@ -126,7 +119,7 @@ class Hub(_native.Hub, ABC):
     @property
     def can_resume_directly(self) -> bool:
         """Whether handlers can be resumed directly."""
-        return _native.CAN_ENTER_CONTEXTS
+        return True
 
     @abstractmethod
     def current_task(self) -> object:
@@ -257,8 +250,6 @@ class Hub(_native.Hub, ABC):
         waiter = self.readers.pop(number, None)
         if waiter is not None:
             self.wake(waiter)
-        elif (request := self.requests.pop(number, None)) is not None:
-            request.on_input()
 
     def dispatch_one(self, number: int, bits: int, value: int) -> None:
         if bits & MAIL_READ:
@@ -304,7 +295,6 @@ class Hub(_native.Hub, ABC):
                 except BaseException as exc:  # noqa: BLE001 -- of a close callback
                     left.append(exc)
         self.addressees.clear()
-        self.requests.clear()
         self._clear_waiting()
         self.readers.clear()
         self.writers.clear()

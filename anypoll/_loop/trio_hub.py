@@ -353,7 +353,7 @@ class TrioHub(Hub):
     @property
     def can_resume_directly(self) -> bool:
         """Whether handlers can be resumed directly."""
-        return super().can_resume_directly and self._slots is not None
+        return self._slots is not None
 
     def _drive_trap(self, drive: Any) -> Any:
         return _wait_trap(drive._abort)

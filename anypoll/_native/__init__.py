@@ -23,7 +23,6 @@ assert _spec is not None
 _types = module_from_spec(_spec)
 _spec.loader.exec_module(_types)
 
-CAN_ENTER_CONTEXTS = _types.CAN_ENTER_CONTEXTS
 Block = _types.Block
 Core = _types.Core
 Drive = _types.Drive
@@ -31,6 +30,8 @@ EMPTY = _types.EMPTY
 Hub = _types.Hub
 Operation = _types.Operation
 Reader = _types.Reader
+Requests = _types.Requests
 Stream = _types.Stream
+Workers = _types.Workers
 Writer = _types.Writer
 gather = _types.gather

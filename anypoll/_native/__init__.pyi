@@ -1,6 +1,7 @@
 # Type stub of the native types; csrc/python has the prose.
-from collections.abc import Coroutine, Generator
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any, Self, SupportsIndex
 
 from typing_extensions import Buffer
 
@@ -43,8 +44,6 @@ class Writer:
     _size: int
     def write(self, data: Buffer, /) -> int: ...
     def _take(self) -> list[bytes | memoryview]: ...
-
-CAN_ENTER_CONTEXTS: bool
 
 def gather(pieces: list[bytes | memoryview], most: int, /) -> list[bytes | memoryview]: ...
 
@@ -124,9 +123,45 @@ class Core:
     def receive(self, max_bytes: SupportsIndex, /) -> Coroutine[Any, Any, bytes]: ...
     def send(self, item: Buffer, /) -> Coroutine[Any, Any, None]: ...
     def _send(self, pieces: list[bytes | memoryview], /) -> int: ...
-    def _request(self, fresh: bool, /) -> int: ...
     def _send_pending(self) -> int: ...
     def _keep(self, pieces: list[bytes], left: int, /) -> None: ...
+
+class Workers:
+    hub: Any
+    _looking: int
+    _parked: int
+    _ready: bool
+    def __new__(
+        cls, hub: Hub, start: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool], /
+    ) -> Self: ...
+    def _worker(self, direct: bool, /) -> Drive: ...
+
+class Requests:
+    _before: Any
+    _conn: Any
+    _core: Any
+    _fresh: bool
+    _function: Any
+    _over: bool
+    _owner: Any
+    carries: bool
+    idle: bool
+    taskless: bool
+    def __new__(
+        cls,
+        conn: Any,
+        core: Core,
+        function: Any,
+        owner: Any,
+        caller: Any,
+        context: Context,
+        workers: Workers,
+        /,
+    ) -> Self: ...
+    def _leave_idle(self) -> bool: ...
+    def _look(self) -> bool: ...
+    def _send_carried(self) -> None: ...
+    def _submit(self) -> None: ...
 
 class Stream:
     _reader: Any

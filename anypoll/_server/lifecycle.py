@@ -90,6 +90,8 @@ class Lifecycle:
             or options.cancel_on_disconnect
         )
         """the handler is called at once, and nothing but its end ends it"""
+        own = options.ssl_context or options.cancel_on_disconnect
+        self.caller = self.call if own else None
 
     def statistics(self) -> ServerStatistics:
         """The current counters; works after the end too. Any thread."""
@@ -450,14 +452,11 @@ class Guests:
 
     context = None
     cut = False  # they end with the handler
+    caller = None
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
         self.workers = lifecycle.workers
-
-    def call(self, conn: Any, function: Function) -> Awaitable[Any]:
-        """See ``Owner``."""
-        return function(conn)
 
     async def conclude(self, conn: Any, exc: BaseException | None) -> None:
         """Closes the connection after an error. The end of input is left to the handler."""

@@ -99,7 +99,7 @@ static int show(Core *core)
     return 0;
 }
 
-static int open_window(Core *core, int64_t result)
+int core_open_window(Core *core, int64_t result)
 {
     if (result & NEW_BLOCK && show(core) < 0)
         return -1;
@@ -121,7 +121,7 @@ static int found(Core *core, Operation *op, int64_t result)
         raise_ended(core, end);
         return -1;
     }
-    return open_window(core, end);
+    return core_open_window(core, end);
 }
 
 /* ---- asking ---------------------------------------------------------------- */
@@ -158,7 +158,7 @@ static int answered(Core *core, Operation *op, int64_t result)
         return found(core, op, result);
     if (op->n == 0 || op->flags & AP_SCATTER)
         return 0;
-    return result ? open_window(core, result) : receive_straight(core, op);
+    return result ? core_open_window(core, result) : receive_straight(core, op);
 }
 
 int core_ended(Core *core, int64_t code)
@@ -227,7 +227,7 @@ static int take_along(Core *core, const char **data, Py_ssize_t *size)
     return core_send_pending(core, &left);
 }
 
-static bool is_armed(int64_t result)
+bool core_is_armed(int64_t result)
 {
     return result == -EAGAIN || result == AP_EQUEUED;
 }
@@ -235,7 +235,7 @@ static bool is_armed(int64_t result)
 /* The question has been answered: output went along only if it has to wait. */
 static int went_along(Core *core, int64_t result, Py_ssize_t size)
 {
-    if (!is_armed(result) || size == 0 || forget(core, result == AP_EQUEUED) == 0)
+    if (!core_is_armed(result) || size == 0 || forget(core, result == AP_EQUEUED) == 0)
         return 0;
     ap_conn_disarm_read(core->conn);
     return -1;
@@ -251,9 +251,24 @@ int core_ask(Core *core, Operation *op)
     int64_t result = ask(core, op, data, size);
     if (result >= 0)
         return answered(core, op, result);
-    if (!is_armed(result))
+    if (!core_is_armed(result))
         return refused(core, op, result);
     return went_along(core, result, size) < 0 ? -1 : arm(core, op);
+}
+
+int64_t core_request(Core *core, bool fresh)
+{
+    const char *data;
+    Py_ssize_t size;
+    if (core->closed || !core->conn) {
+        core_refuse(core);
+        return INT64_MIN;
+    }
+    if (take_along(core, &data, &size) < 0)
+        return INT64_MIN;
+    int64_t result =
+        ap_conn_request(core->conn, (uint32_t)core->reader->start, fresh, data, (size_t)size);
+    return went_along(core, result, size) < 0 ? INT64_MIN : result;
 }
 
 int core_begin(Core *core, Operation *op)
@@ -396,25 +411,6 @@ static PyObject *flush_claimed(PyObject *self, PyObject *unused)
     return send_new(FLUSH, (Core *)self, Py_None, CLAIMED);
 }
 
-static PyObject *request(PyObject *self, PyObject *fresh)
-{
-    Core *core = (Core *)self;
-    const char *data;
-    Py_ssize_t size;
-    int truth = PyObject_IsTrue(fresh);
-    if (truth < 0)
-        return NULL;
-    if (core->closed || !core->conn) {
-        core_refuse(core);
-        return NULL;
-    }
-    if (take_along(core, &data, &size) < 0)
-        return NULL;
-    int64_t result =
-        ap_conn_request(core->conn, (uint32_t)core->reader->start, truth, data, (size_t)size);
-    return went_along(core, result, size) < 0 ? NULL : PyLong_FromLongLong(result);
-}
-
 static PyObject *send_pending(PyObject *self, PyObject *unused)
 {
     int64_t left;
@@ -523,7 +519,6 @@ static PyMethodDef methods[] = {
     {"_send", send_pieces, METH_O,
      "Sends the pieces; returns the number of bytes queued, or a negative code."},
     {"_send_pending", send_pending, METH_NOARGS, "The same with what the writer has."},
-    {"_request", request, METH_O, "Asks for the next call of request mode; as ap_conn_request."},
     {"_keep", (PyCFunction)(void (*)(void))keep, METH_FASTCALL,
      "_keep($self, pieces, left, /)\n--\n\n"
      "Keeps the pieces that the core has queued (``left`` bytes) until it is done with them."},

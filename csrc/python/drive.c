@@ -13,6 +13,8 @@
  *   PARKED  | waits for an operation        | waits for the drive     | goes on   | resumes it
  *   RESTING | lets the loop have a round, | waits for the drive     | goes on   | resumes it
  *           | which the hub calls (rest.c)  |                         |           | in that
+ *   IDLE    | a worker's: there is none     | waits for the drive     | looks for | gives it
+ *           |                               |                         | a job     | a job
  *   LEAVING | has yielded something else,   | is about to run         | hands     | does
  *           | has ended, or is to be        |                         | that over | nothing
  *           | cancelled                     |                         |           |
@@ -24,6 +26,8 @@
  * handler runs in the name of the task, the drive is what the task seems to wait for; the
  * cancellation is kept, and made the task's own (cancel and uncancel: the request has been counted)
  * before anything else is handed to it.
+ *
+ * The drive of a worker (workers.c) has one coroutine after another, and ends only with its task.
  *
  * drive_asyncio.c and drive_trio.c have what differs between the loops.
  */
@@ -59,28 +63,41 @@ bool drive_takes_rests(Hub *hub)
     return hub->stepping && hub->can_rest;
 }
 
-void drive_stop_resting(Drive *drive)
+void drive_unlist(Drive *drive)
 {
     if (drive->state == D_RESTING)
         hub_end_rest(drive);
+    else if (drive->state == D_IDLE)
+        worker_unlist(drive);
+}
+
+void drive_leave(Drive *drive)
+{
+    drive_unlist(drive);
+    if (drive->pool && !drive->job)
+        workers_look_later(drive);
+    drive->state = D_LEAVING;
 }
 
 static PySendResult step_inner(Drive *drive, PyObject *value, PyObject **result)
 {
     Hub *hub = drive->hub;
     Drive *outer = hub->stepping;
-    PyObject *inner = Py_NewRef(drive->inner);
+    PyObject *inner = Py_XNewRef(drive->inner);
     drive->state = D_RUNNING;
     hub->stepping = drive;
-    PySendResult how = PyIter_Send(inner, value, result);
+    PySendResult how =
+        drive->pool ? worker_send(drive, value, result) : PyIter_Send(inner, value, result);
     hub->stepping = outer;
-    Py_DECREF(inner);
+    Py_XDECREF(inner);
     return how;
 }
 
 static PySendResult finish(Drive *drive, PySendResult how)
 {
     drive->state = D_OVER;
+    if (drive->pool)
+        worker_end(drive);
     Py_CLEAR(drive->inner);
     Py_CLEAR(drive->task);
     Py_CLEAR(drive->context);
@@ -114,18 +131,34 @@ static PySendResult throw_current(Drive *drive, PyObject **result)
     return how;
 }
 
+/* A worker has nothing to do. */
+static bool may_rest(Drive *drive, PySendResult how)
+{
+    return drive->pool && how == PYGEN_RETURN && worker_rest(drive);
+}
+
+/* What is returned at the end. */
+static PyObject *result_or_none(PyObject *result)
+{
+    return result ? result : Py_NewRef(Py_None);
+}
+
 /* The handler has been stepped by its task. */
 static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **result)
 {
-    if (how != PYGEN_NEXT)
-        return finish(drive, how);
-    if (!is_ours(drive, *result)) {
+    Hub *hub = drive->hub;
+    if (how == PYGEN_NEXT && !is_ours(drive, *result)) {
         drive->state = D_PASSING;
         return PYGEN_NEXT;
     }
-    Hub *hub = drive->hub;
-    park(drive, (Operation *)*result);
-    Py_CLEAR(*result);
+    if (how == PYGEN_NEXT) {
+        park(drive, (Operation *)*result);
+        Py_CLEAR(*result);
+    } else if (!may_rest(drive, how)) {
+        if (how == PYGEN_RETURN)
+            *result = result_or_none(*result);
+        return finish(drive, how);
+    }
     if (hub->depth == 0 && hub_ask_for_round(hub) < 0) /* within a callback of the hub it asks */
         return throw_current(drive, result);
     how = wait_for_drive(drive, result);
@@ -144,15 +177,21 @@ static void step(Drive *drive)
         Py_DECREF(result);
         return;
     }
+    if (may_rest(drive, how))
+        return;
     drive->state = D_LEAVING;
     drive->ended = how == PYGEN_RETURN;
-    drive->outcome = result;
+    drive->outcome = drive->ended ? result_or_none(result) : result;
     if (how == PYGEN_ERROR)
         drive->exception = native_take_exception();
 }
 
 bool drive_step_in(Drive *drive, PyObject *context)
 {
+    if (drive->pool) { /* its coroutine runs in the context of a job */
+        step(drive);
+        return true;
+    }
     if (enter_context(context) < 0)
         return false;
     step(drive);
@@ -185,11 +224,10 @@ void drive_walk(walk *walk)
 
 int drive_resume_soon(Drive *drive)
 {
-    if (drive->state != D_PARKED && drive->state != D_RESTING)
+    if (drive->state != D_PARKED && drive->state != D_RESTING && drive->state != D_IDLE)
         return 0;
     PyObject *self = Py_NewRef((PyObject *)drive);
-    drive_stop_resting(drive);
-    drive->state = D_LEAVING;
+    drive_leave(drive);
     int rc =
         drive->hub->trio ? drive_reschedule(drive) : future_wake_soon((Future *)drive, drive->hub);
     Py_DECREF(self);
@@ -210,7 +248,8 @@ static PySendResult begin(Drive *drive, PyObject **result)
     drive->task = hub_current_task(hub);
     if (!drive->task)
         return finish(drive, PYGEN_ERROR);
-    drive->is_protected = hub->trio && native_is_true(drive->task, n__ki_protected);
+    drive->is_protected =
+        hub->trio && !drive->by_task && native_is_true(drive->task, n__ki_protected);
     PySendResult how = step_inner(drive, Py_None, result);
     return stepped_by_task(drive, how, result);
 }
@@ -269,7 +308,7 @@ static PySendResult send(PyObject *self, PyObject *value, PyObject **result)
     Drive *drive = (Drive *)self;
     PySendResult how;
     *result = NULL;
-    drive_stop_resting(drive);
+    drive_unlist(drive);
     switch (drive->state) {
     case D_NEW: return begin(drive, result);
     case D_PARKED:
@@ -289,18 +328,18 @@ static PySendResult throw_in(Drive *drive, PyObject *const *args, Py_ssize_t n, 
     Hub *hub = drive->hub;
     Drive *outer = hub->stepping;
     PyObject *inner = Py_XNewRef(drive->inner);
+    drive_unlist(drive);
     if (!inner) {
-        drive->state = D_OVER;
         native_raise(args, n);
-        return PYGEN_ERROR;
+        return finish(drive, PYGEN_ERROR);
     }
-    drive_stop_resting(drive);
     drive->state = D_RUNNING;
     drive->cancelled = false;
     Py_CLEAR(drive->outcome);
     Py_CLEAR(drive->exception);
     hub->stepping = drive;
-    PySendResult how = native_throw(inner, args, n, result);
+    PySendResult how =
+        drive->pool ? worker_throw(drive, args, n, result) : native_throw(inner, args, n, result);
     hub->stepping = outer;
     Py_DECREF(inner);
     return stepped_by_task(drive, how, result);
@@ -331,12 +370,24 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
     return native_as_iterator(how, result);
 }
 
+static PyObject *close_worker(Drive *drive)
+{
+    drive->state = D_RUNNING;
+    int rc = worker_close(drive);
+    finish(drive, PYGEN_RETURN);
+    if (rc < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *close_method(PyObject *self, PyObject *unused)
 {
     Drive *drive = (Drive *)self;
     if (drive->state == D_RUNNING)
         return refuse_running();
-    drive_stop_resting(drive);
+    drive_unlist(drive);
+    if (drive->pool)
+        return close_worker(drive);
     PyObject *inner = drive->inner;
     drive->inner = NULL;
     drive->state = D_OVER;
@@ -362,7 +413,7 @@ static PyObject *make(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     drive->blocking = -1;
     drive->hub = (Hub *)Py_NewRef(hub);
-    drive->inner = Py_NewRef(inner);
+    drive->inner = inner == Py_None ? NULL : Py_NewRef(inner); /* a worker has none yet */
     return (PyObject *)drive;
 }
 
@@ -378,13 +429,16 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(drive->interrupt);
     Py_VISIT(drive->abort);
     Py_VISIT(drive->scopes);
+    Py_VISIT((PyObject *)drive->pool);
+    Py_VISIT((PyObject *)drive->job);
+    Py_VISIT(drive->job_context);
     return future_visit((Future *)drive, visit, arg);
 }
 
 static int clear(PyObject *self)
 {
     Drive *drive = (Drive *)self;
-    drive_stop_resting(drive);
+    drive_unlist(drive);
     drive->state = D_OVER;
     Py_CLEAR(drive->inner);
     Py_CLEAR(drive->task);
@@ -393,6 +447,11 @@ static int clear(PyObject *self)
     Py_CLEAR(drive->interrupt);
     Py_CLEAR(drive->abort);
     Py_CLEAR(drive->scopes);
+    if (drive->pool)
+        workers_stop_looking(drive);
+    Py_CLEAR(drive->pool);
+    Py_CLEAR(drive->job);
+    Py_CLEAR(drive->job_context);
     future_drop((Future *)drive);
     Py_CLEAR(drive->hub);
     return 0;
@@ -414,11 +473,12 @@ static PyObject *itself(PyObject *self)
 
 static PyObject *repr(PyObject *self)
 {
-    static const char *const STATE[] = {"new",   "running", "waiting", "resting",
-                                        "woken", "waiting", "over"};
+    static const char *const STATE[] = {"new",  "running", "waiting", "resting",
+                                        "idle", "woken",   "waiting", "over"};
     Drive *drive = (Drive *)self;
     if (!drive->inner)
-        return PyUnicode_FromString("<handler over>");
+        return PyUnicode_FromFormat(drive->pool ? "<worker %s>" : "<handler %s>",
+                                    STATE[drive->pool ? drive->state : D_OVER]);
     return PyUnicode_FromFormat("<handler %R %s>", drive->inner, STATE[drive->state]);
 }
 

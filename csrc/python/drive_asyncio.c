@@ -10,7 +10,7 @@
 
 static int cancel_parked(Drive *drive, PyObject *message)
 {
-    drive->state = D_LEAVING;
+    drive_leave(drive);
     drive->cancelled = true;
     replace(&drive->message, message);
     return future_wake_soon((Future *)drive, drive->hub);
@@ -48,7 +48,8 @@ static int after_step(Drive *drive)
 {
     if (drive->state == D_LEAVING)
         return future_wake((Future *)drive, drive->hub);
-    if (drive->state != D_PARKED || !take_must_cancel(drive))
+    bool waits = drive->state == D_PARKED || drive->state == D_IDLE;
+    if (!waits || !take_must_cancel(drive))
         return 0;
     PyObject *message = Py_NewRef(drive->message ? drive->message : Py_None);
     int rc = cancel_parked(drive, message);
@@ -114,7 +115,7 @@ static int check_current(Hub *hub, PyObject *task)
 int drive_resume_on_asyncio(Drive *drive)
 {
     Hub *hub = drive->hub;
-    if (!drive->wake || !drive->context)
+    if (drive->by_task || !drive->wake || !drive->context)
         return drive_resume_soon(drive);
     if (drive->must_cancel && take_must_cancel(drive)) { /* it came while the handler rested */
         drive->state = D_LEAVING;
@@ -148,7 +149,7 @@ PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssiz
                                   PyObject *names)
 {
     Drive *drive = (Drive *)self;
-    bool over = drive->state != D_PARKED && drive->state != D_RESTING;
+    bool over = drive->state != D_PARKED && drive->state != D_RESTING && drive->state != D_IDLE;
     return future_listen((Future *)drive, drive->hub, over, args, n, names);
 }
 
@@ -160,6 +161,7 @@ PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
         return NULL;
     switch (drive->state) {
     case D_PARKED:
+    case D_IDLE:
         if (cancel_parked(drive, message) < 0)
             return NULL;
         Py_RETURN_TRUE;

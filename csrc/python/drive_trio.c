@@ -97,7 +97,7 @@ static int left_to_trio(Drive *drive)
 {
     if (drive->state == D_RESTING)
         return wait_again(drive);
-    if (drive->state == D_PARKED)
+    if (drive->state == D_PARKED || drive->state == D_IDLE)
         return wait_again(drive) < 0 ? -1 : deliver_cancellation(drive);
     if (drive->state != D_LEAVING)
         return 0;
@@ -120,7 +120,7 @@ static int interrupted(Drive *drive)
         Py_CLEAR(drive->outcome);
         replace(&drive->exception, exception);
     } else {
-        drive_stop_resting(drive);
+        drive_unlist(drive);
         drive->state = D_LEAVING;
         Py_CLEAR(drive->outcome);
         replace(&drive->interrupt, exception);
@@ -154,9 +154,10 @@ static Drive *next_of(walk *walk)
     Drive *drive;
     while ((drive = walk->next(walk))) {
         bool watched = is_watched(walk->hub);
-        if (drive->state == D_PARKED && !watched)
+        bool by_task = drive->by_task || watched;
+        if (drive->state == D_PARKED && !by_task)
             break;
-        if (watched && drive_resume_soon(drive) < 0)
+        if (by_task && drive_resume_soon(drive) < 0)
             hub_keep_exception(walk->left);
         Py_DECREF((PyObject *)drive);
     }
@@ -177,7 +178,8 @@ static bool step(Drive *drive)
  * handler might raise. */
 static bool just_waits(Drive *drive)
 {
-    bool waits = drive->state == D_RESTING || (drive->state == D_PARKED && !is_cancelled(drive));
+    bool parked = drive->state == D_PARKED || drive->state == D_IDLE;
+    bool waits = drive->state == D_RESTING || (parked && !is_cancelled(drive));
     if (waits && wait_again(drive) == 0)
         return true;
     PyErr_Clear(); /* it is tried again */
@@ -251,6 +253,6 @@ PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
      * will go on by itself. */
     if (drive->state == D_RUNNING || drive->state == D_RESTING)
         return Py_NewRef(drive->hub->abort_failed);
-    drive->state = D_LEAVING; /* Trio reschedules the task: the hub comes too late */
+    drive_leave(drive); /* Trio reschedules the task: the hub comes too late */
     return Py_NewRef(drive->hub->abort_succeeded);
 }

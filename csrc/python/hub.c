@@ -215,20 +215,37 @@ int hub_raise_first(Hub *hub, PyObject *left)
     return none ? 0 : -1;
 }
 
+/* Its step is taken when all tokens have been told. */
+static bool make_ready(batch *b, Core *core)
+{
+    PyObject *found = core->requests;
+    bool in_request_mode = found && PyObject_TypeCheck(found, Requests_Type);
+    Requests *requests = in_request_mode ? hub_take_idle((Requests *)found) : NULL;
+    if (requests && requests_submit(requests) < 0)
+        hub_keep_exception(&b->left);
+    Py_XDECREF((PyObject *)requests);
+    return requests != NULL;
+}
+
+static void end_wait(batch *b, Core *core, ap_token *token)
+{
+    Operation *op = hub_take_wait(core);
+    if (op) {
+        /* of a failure the value is the error, not the window's end */
+        operation_ready(op, token->bits & AP_MAIL_FAILED ? 0 : token->value);
+        b->ready[b->ready_count++] = op;
+    }
+    if (op || make_ready(b, core))
+        token->bits &= ~(uint32_t)AP_MAIL_READ;
+}
+
 static void sort(batch *b, const ap_token *token)
 {
     ap_token rest = *token;
     b->trim |= (token->bits & AP_MAIL_TRIM) != 0;
-    if (token->bits & AP_MAIL_READ) {
-        Core *core = find(b->hub, token->id);
-        Operation *op = core ? hub_take_wait(core) : NULL;
-        if (op) {
-            /* of a failure the value is the error, not the window's end */
-            operation_ready(op, token->bits & AP_MAIL_FAILED ? 0 : token->value);
-            b->ready[b->ready_count++] = op;
-            rest.bits &= ~(uint32_t)AP_MAIL_READ;
-        }
-    }
+    Core *core = token->bits & AP_MAIL_READ ? find(b->hub, token->id) : NULL;
+    if (core)
+        end_wait(b, core, &rest);
     b->more |= (rest.bits & ~(uint32_t)(AP_MAIL_SENT | AP_MAIL_TRIM)) != 0;
     if (rest.bits)
         b->other[b->other_count++] = rest;
@@ -327,6 +344,9 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
         }
         n = ap_hub_take(hub->hub, tokens, BATCH);
     }
+    if (!nested)
+        workers_run_due(hub, &b.left);
+    hub->round_due |= hub->due != NULL;
     hub->depth--;
     if (b.trim) /* now that the wrappers of the blocks are gone */
         ap_hub_trim(hub->hub);
@@ -416,11 +436,18 @@ static PyObject *forget_waiting(PyObject *self, PyObject *number)
     Py_RETURN_NONE;
 }
 
+static void forget_idle(Hub *hub)
+{
+    while (hub->idle)
+        Py_DECREF((PyObject *)hub_take_idle(hub->idle));
+}
+
 static PyObject *clear_waiting(PyObject *self, PyObject *unused)
 {
     Hub *hub = (Hub *)self;
     while (hub->waiting)
         hub_forget_wait(hub->waiting);
+    forget_idle(hub);
     hub_stop_resting(hub);
     Py_RETURN_NONE;
 }
@@ -473,6 +500,10 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     }
     for (Drive *drive = hub->resting; drive; drive = drive->next)
         Py_VISIT((PyObject *)drive);
+    for (Requests *requests = hub->idle; requests; requests = requests->next)
+        Py_VISIT((PyObject *)requests);
+    for (Workers *pool = hub->due; pool; pool = pool->next_due)
+        Py_VISIT((PyObject *)pool);
     Py_VISIT(hub->rester);
     return 0;
 }
@@ -484,6 +515,9 @@ static int clear(PyObject *self)
         hub_forget_wait(hub->waiting);
     while (hub->resting)
         hub_end_rest(hub->resting);
+    forget_idle(hub);
+    for (Workers *pool; (pool = workers_take_due(hub));)
+        Py_DECREF((PyObject *)pool);
     Py_CLEAR(hub->rester);
     Py_CLEAR(hub->loop);
     Py_CLEAR(hub->outputs);

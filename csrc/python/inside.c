@@ -29,7 +29,10 @@ int inside_init(void)
     /* ISO C has no conversion from an object's pointer to a function's; POSIX has. */
     *(void **)&enter_context = dlsym(RTLD_DEFAULT, "PyContext_Enter");
     *(void **)&exit_context = dlsym(RTLD_DEFAULT, "PyContext_Exit");
-    return 0;
+    if (enter_context && exit_context)
+        return 0;
+    PyErr_SetString(PyExc_ImportError, "PyContext_Enter() is hidden");
+    return -1;
 }
 
 PyObject *slot_get(Hub *hub, PyObject *object, int slot)

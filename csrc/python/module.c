@@ -9,9 +9,10 @@ NAMES(DEFINE)
 
 PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidStateError;
 PyObject *running_loop, *enter_task, *leave_task, *empty_bytes, *empty_view, *usual_most;
+PyObject *coroutine_type;
 
 extern PyType_Spec Block_spec, Reader_spec, Writer_spec, Core_spec, Hub_spec, Stream_spec,
-    Operation_spec, Drive_spec;
+    Operation_spec, Drive_spec, Requests_spec, Workers_spec;
 
 static int intern_names(void)
 {
@@ -42,7 +43,8 @@ static int import_objects(void)
                    (InvalidStateError = from("asyncio", "InvalidStateError")) &&
                    (running_loop = from("asyncio", "_get_running_loop")) &&
                    (enter_task = from("asyncio.tasks", "_enter_task")) &&
-                   (leave_task = from("asyncio.tasks", "_leave_task"))
+                   (leave_task = from("asyncio.tasks", "_leave_task")) &&
+                   (coroutine_type = from("types", "CoroutineType"))
                ? 0
                : -1;
 }
@@ -74,9 +76,10 @@ static int execute(PyObject *module)
                    add_type(module, "Core", &Core_spec, &Core_Type) < 0 ||
                    add_type(module, "Stream", &Stream_spec, &Stream_Type) < 0 ||
                    add_type(module, "Operation", &Operation_spec, &Operation_Type) < 0 ||
-                   add_type(module, "Drive", &Drive_spec, &Drive_Type) < 0 || inside_init() < 0 ||
-                   PyModule_AddObjectRef(module, "CAN_ENTER_CONTEXTS",
-                                         enter_context && exit_context ? Py_True : Py_False) < 0
+                   add_type(module, "Drive", &Drive_spec, &Drive_Type) < 0 ||
+                   add_type(module, "Workers", &Workers_spec, &Workers_Type) < 0 ||
+                   add_type(module, "Requests", &Requests_spec, &Requests_Type) < 0 ||
+                   inside_init() < 0
                ? -1
                : 0;
 }

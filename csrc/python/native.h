@@ -21,6 +21,9 @@
  *   drive_asyncio.c                                 the same, if it is asyncio's task
  *   drive_trio.c                                    the same, if it is Trio's
  *   rest.c                                          handlers that let the loop have a round
+ *   workers.c        Workers    _loop.workers       drives that make the calls of request mode
+ *   worker.c                                        one of these, and its job
+ *   requests.c       Requests   _connection.requests   one connection in request mode
  *   inside.c                                        what is used of others' inside
  *   coroutine.c                                     what operations and drives share as coroutines
  *   future.c                                        and as futures, for asyncio
@@ -49,6 +52,8 @@
 typedef struct Core Core;
 typedef struct Reader Reader;
 typedef struct Operation Operation;
+typedef struct Requests Requests;
+typedef struct Workers Workers;
 
 typedef struct {
     PyObject_HEAD ap_block *block; /* a reference of the core's */
@@ -131,7 +136,9 @@ struct Hub {
     bool round_due;   /* those that rest now have not asked for theirs yet */
     PyObject *rester; /* Trio: the task that resumes them, while it waits; or None */
     Core *waiting;    /* those with an armed operation; the list holds both strongly */
-    size_t armed;     /* how many they are */
+    Requests *idle;   /* connections in request mode that wait; the list holds them strongly */
+    size_t armed;     /* how many wait, in both lists */
+    Workers *due;     /* look at their queues in the next round; the list holds them strongly */
     bool crowded;     /* the last turn has left something to others that the loop runs */
     PyObject *queue;  /* a weak reference to what the loop will run at once; or None */
     PyObject *frame;  /* of Trio's loop; or None */
@@ -187,7 +194,7 @@ struct Operation {
 
 /* ---- a handler and its task; drive.c has the table ------------------------ */
 
-enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_RESTING, D_LEAVING, D_PASSING, D_OVER };
+enum drive_state { D_NEW, D_RUNNING, D_PARKED, D_RESTING, D_IDLE, D_LEAVING, D_PASSING, D_OVER };
 
 struct Drive {
     FUTURE_HEAD
@@ -199,30 +206,70 @@ struct Drive {
     Hub *hub;
     PyObject *inner; /* the handler's coroutine */
     PyObject *task;
-    PyObject *outcome;   /* LEAVING: what the handler has yielded, or its result; or NULL */
-    PyObject *exception; /* LEAVING: what it has raised; or NULL */
-    PyObject *interrupt; /* LEAVING: what is to be thrown into it; or NULL */
-    PyObject *abort;     /* Trio: the method _abort, once it was needed */
-    PyObject *scopes;    /* asyncio: AnyIO's TaskState of the task, once it was needed */
-    Drive *prev, *next;  /* RESTING: in the hub's list */
-    uint32_t round;      /* RESTING: goes on in that one */
+    PyObject *outcome;     /* LEAVING: what the handler has yielded, or its result; or NULL */
+    PyObject *exception;   /* LEAVING: what it has raised; or NULL */
+    PyObject *interrupt;   /* LEAVING: what is to be thrown into it; or NULL */
+    PyObject *abort;       /* Trio: the method _abort, once it was needed */
+    PyObject *scopes;      /* asyncio: AnyIO's TaskState of the task, once it was needed */
+    Drive *prev, *next;    /* RESTING: in the hub's list; IDLE: in that of its workers */
+    uint32_t round;        /* RESTING: goes on in that one */
+    bool by_task;          /* is resumed by its task, always */
+    bool looking;          /* counts in pool->looking */
+    Workers *pool;         /* a worker: whose jobs it does, one after another; or NULL */
+    Requests *job;         /* whose step the coroutine is part of */
+    PyObject *job_context; /* that runs in it */
+};
+
+/* ---- request mode; requests.c has the table -------------------------------- */
+
+enum phase { P_BEGIN, P_BEFORE, P_CALL, P_END };
+
+struct Requests {
+    PyObject_HEAD Core *core;
+    PyObject *conn;     /* the argument of calls */
+    PyObject *function; /* what is called */
+    PyObject *before;   /* what a worker calls first of all; or NULL */
+    PyObject *owner;    /* decides what becomes of the connection */
+    PyObject *call;     /* of the owner: calls the function; or None */
+    PyObject *context;  /* steps run in copies of it */
+    Workers *pool;
+    Requests *next, *prev; /* in the hub's list of idle ones; next: in the queue of the pool */
+    uint8_t phase;
+    bool idle, queued;
+    char fresh;    /* the unread input is new to the function */
+    char due;      /* as far as the core knows, a call has begun */
+    char over;     /* no call will begin any more */
+    char carries;  /* output of earlier calls is still pending */
+    char taskless; /* it has begun, and no step is running */
+};
+
+struct Workers {
+    PyObject_HEAD Hub *hub;
+    PyObject *start;        /* starts a task that runs an async function; returns whether it can */
+    Requests *ready, *last; /* the queue; holds them strongly */
+    Drive *idle;            /* without a job; the list holds them strongly */
+    int parked;             /* how many they are */
+    int looking;    /* workers whose tasks will look at the queue, including those being started */
+    bool is_due;    /* in the hub's list */
+    bool is_walked; /* the hub will look at it again in this walk */
+    Workers *next_due;
 };
 
 extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Type, *Stream_Type,
-    *Operation_Type, *Drive_Type;
+    *Operation_Type, *Drive_Type, *Requests_Type, *Workers_Type;
 
 /* ---- names and objects of Python's ------------------------------------- */
 
 /* clang-format off */
 #define NAMES(X) \
-    X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_before_reading) \
-    X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_count) X(_drain) \
+    X(_abort) X(_as_bytes) X(_attempt_delivery_of_any_pending_cancel) X(_await) X(_before_reading) \
+    X(_check_unread) X(_checkpoint_and_raise) X(_close) X(_closed_error) X(_conclude) X(_count) X(_drain) \
     X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_next_message) X(_not_found) \
     X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
-    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_until_arguments) X(_write_error) \
-    X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
-    X(checkpoint) X(close) X(consume) X(context) X(dispatch_one) \
+    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_write_error) \
+    X(abandon) X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
+    X(checkpoint) X(close) X(consume) X(context) X(copy) X(cut) X(dispatch_one) \
     X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(receive) X(run) X(send) \
     X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
@@ -234,9 +281,10 @@ NAMES(DECLARE)
 extern PyObject *BusyResourceError, *EndOfStream, *CancelledError, *InvalidStateError;
 extern PyObject *running_loop, *enter_task, *leave_task; /* asyncio's C functions */
 extern PyObject *empty_bytes, *empty_view;
-extern PyObject *usual_most; /* of receive() */
+extern PyObject *coroutine_type; /* of `async def` functions */
+extern PyObject *usual_most;     /* of receive() */
 
-/* PyContext_Enter() and PyContext_Exit(), which the limited API lacks; or NULL. */
+/* PyContext_Enter() and PyContext_Exit(), which the limited API lacks. */
 extern int (*enter_context)(PyObject *context);
 extern int (*exit_context)(PyObject *context);
 
@@ -299,6 +347,12 @@ int64_t core_deadline(PyObject *timeout);
 /* Whether output of earlier calls is still Python's to keep. 1, 0, -1. */
 int core_owes(Core *core);
 int core_skip(Core *core, Operation *op);
+/* Asks for the next call of request mode, with the output that goes along; as ap_conn_request().
+ * INT64_MIN: an exception. */
+int64_t core_request(Core *core, bool fresh);
+bool core_is_armed(int64_t result);
+/* Opens the window as the core has answered. */
+int core_open_window(Core *core, int64_t result);
 void core_stop_waiting(Core *core);
 /* Methods; life.c. */
 PyObject *core_open(PyObject *self, PyObject *const *args, Py_ssize_t n);
@@ -393,6 +447,45 @@ PyObject *hub_resume_rested(PyObject *self, PyObject *unused);
 void hub_keep_exception(PyObject **left);
 /* Raises the first, if there is one; the list is given away. */
 int hub_raise_first(Hub *hub, PyObject *left);
+
+/* Lists the connection as idle, and unlists it; the latter returns the list's reference, or NULL.
+ */
+void hub_list_idle(Requests *requests);
+Requests *hub_take_idle(Requests *requests);
+
+/* What follows in the step of a connection, now that a coroutine of it has ended so: the next one.
+ * NULL: the step is over; or, with an exception, the worker is to end. */
+PyObject *requests_next(Requests *requests, PySendResult how);
+/* Puts it into the queue. */
+int requests_submit(Requests *requests);
+/* The call waits for something: earlier answers must not wait with it. */
+int requests_suspended(Requests *requests);
+
+/* Has somebody look at the queue, if there is need. */
+int workers_rouse(Workers *pool);
+/* Has workers look at the queues that are due, now. */
+void workers_run_due(Hub *hub, PyObject **left);
+/* Unlists one that is due; the caller inherits the list's reference. */
+Workers *workers_take_due(Hub *hub);
+/* No round will come any more: their tasks look. */
+void workers_leave_to_tasks(Hub *hub);
+/* The worker has been stepped, or begins. What its coroutine yields; RETURN: it has none, and there
+ * is nothing to do; ERROR: it is to end. */
+PySendResult worker_send(Drive *worker, PyObject *value, PyObject **result);
+PySendResult worker_throw(Drive *worker, PyObject *const *args, Py_ssize_t n, PyObject **result);
+/* Lists it as idle, if it is not to end instead. */
+bool worker_rest(Drive *worker);
+void worker_unlist(Drive *worker);
+/* The task is about to end, and others look at the queue. */
+void worker_end(Drive *worker);
+/* The task's coroutine is being closed. */
+int worker_close(Drive *worker);
+/* The worker's task will look at the queue; and: it will not any more. */
+void workers_look_later(Drive *worker);
+void workers_stop_looking(Drive *worker);
+/* The next job; the caller inherits the queue's reference. */
+Requests *workers_pop(Workers *pool);
+
 /* Whether an operation that only wants a round of the loop may be yielded itself. */
 bool drive_takes_rests(Hub *hub);
 
@@ -412,7 +505,10 @@ int drive_resume_soon(Drive *drive);
 /* In that context. Leaves in drive->state how it stands. False, with an exception: it has not run,
  * for the context is entered already. */
 bool drive_step_in(Drive *drive, PyObject *context);
-void drive_stop_resting(Drive *drive); /* if it does */
+/* Removes it from the list of those that rest, or are idle, if it is in one. */
+void drive_unlist(Drive *drive);
+/* It will be resumed by its task, whatever for. */
+void drive_leave(Drive *drive);
 int drive_resume_on_asyncio(Drive *drive);
 /* asyncio: no task is current any more, before another one runs. */
 int hub_leave_task(Hub *hub);

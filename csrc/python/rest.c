@@ -68,6 +68,7 @@ void hub_stop_resting(Hub *hub)
     while (hub->resting)
         if (drive_resume_soon(hub->resting) < 0)
             PyErr_Clear(); /* the loop is closed */
+    workers_leave_to_tasks(hub);
 }
 
 /* ---- rounds --------------------------------------------------------------------- */
@@ -150,8 +151,9 @@ static int begin_round(Hub *hub, int most, PyObject **left)
     hub->rounds_begun++;
     hub->depth++;
     drive_walk(&round.walk);
+    workers_run_due(hub, left);
     hub->depth--;
-    hub->round_due |= is_due(hub);
+    hub->round_due |= is_due(hub) || hub->due;
     return round.resumed;
 }
 

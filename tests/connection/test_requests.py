@@ -142,7 +142,7 @@ async def test_no_task_exists_per_idle_connection() -> None:
             for sock in socks:
                 sock.close()
         await ends(server, "eof", 100)
-        assert tasks() == counted[0]
+        assert tasks() < counted[0] + 16  # workers that have shared the ends park
 
 
 async def test_it_may_wait_for_more_through_the_reader() -> None:

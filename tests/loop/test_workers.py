@@ -15,13 +15,17 @@ import anyio.lowlevel
 import pytest
 from peers import holds
 
+import anypoll
+from anypoll._connection.requests import Requests
 from anypoll._loop import runtime as _runtime
-from anypoll._loop.workers import _PARKED, Workers
+from anypoll._loop.workers import Workers
 
 pytestmark = pytest.mark.anyio
 
 on_asyncio = pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
 Function = Callable[[], Awaitable[Any]]
+
+PARKED = 16  # idle workers are kept, at most (csrc/python/workers.c)
 
 
 async def until(condition: Callable[..., object], *args: Any) -> None:
@@ -30,28 +34,33 @@ async def until(condition: Callable[..., object], *args: Any) -> None:
 
 
 class Step:
-    """A job that counts what becomes of it."""
+    """A step of a connection in request mode, whose owner this is. It counts what becomes of it."""
 
-    def __init__(self, function: Function, context: contextvars.Context | None = None) -> None:
-        self._function = function
+    cut = False
+    caller = None
+
+    def __init__(
+        self, workers: Workers, function: Function, context: contextvars.Context | None = None
+    ) -> None:
+        self.workers = workers
         self.context = context or contextvars.Context()
-        self.begun = self.ended = self.suspended = self.abandoned = 0
+        self._function = function
+        self.begun = self.ended = 0
         self.failure: BaseException | None = None
+        self.conn, self._peer = anypoll.socketpair()
+        core = self.conn._core
+        core.requests = Requests(self.conn, core, nothing, self)
 
-    async def step(self) -> None:
+    def submit(self) -> None:
+        self.conn._core.requests.start(self._begin)
+
+    async def _begin(self, _conn: Any) -> None:
         self.begun += 1
-        try:
-            await self._function()
-        except BaseException as exc:
-            self.failure = exc
-            raise
+        await self._function()
         self.ended += 1
 
-    def on_suspend(self) -> None:
-        self.suspended += 1
-
-    def abandon(self) -> None:
-        self.abandoned += 1
+    async def conclude(self, _conn: Any, exc: BaseException | None) -> None:
+        self.failure = exc
 
 
 class Team:
@@ -67,16 +76,21 @@ class Team:
         self._group.start_soon(function)
         return True
 
+    def submit(self, function: Function, context: contextvars.Context | None = None) -> Step:
+        step = Step(self.workers, function, context)
+        step.submit()
+        return step
+
     @property
     def parked(self) -> int:
-        return len(self.workers._parked)
+        return self.workers._parked
 
     @property
     def at_rest(self) -> bool:
         return not self.workers._looking and not self.workers._ready
 
 
-async def nothing() -> None:
+async def nothing(*_: Any) -> None:
     pass
 
 
@@ -90,7 +104,7 @@ async def test_short_jobs_are_done_by_one_worker_in_order() -> None:
         team = Team(group)
         for round_ in range(1, 4):
             for i in range(100):
-                team.workers.submit(Step(functools.partial(job, i)))
+                team.submit(functools.partial(job, i))
             assert len(done) == 100 * (round_ - 1)  # it is a plain function
             await until(lambda r: len(done) == 100 * r, round_)
         assert done == list(range(100)) * 3
@@ -104,48 +118,34 @@ async def test_a_job_that_waits_holds_up_nobody() -> None:
     go_on = anyio.Event()
     async with anyio.create_task_group() as group:
         team = Team(group)
-        slow = [Step(go_on.wait) for _ in range(30)]
-        quick = [Step(nothing) for _ in range(30)]
-        for one, other in zip(slow, quick, strict=True):
-            team.workers.submit(one)
-            team.workers.submit(other)
+        slow, quick = [], []
+        for _ in range(30):
+            slow.append(team.submit(go_on.wait))
+            quick.append(team.submit(nothing))
         await holds(lambda: all(step.begun for step in slow) and all(step.ended for step in quick))
-        assert all(step.suspended == 1 for step in slow)
-        assert not any(step.suspended for step in quick)
+        assert not any(step.ended for step in slow)
         go_on.set()
         await holds(lambda: all(step.ended == 1 for step in slow))
-        await holds(lambda: team.parked == _PARKED)  # the others have ended
+        await holds(lambda: team.parked == PARKED)  # the others have ended
         assert team.at_rest
         group.cancel_scope.cancel()
 
 
-async def test_other_tasks_get_their_turn() -> None:
-    async with anyio.create_task_group() as group:
-        team = Team(group)
-        turns = 0
-
-        async def again() -> None:
-            if turns < 20:
-                team.workers.submit(step)
-
-        step = Step(again)
-        team.workers.submit(step)
-        while turns < 20:
-            await anyio.lowlevel.checkpoint()
-            turns += 1
-        await holds(lambda: team.parked == 1)
-        group.cancel_scope.cancel()
+class Fatal(BaseException):
+    """What ends the program."""
 
 
-async def test_what_a_job_raises_ends_its_worker_only() -> None:
+@pytest.mark.parametrize("error", [LookupError, Fatal])
+async def test_what_a_job_raises(error: type[BaseException]) -> None:
+    """The owner is told; and what ends the program ends the worker's task, and no other."""
     failures: list[BaseException] = []
 
     async def fail() -> None:
-        raise LookupError
+        raise error
 
     async def fail_later() -> None:
         await anyio.lowlevel.checkpoint()
-        raise LookupError
+        raise error
 
     async with anyio.create_task_group() as group:
 
@@ -153,20 +153,23 @@ async def test_what_a_job_raises_ends_its_worker_only() -> None:
             async def run() -> None:
                 try:
                     await function()
-                except LookupError as exc:
+                except Fatal as exc:
                     failures.append(exc)
 
             group.start_soon(run)
             return True
 
         workers = Workers(_runtime.current_hub(), start)
-        steps = [Step((fail, fail_later, nothing)[i % 3]) for i in range(30)]
+        steps = [Step(workers, (fail, fail_later, nothing)[i % 3]) for i in range(30)]
         for step in steps:
-            workers.submit(step)
-        await holds(lambda: all(step.begun == 1 for step in steps) and len(failures) == 20)
+            step.submit()
+        await holds(lambda: all(step.failure or step.ended for step in steps))
+        await holds(lambda: len(failures) == (20 if error is Fatal else 0))
         await holds(lambda: not workers._looking)
         group.cancel_scope.cancel()
+    assert all(step.begun == 1 for step in steps)
     assert all(step.ended == (i % 3 == 2) for i, step in enumerate(steps))
+    assert all(isinstance(step.failure, error) for step in steps if not step.ended)
 
 
 async def test_jobs_see_their_own_context() -> None:
@@ -187,7 +190,7 @@ async def test_jobs_see_their_own_context() -> None:
             context = contextvars.copy_context()
             context.run(variable.set, i)
             for _ in range(2):  # what is set is forgotten
-                team.workers.submit(Step(functools.partial(job, i), context))
+                team.submit(functools.partial(job, i), context)
         await holds(lambda: len(seen) == 200)
         group.cancel_scope.cancel()
     assert all(i == value for i, value in seen)
@@ -196,24 +199,22 @@ async def test_jobs_see_their_own_context() -> None:
 async def test_nobody_can_do_it() -> None:
     workers = Workers(_runtime.current_hub(), lambda _: False)
     for _ in range(3):
-        step = Step(nothing)
-        workers.submit(step)
-        assert (step.begun, step.abandoned) == (0, 1)
+        step = Step(workers, nothing)
+        step.submit()
+        assert step.begun == 0
+        assert step.conn._core.closed  # nothing would ever happen to it
+        assert not workers._ready
 
 
 async def test_the_scope_of_all_is_cancelled() -> None:
     """Those that wait see it, parked ones end, and what was not begun is begun and sees it."""
     async with anyio.create_task_group() as group:
         team = Team(group)
-        steps = [Step(anyio.sleep_forever) for _ in range(5)]
-        for step in steps:
-            team.workers.submit(step)
+        steps = [team.submit(anyio.sleep_forever) for _ in range(5)]
         await holds(lambda: all(step.begun for step in steps))
-        idle = Step(nothing)
-        team.workers.submit(idle)
+        team.submit(nothing)
         await holds(lambda: team.parked == 1)
-        late = Step(anyio.sleep_forever)
-        team.workers.submit(late)
+        late = team.submit(anyio.sleep_forever)
         group.cancel_scope.cancel()
     assert all(step.failure is not None and step.begun == 1 for step in [*steps, late])
     assert team.at_rest
@@ -248,14 +249,13 @@ async def test_a_worker_is_cancelled(first_job: str, order: str) -> None:
     parked worker may be woken already, or be cancelled and not have seen it yet.
     """
     team = Tasks()
-    first = Step(nothing if first_job == "ended" else anyio.sleep_forever)
-    team.workers.submit(first)
+    first = team.submit(nothing if first_job == "ended" else anyio.sleep_forever)
     await holds(lambda: team.parked == 1 if first_job == "ended" else first.begun)
-    steps = [Step(nothing) for _ in range(5)]
+    steps = [Step(team.workers, nothing) for _ in range(5)]
     for verb in order.split(", "):
         if verb == "submit":
             for step in steps:
-                team.workers.submit(step)
+                step.submit()
         elif verb == "cancel":
             team.tasks[0].cancel()
         else:
@@ -281,8 +281,7 @@ async def test_a_cancelled_step_is_in_no_cycle() -> None:
 
     async def cancelled() -> weakref.ref[Thing]:
         team, thing = Tasks(), Thing()
-        step = Step(functools.partial(hold, thing))
-        team.workers.submit(step)
+        step = team.submit(functools.partial(hold, thing))
         await holds(lambda: step.begun)
         await team.gone()
         step.failure = None

@@ -636,22 +636,6 @@ async def test_without_the_inside_of_trio_tasks_resume(
     assert inside is None
 
 
-async def test_without_a_way_to_enter_contexts_tasks_resume(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_native, "CAN_ENTER_CONTEXTS", False)
-    drives: list[bool] = []
-
-    async def handler(conn: Connection) -> None:
-        drives.append(any(type(o) is _native.Drive for o in gc.get_objects()))
-        await conn.send(await conn.next(1))
-
-    async with one(handler) as sock:
-        await send_all(sock, b"x")
-        assert await read(sock, 1) == b"x"
-    assert drives == [False]
-
-
 # --- what others see of it ------------------------------------------------------------------------
 
 
