@@ -345,14 +345,6 @@ def set_nodelay(fd: int) -> None:
     check(lib.ap_fd_nodelay(fd))
 
 
-def register(conns: Sequence[Conn]) -> list[int]:
-    """Has the connections watched; returns 0 or a negative errno for each."""
-    array = ffi.new("ap_conn *[]", conns)
-    results = ffi.new("int[]", len(conns))
-    lib.ap_conn_register(array, results, len(conns))
-    return list(results)
-
-
 def new_view() -> View:
     """A record for a call to fill."""
     view: View = ffi.new("ap_view *")

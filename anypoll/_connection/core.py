@@ -22,7 +22,7 @@ import anyio
 import anyio.lowlevel
 from anyio import BusyResourceError
 
-from .. import _epoll
+from .. import _epoll, _native
 from .._buffers.errors import os_error, stream_error
 from .._buffers.reader import SHUT
 from .._epoll import EIDLE, IS_IDLE_END, MAIL_FAILED, MAIL_GONE, MAIL_IDLE, MAIL_TRIM, conn_queued
@@ -41,7 +41,7 @@ class Core(Input):
 
         :raises OSError: ``ENOSPC``, ``ENOMEM``; the connection is closed then
         """
-        [result] = _epoll.register([self.handle])
+        [result] = _native.register([self])
         if result < 0:
             self.close()
             raise os_error(result)

@@ -355,8 +355,8 @@ class TrioHub(Hub):
         """Whether handlers can be resumed directly."""
         return self._slots is not None
 
-    def _drive_trap(self, drive: Any) -> Any:
-        return _wait_trap(drive._abort)
+    def _drive_trap(self, abort: Any) -> Any:
+        return _wait_trap(abort)
 
     def _trap(self, number: int) -> Any:
         return _wait_trap(partial(_forget, self, number))

@@ -35,3 +35,4 @@ Stream = _types.Stream
 Workers = _types.Workers
 Writer = _types.Writer
 gather = _types.gather
+register = _types.register

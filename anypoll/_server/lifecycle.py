@@ -33,7 +33,7 @@ from .._connection.stream import Connection, new_connection
 from .._loop import runtime
 from .._loop.callbacks import cancellation_suppressed
 from .._loop.workers import Workers
-from .._native import Drive
+from .._native import Drive, register
 from .._network.listener import SocketListener, nodelay_fd
 from .._tls.sessions import HandshakeError, TLSSessions
 from .disconnect import DisconnectHook, PeerGoneError
@@ -152,7 +152,7 @@ class Lifecycle:
             self._watch_all(ready)
 
     def _watch_all(self, ready: list[Connection]) -> None:
-        results = _epoll.register([connection._core.handle for connection in ready])
+        results = register([connection._core for connection in ready])
         for connection, result in zip(ready, results, strict=True):
             if result < 0:
                 logger.debug("A connection could not be watched: %s", os_error(result))

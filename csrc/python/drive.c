@@ -111,8 +111,7 @@ static PySendResult finish(Drive *drive, PySendResult how)
 static PySendResult wait_for_drive(Drive *drive, PyObject **result)
 {
     if (drive->hub->trio) {
-        *result = PyObject_CallMethodObjArgs((PyObject *)drive->hub, n__drive_trap,
-                                             (PyObject *)drive, NULL);
+        *result = drive_trap(drive);
         return *result ? PYGEN_NEXT : PYGEN_ERROR;
     }
     drive->blocking = 1;

@@ -57,14 +57,31 @@ static int block_trio_task(Drive *drive, PyObject *abort)
                : 0;
 }
 
+/* Borrowed. */
+static PyObject *abort_function(Drive *drive)
+{
+    if (!drive->abort)
+        drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
+    return drive->abort;
+}
+
+PyObject *drive_trap(Drive *drive)
+{
+    PyObject *abort = abort_function(drive), *type = drive->hub->wait_trap;
+    if (!abort)
+        return NULL;
+    return type && type != Py_None
+               ? PyObject_CallFunctionObjArgs(type, abort, NULL)
+               : PyObject_CallMethodObjArgs((PyObject *)drive->hub, n__drive_trap, abort, NULL);
+}
+
 /* As Trio does for its shielded checkpoint, or until the hub resumes it. */
 static int wait_again(Drive *drive)
 {
     if (drive->state == D_RESTING)
         return trio_count_point(drive->hub, drive->task, SCHEDULE_POINTS);
-    if (!drive->abort)
-        drive->abort = PyObject_GetAttr((PyObject *)drive, n__abort);
-    return drive->abort ? block_trio_task(drive, drive->abort) : -1;
+    PyObject *abort = abort_function(drive);
+    return abort ? block_trio_task(drive, abort) : -1;
 }
 
 /* ---- after a step ----------------------------------------------------------- */

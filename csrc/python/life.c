@@ -36,6 +36,40 @@ PyObject *core_open(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return PyLong_FromLong(0);
 }
 
+static PyObject *as_list(const int *results, Py_ssize_t n)
+{
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        PyObject *result = PyLong_FromLong(results[i]);
+        if (!result || PyList_SetItem(list, i, result) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* register(cores): 0 or a negative errno for each. */
+PyObject *core_register_all(PyObject *module, PyObject *cores)
+{
+    Py_ssize_t n = PyList_Check(cores) ? PyList_Size(cores) : -1;
+    ap_conn **conns = n < 0 ? NULL : PyMem_Calloc((size_t)n + 1, sizeof *conns);
+    int *results = n < 0 ? NULL : PyMem_Calloc((size_t)n + 1, sizeof *results);
+    bool right = conns && results;
+    for (Py_ssize_t i = 0; right && i < n; i++) {
+        PyObject *core = PyList_GetItem(cores, i);
+        right = PyObject_TypeCheck(core, Core_Type) && (conns[i] = ((Core *)core)->conn);
+    }
+    PyObject *list = NULL;
+    if (right && ap_conn_register(conns, results, (int)n) <= n)
+        list = as_list(results, n);
+    else if (n >= 0 && !(conns && results))
+        PyErr_NoMemory();
+    else
+        PyErr_SetString(PyExc_TypeError, "register() takes a list of open cores");
+    PyMem_Free(conns);
+    PyMem_Free(results);
+    return list;
+}
+
 static int shut_writer(Writer *writer)
 {
     if (writer->size > 0 || writer->reserved_size > 0) {

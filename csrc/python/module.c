@@ -100,6 +100,9 @@ static PyMethodDef methods[] = {
     {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL,
      "gather(pieces, most, /)\n--\n\n"
      "The pieces as a list, with small ``bytes`` joined into pieces of up to ``most`` bytes."},
+    {"register", core_register_all, METH_O,
+     "register(cores, /)\n--\n\n"
+     "Has the connections watched; returns 0 or a negative errno for each."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -360,6 +360,8 @@ PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *core_may_close(PyObject *self, PyObject *unused);
 PyObject *core_traffic(PyObject *self, PyObject *unused);
 PyObject *core_handle(PyObject *self, void *closure);
+/* A function. */
+PyObject *core_register_all(PyObject *module, PyObject *cores);
 
 /* Whether receive() takes what the core would have to give it piece by piece. */
 bool receive_may_go_straight(const Operation *op);
@@ -515,6 +517,8 @@ int hub_leave_task(Hub *hub);
 int drive_pass_on_cancellation(Drive *drive);
 int drive_reschedule(Drive *drive);
 int trio_count_point(Hub *hub, PyObject *task, int slot);
+/* What Trio's scheduler is given while the drive waits. */
+PyObject *drive_trap(Drive *drive);
 PyObject *drive_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                   PyObject *names);
 PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs);

@@ -27,7 +27,6 @@ from serving import connected
 import anypoll
 from anypoll import Connection, _native
 from anypoll._loop import asyncio_hub
-from anypoll._loop.trio_hub import TrioHub
 
 pytestmark = pytest.mark.anyio
 
@@ -976,21 +975,23 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("rests", [False, True])
 @pytest.mark.loops("trio")
 async def test_an_exception_before_the_task_waits_is_the_handlers(
-    rests: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
+    rests: bool, direct: bool
 ) -> None:
     """Making Trio's trap takes a frame of Python's, in which a signal handler may run."""
     if not direct:
         pytest.skip("there is no such moment")
     seen: list[str] = []
-    original = TrioHub._drive_trap
-
-    def interrupted(hub: TrioHub, drive: Any) -> Any:
-        monkeypatch.setattr(TrioHub, "_drive_trap", original)
-        raise Interrupted
 
     async def handler(conn: Connection) -> None:
         await anyio.sleep(0)  # from here on it is stepped by its task
-        monkeypatch.setattr(TrioHub, "_drive_trap", interrupted)
+        hub = conn._core.hub
+        original = hub._wait_trap
+
+        def interrupted(_abort: Any) -> Any:
+            hub._wait_trap = original
+            raise Interrupted
+
+        hub._wait_trap = interrupted
         try:
             await (conn.send(b"?") if rests else conn.next(1))
         except Interrupted:
