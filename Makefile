@@ -5,10 +5,12 @@ HOST   ?= 127.0.0.1
 PORT   ?= 6380
 # More options for pytest: make test-py ARGS="-k reader -x"
 ARGS   ?=
+# The interpreters for `make test-pythons`; if empty, all that are found.
+PYTHONS ?=
 # How many processes build and test at a time.
 JOBS   ?= $(shell nproc)
 
-export PYTHON CC JOBS
+export PYTHON PYTHONS CC JOBS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_NO_INPUT := 1
@@ -41,7 +43,7 @@ help:
 	@echo 'make test-everything  both, the sanitizers on all loops too'
 	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
 	@echo 'make soak-asan     the same with ASan+UBSan'
-	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here'
+	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here (PYTHONS=...)'
 	@echo 'make bench         a short comparison with others (ARGS="--help")'
 	@echo 'make bench-instructions  instructions per request, by valgrind, however busy the machine is'
 	@echo 'make bench-check   whether the committed ratios hold, in minutes'
