@@ -32,6 +32,15 @@ Main = Callable[[], Awaitable[Any]]
 # which is what programs.py does to one that does not end.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
+# A debug build of CPython has no warning filters of its own. Those programs are to print what they
+# print elsewhere; the last entry comes first.
+if hasattr(sys, "gettotalrefcount"):
+    os.environ.setdefault(
+        "PYTHONWARNINGS",
+        "ignore::ResourceWarning,ignore::ImportWarning,ignore::PendingDeprecationWarning,"
+        "ignore::DeprecationWarning,default::DeprecationWarning:__main__",
+    )
+
 try:
     import uvloop
 except ImportError:  # there is none yet for this interpreter
