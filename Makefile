@@ -43,6 +43,7 @@ help:
 	@echo 'make test-everything  both, the sanitizers on all loops too'
 	@echo 'make soak          minutes of churn on the three loops (SECONDS=180 SEED=...)'
 	@echo 'make soak-asan     the same with ASan+UBSan'
+	@echo 'make soak-tsan     the same with TSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here (PYTHONS=...)'
 	@echo 'make bench         a short comparison with others (ARGS="--help")'
 	@echo 'make bench-instructions  instructions per request, by valgrind, however busy the machine is'
@@ -168,14 +169,14 @@ test-tsan: .venv-tsan/.core
 	@scripts/sanitized-python tsan -m pytest $(PYTEST_SANITIZED) $(ARGS)
 
 # Not a part of `make test`. SEED=... takes the decisions of another run again.
-.PHONY: soak soak-asan
+.PHONY: soak soak-asan soak-tsan
 SECONDS ?= 180
 SOAK = tests/soak.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 soak: .venv/.core .venv/.dev
 	@.venv/bin/python $(SOAK)
 
-soak-asan: .venv-asan/.core
-	@scripts/sanitized-python asan $(SOAK)
+soak-asan soak-tsan: soak-%: .venv-%/.core
+	@scripts/sanitized-python $* $(SOAK)
 
 test-dist: build/site/.done
 	@.venv/bin/python scripts/check-dist.py build/dist build/site

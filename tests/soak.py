@@ -5,9 +5,9 @@ end nothing is left behind.
 
     python tests/soak.py --seconds 180 --seed 1 [--loop trio] [--only echo,fork]
 
-`make soak` and `make soak-asan` run it. The exit status is 0 only if all went well. All decisions
-come from the seed: worker w takes those of its n-th operation from `seed:w:n`, however the
-operations interleave; `soak_scenarios.py` has what it may do.
+`make soak` runs it, and `make soak-asan` and `make soak-tsan` with sanitizers. The exit status is 0
+only if all went well. All decisions come from the seed: worker w takes those of its n-th operation
+from `seed:w:n`, however the operations interleave; `soak_scenarios.py` has what it may do.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from anyio import (
     wait_writable,
 )
 from peers import KIB, MIB, read_to_end, reset, send_all
+from races import Game
 
 import anypoll
 from anypoll.mux import ShardQueue
@@ -399,6 +400,12 @@ async def fork(soak: Soak, rng: random.Random) -> None:
             os.close(pidfd)
             status = os.waitpid(pid, 0)[1]
         assert status == 0, f"the child ended with {status:#x}"
+
+
+@scenario(1)
+async def races(_soak: Soak, rng: random.Random) -> None:
+    """Users of connections that read, cancel and close what is one another's."""
+    await Game(rng.random(), players=rng.randint(2, 10)).run()
 
 
 # --- hostile --------------------------------------------------------------------------------------
