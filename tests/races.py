@@ -70,6 +70,8 @@ class Line:
         """or about to be"""
         self.over = False
         """all is read, or nothing more will be"""
+        self.users = 0
+        """calls by others"""
         self.scope = anyio.CancelScope()
         self.event = anyio.Event()
         self.task: asyncio.Task[Any] | None = None
@@ -130,6 +132,16 @@ class Line:
                     conn.read_timeout = None
             case _:
                 self.take(await conn.next(n))
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """By another player: its owner waits for that."""
+        self.users += 1
+        try:
+            with self.excused():
+                yield
+        finally:
+            self.users -= 1
 
     def _end(self) -> None:
         self.over = True
@@ -281,7 +293,7 @@ class Game:
             await self.pause(me, dice)
         elif how == 2 and others:
             line = dice.choice(others)
-            with line.excused():
+            with line.used():
                 await (line.read(dice) if dice.random() < 0.5 else line.write(dice))
         elif how == 3 and not simply:
             await self.at_once(me, dice)
@@ -363,6 +375,9 @@ class Game:
         for view, expected in me.views:
             assert view == expected
         me.views.clear()
+        while me.users:
+            await anyio.sleep(0)
+        me.conn.write_timeout = None  # the last of the output is not to be cut off
 
     # --- the game ---------------------------------------------------------------------------------
 

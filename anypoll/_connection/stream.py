@@ -201,8 +201,8 @@ class Connection(_native.Stream, SocketSurface):
         core = self._core
         core._check_loop()
         if core.callbacks is None:
-            core.callbacks = Callbacks(self, core.hub, core.limits.close_callback_timeout)
-        core.callbacks.add(callback, late=core.over)
+            core.callbacks = Callbacks(core.hub, core.limits.close_callback_timeout)
+        core.callbacks.add(self, callback, late=core.over)
 
     def set_on_request(self, function: Function) -> None:
         """Puts the connection into request mode, or replaces the function there. A plain function.

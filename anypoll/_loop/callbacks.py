@@ -54,24 +54,28 @@ Callback = Callable[[], Any] | Callable[[Any], Any]
 
 
 class _Callback:
-    """A callback as it was given, and how to call it."""
+    """A callback as it was given, and how to call it. It refers to the connection, and so is to be
+    forgotten when it has been called.
+    """
 
-    __slots__ = ("function", "is_async", "with_conn")
+    __slots__ = ("conn", "function", "is_async", "with_conn")
 
+    conn: Any
     function: Callable[..., Any]
     is_async: bool
     with_conn: bool
 
-    def __init__(self, function: Callback) -> None:
+    def __init__(self, conn: Any, function: Callback) -> None:
         if not callable(function):
             raise TypeError(f"a close callback must be callable, not {function!r}")
+        self.conn = conn
         self.function = function
         self.with_conn = _needs_an_argument(function)
         called = getattr(function, "__call__", None)  # noqa: B004 -- of a callable object
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
-    def call(self, conn: Any) -> Any:
-        return self.function(conn) if self.with_conn else self.function()
+    def call(self) -> Any:
+        return self.function(self.conn) if self.with_conn else self.function()
 
     def __str__(self) -> str:
         return getattr(self.function, "__qualname__", None) or repr(self.function)
@@ -87,7 +91,7 @@ class _Begun(_Callback):
         self.is_async = True
         self.result = result
 
-    def call(self, _conn: Any) -> Any:
+    def call(self) -> Any:
         return self.result
 
 
@@ -112,7 +116,6 @@ class Callbacks:
     """The close callbacks of one connection; see the module."""
 
     __slots__ = (
-        "_conn",
         "_ended",
         "_fault",
         "_hub",
@@ -123,8 +126,7 @@ class Callbacks:
         "_waiting",
     )
 
-    def __init__(self, conn: Any, hub: Hub, timeout: float) -> None:
-        self._conn = conn  # keeps the connection alive only in a cycle
+    def __init__(self, hub: Hub, timeout: float) -> None:
         self._hub = hub
         self._timeout = timeout
         self._pid = os.getpid()
@@ -134,12 +136,12 @@ class Callbacks:
         self._ended: anyio.Event | None = None  # set at the end, if someone waits for it
         self._fault: BaseException | None = None  # ends the program; raised in the waiter
 
-    def add(self, function: Callback, *, late: bool) -> None:
+    def add(self, conn: Any, function: Callback, *, late: bool) -> None:
         """Adds a callback; ``late``: the connection has already ended.
 
         :raises TypeError: if it cannot be called with one argument or none; nothing is changed then
         """
-        one = _Callback(function)
+        one = _Callback(conn, function)
         if not late:
             self._waiting.append(one)
         elif one.is_async:
@@ -202,7 +204,7 @@ class Callbacks:
     def _call(self, one: _Callback) -> None:
         """Calls a plain callback; what it returns may still be awaitable."""
         try:
-            result = one.call(self._conn)
+            result = one.call()
         except Exception:
             logger.exception("The close callback %s has failed", one)
             return
@@ -238,7 +240,7 @@ class Callbacks:
 
     async def _run_one(self, one: _Callback) -> None:
         try:
-            result = one.call(self._conn)
+            result = one.call()
             if inspect.isawaitable(result):
                 await self._within_the_limit(one, result)
         except Exception:

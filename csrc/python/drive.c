@@ -53,9 +53,7 @@ static bool is_ours(Drive *drive, PyObject *yielded)
     if (Py_TYPE(yielded) != Operation_Type)
         return false;
     Operation *op = (Operation *)yielded;
-    if (op->core->hub != drive->hub || op->wake)
-        return false;
-    return op->state == ARMED || op->state == YIELDED;
+    return (op->state == ARMED || op->state == YIELDED) && op->core->hub == drive->hub && !op->wake;
 }
 
 bool drive_takes_rests(Hub *hub)

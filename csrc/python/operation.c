@@ -137,9 +137,18 @@ static void dealloc(PyObject *self)
 
 static PySendResult go_on(Operation *op, int rc, PyObject **result);
 
-static PySendResult fail(Operation *op)
+/* Whoever has woken the task still holds the operation when the task goes on, and perhaps forgets
+ * its connection: that is not to live as long. */
+static void end(Operation *op)
 {
     release(op);
+    Py_CLEAR(op->core);
+    Py_CLEAR(op->reader);
+}
+
+static PySendResult fail(Operation *op)
+{
+    end(op);
     return PYGEN_ERROR;
 }
 
@@ -149,7 +158,7 @@ static PySendResult done(Operation *op, PyObject **result)
         op->core->reading = false;
     op->reading = false;
     *result = op->reader ? reading_result(op) : Py_NewRef(Py_None);
-    release(op);
+    end(op);
     return *result ? PYGEN_RETURN : PYGEN_ERROR;
 }
 
@@ -391,7 +400,9 @@ void operation_ready(Operation *op, int64_t end)
 
 int operation_wake_soon(Operation *op)
 {
-    if (op->wake && Py_TYPE(op->wake) == Drive_Type)
+    if (!op->wake)
+        return 0;
+    if (Py_TYPE(op->wake) == Drive_Type)
         return drive_resume_soon((Drive *)op->wake);
     return op->core->hub->trio ? operation_wake(op) : future_wake_soon((Future *)op, op->core->hub);
 }
@@ -476,7 +487,7 @@ static PyObject *repr(PyObject *self)
     static const char *const STATE[] = {"new",      "running", "waiting", "woken",
                                         "yielding", "open",    "over"};
     Operation *op = (Operation *)self;
-    if (!op->reader)
+    if (op->kind >= SEND)
         return PyUnicode_FromFormat("<%s() %s>", NAME[op->kind], STATE[op->state]);
     return PyUnicode_FromFormat("<%s(%R) %s>", NAME[op->kind], op->argument, STATE[op->state]);
 }

@@ -124,10 +124,26 @@ static int clear(PyObject *self)
     return 0;
 }
 
+/* A core, its reader and its writer refer to one another, for each may be kept without the others.
+ * Mostly nobody has kept any: then a closed connection takes them along, and they need not wait for
+ * the garbage collector. */
+static void part(Reader *reader)
+{
+    if (!reader || !reader->source || !PyObject_TypeCheck(reader->source, Core_Type))
+        return;
+    Core *core = (Core *)reader->source;
+    if (!core->over || core->reader != reader || !core->writer || Py_REFCNT((PyObject *)core) > 2 ||
+        Py_REFCNT((PyObject *)reader) > 2 || Py_REFCNT((PyObject *)core->writer) > 1)
+        return;
+    Py_CLEAR(core->writer);
+    Py_CLEAR(core->reader);
+}
+
 static void dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    part(((Stream *)self)->reader);
     clear(self);
     PyObject_GC_Del(self);
     Py_DECREF(type);
