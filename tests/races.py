@@ -377,7 +377,9 @@ class Game:
         me.views.clear()
         while me.users:
             await anyio.sleep(0)
-        me.conn.write_timeout = None  # the last of the output is not to be cut off
+        me.conn.write_timeout = None
+        with me.excused():
+            await me.conn.send(b"")  # aclose() does not wait for the rest of one that was given up
 
     # --- the game ---------------------------------------------------------------------------------
 
