@@ -270,7 +270,7 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_write_error) \
     X(abandon) X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
     X(checkpoint) X(close) X(consume) X(context) X(copy) X(cut) X(dispatch_one) \
-    X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(receive) X(run) X(send) \
+    X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(obj) X(receive) X(run) X(send) \
     X(task) X(throw) X(uncancel) X(unwrap) X(value) X(why_unwritable)
 /* clang-format on */
 

@@ -104,11 +104,11 @@ static PyObject *appended(Writer *writer, Py_ssize_t size)
     return PyLong_FromSsize_t(size);
 }
 
-static PyObject *append_piece(Writer *writer, PyObject *bytes)
+static PyObject *append_piece(Writer *writer, PyObject *piece, Py_ssize_t size)
 {
-    if (prepare(writer) < 0 || seal_tail(writer) < 0 || PyList_Append(writer->pieces, bytes) < 0)
+    if (prepare(writer) < 0 || seal_tail(writer) < 0 || PyList_Append(writer->pieces, piece) < 0)
         return NULL;
-    return appended(writer, PyBytes_Size(bytes));
+    return appended(writer, size);
 }
 
 static PyObject *append_memory(Writer *writer, const void *data, Py_ssize_t size)
@@ -119,8 +119,36 @@ static PyObject *append_memory(Writer *writer, const void *data, Py_ssize_t size
         return appended(writer, size);
     }
     PyObject *bytes = PyBytes_FromStringAndSize(data, size);
-    PyObject *result = bytes ? append_piece(writer, bytes) : NULL;
+    PyObject *result = bytes ? append_piece(writer, bytes, size) : NULL;
     Py_XDECREF(bytes);
+    return result;
+}
+
+/* A view of its own, if the memory is of a block, whose bytes nobody changes; otherwise NULL. It
+ * pins the block, so it has to be a good part of it. */
+static PyObject *view_of_block(const Writer *writer, PyObject *view, const Py_buffer *buffer)
+{
+    if (buffer->len <= REFERENCED || !writer->sink)
+        return NULL;
+    PyObject *owner = PyObject_GetAttr(view, n_obj), *part = NULL;
+    if (owner && Py_TYPE(owner) == Block_Type) {
+        Block *block = (Block *)owner;
+        long long start = (char *)buffer->buf - (char *)block->block;
+        if (buffer->len >= block->size / 4)
+            part = window_slice(owner, start, start + buffer->len);
+    }
+    Py_XDECREF(owner);
+    PyErr_Clear();
+    return part;
+}
+
+static PyObject *append_view(Writer *writer, PyObject *view, const Py_buffer *buffer)
+{
+    PyObject *part = view_of_block(writer, view, buffer);
+    if (!part)
+        return append_memory(writer, buffer->buf, buffer->len);
+    PyObject *result = append_piece(writer, part, buffer->len);
+    Py_DECREF(part);
     return result;
 }
 
@@ -129,7 +157,7 @@ static PyObject *write_method(PyObject *self, PyObject *data)
     Writer *writer = (Writer *)self;
     Py_buffer buffer;
     if (PyMemoryView_Check(data) && PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) == 0) {
-        PyObject *result = append_memory(writer, buffer.buf, buffer.len);
+        PyObject *result = append_view(writer, data, &buffer);
         PyBuffer_Release(&buffer);
         return result;
     }
@@ -141,7 +169,7 @@ static PyObject *write_method(PyObject *self, PyObject *data)
         return NULL;
     PyObject *result = is_small(writer, PyBytes_Size(bytes))
                            ? append_memory(writer, PyBytes_AsString(bytes), PyBytes_Size(bytes))
-                           : append_piece(writer, bytes);
+                           : append_piece(writer, bytes, PyBytes_Size(bytes));
     Py_DECREF(bytes);
     return result;
 }
@@ -325,7 +353,8 @@ static PyMethodDef methods[] = {
     {"write", write_method, METH_O,
      "write($self, data, /)\n--\n\n"
      "Appends ``data``; returns its length in bytes.\n\n"
-     "Large ``bytes`` are kept by reference, anything else is copied.\n\n"
+     "Large ``bytes``, and large views that a reader has returned, are kept by reference;\n"
+     "anything else is copied.\n\n"
      ":raises TypeError: if ``data`` is not bytes-like"},
     {"flush", flush, METH_NOARGS,
      "flush($self, /)\n--\n\n"

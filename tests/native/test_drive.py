@@ -1035,7 +1035,10 @@ async def test_an_exception_before_a_round_is_asked_for(
         monkeypatch.setattr(loop, "call_soon", original)
         raise Interrupted
 
+    conns: list[Connection] = []
+
     async def handler(conn: Connection) -> None:
+        conns.append(conn)
         await conn.next(1)
         if by == "task":
             await anyio.sleep(0)

@@ -12,7 +12,19 @@ from typing import Any
 
 import anyio
 import pytest
-from peers import fill_the_kernel, holds, is_waiting, opened, pattern, read_all, within
+from peers import (
+    arrive,
+    fill_the_kernel,
+    holds,
+    is_waiting,
+    opened,
+    pattern,
+    read_all,
+    send_all,
+    within,
+)
+
+from anypoll.nocopy import LinkBuffer
 
 pytestmark = pytest.mark.anyio
 
@@ -65,6 +77,58 @@ async def test_pieces_and_tail_are_one_sequence() -> None:
                 assert sum(map(len, conn.writer._pieces)) == conn.writer._size
         group.start_soon(conn.writer.flush)
         assert await within(read_all(peer, len(whole))) == whole
+
+
+async def test_large_views_of_received_bytes_are_kept() -> None:
+    """Not copied: a block does not change as long as there is a view of it."""
+    data = pattern(20_000, 1)
+    async with opened("unix") as (conn, peer):
+        await arrive(conn, peer, data)
+        view = await conn.next(len(data))
+        writer = conn.writer
+        assert writer.write(view) == len(data)
+        assert writer.write(view.cast("I")) == len(data)
+        assert writer.write(view[100:12_100]) == 12_000
+        assert [type(piece) for piece in writer._pieces] == [memoryview] * 3
+        assert [piece.format for piece in writer._pieces] == ["B"] * 3
+        for copied in (view[:4096], view[::2], memoryview(bytearray(data))):
+            writer.write(copied)
+            assert type(writer._pieces[-1]) is bytes
+        whole = data + data + data[100:12_100] + data[:4096] + data[::2] + data
+        view.release()  # the writer has its own
+        await send_all(peer, pattern(30_000, 2))
+        assert await conn.reader.read_bytes(30_000) == pattern(30_000, 2)
+        async with anyio.create_task_group() as group:
+            group.start_soon(writer.flush)
+            assert await within(read_all(peer, len(whole))) == whole
+        assert conn.statistics().pinned == 0
+
+
+async def test_a_small_part_of_a_large_block_is_copied() -> None:
+    """It would pin the whole block."""
+    async with opened("unix") as (conn, peer):
+        await arrive(conn, peer, pattern(200_000, 1))
+        view = await conn.next(200_000)
+        conn.writer.write(view[:5000])
+        conn.writer.write(view[:100_000])
+        assert [type(piece) for piece in conn.writer._pieces] == [bytes, memoryview]
+        buffer = LinkBuffer()
+        buffer.write(view)  # it has blocks of its own
+        assert all(type(piece) is bytes for piece in buffer._pieces)
+
+
+async def test_a_view_that_is_queued_pins_its_block() -> None:
+    data = pattern(60_000, 3)
+    async with opened("unix") as (conn, peer), anyio.create_task_group() as group:
+        zeros = await fill_the_kernel(conn)
+        await arrive(conn, peer, data)
+        conn.writer.write(await conn.next(len(data)))
+        group.start_soon(conn.writer.flush)
+        await holds(lambda: conn._core.hub.outputs)
+        for seed in range(3):
+            await arrive(conn, peer, pattern(60_000, seed))
+            assert await conn.next(60_000) == pattern(60_000, seed)
+        assert await within(read_all(peer, zeros + len(data))) == bytes(zeros) + data
 
 
 async def test_small_output_that_is_queued_is_not_written_over() -> None:
