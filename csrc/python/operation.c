@@ -97,14 +97,18 @@ static void release(Operation *op)
         track(op);
 }
 
-static int clear(PyObject *self)
+static void forget(Operation *op)
 {
-    Operation *op = (Operation *)self;
-    release(op);
     Py_CLEAR(op->argument);
     Py_CLEAR(op->limit);
     Py_CLEAR(op->core);
     Py_CLEAR(op->reader);
+}
+
+static int clear(PyObject *self)
+{
+    release((Operation *)self);
+    forget((Operation *)self);
     return 0;
 }
 
@@ -125,7 +129,9 @@ static void dealloc(PyObject *self)
     PyObject_GC_UnTrack(self);
     if (op->state == NEW)
         warn_unawaited(op);
-    clear(self);
+    if (op->state != OVER)
+        release(op);
+    forget(op);
     if (spare_count < SPARE)
         spare[spare_count++] = op;
     else
