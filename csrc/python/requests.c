@@ -28,9 +28,10 @@ PyTypeObject *Requests_Type;
 
 /* ---- the list of the idle ---------------------------------------------------- */
 
+/* The pool's hub, which is the core's: the collector may come to the core before it comes here. */
 void hub_list_idle(Requests *requests)
 {
-    Hub *hub = requests->core->hub;
+    Hub *hub = requests->pool->hub;
     requests->idle = true;
     requests->prev = NULL;
     requests->next = hub->idle;
@@ -44,8 +45,7 @@ Requests *hub_take_idle(Requests *requests)
 {
     if (!requests->idle)
         return NULL;
-    Core *core = requests->core;
-    Hub *hub = core->hub;
+    Hub *hub = requests->pool->hub;
     requests->idle = false;
     if (requests->prev)
         requests->prev->next = requests->next;
@@ -55,7 +55,7 @@ Requests *hub_take_idle(Requests *requests)
         requests->next->prev = requests->prev;
     requests->next = requests->prev = NULL;
     hub->armed--;
-    core->reading = false;
+    requests->core->reading = false;
     return requests;
 }
 

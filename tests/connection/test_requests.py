@@ -1336,6 +1336,39 @@ async def test_the_loop_ends(loop: str, states: str) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 
+FORGOTTEN = """
+import asyncio, gc
+import anypoll
+
+class Everything:
+    pass
+
+async def function(conn):
+    pass
+
+async def main():
+    conn, peer = anypoll.socketpair()
+    conn.set_on_request(function)
+    return conn, peer
+
+everything = Everything()
+everything.itself = everything
+everything.loop = asyncio.new_event_loop()
+everything.conns = everything.loop.run_until_complete(main())
+gc.collect()  # puts what the connections hold behind them, also in what is collected at the end
+gc.disable()
+"""
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="")])
+async def test_the_interpreter_ends() -> None:
+    """It collects an idle connection before the hub that lists it. Under ``-W error`` the finaliser
+    has not closed the connection.
+    """
+    done = run_to_end([sys.executable, "-W", "error", "-c", FORGOTTEN])
+    assert done.returncode == 0
+
+
 # --- cancelled, on asyncio -----------------------------------------------------------------------
 
 on_asyncio = pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
