@@ -114,7 +114,8 @@ static PySendResult do_jobs(Drive *worker, PySendResult how, PyObject **result)
         how = worker_throw(worker, &exception, 1, result);
         Py_DECREF(exception);
     } else if (how == PYGEN_RETURN && worker->pool->ready && !hub->can_rest) {
-        *result = Py_NewRef(hub->shielded); /* its turn is over, and the hub gives it no other */
+        /* its turn is over, and the hub gives it no other */
+        *result = Py_NewRef(hub->trio ? hub->shielded : Py_None);
         how = PYGEN_NEXT;
     }
     return how;

@@ -206,6 +206,23 @@ async def test_nobody_can_do_it() -> None:
         assert not workers._ready
 
 
+async def test_the_hub_resumes_nobody_any_more() -> None:
+    """A worker has its turns by itself then, however long the queue is."""
+    async with anyio.create_task_group() as group:
+        team = Team(group)
+        team.submit(nothing)
+        await holds(lambda: team.parked == 1)
+        team.workers.hub._stop_resting()
+        try:
+            steps = [team.submit(nothing) for _ in range(200)]
+            await holds(lambda: all(step.ended == 1 for step in steps))
+            await holds(lambda: team.at_rest)
+        finally:
+            team.workers.hub._can_rest = True
+        assert team.started == 1
+        group.cancel_scope.cancel()
+
+
 async def test_the_scope_of_all_is_cancelled() -> None:
     """Those that wait see it, parked ones end, and what was not begun is begun and sees it."""
     async with anyio.create_task_group() as group:
