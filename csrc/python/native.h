@@ -250,6 +250,7 @@ struct Workers {
     Drive *idle;            /* without a job; the list holds them strongly */
     int parked;             /* how many they are */
     int looking;    /* workers whose tasks will look at the queue, including those being started */
+    int starting;   /* those whose tasks have not begun */
     bool is_due;    /* in the hub's list */
     bool is_walked; /* the hub will look at it again in this walk */
     Workers *next_due;

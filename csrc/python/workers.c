@@ -132,20 +132,38 @@ static void abandon_all(Workers *pool)
     }
 }
 
-static int start_worker(Workers *pool)
+/* Whether it can: 1, 0, or -1 with an exception, which may have come when the task was there. */
+static int try_to_start(Workers *pool)
 {
     PyObject *work = PyObject_GetAttr((PyObject *)pool, n__work);
     pool->looking++;
+    pool->starting++;
     PyObject *can = work ? PyObject_CallFunctionObjArgs(pool->start, work, NULL) : NULL;
     int truth = can ? PyObject_IsTrue(can) : -1;
     Py_XDECREF(work);
     Py_XDECREF(can);
-    if (truth > 0)
-        return 0;
-    pool->looking--;
-    if (truth == 0)
-        abandon_all(pool);
+    if (truth <= 0 && pool->starting > 0) {
+        pool->starting--;
+        pool->looking--;
+    }
     return truth;
+}
+
+/* A signal handler may raise an exception in start(). It leaves this function, but nobody else
+ * would look at the queue: so it is tried once more. */
+static int start_worker(Workers *pool)
+{
+    int can = try_to_start(pool);
+    PyObject *exception = can < 0 ? native_take_exception() : NULL;
+    if (can < 0 && (can = try_to_start(pool)) < 0)
+        PyErr_Clear();
+    if (can <= 0)
+        abandon_all(pool);
+    if (!exception)
+        return 0;
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return -1;
 }
 
 static Drive *take_idle(Workers *pool)
@@ -268,7 +286,11 @@ static PyObject *worker(PyObject *self, PyObject *direct)
     Drive *worker = (Drive *)drive;
     worker->pool = (Workers *)Py_NewRef(self);
     worker->by_task = !truth;
-    worker->looking = true; /* it has been counted as one that is being started */
+    worker->looking = true;
+    if (pool->starting > 0) /* it has been counted */
+        pool->starting--;
+    else
+        pool->looking++;
     return drive;
 }
 

@@ -206,6 +206,40 @@ async def test_nobody_can_do_it() -> None:
         assert not workers._ready
 
 
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_starting_a_worker_is_interrupted(begun: bool, failures: int) -> None:
+    """An exception of a signal handler leaves the function that has made the job due. The job is
+    done all the same, or abandoned.
+    """
+    async with anyio.create_task_group() as group:
+        left = failures
+
+        def start(function: Callable[[], Awaitable[Any]]) -> bool:
+            nonlocal left
+            left -= 1
+            if begun or left < 0:
+                group.start_soon(function)
+            if left >= 0:
+                raise Fatal
+            return True
+
+        workers = Workers(_runtime.current_hub(), start)
+        step = Step(workers, nothing)
+        with pytest.raises(Fatal):
+            step.submit()
+        assert step.conn._core.closed == (failures == 2)
+        await holds(lambda: step.ended or failures == 2)
+        left = 0
+        for _ in range(3):
+            following = Step(workers, nothing)
+            following.submit()
+            await until(lambda step: step.ended, following)
+        await holds(lambda: not workers._looking and not workers._ready)
+        assert step.begun == (failures == 1)
+        group.cancel_scope.cancel()
+
+
 async def test_the_hub_resumes_nobody_any_more() -> None:
     """A worker has its turns by itself then, however long the queue is."""
     async with anyio.create_task_group() as group:
