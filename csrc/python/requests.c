@@ -70,6 +70,8 @@ static int become_idle(Requests *requests)
         if (!none)
             return -1;
         Py_DECREF(none);
+        if (core->closed) /* meanwhile, by another thread: it has found nobody to tell */
+            return core_refuse(core);
     }
     core->reading = true;
     hub_list_idle(requests);

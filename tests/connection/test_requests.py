@@ -10,6 +10,7 @@ import gc
 import os
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -1283,6 +1284,26 @@ async def test_an_end_by_force_before_request_mode_has_begun(
             await anyio.sleep_forever()
     assert sum(server.statistics().closed.values()) == 1
     assert len(errors(log)) == (not refuses)
+
+
+async def test_a_close_while_a_connection_becomes_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, while its server is ending: the owner is told."""
+    async with opened() as (conn, peer):
+        core = conn._core
+        conn.set_on_request(echo_line)
+        core.draining = True
+        requests = core.requests
+
+        def close(self: Any) -> None:
+            thread = threading.Thread(target=self.close)
+            thread.start()
+            thread.join()
+
+        monkeypatch.setattr(type(core), "_end_if_drained", close)
+        peer.send(b"x\n")
+        await holds(lambda: core.closed)
+        await holds(lambda: core.requests is None)
+        assert not requests.idle
 
 
 # --- the event loop ends -------------------------------------------------------------------------
