@@ -153,11 +153,12 @@ void worker_end(Drive *worker)
     PyErr_Restore(type, value, traceback);
 }
 
-/* What the end of the connection has to wait for is not waited for. */
+/* What the end of the connection has to wait for is not waited for. No other job follows. */
 int worker_close(Drive *worker)
 {
     PyObject *result = NULL, *inner = NULL, *none = NULL;
     PySendResult how = PYGEN_RETURN;
+    worker->must_cancel = true;
     if (worker->job)
         how = worker_throw(worker, &PyExc_GeneratorExit, 1, &result);
     Py_XDECREF(result);

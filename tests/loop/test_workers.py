@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import gc
@@ -237,6 +238,38 @@ async def test_starting_a_worker_is_interrupted(begun: bool, failures: int) -> N
             await until(lambda step: step.ended, following)
         await holds(lambda: not workers._looking and not workers._ready)
         assert step.begun == (failures == 1)
+        group.cancel_scope.cancel()
+
+
+async def test_a_worker_is_closed() -> None:
+    """As at the end of a loop. Whatever its call makes of that, no other call is made in there."""
+
+    class Stubborn(Step):
+        async def _begin(self, _conn: Any) -> None:
+            self.begun += 1
+            with contextlib.suppress(GeneratorExit):
+                await anyio.sleep_forever()
+            self.ended += 1
+
+    functions: list[Any] = []
+
+    def start(function: Any) -> bool:
+        functions.append(function)
+        return True
+
+    workers = Workers(_runtime.current_hub(), start)
+    held, following = Stubborn(workers, nothing), Step(workers, nothing)
+    held.submit()
+    task = functions.pop()()
+    task.send(None)
+    assert held.begun
+    following.submit()
+    task.close()
+    assert held.ended == 1
+    assert following.begun == 0
+    async with anyio.create_task_group() as group:
+        group.start_soon(functions.pop())
+        await holds(lambda: following.ended == 1)
         group.cancel_scope.cancel()
 
 
