@@ -35,6 +35,7 @@ class Workers(_native.Workers):
         wanted = runtime.settings().direct_resume
         try:
             await self._worker(wanted and self.hub.can_resume_directly)
+            await self.hub.checkpoint()  # also one that the last call did not notice
         except GeneratorExit:  # there may be no event loop any more
             raise
         except get_cancelled_exc_class():

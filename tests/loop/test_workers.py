@@ -354,6 +354,35 @@ async def test_a_worker_is_cancelled(first_job: str, order: str) -> None:
 
 
 @on_asyncio
+@pytest.mark.parametrize("resumed", ["by the task", "by the hub"])
+async def test_a_call_does_not_notice_and_its_worker_ends(resumed: str) -> None:
+    """As there are enough idle ones. The task has ended, and has not been cancelled."""
+    team, go_on = Tasks(), asyncio.Event()
+    others = [team.submit(go_on.wait) for _ in range(PARKED)]
+    conn, peer = anypoll.socketpair()
+
+    async def cancel_itself() -> None:
+        await conn.receive()
+        if resumed == "by the task":
+            await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    last = team.submit(cancel_itself)
+    await holds(lambda: last.begun)
+    go_on.set()
+    await holds(lambda: team.parked == PARKED)
+    await peer.send(b"x")
+    await holds(lambda: team.tasks[-1].done())
+    assert last.ended == 1
+    assert all(step.ended for step in others)
+    assert not team.tasks[-1].cancelled()
+    assert team.tasks[-1].exception() is None
+    await team.gone()
+
+
+@on_asyncio
 async def test_a_cancelled_step_is_in_no_cycle() -> None:
     """The exception that went through the worker does not keep what the step had."""
 
