@@ -486,6 +486,8 @@ int worker_close(Drive *worker);
 /* The worker's task will look at the queue; and: it will not any more. */
 void workers_look_later(Drive *worker);
 void workers_stop_looking(Drive *worker);
+/* Puts a job that is not in there into the queue, and has nobody look. */
+void workers_push(Workers *pool, Requests *job);
 /* The next job; the caller inherits the queue's reference. */
 Requests *workers_pop(Workers *pool);
 

@@ -229,8 +229,10 @@ static PyObject *after_call(Requests *requests)
     if (!requests->over && !cut) {
         int due = look(requests);
         requests->due = due > 0;
-        if (due < 0 || (due && requests_submit(requests) < 0))
+        if (due < 0)
             return fail(requests);
+        if (due) /* its worker is in the middle of the queue: no other need look */
+            workers_push(requests->pool, requests);
     }
     return end_step(requests);
 }

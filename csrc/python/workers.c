@@ -26,7 +26,7 @@ PyTypeObject *Workers_Type;
 
 /* ---- the queue ------------------------------------------------------------------- */
 
-static void push(Workers *pool, Requests *job)
+void workers_push(Workers *pool, Requests *job)
 {
     Py_INCREF((PyObject *)job);
     job->queued = true;
@@ -56,7 +56,7 @@ int requests_submit(Requests *requests)
 {
     if (requests->queued)
         return 0;
-    push(requests->pool, requests);
+    workers_push(requests->pool, requests);
     return workers_rouse(requests->pool);
 }
 

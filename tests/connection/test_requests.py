@@ -124,6 +124,25 @@ async def test_a_call_when_input_arrives() -> None:
         assert calls.begun == 3
 
 
+async def test_one_task_makes_all_calls_for_a_pipeline() -> None:
+    """Those that do not wait, one after another."""
+    before = most = 0
+
+    async def function(conn: Connection) -> None:
+        nonlocal most
+        await echo_line(conn)
+        most = max(most, tasks())
+
+    async with opened() as (conn, peer):
+        data = b"".join(b"%d\n" % i for i in range(200))
+        peer.send(data)
+        await holds(lambda: len(conn.reader) == len(data))
+        before = tasks()
+        conn.set_on_request(function)
+        assert await read_all(peer, len(data)) == data
+        assert tasks() == most == before + 1
+
+
 async def test_no_task_exists_per_idle_connection() -> None:
     calls = Calls(echo_line)
     async with local(on_request=calls) as server:

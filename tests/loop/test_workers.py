@@ -374,7 +374,7 @@ async def test_a_call_does_not_notice_and_its_worker_ends(resumed: str) -> None:
     go_on.set()
     await holds(lambda: team.parked == PARKED)
     await peer.send(b"x")
-    await holds(lambda: team.tasks[-1].done())
+    await holds(team.tasks[-1].done)
     assert last.ended == 1
     assert all(step.ended for step in others)
     assert not team.tasks[-1].cancelled()
