@@ -266,7 +266,7 @@ void workers_run_due(Hub *hub, PyObject **left)
 void workers_leave_to_tasks(Hub *hub)
 {
     for (Workers *pool; (pool = workers_take_due(hub));) {
-        if (wake_task(pool) < 0)
+        if (has_need(pool) && wake_task(pool) < 0)
             PyErr_Clear(); /* the loop is closed */
         Py_DECREF((PyObject *)pool);
     }
