@@ -361,6 +361,15 @@ class TrioHub(Hub):
     def _trap(self, number: int) -> Any:
         return _wait_trap(partial(_forget, self, number))
 
+    def _wake_later(self, operation: Any, task: Task) -> None:
+        """Resumes the running task once it waits, unless it is cancelled first."""
+        task.custom_sleep_data = operation  # Trio forgets it with every rescheduling
+        self._call_soon(self._wake_sleeping, operation, task)
+
+    def _wake_sleeping(self, operation: Any, task: Task) -> None:
+        if task.custom_sleep_data is operation:
+            operation._wake()
+
     async def wait_write(self, number: int) -> None:
         task = trio.lowlevel.current_task()
         self.writers.setdefault(number, []).append(task)

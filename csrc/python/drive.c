@@ -56,6 +56,18 @@ static bool is_ours(Drive *drive, PyObject *yielded)
     return (op->state == ARMED || op->state == YIELDED) && op->core->hub == drive->hub && !op->wake;
 }
 
+/* What the task is given that the handler has yielded. What lies between the handler and one of our
+ * operations may have closed the connection by now: to asyncio's task that is a future that is
+ * done, but Trio would not know it. There the task has a round instead. */
+static PyObject *for_the_task(Drive *drive, PyObject *yielded)
+{
+    if (!drive->hub->trio || Py_TYPE(yielded) != Operation_Type ||
+        ((Operation *)yielded)->state != READY)
+        return yielded;
+    Py_DECREF(yielded);
+    return Py_NewRef(drive->hub->shielded);
+}
+
 bool drive_takes_rests(Hub *hub)
 {
     return hub->stepping && hub->can_rest;
@@ -110,6 +122,10 @@ static PySendResult wait_for_drive(Drive *drive, PyObject **result)
 {
     if (drive->hub->trio) {
         *result = drive_trap(drive);
+        if (*result && drive->state == D_LEAVING) { /* a signal handler has ended the wait */
+            Py_DECREF(*result);
+            *result = Py_NewRef(drive->hub->shielded);
+        }
         return *result ? PYGEN_NEXT : PYGEN_ERROR;
     }
     drive->blocking = 1;
@@ -146,6 +162,7 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
     Hub *hub = drive->hub;
     if (how == PYGEN_NEXT && !is_ours(drive, *result)) {
         drive->state = D_PASSING;
+        *result = for_the_task(drive, *result);
         return PYGEN_NEXT;
     }
     if (how == PYGEN_NEXT) {
@@ -179,6 +196,8 @@ static void step(Drive *drive)
     drive->state = D_LEAVING;
     drive->ended = how == PYGEN_RETURN;
     drive->outcome = drive->ended ? result_or_none(result) : result;
+    if (how == PYGEN_NEXT)
+        drive->outcome = for_the_task(drive, result);
     if (how == PYGEN_ERROR)
         drive->exception = native_take_exception();
 }
@@ -225,8 +244,8 @@ int drive_resume_soon(Drive *drive)
         return 0;
     PyObject *self = Py_NewRef((PyObject *)drive);
     drive_leave(drive);
-    int rc =
-        drive->hub->trio ? drive_reschedule(drive) : future_wake_soon((Future *)drive, drive->hub);
+    int rc = drive->hub->trio ? drive_reschedule_blocked(drive)
+                              : future_wake_soon((Future *)drive, drive->hub);
     Py_DECREF(self);
     return rc;
 }

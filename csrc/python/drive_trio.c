@@ -94,6 +94,13 @@ int drive_reschedule(Drive *drive)
     return none ? 0 : -1;
 }
 
+/* A task that runs, or in whose name the handler runs, is not blocked yet: it would be scheduled
+ * twice if it was cancelled then. Whoever is about to block it finds that the drive is LEAVING. */
+int drive_reschedule_blocked(Drive *drive)
+{
+    return hub_is_current_task(drive->hub, drive->task) ? 0 : drive_reschedule(drive);
+}
+
 /* The handler has yielded a trap of somebody else's: the task is blocked in it. */
 static int block_in_foreign_trap(Drive *drive, PyObject *trap)
 {

@@ -152,6 +152,15 @@ PyObject *hub_current_task(Hub *hub)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
+bool hub_is_current_task(Hub *hub, PyObject *task)
+{
+    PyObject *current = hub_current_task(hub);
+    if (!current)
+        PyErr_Clear(); /* no task is running */
+    Py_XDECREF(current);
+    return current == task;
+}
+
 int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context)
 {
     PyObject *loop = hub_loop(hub), *handle = NULL;

@@ -268,7 +268,7 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_next_message) X(_not_found) \
     X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
-    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_write_error) \
+    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_wake_later) X(_write_error) \
     X(abandon) X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
     X(checkpoint) X(close) X(consume) X(context) X(copy) X(cut) X(dispatch_one) \
     X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(obj) X(receive) X(run) X(send) \
@@ -407,6 +407,7 @@ Operation *hub_take_wait(Core *core); /* the caller inherits the list's referenc
 PyObject *hub_loop(Hub *hub);
 /* A new reference; None if there is none. */
 PyObject *hub_current_task(Hub *hub);
+bool hub_is_current_task(Hub *hub, PyObject *task);
 /* Has asyncio's loop call callback(argument) in its next round. */
 int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context);
 /* Raises RuntimeError outside of the hub's event loop. */
@@ -519,6 +520,7 @@ int drive_resume_on_asyncio(Drive *drive);
 int hub_leave_task(Hub *hub);
 int drive_pass_on_cancellation(Drive *drive);
 int drive_reschedule(Drive *drive);
+int drive_reschedule_blocked(Drive *drive); /* unless its task is about to wait, and will see it */
 int trio_count_point(Hub *hub, PyObject *task, int slot);
 /* What Trio's scheduler is given while the drive waits. */
 PyObject *drive_trap(Drive *drive);

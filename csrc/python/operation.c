@@ -404,15 +404,6 @@ void operation_ready(Operation *op, int64_t end)
     op->end = end;
 }
 
-int operation_wake_soon(Operation *op)
-{
-    if (!op->wake)
-        return 0;
-    if (Py_TYPE(op->wake) == Drive_Type)
-        return drive_resume_soon((Drive *)op->wake);
-    return op->core->hub->trio ? operation_wake(op) : future_wake_soon((Future *)op, op->core->hub);
-}
-
 static int reschedule(Operation *op)
 {
     Hub *hub = op->core->hub;
@@ -429,6 +420,34 @@ int operation_wake(Operation *op)
     if (!op->wake)
         return 0;
     return op->core->hub->trio ? reschedule(op) : future_wake((Future *)op, op->core->hub);
+}
+
+/* On Trio. A task that runs has yet to come to the trap that it was given: it would be scheduled
+ * twice if it was cancelled there. */
+static int reschedule_blocked(Operation *op)
+{
+    Hub *hub = op->core->hub;
+    if (!op->wake || !hub_is_current_task(hub, op->wake))
+        return operation_wake(op);
+    PyObject *none =
+        PyObject_CallMethodObjArgs((PyObject *)hub, n__wake_later, (PyObject *)op, op->wake, NULL);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
+int operation_wake_soon(Operation *op)
+{
+    if (op->wake && Py_TYPE(op->wake) == Drive_Type)
+        return drive_resume_soon((Drive *)op->wake);
+    return op->core->hub->trio ? reschedule_blocked(op)
+                               : future_wake_soon((Future *)op, op->core->hub);
+}
+
+static PyObject *wake_method(PyObject *self, PyObject *unused)
+{
+    if (operation_wake((Operation *)self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t n,
@@ -516,6 +535,7 @@ static PyMethodDef methods[] = {
     {"done", is_done, METH_NOARGS, NULL},
     {"cancelled", future_is_cancelled, METH_NOARGS, NULL},
     {"get_loop", get_loop, METH_NOARGS, NULL},
+    {"_wake", wake_method, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -10,7 +10,7 @@ import random
 import socket
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -974,6 +974,140 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
 
 
 # --- when something goes wrong in between ---------------------------------------------------------
+
+
+class Between:
+    """Lies between a handler and an operation, and acts when that has begun to wait."""
+
+    def __init__(self, operation: Any, act: Callable[[], None]) -> None:
+        self._operation = operation
+        self._act = act
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        yielded = self._operation.send(None)
+        self._act()
+        while True:
+            try:
+                value = yield yielded
+            except BaseException as exc:  # noqa: BLE001
+                step, value = self._operation.throw, exc
+            else:
+                step = self._operation.send
+            try:
+                yielded = step(value)
+            except StopIteration as stop:
+                return stop.value
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+@pytest.mark.parametrize("by", ["hub", "task"])
+async def test_a_close_before_the_scheduler_sees_the_wait(
+    by: str, cancel: bool, anyio_backend: Any
+) -> None:
+    seen: list[str] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
+        with anyio.CancelScope() as scope:
+
+            def act() -> None:
+                conn.abort()
+                if cancel:
+                    scope.cancel()
+
+            try:
+                await Between(conn.next(1), act)
+            except BaseException as exc:
+                seen.append(type(exc).__name__)
+                raise
+        seen.append("went on")
+        await anyio.sleep(0)
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            sock.send(b"x")
+            await holds(lambda: sum(server.statistics().closed.values()) == 1)
+    if cancel and anyio_backend[0] == "asyncio":  # the first exception that comes
+        assert seen == ["CancelledError", "went on"]
+    else:
+        assert seen == ["ClosedResourceError"]
+
+
+@pytest.mark.loops("trio")
+async def test_a_wait_that_is_over_wakes_nothing_else() -> None:
+    """Closed before the scheduler has seen the wait, which then is given up: what the task waits
+    for next is not ended by it.
+    """
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        waiting: Any = conn.next(1)
+        waiting.send(None)
+        conn.abort()
+        waiting.close()
+        await released.wait()
+        seen.append("released")
+
+    seen: list[str] = []
+    released = trio.Event()
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            sock.send(b"x")
+            await holds(lambda: server.connections)
+            await settle()
+            assert not seen
+            released.set()
+            await holds(lambda: seen)
+
+
+@pytest.mark.loops("trio")
+@pytest.mark.parametrize("when", ["after the step", "before the trap"])
+async def test_a_signal_handler_that_closes_before_the_task_is_blocked(
+    when: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of Python's in which one may run lie between the handler's wait and the task's."""
+    if not direct:
+        pytest.skip("there is no such moment")
+    seen: list[str] = []
+    original = TrioHub._drive_trap
+
+    async def handler(conn: Connection) -> None:
+        hub: Any = conn._core.hub
+        unprotected = hub._unprotected
+
+        def step_and_close(step: Callable[[], Any]) -> None:
+            hub._unprotected = unprotected
+            step()
+            conn.abort()
+
+        def close_and_cancel(hub: TrioHub, drive: Any) -> Any:
+            monkeypatch.setattr(TrioHub, "_drive_trap", original)
+            conn.abort()
+            scope.cancel()
+            return original(hub, drive)
+
+        if when == "before the trap":
+            await anyio.sleep(0)  # from here on it is stepped by its task
+            monkeypatch.setattr(TrioHub, "_drive_trap", close_and_cancel)
+        else:
+            hub._unprotected = step_and_close
+        with anyio.CancelScope() as scope:
+            try:
+                await conn.next(1)
+                await conn.next(1)
+            except anyio.ClosedResourceError:
+                seen.append("closed")
+                raise
+
+    async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+        with connected(server) as sock:
+            await settle()
+            with suppress(ConnectionResetError):
+                sock.send(b"x")
+            await holds(lambda: sum(server.statistics().closed.values()) == 1)
+    assert seen == ["closed"]
 
 
 class Interrupted(Exception):
