@@ -1110,6 +1110,37 @@ async def test_a_signal_handler_that_closes_before_the_task_is_blocked(
     assert seen == ["closed"]
 
 
+@pytest.mark.parametrize("by", ["hub", "task"])
+async def test_an_operation_that_has_not_begun_is_nothing_to_yield(by: str) -> None:
+    """Neither asyncio nor Trio knows it."""
+    seen: list[type[BaseException]] = []
+
+    class Wrong:
+        def __init__(self, conn: Connection) -> None:
+            self._operation: Any = conn.next(1)
+
+        def __await__(self) -> Generator[Any, Any, None]:
+            yield self._operation
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
+        wrong = Wrong(conn)
+        try:
+            await wrong
+        except Exception as exc:  # noqa: BLE001
+            seen.append(type(exc))
+        wrong._operation.close()
+        await conn.send(b"!")
+
+    async with one(handler) as sock:
+        await settle()
+        await send_all(sock, b"x")
+        assert await read(sock, 1) == b"!"
+    assert seen in ([RuntimeError], [TypeError])
+
+
 class Interrupted(Exception):
     """As a signal handler may raise it anywhere."""
 
