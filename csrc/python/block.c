@@ -36,18 +36,32 @@ static int getbuffer(PyObject *self, Py_buffer *view, int flags)
                              (Py_ssize_t)(block->last - block->first), 1, flags);
 }
 
-/* One view of just these bytes costs less than a view of the whole and a slice of it. */
+/* One view of just these bytes costs less than a view of the whole and a slice of it. On CPython
+ * 3.11 the garbage collector may run in the middle of making it, and with it anybody's finaliser,
+ * which may take views of the same block, or have the window let go of it. */
 PyObject *window_slice(PyObject *view, long long start, long long stop)
 {
-    if (Py_TYPE(view) != Block_Type)
-        return PySequence_GetSlice(view, (Py_ssize_t)start, (Py_ssize_t)stop);
-    Block *block = (Block *)view;
-    block->first = (uint32_t)start;
-    block->last = (uint32_t)stop;
-    PyObject *slice = PyMemoryView_FromObject(view);
-    block->first = 0;
-    block->last = block->size;
+    PyObject *slice;
+    Py_INCREF(view);
+    if (Py_TYPE(view) == Block_Type) {
+        Block *block = (Block *)view;
+        uint32_t first = block->first, last = block->last; /* of a view that is being made */
+        block->first = (uint32_t)start;
+        block->last = (uint32_t)stop;
+        slice = PyMemoryView_FromObject(view);
+        block->first = first;
+        block->last = last;
+    } else {
+        slice = PySequence_GetSlice(view, (Py_ssize_t)start, (Py_ssize_t)stop);
+    }
+    Py_DECREF(view);
     return slice;
+}
+
+PyObject *window_whole(PyObject *view)
+{
+    return Py_TYPE(view) == Block_Type ? window_slice(view, 0, ((Block *)view)->size)
+                                       : Py_NewRef(view);
 }
 
 PyObject *window_bytes(PyObject *view, long long start, long long stop)

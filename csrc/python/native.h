@@ -325,6 +325,7 @@ static inline void replace(PyObject **field, PyObject *value)
 PyObject *Block_new(ap_block *block, uint32_t size);
 /* The bytes of a Block, or of a memoryview, as a view and as a copy. */
 PyObject *window_slice(PyObject *view, long long start, long long stop);
+PyObject *window_whole(PyObject *view);
 PyObject *window_bytes(PyObject *view, long long start, long long stop);
 
 /* The method, which a Stream has too. */

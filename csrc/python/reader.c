@@ -94,9 +94,7 @@ static int set_source(PyObject *self, PyObject *value, void *closure)
 static PyObject *get_view(PyObject *self, void *closure)
 {
     PyObject *view = ((Reader *)self)->view;
-    if (view && Py_TYPE(view) == Block_Type)
-        return PyMemoryView_FromObject(view);
-    return Py_NewRef(view ? view : Py_None);
+    return view ? window_whole(view) : Py_NewRef(Py_None);
 }
 
 static int set_view(PyObject *self, PyObject *value, void *closure)

@@ -10,7 +10,8 @@ import weakref
 from typing import Any
 
 import pytest
-from peers import arrive, opened
+from anyio import ClosedResourceError
+from peers import arrive, at_once, opened
 from programs import run_to_end
 
 import anypoll
@@ -75,6 +76,66 @@ async def test_a_call_that_is_kept_may_be_part_of_a_cycle(how: str) -> None:
         del number
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["takes a view", "looks at the window", "closes"])
+async def test_a_collection_in_the_middle_of_making_a_view(how: str) -> None:
+    """CPython 3.11 may begin one at each allocation, and any finaliser may run in it."""
+    data = bytes(range(200))
+    runs = 0
+    kept: list[Any] = []
+
+    def meddle(phase: str, _info: Any) -> None:
+        nonlocal runs
+        if phase != "start" or not gc.isenabled():
+            return
+        gc.disable()
+        runs += 1
+        if how == "closes":
+            conn.abort()
+            kept.extend(bytes([0xEE]) * size for size in range(100))  # where the block's object was
+        elif how == "takes a view":
+            kept.append(at_once(conn.peek(3)))
+        else:
+            kept.append(conn.reader._view)
+
+    for before in range(30):
+        async with opened() as (conn, peer):
+            await arrive(conn, peer, data)
+            assert await conn.next(10) == data[:10]
+            thresholds = gc.get_threshold()
+            call: Any = conn.next(50)
+            send = call.send
+            view = None
+            gc.collect()
+            gc.callbacks.append(meddle)
+            gc.set_threshold(20)
+            try:
+                allocated = [[] for _ in range(before)]  # type: ignore[var-annotated]
+                send(None)
+            except ClosedResourceError:
+                pass
+            except StopIteration as stop:
+                view = stop.value
+            finally:
+                gc.collect()  # one that comes later does no harm
+                gc.callbacks.remove(meddle)
+                gc.set_threshold(*thresholds)
+                gc.enable()
+            del allocated
+            if view is None:
+                assert how == "closes"
+            else:
+                assert view == data[10:60]
+            if how != "closes":
+                assert await conn.next(20) == data[60:80]
+            if how == "takes a view":
+                assert kept.pop() in (data[10:13], data[60:63])
+            elif how == "looks at the window":
+                assert data in bytes(kept.pop())
+            kept.clear()
+    assert runs == 30
 
 
 CLEARED = """
