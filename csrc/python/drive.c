@@ -381,8 +381,11 @@ static PyObject *throw_method(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (((Drive *)self)->state == D_RUNNING)
         return refuse_running();
+    Drive *drive = (Drive *)self;
     PyObject *result = NULL;
-    PySendResult how = throw_in((Drive *)self, args, n, &result);
+    PySendResult how = drive_postpones_cancellation(drive, args[0])
+                           ? hand_over(drive, Py_None, &result)
+                           : throw_in(drive, args, n, &result);
     return native_as_iterator(how, result);
 }
 

@@ -44,6 +44,19 @@ int drive_pass_on_cancellation(Drive *drive)
     return left ? 0 : -1;
 }
 
+/* The cancellation comes between the handler's step and the task's. What the handler has yielded is
+ * what is cancelled, and if it has ended, whatever the task does next. */
+bool drive_postpones_cancellation(Drive *drive, PyObject *exception)
+{
+    bool has_news = drive->outcome || drive->exception || drive->ended;
+    if (drive->state != D_LEAVING || drive->hub->trio || !has_news ||
+        !PyErr_GivenExceptionMatches(exception, CancelledError))
+        return false;
+    drive->must_cancel = true;
+    drive->cancelled = false;
+    return true;
+}
+
 static int after_step(Drive *drive)
 {
     if (drive->state == D_LEAVING)
@@ -173,6 +186,8 @@ PyObject *drive_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
     case D_LEAVING:
         drive->cancelled = true;
         replace(&drive->message, message);
+        if (future_wake_soon((Future *)drive, drive->hub) < 0) /* if that has failed before */
+            return NULL;
         Py_RETURN_TRUE;
     default: Py_RETURN_FALSE;
     }

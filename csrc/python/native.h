@@ -520,6 +520,8 @@ int drive_resume_on_asyncio(Drive *drive);
 /* asyncio: no task is current any more, before another one runs. */
 int hub_leave_task(Hub *hub);
 int drive_pass_on_cancellation(Drive *drive);
+/* Whether the exception, which is thrown in, is to come after what there is to hand over. */
+bool drive_postpones_cancellation(Drive *drive, PyObject *exception);
 int drive_reschedule(Drive *drive);
 int drive_reschedule_blocked(Drive *drive); /* unless its task is about to wait, and will see it */
 int trio_count_point(Hub *hub, PyObject *task, int slot);

@@ -471,15 +471,13 @@ static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
         Py_RETURN_FALSE;
     op->cancelled = true;
     replace(&op->message, message);
-    if (op->state == ARMED) {
-        Py_INCREF(self);
-        hub_forget_wait(op->core);
-        op->state = READY;
-        int rc = operation_wake_soon(op);
-        Py_DECREF(self);
-        if (rc < 0)
-            return NULL;
-    }
+    Py_INCREF(self);
+    hub_forget_wait(op->core);
+    op->state = READY;
+    int rc = operation_wake_soon(op); /* unless that is on its way; it may have failed before */
+    Py_DECREF(self);
+    if (rc < 0)
+        return NULL;
     Py_RETURN_TRUE;
 }
 

@@ -1141,6 +1141,102 @@ async def test_an_operation_that_has_not_begun_is_nothing_to_yield(by: str) -> N
     assert seen in ([RuntimeError], [TypeError])
 
 
+class WokenLate:
+    """Awaits a drive; the first time its task is to be woken, there is no memory."""
+
+    _asyncio_future_blocking = True
+
+    def __init__(self, drive: Any) -> None:
+        self._drive = drive
+        self.failures = 0
+        self.on_failure: Callable[[], Any] = lambda: None
+        self.get_loop, self.cancel, self.result = drive.get_loop, drive.cancel, drive.result
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        yielded = self._drive.send(None)
+        while True:
+            try:
+                value = yield self if yielded is self._drive else yielded
+            except BaseException as exc:  # noqa: BLE001
+                step, value = self._drive.throw, exc
+            else:
+                step = self._drive.send
+            try:
+                yielded = step(value)
+            except StopIteration as stop:
+                return stop.value
+
+    def add_done_callback(self, callback: Any, *, context: contextvars.Context) -> None:
+        def fail_once(future: Any) -> None:
+            self.failures += 1
+            if self.failures == 1:
+                self.on_failure()
+                raise MemoryError
+            callback(future)
+
+        self._drive.add_done_callback(fail_once, context=context)
+
+
+@pytest.mark.loops("asyncio")
+@pytest.mark.parametrize("soon", [True, False], ids=["woken later", "not woken at all"])
+@pytest.mark.parametrize("how", ["returns", "raises", "waits"])
+async def test_a_cancellation_between_the_handlers_step_and_its_tasks(
+    how: str, soon: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the handler has come to reaches the task, and then that is cancelled."""
+    if not direct:
+        pytest.skip("they are one")
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    seen: list[str] = []
+
+    def no_memory(*_args: Any, **_kwargs: Any) -> Any:
+        raise MemoryError
+
+    def report(_loop: Any, context: dict[str, Any]) -> None:
+        monkeypatch.undo()
+        if isinstance(context["exception"], MemoryError):
+            task.cancel("cancelled")
+
+    monkeypatch.setattr(loop, "_exception_handler", report)
+    async with opened() as (conn, peer):
+
+        async def handler() -> str:
+            await conn.next(1)
+            if how == "waits":
+                await future
+            if how == "raises":
+                raise LookupError
+            return "returned"
+
+        async def run() -> None:
+            with suppress(LookupError):
+                seen.append(await late)  # type: ignore[arg-type]
+            try:
+                await asyncio.sleep(0)
+                seen.append("went on")
+            except asyncio.CancelledError as exc:
+                seen.append(str(exc))
+
+        late = WokenLate(_native.Drive(conn._core.hub, handler()))
+        task = asyncio.ensure_future(run())
+        if soon:
+            late.on_failure = lambda: loop.call_soon(task.cancel, "cancelled")
+        else:
+            late.on_failure = lambda: monkeypatch.setattr(loop, "call_soon", no_memory)
+        await holds(lambda: is_waiting(conn))
+        peer.send(b"x")
+        if how == "waits":
+            with pytest.raises(asyncio.CancelledError):
+                await within(task)
+        else:
+            await within(task)
+    assert future.cancelled() == (how == "waits")
+    expected = {"returns": ["returned", "cancelled"], "raises": ["cancelled"], "waits": []}[how]
+    assert seen == expected
+    assert late.failures == 2
+
+
 class Interrupted(Exception):
     """As a signal handler may raise it anywhere."""
 
