@@ -14,11 +14,18 @@ PyObject *native_as_iterator(PySendResult how, PyObject *result)
     return NULL;
 }
 
+/* PyErr_SetObject() would overwrite its __context__ by what is being handled here. */
+void native_raise_again(PyObject *exception)
+{
+    PyErr_Restore(Py_NewRef((PyObject *)Py_TYPE(exception)), exception,
+                  PyException_GetTraceback(exception));
+}
+
 void native_raise(PyObject *const *args, Py_ssize_t n)
 {
     PyObject *type = args[0], *value = n > 1 && args[1] != Py_None ? args[1] : NULL;
     if (PyExceptionInstance_Check(type)) {
-        PyErr_SetObject((PyObject *)Py_TYPE(type), type);
+        native_raise_again(Py_NewRef(type));
         return;
     }
     if (!PyExceptionClass_Check(type)) {

@@ -286,8 +286,7 @@ static PySendResult hand_over(Drive *drive, PyObject *value, PyObject **result)
         return how;
     }
     if (exception) {
-        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
-        Py_DECREF(exception);
+        native_raise_again(exception);
         return finish(drive, PYGEN_ERROR);
     }
     if (drive->ended)

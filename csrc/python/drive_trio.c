@@ -240,9 +240,8 @@ static int walk_on(walk *walk, PyObject *hubs_task)
     PyObject *exception = none ? NULL : native_take_exception();
     int rc = PyDict_SetItem(hub->tasks, n_task, hubs_task);
     if (exception)
-        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+        native_raise_again(exception);
     bool went_well = !exception;
-    Py_XDECREF(exception);
     Py_XDECREF(none);
     return after_step(walk->drive, went_well) < 0 ? -1 : rc;
 }

@@ -556,6 +556,8 @@ PyObject *native_as_iterator(PySendResult how, PyObject *result);
 void native_raise(PyObject *const *args, Py_ssize_t n);
 /* The exception that is set, which it no longer is. */
 PyObject *native_take_exception(void);
+/* Sets it again, as it is. The reference is given away. */
+void native_raise_again(PyObject *exception);
 /* Whether the attribute is True; an exception remains set. */
 bool native_is_true(PyObject *object, PyObject *name);
 /* inner.throw(), with a result like that of PyIter_Send. */

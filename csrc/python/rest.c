@@ -112,8 +112,7 @@ int hub_ask_for_round(Hub *hub)
     PyObject *exception = native_take_exception();
     if (ask(hub) < 0)
         PyErr_Clear(); /* the loop is closed */
-    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
-    Py_DECREF(exception);
+    native_raise_again(exception);
     return -1;
 }
 

@@ -241,6 +241,46 @@ async def test_an_exception_has_its_traceback(caplog: pytest.LogCaptureFixture) 
     assert lines.index("in handler") < lines.index("in deep")
 
 
+@pytest.mark.parametrize("by", ["hub", "task"])
+def test_an_exception_keeps_its_context(
+    run: Callable[[Any], Any], by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if something else is being handled where the event loop runs."""
+    seen: list[BaseException] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.next(1)
+        if by == "task":
+            await anyio.sleep(0)
+        try:
+            raise KeyError("inner")
+        except KeyError:
+            raise ValueError("outer")  # noqa: B904 -- its context is what matters
+
+    async def main() -> None:
+        def on_error(_conn: Connection, exc: Exception) -> None:
+            seen.append(exc)
+
+        async with anypoll.serve(handler, host="127.0.0.1", port=0, on_error=on_error) as server:
+            with connected(server) as sock:
+                await holds(lambda: server.connections and is_waiting(server.connections[0]))
+                sock.send(b"x")
+                await holds(lambda: seen)
+
+    around = RuntimeError("around")
+    try:
+        raise around
+    except RuntimeError:
+        run(main)
+    chain = []
+    exc: BaseException | None = seen.pop()
+    while exc is not None:
+        chain.append(repr(exc))
+        exc = exc.__context__
+    caplog.clear()  # the frames keep the connection
+    assert chain == ["ValueError('outer')", "KeyError('inner')", "RuntimeError('around')"]
+
+
 async def test_its_task_and_its_context_are_its_own() -> None:
     name: contextvars.ContextVar[int] = contextvars.ContextVar("name")
     tasks: dict[int, set[int]] = {}
