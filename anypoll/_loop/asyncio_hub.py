@@ -66,9 +66,12 @@ def _dict_of_current_tasks(loop: AbstractEventLoop) -> dict[Any, Any] | None:
 
 
 def _queue_of(loop: AbstractEventLoop) -> weakref.ref[Any] | None:
-    """What the loop will run next. asyncio does not publish it, and uvloop hides it."""
+    """What the loop will run next, if it also tells that it is going to stop. asyncio does not
+    publish either, and uvloop hides them.
+    """
     ready = getattr(loop, "_ready", None)
-    return weakref.ref(ready) if isinstance(ready, deque) else None
+    known = isinstance(ready, deque) and isinstance(getattr(loop, "_stopping", None), bool)
+    return weakref.ref(ready) if known else None
 
 
 class _Unstoppable(Coroutine[Any, Any, None]):

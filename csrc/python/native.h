@@ -268,7 +268,7 @@ extern PyTypeObject *Block_Type, *Reader_Type, *Writer_Type, *Core_Type, *Hub_Ty
     X(_drive_trap) X(_drop_sent) X(_end_if_drained) X(_ended) X(_finish_flushing) X(_finish_sending) X(_item) \
     X(_ki_protected) X(_loan_is_over) X(_make_handle) X(_max_bytes) X(_next_message) X(_not_found) \
     X(_raise_first) X(_refuse) X(_report) X(_resume_rested) X(_seal) \
-    X(_stands_high) X(_step_on) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_wake_later) X(_write_error) \
+    X(_stands_high) X(_step_on) X(_stopping) X(_tell_last) X(_trap) X(_work) X(_until_arguments) X(_wake_later) X(_write_error) \
     X(abandon) X(abort_func) X(address) X(batch) X(call_soon) X(cancel) X(cancelling) X(check) \
     X(checkpoint) X(close) X(consume) X(context) X(copy) X(cut) X(dispatch_one) \
     X(f_locals) X(fill) X(fill_nowait) X(find) X(flush) X(join) X(obj) X(receive) X(run) X(send) \
@@ -441,7 +441,7 @@ void hub_end_rest(Drive *drive);
 int hub_ask_for_round(Hub *hub);
 /* Begins or asks for the round that is due, if any. A turn is a number of handlers. */
 void hub_go_round(Hub *hub, int turn, PyObject **left);
-/* How much the loop has to run at once; -1: it hides that. */
+/* How much the loop has to run at once, or to do: to stop counts as one; -1: it hides that. */
 Py_ssize_t hub_sees_queue(const Hub *hub);
 /* Whether it has nothing else to run, as far as that can be seen. */
 bool hub_is_alone(const Hub *hub);

@@ -16,8 +16,8 @@
  *
  * A round in which the loop would run nothing else need not be asked for: if its queue can be seen,
  * and is empty (on Trio also the batch that is under way), the next one begins within the same
- * callback. That happens a few times only, or what the loop has yet to find out, by its timers and
- * descriptors, would wait for long.
+ * callback, unless the loop is to stop. That happens a few times only, or what the loop has yet to
+ * find out, by its timers and descriptors, would wait for long.
  *
  * A cancellation finds the handler when its round comes, as it finds a task at a checkpoint. On
  * Trio resting is shielded; receive() looks for a cancelled scope afterwards.

@@ -21,12 +21,23 @@ static ap_poller *poller_of(PyObject *loan)
     return poller;
 }
 
+/* asyncio's loop ends with the callbacks that are ready when it is stopped. */
+static bool is_stopping(const Hub *hub)
+{
+    if (hub->trio || !hub->loop)
+        return false;
+    bool stopping = native_is_true(PyWeakref_GetObject(hub->loop), n__stopping);
+    PyErr_Clear();
+    return stopping;
+}
+
 Py_ssize_t hub_sees_queue(const Hub *hub)
 {
     if (!hub->queue || hub->queue == Py_None)
         return -1;
     PyObject *queue = PyWeakref_GetObject(hub->queue);
-    return queue != Py_None ? PySequence_Size(queue) : -1;
+    Py_ssize_t size = queue != Py_None ? PySequence_Size(queue) : -1;
+    return size == 0 && is_stopping(hub) ? 1 : size;
 }
 
 /* Trio takes its queue as a whole, and whom it has yet to step is in a variable of its loop alone.

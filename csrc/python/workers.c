@@ -161,8 +161,7 @@ static int start_worker(Workers *pool)
         abandon_all(pool);
     if (!exception)
         return 0;
-    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
-    Py_DECREF(exception);
+    native_raise_again(exception);
     return -1;
 }
 

@@ -869,6 +869,52 @@ async def test_a_loop_with_nothing_to_run_is_not_asked(
     assert 80 / 8 <= spans[0] <= (60 if direct else 100)
 
 
+@pytest.mark.parametrize("by", ["hub", "task"])
+def test_a_loop_that_stops_runs_nothing_more(by: str) -> None:
+    """`run_forever()` ends with the callbacks that are ready: nobody who rests goes on before, nor
+    is a later request looked for.
+    """
+    seen: list[str] = []
+    there: list[Connection] = []
+    loop = asyncio.new_event_loop()
+    may_end = asyncio.Event()
+
+    async def handler(conn: Connection) -> None:
+        there.append(conn)
+        await conn.next(1)
+        if not seen:
+            if by == "task":
+                await anyio.sleep(0)
+            seen.append("stopped")
+            other.send(b"y")
+            loop.stop()
+        await conn.send(b"!")
+        seen.append("went on")
+
+    async def main() -> None:
+        nonlocal other
+        async with one(handler) as sock, anypoll.serve(handler, host="127.0.0.1", port=0) as server:
+            other = connected(server)
+            with other:
+                await holds(lambda: len(there) == 2 and all(map(is_waiting, there)))
+                await settle()
+                sock.send(b"x")
+                await may_end.wait()
+
+    other: Any = None
+    anypoll.configure(spin=1000)
+    try:
+        task = loop.create_task(main())
+        loop.run_forever()
+        assert seen == ["stopped"]
+        may_end.set()
+        loop.run_until_complete(task)
+        assert seen == ["stopped", "went on", "went on"]
+    finally:
+        anypoll.configure(spin=20)
+        loop.close()
+
+
 async def test_more_rest_than_one_turn_resumes() -> None:
     """All of them, whatever the number; rest.c resumes 256 before the loop gets its turn."""
     number = 300
