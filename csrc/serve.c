@@ -144,12 +144,21 @@ static void trim(ap_conn *conn)
         ap_chain_drop(&conn->input, &conn->pins);
 }
 
+/* Whether something has come that no step knows of: epoll gives so many events at once, and the
+ * driver may have been late. Messages are for the loop to look for. */
+static bool has_news(const ap_conn *conn)
+{
+    const ap_slot *slot = &conn->slot;
+    bool in = conn->type != AP_SEQPACKET && !conn->read_end && !(slot->ready & AP_READABLE);
+    bool out = conn->out_bytes && !(slot->ready & AP_WRITABLE);
+    return (in && ap_sys_readable(slot->fd)) || (out && ap_sys_writable(slot->fd));
+}
+
 /* A step may end before it has come to all that is ready (ap_run). What has arrived in time, and
- * what can be sent, counts as activity all the same: the next step serves it first. */
+ * what can be sent, counts as activity all the same: a later step serves it first. */
 int64_t ap_conn_expire(ap_slot *slot, int64_t now)
 {
     ap_conn *conn = ap_conn_of(slot);
-    bool served = !slot->on_run;
     if (now >= read_deadline(conn)) {
         conn->want_expired = true;
         ap_hub_post(&conn->slot, AP_MAIL_READ);
@@ -158,12 +167,12 @@ int64_t ap_conn_expire(ap_slot *slot, int64_t now)
         conn->drain_expired = true;
         ap_hub_post(&conn->slot, AP_MAIL_WRITE);
     }
-    if (now >= idle_deadline(conn) && served)
+    if (now >= idle_deadline(conn) && !slot->on_run && !has_news(conn))
         end_idle(conn);
     if (now >= conn->trim_at)
         trim(conn);
     int64_t next = next_deadline(conn);
-    return served || next > now ? next : now + COARSE_TICK;
+    return next > now ? next : now + COARSE_TICK;
 }
 
 /* Buffered input stays readable; the socket is unchanged, but nobody looks after it. */

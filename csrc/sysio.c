@@ -202,6 +202,16 @@ static int state_of(int fd, int events)
     return rc == 1 ? at.revents : 0;
 }
 
+bool ap_sys_readable(int fd)
+{
+    return state_of(fd, POLLIN) & POLLIN;
+}
+
+bool ap_sys_writable(int fd)
+{
+    return state_of(fd, POLLOUT) & POLLOUT;
+}
+
 bool ap_sys_hung_up(int fd)
 {
     return state_of(fd, POLLRDHUP) & (POLLRDHUP | POLLHUP);

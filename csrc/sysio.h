@@ -51,6 +51,9 @@ bool ap_sys_one_core(void);
 /* SO_ERROR (> 0), which asking clears; 0: none. */
 int ap_sys_socket_error(int fd);
 void ap_sys_drain_error_queue(int fd);
+/* At this moment, whatever epoll has told. */
+bool ap_sys_readable(int fd);
+bool ap_sys_writable(int fd);
 /* Whether the peer has ended its side, or the connection was reset, read or not. */
 bool ap_sys_hung_up(int fd);
 /* Whether a message waits, even an empty one; false for one that is followed by the end. */

@@ -290,6 +290,28 @@ LINKS_TEST(loan_input_that_a_step_leaves_is_activity, TCP, HIGH, 8)
         UNTIL(w, l[i].conn->read_end == AP_EIDLE);
 }
 
+/* Nor does one call of epoll tell of all that is ready, if that is more than 256. */
+LINKS_TEST(loan_input_that_epoll_has_yet_to_tell_is_activity, TCP, HIGH, 300)
+{
+    borrow(w);
+    drive_while_called(w);
+    for (int i = 0; i < 300; i++)
+        CHECK_OK(ap_conn_set_idle(l[i].conn, MS));
+    for (int i = 0; i < 300; i++) {
+        peer_say(&l[i], 1, 0, 1);
+        arrived(&l[i], 1);
+    }
+    usleep(30 * 1000);
+    CHECK_OK(drive(w));
+    CHECK(stats(w).bytes_received < 300);
+    for (int i = 0; i < 300; i++)
+        CHECK_EQ(l[i].conn->read_end, 0);
+    drive_while_called(w);
+    CHECK_EQ(stats(w).bytes_received, 300);
+    for (int i = 0; i < 300; i++)
+        UNTIL(w, l[i].conn->read_end == AP_EIDLE);
+}
+
 /* What one step leaves, the next one does: 256 KiB each. */
 LINK_TEST(loan_work_that_is_left_brings_the_loop_again, UNIX, 64 * MB)
 {

@@ -68,3 +68,44 @@ LINK_TEST(connection_idle_can_be_taken_back, TCP, HIGH)
     CHECK_EQ(mail_of(w, l->id), 0);
     CHECK_EQ(w->poller->wheel.filed, 0); /* the entry was looked at and dropped */
 }
+
+static int64_t expire(struct link *l, int64_t now)
+{
+    ap_slot *slot = &l->conn->slot;
+    ap_slot_lock(slot);
+    int64_t next = slot->ops->expire(slot, now);
+    ap_slot_unlock(slot);
+    return next;
+}
+
+/* All that has come so far. */
+static size_t peer_take(struct link *l)
+{
+    static char chunk[64 * 1024];
+    size_t n = 0;
+    for (ssize_t got; (got = recv(l->peer, chunk, sizeof chunk, MSG_DONTWAIT)) > 0;)
+        n += (size_t)got;
+    return n;
+}
+
+/* Neither input nor room that no step knows of yet is the silence that the timer has found. */
+LINK_TEST(connection_news_postpones_the_idle_end, STREAMS, HIGH)
+{
+    const int64_t idle = 3600 * 1000 * MS, later = ap_now() + 2 * idle;
+    size_t taken = 0;
+    stall(l, much());
+    CHECK_OK(ap_conn_set_idle(l->conn, idle));
+    taken += peer_take(l);
+    CHECK(!(ready_flags(l) & AP_WRITABLE));
+    CHECK(expire(l, later) > later);
+    CHECK_EQ(l->conn->read_end, 0);
+    UNTIL(w, (taken += peer_take(l)) == MUCH);
+    peer_say(l, 1, 0, 1);
+    arrived(l, 1);
+    CHECK(!(ready_flags(l) & AP_READABLE));
+    CHECK(expire(l, later) > later);
+    CHECK_EQ(l->conn->read_end, 0);
+    UNTIL(w, link_stats(l).bytes_received == 1);
+    CHECK_EQ(expire(l, later), AP_FOREVER);
+    CHECK_EQ(l->conn->read_end, AP_EIDLE);
+}
