@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio import EndOfStream
-from peers import holds, pollers_have_looked, read_all, read_to_end, send_all, within
+from peers import holds, pollers_have_looked, read_all, read_to_end, send_all, settle, within
 
 import anypoll
 from anypoll import Connection, _epoll
@@ -125,5 +125,6 @@ def no_event_comes(
     async def deafen() -> None:
         fault("EPOLL_WAIT", errno.EINTR, times=-1)
         await pollers_have_looked()
+        await settle()  # the loop, too, with what they had told before
 
     return deafen
