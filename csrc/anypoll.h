@@ -227,6 +227,9 @@ AP_API int ap_hub_again(ap_hub *hub);
  * lent to this hub (any more). */
 AP_API int ap_hub_drive(ap_hub *hub, ap_poller *poller, ap_token *tokens, int max);
 
+/* Whether the poller is still lent to this hub: a step that fails ends the loan. Thread: any. */
+AP_API int ap_hub_drives(const ap_hub *hub, ap_poller *poller);
+
 /* For how many nanoseconds a loop that drives waits for more without sleeping, when all that the
  * tokens asked for is done. For the whole process; 0, as it is at first: not at all. Thread: any.
  * Returns 0; -EINVAL. */

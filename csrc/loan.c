@@ -77,11 +77,18 @@ static int64_t limit_now(void)
     return atomic_load_explicit(&spin_limit, memory_order_relaxed);
 }
 
+/* Both descriptors are written for the thread's sake. The loop may see nothing of that, for the
+ * thread takes the event of efd; so whoever drives asks whether it still does. */
 static void end_loan(ap_poller *poller, ap_hub *hub)
 {
     if (atomic_compare_exchange_strong_explicit(&poller->borrower, &hub, NULL, memory_order_seq_cst,
                                                 memory_order_seq_cst))
-        ap_poller_rouse(poller); /* the loop finds out, too */
+        ap_poller_rouse(poller);
+}
+
+int ap_hub_drives(const ap_hub *hub, ap_poller *poller)
+{
+    return ap_borrower(poller) == hub;
 }
 
 /* ---- driving ---------------------------------------------------------- */

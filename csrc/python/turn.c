@@ -74,6 +74,16 @@ static int look_again(Hub *hub, ap_poller *poller, ap_token *tokens)
     return n;
 }
 
+/* The loan may be over, or the poller have failed. Nothing else would bring the loop once more. */
+static int tell_if_over(Hub *hub, PyObject *loan, ap_poller *poller, int n)
+{
+    if (n >= 0 && ap_hub_drives(hub->hub, poller))
+        return 0;
+    PyObject *none = PyObject_CallMethodObjArgs((PyObject *)hub, n__loan_is_over, loan, NULL);
+    Py_XDECREF(none);
+    return none ? 0 : -1;
+}
+
 PyObject *hub_drive(PyObject *self, PyObject *loan)
 {
     Hub *hub = (Hub *)self;
@@ -83,18 +93,25 @@ PyObject *hub_drive(PyObject *self, PyObject *loan)
         return NULL;
     bool may_look = !hub->crowded;
     hub->crowded = false;
+    PyObject *left = NULL;
     int n = ap_hub_drive(hub->hub, poller, tokens, BATCH);
-    while (n > 0) {
+    for (;;) {
+        if (tell_if_over(hub, loan, poller, n) < 0)
+            hub_keep_exception(&left);
+        if (n <= 0)
+            break;
         size_t armed = hub->armed;
         int more = hub_deliver(hub, tokens, n, false);
-        if (more < 0)
-            return NULL;
+        if (more < 0) {
+            hub_keep_exception(&left);
+            break;
+        }
         hub->crowded = more || hub->armed < armed || hub_sees_queue(hub) > 0;
         if (hub->crowded || !may_look)
-            Py_RETURN_NONE;
+            break;
         n = look_again(hub, poller, tokens);
     }
-    if (n < 0) /* the loan is over, or the poller has failed */
-        return PyObject_CallMethodObjArgs(self, n__loan_is_over, loan, NULL);
+    if (hub_raise_first(hub, left) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }

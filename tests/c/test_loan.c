@@ -670,7 +670,9 @@ LINK_TEST(loan_ends_when_a_step_fails, TCP, HIGH)
     peer_say(l, 1, 0, 1);
     arrived(l, 1);
     CHECK_OK(ap_fault_set(AP_CALL_EPOLL_WAIT, ENOMEM, 0, 3, 0));
+    CHECK(ap_hub_drives(w->hub, w->poller));
     CHECK_OK(drive(w));
+    CHECK(!ap_hub_drives(w->hub, w->poller));
     CHECK_EQ(drive(w), -EPERM);
     CHECK_EQ(await(w, l->id, AP_MAIL_READ), AP_MAIL_READ);
     CHECK_EQ(ap_fault_hits(AP_CALL_EPOLL_WAIT), 3);

@@ -193,6 +193,22 @@ async def test_a_poller_that_fails_for_a_moment() -> None:
             await talk(other, its_peer)
 
 
+async def test_a_loan_that_ends_in_the_loops_own_step() -> None:
+    """It need not be told by the poller's descriptor, whose event the thread may have taken."""
+    async with opened() as (conn, peer):
+        hub: Any = _runtime.current_hub()
+        try:
+            _epoll.set_fault("EPOLL_WAIT", 12, times=-1)
+            hub.drive(hub.loan)
+            assert not drives()
+        finally:
+            _epoll.clear_faults()
+        await talk(conn, peer)
+        async with opened() as (other, its_peer):
+            assert drives()
+            await talk(other, its_peer)
+
+
 @pytest.mark.loops("asyncio", "uvloop")
 async def test_a_loop_that_is_closed_in_another_thread(
     anyio_backend: tuple[str, dict[str, Any]],
