@@ -161,6 +161,15 @@ static int answered(Core *core, Operation *op, int64_t result)
     return result ? core_open_window(core, result) : receive_straight(core, op);
 }
 
+/* Methods of an object that __new__ alone has made, or that the collector has cleared. */
+int core_check_open(Core *core)
+{
+    if (core->conn && core->hub && core->reader && core->writer)
+        return 0;
+    PyErr_SetString(PyExc_RuntimeError, "this connection has not been opened");
+    return -1;
+}
+
 int core_ended(Core *core, int64_t code)
 {
     raise_ended(core, code);
@@ -264,7 +273,7 @@ int64_t core_request(Core *core, bool fresh)
         core_refuse(core);
         return INT64_MIN;
     }
-    if (take_along(core, &data, &size) < 0)
+    if (core_check_open(core) < 0 || take_along(core, &data, &size) < 0)
         return INT64_MIN;
     int64_t result =
         ap_conn_request(core->conn, (uint32_t)core->reader->start, fresh, data, (size_t)size);
@@ -414,7 +423,7 @@ static PyObject *flush_claimed(PyObject *self, PyObject *unused)
 static PyObject *send_pending(PyObject *self, PyObject *unused)
 {
     int64_t left;
-    if (core_send_pending((Core *)self, &left) < 0)
+    if (core_check_open((Core *)self) < 0 || core_send_pending((Core *)self, &left) < 0)
         return NULL;
     return PyLong_FromLongLong(left);
 }
@@ -426,7 +435,7 @@ static PyObject *send_pieces(PyObject *self, PyObject *pieces)
         PyErr_SetString(PyExc_TypeError, "pieces must be a list");
         return NULL;
     }
-    if (core_send((Core *)self, pieces, &left) < 0)
+    if (core_check_open((Core *)self) < 0 || core_send((Core *)self, pieces, &left) < 0)
         return NULL;
     return PyLong_FromLongLong(left);
 }
@@ -438,14 +447,15 @@ static PyObject *keep(PyObject *self, PyObject *const *args, Py_ssize_t n)
         return NULL;
     }
     long long left = PyLong_AsLongLong(args[1]);
-    if (PyErr_Occurred() || core_keep((Core *)self, args[0], left) < 0)
+    if (PyErr_Occurred() || core_check_open((Core *)self) < 0 ||
+        core_keep((Core *)self, args[0], left) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *show_window(PyObject *self, PyObject *unused)
 {
-    if (show((Core *)self) < 0)
+    if (core_check_open((Core *)self) < 0 || show((Core *)self) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

@@ -272,6 +272,10 @@ void drive_walk_on_trio(walk *walk)
 PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
 {
     Drive *drive = (Drive *)self;
+    if (!drive->hub || !drive->hub->trio || hub_check_attached(drive->hub) < 0) {
+        PyErr_SetString(PyExc_RuntimeError, "this is no drive of Trio's");
+        return NULL;
+    }
     /* RUNNING: it is looked for when the handler has parked. RESTING: its task has seen it rest; it
      * will go on by itself. */
     if (drive->state == D_RUNNING || drive->state == D_RESTING)

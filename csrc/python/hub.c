@@ -120,7 +120,7 @@ int hub_check(Hub *hub)
 
 PyObject *hub_loop(Hub *hub)
 {
-    PyObject *loop = hub->loop ? PyWeakref_GetObject(hub->loop) : NULL;
+    PyObject *loop = hub && hub->loop ? PyWeakref_GetObject(hub->loop) : NULL;
     return Py_NewRef(loop ? loop : Py_None);
 }
 
@@ -138,12 +138,23 @@ static PyObject *call_soon_within(PyObject *loop, PyObject *callback, PyObject *
     return handle;
 }
 
+int hub_check_attached(Hub *hub)
+{
+    if (hub->hub && hub->current_task)
+        return 0;
+    PyErr_SetString(PyExc_RuntimeError, "this hub is not initialised");
+    return -1;
+}
+
 /* asyncio's dict has the task of each loop, Trio's the one of this thread's run. To look there
  * costs less than the loop's function, which on asyncio is interpreted up to CPython 3.11. */
 PyObject *hub_current_task(Hub *hub)
 {
-    if (!hub->tasks || !PyDict_CheckExact(hub->tasks))
+    if (!hub->tasks || !PyDict_CheckExact(hub->tasks)) {
+        if (hub_check_attached(hub) < 0)
+            return NULL;
         return PyObject_CallNoArgs(hub->current_task);
+    }
     PyObject *loop = hub->trio ? Py_NewRef(n_task) : hub_loop(hub);
     PyObject *task = PyDict_GetItemWithError(hub->tasks, loop);
     Py_DECREF(loop);
@@ -367,6 +378,8 @@ static PyObject *dispatch(PyObject *self, PyObject *unused)
 {
     Hub *hub = (Hub *)self;
     ap_token tokens[BATCH];
+    if (hub_check_attached(hub) < 0)
+        return NULL;
     int n = ap_hub_take(hub->hub, tokens, BATCH);
     if (n > 0 && hub_deliver(hub, tokens, n, is_nested(hub)) < 0)
         return NULL;

@@ -21,7 +21,9 @@ PyObject *core_open(PyObject *self, PyObject *const *args, Py_ssize_t n)
     ap_poller *poller = PyLong_AsVoidPtr(args[0]);
     int fd = (int)PyLong_AsLong(args[1]);
     uint32_t high = (uint32_t)PyLong_AsUnsignedLong(args[2]);
-    if (PyErr_Occurred())
+    if (!poller && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "there is no poller");
+    if (PyErr_Occurred() || hub_check_attached(core->hub) < 0)
         return NULL;
     ap_conn *conn;
     int rc = ap_conn_new(poller, core->hub->hub, fd, core->kind, high, &conn);
@@ -121,6 +123,8 @@ PyObject *core_end(PyObject *self, PyObject *const *args, Py_ssize_t n)
 PyObject *core_may_close(PyObject *self, PyObject *unused)
 {
     Core *core = (Core *)self;
+    if (core_check_open(core) < 0)
+        return NULL;
     bool sent = core->writer->size == 0 && !core->writing && ap_conn_queued(core->conn) == 0;
     return PyBool_FromLong(sent &&
                            ap_conn_linger(core->conn, (uint32_t)core->reader->start, 0) == 0);
@@ -130,6 +134,8 @@ PyObject *core_may_close(PyObject *self, PyObject *unused)
 PyObject *core_traffic(PyObject *self, PyObject *unused)
 {
     ap_conn_stats stats = {0};
+    if (core_check_open((Core *)self) < 0)
+        return NULL;
     ap_conn_statistics(((Core *)self)->conn, 0, &stats); /* zeroes in the child of a fork */
     return Py_BuildValue("KK", (unsigned long long)stats.bytes_received,
                          (unsigned long long)stats.bytes_sent);
@@ -139,7 +145,9 @@ PyObject *core_traffic(PyObject *self, PyObject *unused)
 PyObject *core_handle(PyObject *self, void *closure)
 {
     Core *core = (Core *)self;
-    if (!core->handle) {
+    if (!core->handle && !core->conn)
+        PyErr_SetString(PyExc_AttributeError, "handle");
+    else if (!core->handle) {
         PyObject *address = PyLong_FromVoidPtr(core->conn);
         core->handle =
             address ? PyObject_CallMethodObjArgs(self, n__make_handle, address, NULL) : NULL;

@@ -341,6 +341,7 @@ int core_ask(Core *core, Operation *op);
 int core_resume(Core *core, Operation *op);
 int core_reopen(Core *core, Operation *op); /* after receive()'s checkpoint */
 int core_refuse(Core *core);                /* always -1: it is closed */
+int core_check_open(Core *core);            /* raises RuntimeError if it never was */
 int core_ended(Core *core, int64_t code);   /* always -1: as the core has answered */
 void core_raise_from(Core *core, PyObject *method,
                      PyObject *argument); /* what the method returns */
@@ -411,6 +412,8 @@ PyObject *hub_current_task(Hub *hub);
 bool hub_is_current_task(Hub *hub, PyObject *task);
 /* Has asyncio's loop call callback(argument) in its next round. */
 int hub_call_soon(Hub *hub, PyObject *callback, PyObject *argument, PyObject *context);
+/* Raises RuntimeError if __new__ alone has made it. */
+int hub_check_attached(Hub *hub);
 /* Raises RuntimeError outside of the hub's event loop. */
 int hub_check(Hub *hub);
 /* What Trio's scheduler is to be given; remembers the task. */

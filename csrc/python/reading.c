@@ -95,6 +95,10 @@ static bool is_in_window(const Operation *op)
 static int ask_source(Operation *op)
 {
     PyObject *source = op->reader->source;
+    if (!source) {
+        PyErr_SetString(PyExc_AttributeError, "there is no source");
+        return -1;
+    }
     PyObject *number = PyLong_FromSsize_t(operation_finds(op) ? op->most : op->n);
     PyObject *flags = PyLong_FromLong(op->flags);
     if (number && flags)

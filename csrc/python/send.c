@@ -352,7 +352,7 @@ int send_begin(Operation *op)
 {
     if (op->kind == SEND && take_item(op) < 0)
         return -1;
-    if (!(op->flags & CLAIMED) && enter(op) < 0)
+    if ((op->flags & CLAIMED ? core_check_open(op->core) : enter(op)) < 0)
         return -1;
     if (op->kind == FLUSH)
         return flush_now(op);

@@ -95,7 +95,10 @@ static PyObject *anext(PyObject *self)
 
 static PyObject *get_reader(PyObject *self, void *closure)
 {
-    return Py_XNewRef((PyObject *)((Stream *)self)->reader);
+    PyObject *reader = (PyObject *)((Stream *)self)->reader;
+    if (!reader)
+        PyErr_SetString(PyExc_AttributeError, "_reader");
+    return Py_XNewRef(reader);
 }
 
 static int set_reader(PyObject *self, PyObject *value, void *closure)

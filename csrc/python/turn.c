@@ -18,6 +18,8 @@ static ap_poller *poller_of(PyObject *loan)
     PyObject *address = PyObject_GetAttr(loan, n_address);
     void *poller = address ? PyLong_AsVoidPtr(address) : NULL;
     Py_XDECREF(address);
+    if (!poller && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "there is no poller");
     return poller;
 }
 
@@ -89,7 +91,7 @@ PyObject *hub_drive(PyObject *self, PyObject *loan)
     Hub *hub = (Hub *)self;
     ap_token tokens[BATCH];
     ap_poller *poller = poller_of(loan);
-    if (!poller)
+    if (hub_check_attached(hub) < 0 || !poller)
         return NULL;
     bool may_look = !hub->crowded;
     hub->crowded = false;
