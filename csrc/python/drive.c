@@ -184,8 +184,9 @@ static PySendResult stepped_by_task(Drive *drive, PySendResult how, PyObject **r
 static void step(Drive *drive)
 {
     PyObject *result = NULL;
-    drive->has_run = true;
+    drive->has_run = drive->by_hub = true;
     PySendResult how = step_inner(drive, Py_None, &result);
+    drive->by_hub = false;
     if (how == PYGEN_NEXT && is_ours(drive, result)) {
         park(drive, (Operation *)result);
         Py_DECREF(result);

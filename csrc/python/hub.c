@@ -349,6 +349,7 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     b.left = NULL;
     hub->depth++;
     int woken = 0;
+    uint32_t before = hub->jobs;
     while (n > 0) {
         b.ready_count = b.other_count = b.woken = 0;
         for (int i = 0; i < n; i++)
@@ -366,6 +367,7 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     }
     if (!nested)
         workers_run_due(hub, &b.left);
+    woken += (int)(hub->jobs - before);
     hub->round_due |= hub->due != NULL;
     hub->depth--;
     if (b.trim) /* now that the wrappers of the blocks are gone */

@@ -138,6 +138,7 @@ struct Hub {
     Core *waiting;    /* those with an armed operation; the list holds both strongly */
     Requests *idle;   /* connections in request mode that wait; the list holds them strongly */
     size_t armed;     /* how many wait, in both lists */
+    uint32_t jobs;    /* that workers have begun; wraps around */
     Workers *due;     /* look at their queues in the next round; the list holds them strongly */
     bool crowded;     /* the last turn has left something to others that the loop runs */
     PyObject *queue;  /* a weak reference to what the loop will run at once; or None */
@@ -201,6 +202,7 @@ struct Drive {
     uint8_t state;
     bool must_cancel;  /* while the handler ran in the name of the task */
     bool has_run;      /* in this resumption */
+    bool by_hub;       /* is being stepped by it, not by the task */
     bool is_protected; /* Trio: the task, from KeyboardInterrupt */
     bool ended;        /* LEAVING: outcome is the handler's result */
     Hub *hub;

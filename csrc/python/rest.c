@@ -143,17 +143,18 @@ static Drive *next_due(walk *walk)
     return drive;
 }
 
-/* Returns how many handlers it has resumed. */
+/* Returns how many handlers it has resumed, and calls of request mode made. */
 static int begin_round(Hub *hub, int most, PyObject **left)
 {
     struct round round = {.walk = {.hub = hub, .next = next_due, .left = left}, .most = most};
+    uint32_t before = hub->jobs;
     hub->rounds_begun++;
     hub->depth++;
     drive_walk(&round.walk);
     workers_run_due(hub, left);
     hub->depth--;
     hub->round_due |= is_due(hub) || hub->due;
-    return round.resumed;
+    return round.resumed + (int)(hub->jobs - before);
 }
 
 void hub_go_round(Hub *hub, int turn, PyObject **left)

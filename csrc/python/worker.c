@@ -89,6 +89,7 @@ static PySendResult go_on(Drive *worker, const message *m, PyObject **result)
 static PySendResult begin_job(Drive *worker, Requests *job, PyObject **result)
 {
     worker->job = job;
+    worker->hub->jobs++;
     worker->job_context = PyObject_CallMethodObjArgs(job->context, n_copy, NULL);
     if (!worker->job_context) {
         drop_job(worker);
@@ -97,17 +98,40 @@ static PySendResult begin_job(Drive *worker, Requests *job, PyObject **result)
     return go_on(worker, &(message){.value = Py_None}, result);
 }
 
+/* Whether the task is to be cancelled when it suspends, which its last call has not noticed. While
+ * the hub steps the drive, the drive knows. */
+static bool is_cancelled(Drive *worker)
+{
+    if (worker->must_cancel || worker->by_hub || worker->hub->trio)
+        return worker->must_cancel;
+    PyObject *count = PyObject_CallMethodObjArgs(worker->task, n_cancelling, NULL);
+    bool cancelled = !count || PyObject_IsTrue(count) != 0;
+    Py_XDECREF(count);
+    PyErr_Clear();
+    return cancelled;
+}
+
+/* From the queue, unless the task is to be cancelled: that must not find another's call. */
+static PySendResult take_jobs(Drive *worker, bool has_done_one, PyObject **result)
+{
+    Workers *pool = worker->pool;
+    PySendResult how = PYGEN_RETURN;
+    for (int turn = JOBS; how == PYGEN_RETURN && turn > 0 && pool->ready; turn--) {
+        if (has_done_one && is_cancelled(worker))
+            break;
+        how = begin_job(worker, workers_pop(pool), result);
+        has_done_one = true;
+    }
+    return how;
+}
+
 /* The worker has no job, or its last one stands as `how` says. */
-static PySendResult do_jobs(Drive *worker, PySendResult how, PyObject **result)
+static PySendResult do_jobs(Drive *worker, bool has_done_one, PySendResult how, PyObject **result)
 {
     Hub *hub = worker->hub;
     workers_stop_looking(worker);
-    for (int turn = JOBS; how == PYGEN_RETURN && turn > 0 && !worker->must_cancel; turn--) {
-        Requests *job = workers_pop(worker->pool);
-        if (!job)
-            break;
-        how = begin_job(worker, job, result);
-    }
+    if (how == PYGEN_RETURN)
+        how = take_jobs(worker, has_done_one, result);
     if (how == PYGEN_NEXT && workers_rouse(worker->pool) < 0) { /* of a signal handler */
         Py_CLEAR(*result);
         PyObject *exception = native_take_exception();
@@ -124,10 +148,9 @@ static PySendResult do_jobs(Drive *worker, PySendResult how, PyObject **result)
 PySendResult worker_send(Drive *worker, PyObject *value, PyObject **result)
 {
     *result = NULL;
-    PySendResult how = PYGEN_RETURN;
-    if (worker->job)
-        how = go_on(worker, &(message){.value = value}, result);
-    return do_jobs(worker, how, result);
+    if (!worker->job)
+        return do_jobs(worker, false, PYGEN_RETURN, result);
+    return do_jobs(worker, true, go_on(worker, &(message){.value = value}, result), result);
 }
 
 PySendResult worker_throw(Drive *worker, PyObject *const *args, Py_ssize_t n, PyObject **result)
@@ -137,7 +160,8 @@ PySendResult worker_throw(Drive *worker, PyObject *const *args, Py_ssize_t n, Py
         native_raise(args, n);
         return PYGEN_ERROR;
     }
-    return do_jobs(worker, go_on(worker, &(message){.args = args, .n = n}, result), result);
+    PySendResult how = go_on(worker, &(message){.args = args, .n = n}, result);
+    return do_jobs(worker, true, how, result);
 }
 
 /* ---- the end -------------------------------------------------------------------------- */

@@ -407,3 +407,29 @@ async def test_a_cancelled_step_is_in_no_cycle() -> None:
         await holds(lambda: found() is None)
     finally:
         gc.enable()
+
+
+@on_asyncio
+@pytest.mark.parametrize("resumed", ["by the task", "by the hub"])
+async def test_a_cancellation_that_a_call_does_not_notice_finds_no_other_call(resumed: str) -> None:
+    """Though that was ready already, and stood next in the queue."""
+    team, go_on = Tasks(), asyncio.Event()
+    conn, peer = anypoll.socketpair()
+    others: list[Step] = []
+
+    async def cancel_itself() -> None:
+        await (go_on.wait() if resumed == "by the task" else conn.receive())
+        others.extend(team.submit(functools.partial(asyncio.sleep, 0)) for _ in range(3))
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    first = team.submit(cancel_itself)
+    await holds(lambda: first.begun)
+    go_on.set()
+    await peer.send(b"x")
+    await holds(lambda: len(others) == 3 and all(step.ended for step in others))
+    assert first.ended == 1
+    assert not any(step.failure for step in others)
+    await holds(lambda: team.at_rest)
+    await team.gone()

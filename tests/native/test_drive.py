@@ -1151,32 +1151,31 @@ async def test_a_wait_that_is_over_wakes_nothing_else() -> None:
 @pytest.mark.loops("trio")
 @pytest.mark.parametrize("when", ["after the step", "before the trap"])
 async def test_a_signal_handler_that_closes_before_the_task_is_blocked(
-    when: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+    when: str, direct: bool
 ) -> None:
     """Frames of Python's in which one may run lie between the handler's wait and the task's."""
     if not direct:
         pytest.skip("there is no such moment")
     seen: list[str] = []
-    original = TrioHub._drive_trap
 
     async def handler(conn: Connection) -> None:
         hub: Any = conn._core.hub
-        unprotected = hub._unprotected
+        unprotected, original = hub._unprotected, hub._wait_trap
 
         def step_and_close(step: Callable[[], Any]) -> None:
             hub._unprotected = unprotected
             step()
             conn.abort()
 
-        def close_and_cancel(hub: TrioHub, drive: Any) -> Any:
-            monkeypatch.setattr(TrioHub, "_drive_trap", original)
+        def close_and_cancel(abort: Any) -> Any:
+            hub._wait_trap = original
             conn.abort()
             scope.cancel()
-            return original(hub, drive)
+            return original(abort)
 
         if when == "before the trap":
             await anyio.sleep(0)  # from here on it is stepped by its task
-            monkeypatch.setattr(TrioHub, "_drive_trap", close_and_cancel)
+            hub._wait_trap = close_and_cancel
         else:
             hub._unprotected = step_and_close
         with anyio.CancelScope() as scope:
