@@ -96,18 +96,21 @@ class LeanTasks(Tasks):
             super().start(function, *args)
             return
         name = f"{function.__module__}.{function.__qualname__}"
-        task = Task(function(*args), loop=self._loop, name=name, context=self._context.copy())
         scope: Any = self._group.cancel_scope
-        self._states[task] = self._state(id(self._host), scope)
+        state = self._state(id(self._host), scope)
+        task = Task(function(*args), loop=self._loop, name=name, context=self._context.copy())
+        task.add_done_callback(self._over, context=self._context)
+        self._running += 1  # from here on the group waits for it, whatever is raised
+        self._states[task] = state
         scope._tasks.add(task)
         future_add_to_awaited_by(task, self._host)
-        self._running += 1
-        task.add_done_callback(self._over, context=self._context)
 
     def _over(self, task: Task[None]) -> None:
         """Does what the group does when one of its own tasks has ended."""
         future_discard_from_awaited_by(task, self._host)
-        self._states.pop(task).cancel_scope._tasks.discard(task)
+        scope: Any = self._group.cancel_scope
+        self._states.pop(task, None)
+        scope._tasks.discard(task)
         self._running -= 1
         if self._idle is not None and not self._running:
             self._idle.set()

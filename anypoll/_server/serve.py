@@ -230,7 +230,11 @@ class serve:  # noqa: N801 -- it is used like a function
             await self._leave_elsewhere(exc)
             return
         if exc is None:
-            self._running._begin_shutdown(self._running._options.shutdown_timeout)
+            try:
+                self._running._begin_shutdown(self._running._options.shutdown_timeout)
+            except BaseException as failure:  # the group is left in any case
+                await self._group.__aexit__(type(failure), failure, failure.__traceback__)
+                raise
         # On an exception the task group cancels what runs in it: the server's one task.
         try:
             await self._group.__aexit__(exc_type, exc, traceback)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import anyio
@@ -167,8 +168,9 @@ class Server:
         self._close_listeners()
 
     def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener._close()
+        with ExitStack() as stack:  # each, whatever another raises
+            for listener in reversed(self._listeners):
+                stack.callback(listener._close)
 
     def _begin_shutdown(self, timeout: float) -> None:
         self._deadline = min(self._deadline, anyio.current_time() + timeout)
@@ -198,9 +200,13 @@ class Server:
                     await self._shutting_down.wait()
                     await self._wait_idle()
                 finally:
-                    self._end()
-                    group.cancel_scope.cancel()
-                    await self._lifecycle.end()
+                    try:
+                        self._end()
+                    finally:
+                        group.cancel_scope.cancel()
+                        await self._lifecycle.end()
         finally:
-            self._end()
-            self._ended.set()
+            try:
+                self._end()
+            finally:
+                self._ended.set()

@@ -6,19 +6,22 @@ import asyncio
 import gc
 import socket
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import anyio
 import pytest
 import trio
 from peers import holds, read_to_end, send_all, settle, within
-from serving import FOR_EVER, client, echo, is_served, local, once
+from serving import FOR_EVER, HOST, client, echo, is_served, local, once
 
+import anypoll
 from anypoll import Connection
 from anypoll._loop import asyncio_hub
 from anypoll._loop.asyncio_hub import AsyncioHub
 from anypoll._loop.hub import Hub
 from anypoll._loop.trio_hub import TrioHub
+from anypoll._network.listener import SocketListener
 
 pytestmark = pytest.mark.anyio
 
@@ -192,6 +195,63 @@ async def test_the_server_waits_for_it() -> None:
             await is_served(sock)
             group.start_soon(releasing)
         assert ended
+
+
+@pytest.mark.parametrize("when", ["before the end", "at the end"])
+async def test_the_server_waits_for_it_whatever_is_raised(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener cannot be closed; the other one is, and `shutdown()` returns."""
+    ended = False
+    release = anyio.Event()
+    close = SocketListener._close
+    shut_down = anyio.Event()
+
+    def failing(listener: SocketListener) -> None:
+        close(listener)
+        if listener is server.listeners[0]:
+            raise LookupError
+
+    async def handler(conn: Connection) -> None:
+        nonlocal ended
+        await once(conn)
+        with anyio.CancelScope(shield=True):
+            await release.wait()
+        ended = True
+
+    async def releasing() -> None:
+        await server.wait_shutting_down()
+        await settle()
+        assert not ended
+        with suppress(LookupError):
+            await server.shutdown()
+        assert ended
+        shut_down.set()
+
+    async def release_later() -> None:
+        await server.wait_shutting_down()
+        await settle()
+        release.set()
+
+    listeners = [await anypoll.create_tcp_listener(local_host=HOST) for _ in range(2)]
+    async with anyio.create_task_group() as group:
+        with pytest.raises(BaseExceptionGroup) as raised:  # noqa: PT012
+            async with (
+                anypoll.serve(handler, listeners=listeners) as server,
+                client(server) as sock,
+            ):
+                await is_served(sock)
+                group.start_soon(releasing)
+                group.start_soon(release_later)
+                await settle()
+                monkeypatch.setattr(SocketListener, "_close", failing)
+                if when == "before the end":
+                    raise KeyError
+        assert ended
+        assert raised.value.split(LookupError)[1] is None
+        assert all(listener._closed for listener in server.listeners)
+        await within(shut_down.wait())
+        monkeypatch.undo()
 
 
 async def test_what_ends_the_program_leaves_the_server() -> None:
