@@ -58,9 +58,9 @@ class Line:
     def __init__(self, dice: random.Random, peer: socket.socket) -> None:
         self.dice = dice
         self.peer = peer
-        self.most = dice.choice([8, 8, 3000])
+        self.most = dice.choice([8, 8, 3000, 100_000])
         """bytes that are read in one call"""
-        self.data = pattern(self.most * 200, dice.randrange(1 << 32))
+        self.data = pattern(min(self.most * 200, 5_000_000), dice.randrange(1 << 32))
         self.position = 0
         """in the data: what has been read"""
         self.resets = dice.random() < 0.1

@@ -397,20 +397,24 @@ async def test_one_cancels_another(anyio_backend: Any, how: str, woken: bool) ->
             except ClosedResourceError:
                 order.append("learned")
         if order[-1] == "learned" and how != "and closes":
-            await conn.send(await conn.next(2))
+            again.append(bytes(await conn.next(2)))
 
+    again: list[bytes] = []
     async with served(a, b) as both:
         if woken:
             both.socks[1].send(b"yz")
         both.socks[0].send(b"x")
         assert await read_all(both.socks[0], 1) == b"!"
-        if how != "and closes":
-            if not woken:
-                await send_all(both.socks[1], b"yz")
-            if order[0] == "cancelled":
-                assert await read_all(both.socks[1], 2) == b"yz"
+        if how != "and closes" and not woken:
+            await send_all(both.socks[1], b"yz")
         await holds(lambda: both.ended == 2)
-    assert order in [["cancelled", "learned"]] + [["read", "cancelled"]] * woken
+    allowed = [["cancelled", "learned"]]
+    if woken:
+        allowed.append(["read", "cancelled"])
+    if woken and anyio_backend[0] == "trio":  # a task that was rescheduled is not cancelled
+        allowed.append(["cancelled", "read"])
+    assert order in allowed
+    assert again == [b"yz"] * ("learned" in order and how != "and closes")
 
 
 async def test_many_that_cancel_and_close_the_next() -> None:
