@@ -486,26 +486,25 @@ LINKS_TEST(guard_sleeps_while_all_are_silent, UNIX, HIGH, 50)
     CHECK_EQ(sleeps_of_others(), sleeps);
 }
 
-/* A request to a loop that has time wakes nobody else. */
+static void converse(struct link *l, uint64_t i)
+{
+    peer_say(l, 1, i, 1);
+    drive_while_called(l->w);
+    expect(l, 1, i, 1);
+    CHECK_EQ(want(l, 1), -EAGAIN); /* its empty block is to be taken back in a second */
+}
+
+/* A request to a loop that has time wakes nobody else, until the guard's time comes. */
 LINK_TEST(guard_does_not_wake_for_requests, UNIX, HIGH)
 {
+    uint64_t i = 0, sleeps;
+    int64_t until;
     start_guard(w);
     CHECK_EQ(want(l, 1), -EAGAIN);
-    peer_say(l, 1, 0, 1);
-    drive_while_called(w);
-    expect(l, 1, 0, 1);
-    CHECK_EQ(want(l, 1), -EAGAIN); /* its empty block is to be taken back in a second */
-    peer_say(l, 1, 1, 1);
-    drive_while_called(w);
-    UNTIL(w, guarded_until(w) > ap_now() + 100 * MS && guarded_until(w) != AP_FOREVER);
-    int64_t until = guarded_until(w);
-    uint64_t sleeps = sleeps_of_others();
-    for (uint64_t i = 1; i < 1000 && ap_now() < until - 10 * MS; i++) {
-        expect(l, 1, i, 1);
-        CHECK_EQ(want(l, 1), -EAGAIN);
-        peer_say(l, 1, i + 1, 1);
-        drive_while_called(w);
-    }
+    UNTIL(w, (converse(l, i++), sleeps = sleeps_of_others(), until = guarded_until(w),
+              until > ap_now() + 100 * MS && until != AP_FOREVER));
+    for (uint64_t end = i + 1000; i < end && ap_now() < until - 10 * MS; i++)
+        converse(l, i);
     uint64_t more = sleeps_of_others() - sleeps;
     if (ap_now() < until) /* otherwise this thread had to wait, and the guard's time has come */
         CHECK_EQ(more, 0);
