@@ -72,8 +72,8 @@ class Peer:
 
     async def receive(self, size: int) -> bytes:
         """Exactly so many bytes, or fewer up to the ``close_notify``."""
-        got = b""
-        with anyio.fail_after(30):
+        got = bytearray()
+        with anyio.fail_after(60):
             while len(got) < size:
                 try:
                     data = await self.call(self.ssl.read, size - len(got))
@@ -82,7 +82,7 @@ class Peer:
                 if not data:
                     break
                 got += data
-        return got
+        return bytes(got)
 
 
 async def both(*functions: Callable[[], Awaitable[Any]]) -> None:
