@@ -9,16 +9,17 @@
  *   block.c          Block      -                   received bytes, behind the views
  *   reader.c         Reader     nocopy.Reader       the window, and the calls that look in it
  *   writer.c         Writer     BaseWriter          collecting output
- *   core.c           Core       Endpoint            asking the core for input; the type:
- * core_type.c life.c                                          opening and closing it stream.c
- * Stream     Connection          the same calls, for short hub.c            Hub _loop.hub.Hub who
- * waits, and the loop; the type: hub_type.c dispatch.c                                      waking
- * those whose wait is over turn.c                                          what a loop calls that
- * drives its poller operation.c      Operation  -                   the awaitable: a call that may
- * have to wait; the type: operation_type.c reading.c arguments and results of the reader's calls
+ *   core.c           Core       Endpoint            asking the core for input
+ *   life.c                                          opening and closing it
+ *   stream.c         Stream     Connection          the same calls, for short
+ *   hub.c            Hub        _loop.hub.Hub       who waits, and the event loop
+ *   dispatch.c                                      waking those whose wait is over
+ *   turn.c                                          what a loop calls that drives its poller
+ *   operation.c      Operation  -                   the awaitable: a call that may have to wait
+ *   reading.c                                       arguments and results of the reader's calls
+ *   receive.c                                       receive() straight from the socket
  *   send.c                                          send() and flush()
- *   drive.c          Drive      -                   between a task and a handler, which it resumes;
- *                                                   the type: drive_type.c
+ *   drive.c          Drive      -                   between a task and a handler, which it resumes
  *   drive_asyncio.c                                 the same, if it is asyncio's task
  *   drive_trio.c                                    the same, if it is Trio's
  *   rest.c                                          handlers that let the loop have a round
@@ -28,6 +29,9 @@
  *   inside.c                                        what is used of others' inside
  *   coroutine.c                                     what operations and drives share as coroutines
  *   future.c                                        and as futures, for asyncio
+ *
+ * core, hub, operation and drive have their types (methods, members, what they keep alive) in files
+ * of their own: core_type.c and so on. types.h has the structs.
  *
  * Everything here runs with the GIL: the core's calls do not block, and getting the GIL back would
  * take milliseconds if another thread computes. It is released only where the loop would go to
