@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -310,6 +311,36 @@ async def test_others_get_their_turn_beside_calls_that_never_wait() -> None:
             await anyio.sleep(0)
             turns += 1
         await holds(lambda: server.connections and is_idle(server.connections[0]))
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")])
+async def test_descriptors_get_their_turn_beside_a_pipeline() -> None:
+    """Calls that follow one another within a callback of the hub count in its turn (256)."""
+    calls = 0
+    seen: list[int] = []
+    reader, writer = socket.socketpair()
+    loop = asyncio.get_running_loop()
+
+    async def function(conn: Connection) -> None:
+        nonlocal calls
+        await conn.until(b"\n")
+        calls += 1
+
+    def tick() -> None:
+        reader.recv(1)
+        seen.append(calls)
+
+    with reader, writer:
+        writer.send(b"x" * 4096)
+        async with local(on_request=function) as server, client(server) as sock:
+            await send_all(sock, b"\n")
+            await holds(lambda: calls == 1)
+            loop.add_reader(reader, tick)
+            await send_all(sock, b"\n" * 20_000)
+            await holds(lambda: calls == 20_001)
+            loop.remove_reader(reader)
+    assert len(seen) < 4096
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= 256 + 64
 
 
 async def by_the_byte(conn: Connection) -> None:
