@@ -155,10 +155,11 @@ static int interrupted(Drive *drive)
 
 static int after_step(Drive *drive, bool went_well)
 {
+    if (!drive->has_run && drive->state != D_PARKED) /* its task goes on instead */
+        return went_well ? 0 : -1;
     if (went_well)
         return left_to_trio(drive);
-    bool has_run = drive->state != D_PARKED || drive->has_run;
-    if (has_run || !PyErr_ExceptionMatches(PyExc_Exception))
+    if (drive->has_run || !PyErr_ExceptionMatches(PyExc_Exception))
         return interrupted(drive);
     PyErr_Clear(); /* the context could not be entered */
     return drive_resume_soon(drive);
@@ -210,13 +211,14 @@ static bool just_waits(Drive *drive)
     return false;
 }
 
-/* What follows the last step is for walk_on(). */
+/* What follows the last step is for walk_on(). The first may have been resumed by its task since it
+ * was chosen: by what followed the step before, or by a signal handler. */
 PyObject *drive_step_on(PyObject *self, PyObject *unused)
 {
     walk *walk = ((Hub *)self)->walk;
     while (walk) {
         Drive *drive = walk->drive;
-        if (!step(drive))
+        if (drive->state == D_PARKED && !step(drive))
             return NULL;
         Drive *following = walk->following = next_of(walk);
         if (!following || following->is_protected != drive->is_protected || !just_waits(drive))
@@ -268,6 +270,13 @@ void drive_walk_on_trio(walk *walk)
     Py_XDECREF(hubs_task);
 }
 
+/* The step is over, and what follows it is not: the task is not blocked yet. */
+static bool has_just_run(Drive *drive)
+{
+    walk *walk = drive->hub->walk;
+    return walk && walk->drive == drive && hub_is_current_task(drive->hub, drive->task);
+}
+
 /* Trio's abort function: the task is to be cancelled while the handler is parked. */
 PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
 {
@@ -278,7 +287,7 @@ PyObject *drive_abort(PyObject *self, PyObject *raise_cancel)
     }
     /* RUNNING: it is looked for when the handler has parked. RESTING: its task has seen it rest; it
      * will go on by itself. */
-    if (drive->state == D_RUNNING || drive->state == D_RESTING)
+    if (drive->state == D_RUNNING || drive->state == D_RESTING || has_just_run(drive))
         return Py_NewRef(drive->hub->abort_failed);
     drive_leave(drive); /* Trio reschedules the task: the hub comes too late */
     return Py_NewRef(drive->hub->abort_succeeded);

@@ -192,6 +192,69 @@ async def test_one_that_is_cancelled_while_it_runs_is_cancelled_when_it_waits() 
     assert {n for n, caught in ends if caught} == {1, 3, 5, 7}
 
 
+@on_trio
+async def test_what_follows_a_step_may_cancel_the_one_that_is_next() -> None:
+    """The function that aborts a trap may be anybody's. It is called when the step is over, and
+    whoever is next has been chosen.
+    """
+    scopes: dict[int, trio.CancelScope] = {}
+    ends: list[tuple[int, bool]] = []
+
+    def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+        for scope in scopes.values():
+            scope.cancel()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def handler(conn: Connection, n: int) -> None:
+        with trio.CancelScope() as scope:
+            scopes[n] = scope
+            await conn.next(1)
+            scope.cancel()
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        ends.append((n, scope.cancelled_caught))
+
+    async with connections() as (conns, peers), trio.open_nursery() as nursery:
+        for n, conn in enumerate(conns):
+            nursery.start_soon(driven, conn, lambda n=n, conn=conn: handler(conn, n))
+        await all_wait(conns)
+        for peer in peers:
+            peer.send(b"x")
+        await holds(lambda: len(ends) == COUNT)
+    assert sorted(ends) == [(n, True) for n in range(COUNT)]
+
+
+@on_trio
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_signal_handler_that_cancels(when: str) -> None:
+    """The one whose turn it is, in a frame around the step; its task is not blocked then."""
+    ends: list[bool] = []
+
+    def frame(step: Callable[[], Any]) -> None:
+        hub._unprotected = original
+        if when == "before":
+            scope.cancel()
+        step()
+        scope.cancel()
+
+    async def handler(conn: Connection) -> None:
+        with scope:
+            await conn.next(1)
+            await conn.next(1)
+        ends.append(scope.cancelled_caught)
+        await conn.next(1)
+
+    async with connections(1) as ([conn], [peer]), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+        nursery.start_soon(driven, conn, lambda: handler(conn))
+        await all_wait([conn])
+        hub: Any = conn._core.hub
+        original, hub._unprotected = hub._unprotected, frame
+        peer.send(b"x")
+        await holds(lambda: ends)
+        peer.send(b"x")
+    assert ends == [True]
+
+
 @on_asyncio
 async def test_rounds_do_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handlers that rest one after another, each stepped by its own task, share the next callbacks:
