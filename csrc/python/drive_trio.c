@@ -178,8 +178,7 @@ static Drive *next_of(walk *walk)
 {
     Drive *drive;
     while ((drive = walk->next(walk))) {
-        bool watched = is_watched(walk->hub);
-        bool by_task = drive->by_task || watched;
+        bool by_task = drive->by_task || is_watched(walk->hub);
         if (drive->state == D_PARKED && !by_task)
             break;
         if (by_task && drive_resume_soon(drive) < 0)
