@@ -146,11 +146,22 @@ static int interrupted(Drive *drive)
     } else {
         drive_unlist(drive);
         drive->state = D_LEAVING;
-        Py_CLEAR(drive->outcome);
         replace(&drive->interrupt, exception);
     }
     Py_XDECREF(exception);
     return drive_reschedule(drive);
+}
+
+/* The same when the handler waits for somebody else, who knows its task and would wake it whatever
+ * it does by then. It goes on waiting; the exception ends the run, as when it comes in Trio's own
+ * loop. */
+static int interrupted_in_trap(Drive *drive)
+{
+    PyObject *exception = native_take_exception();
+    if (left_to_trio(drive) < 0)
+        PyErr_WriteUnraisable((PyObject *)drive);
+    native_raise_again(exception);
+    return -1;
 }
 
 static int after_step(Drive *drive, bool went_well)
@@ -159,6 +170,8 @@ static int after_step(Drive *drive, bool went_well)
         return went_well ? 0 : -1;
     if (went_well)
         return left_to_trio(drive);
+    if (drive->outcome && !drive->ended)
+        return interrupted_in_trap(drive);
     if (drive->has_run || !PyErr_ExceptionMatches(PyExc_Exception))
         return interrupted(drive);
     PyErr_Clear(); /* the context could not be entered */
