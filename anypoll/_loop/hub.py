@@ -32,7 +32,6 @@ from .._epoll import (
     MAIL_FAILED,
     MAIL_IDLE,
     MAIL_READ,
-    MAIL_SENT,
     MAIL_STARVED,
     MAIL_WRITE,
 )
@@ -254,11 +253,9 @@ class Hub(_native.Hub, ABC):
     def dispatch_one(self, number: int, bits: int, value: int) -> None:
         if bits & MAIL_READ:
             self._read_over(number)
-        if bits & MAIL_SENT:
-            self.outputs.pop(number, None)
         if bits & MAIL_WRITE:
             self.wake_writers(number)
-        if news := bits & ~(MAIL_READ | MAIL_WRITE | MAIL_SENT | _MAIL_LAST):
+        if news := bits & ~(MAIL_READ | MAIL_WRITE | _MAIL_LAST):
             self._tell(number, news, value)
 
     def _tell_last(self, number: int, bits: int, value: int) -> None:

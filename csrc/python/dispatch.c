@@ -69,14 +69,29 @@ static void end_wait(batch *b, Core *core, ap_token *token)
         token->bits &= ~(uint32_t)AP_MAIL_READ;
 }
 
+/* Lets go of what the core no longer refers to. This comes before anybody is told anything, for
+ * whoever runs then may send more, which is kept in the same place. */
+static void forget_sent(Hub *hub, const ap_token *tokens, int n)
+{
+    for (int i = 0; i < n && hub->outputs; i++) {
+        if (!(tokens[i].bits & AP_MAIL_SENT))
+            continue;
+        PyObject *number = PyLong_FromUnsignedLongLong(tokens[i].id);
+        if (!number || PyDict_DelItem(hub->outputs, number) < 0)
+            PyErr_Clear(); /* nothing was kept */
+        Py_XDECREF(number);
+    }
+}
+
 static void sort(batch *b, const ap_token *token)
 {
     ap_token rest = *token;
+    rest.bits &= ~(uint32_t)AP_MAIL_SENT;
     b->trim |= (token->bits & AP_MAIL_TRIM) != 0;
     Core *core = token->bits & AP_MAIL_READ ? hub_find(b->hub, token->id) : NULL;
     if (core)
         end_wait(b, core, &rest);
-    b->more |= (rest.bits & ~(uint32_t)(AP_MAIL_SENT | AP_MAIL_TRIM)) != 0;
+    b->more |= (rest.bits & ~(uint32_t)AP_MAIL_TRIM) != 0;
     if (rest.bits)
         b->other[b->other_count++] = rest;
 }
@@ -162,6 +177,7 @@ int hub_deliver(Hub *hub, ap_token *tokens, int n, bool nested)
     uint32_t before = hub->jobs;
     while (n > 0) {
         b.ready_count = b.other_count = b.woken = 0;
+        forget_sent(hub, tokens, n);
         for (int i = 0; i < n; i++)
             sort(&b, &tokens[i]);
         deliver(&b);

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
+from typing import Any
 
 import anyio
 import pytest
 from anyio import BrokenResourceError
-from peers import arrive, holds, is_waiting, opened
+from peers import MIB, arrive, holds, is_waiting, opened
 from serving import connected
 
 import anypoll
 from anypoll import Connection, _epoll
+from anypoll._connection.requests import Requests
 from anypoll._loop import runtime as _runtime
+from anypoll._loop.workers import Workers
 
 pytestmark = pytest.mark.anyio
 
@@ -76,3 +80,58 @@ async def test_a_handler_may_cancel_whoever_is_woken_with_it() -> None:
             if scope.cancelled_caught:
                 got.append(bytes(await other.next(1)))
             assert got == [b"y"]
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+class Owner:
+    """Of one connection in request mode."""
+
+    context = None
+    cut = False
+    caller = None
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    async def conclude(self, conn: Connection, _exc: BaseException | None) -> None:
+        await conn._core.end()
+
+
+@pytest.mark.usefixtures("by_threads")
+async def test_what_is_sent_while_tokens_are_told_is_kept() -> None:
+    """A worker that is started for a request may begin at once, as an eager task does. What it
+    sends then is not what its connection's token calls sent.
+    """
+    output = bytes(8 * MIB)
+    calls: list[Connection] = []
+
+    async def call(conn: Connection) -> None:
+        calls.append(conn)
+
+    async with opened("tcp") as (conn, peer):
+        core = conn._core
+
+        def send() -> None:
+            conn.writer.write(output)
+            assert core._send_pending() > 0
+
+        def start(function: Any) -> bool:
+            send()
+            return core.hub.spawn(function, stoppable=True)
+
+        core.requests = requests = Requests(conn, core, call, Owner(Workers(core.hub, start)))
+        requests.start()
+        assert requests.idle
+        send()
+        while core.queued():  # the loop stands still
+            with suppress(BlockingIOError):
+                peer.recv(MIB)
+        peer.send(b"x")
+        while not conn.statistics().bytes_received:
+            _runtime.nudge()
+        await holds(lambda: calls)
+        assert core.queued()
+        assert sum(map(len, core.hub.outputs[core.number])) >= core.queued()
+        conn.abort()
