@@ -316,6 +316,12 @@ static void give_back(ap_block *block)
     ap_pool_unref(pool);
 }
 
+void ap_pool_reclaim(ap_pool *pool)
+{
+    if (atomic_load_explicit(&pool->returned, memory_order_relaxed)) /* as in ap_pool_take */
+        reclaim(pool);
+}
+
 void ap_pool_trim(ap_pool *pool)
 {
     reclaim(pool);

@@ -48,6 +48,9 @@ ap_pool *ap_pool_new(void);
 void ap_pool_unref(ap_pool *pool);
 /* A block with at least that much room, and one reference. NULL: no memory. */
 AP_MUST_CHECK ap_block *ap_pool_take(ap_pool *pool, size_t room);
+/* Files what others gave back; slabs that are empty then go to the system, but for one of a size.
+ */
+void ap_pool_reclaim(ap_pool *pool);
 /* Returns unneeded memory that others gave back to the system. */
 void ap_pool_trim(ap_pool *pool);
 /* Whether that can be worthwhile, now or when blocks that are out have come back: the pool has more

@@ -222,6 +222,8 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
     size_t seen = untouched ? (size_t)(conn->request_seen - conn->consumed) : 0;
     conn->any_more = untouched; /* otherwise each byte above high water would be a call */
     give_block_back(conn);
+    /* What the loop has read itself is its own, and it may never take a block again. */
+    ap_pool_reclaim(conn->slot.hub->context.pool);
     int64_t result =
         read_locked(conn, seen + 1, untouched ? AP_SCATTER : 0, 0, output, output_size);
     if (result >= 0) {

@@ -103,6 +103,22 @@ LINK_TEST(request_idle_has_no_window, UNIX, HIGH)
     ap_block_unref(view);
 }
 
+/* What the loop has read itself lies in blocks of its own, and it may never take one again: they
+ * are filed when the next connection becomes idle. */
+LINK_TEST(request_files_what_the_loop_has_read, TCP, HIGH)
+{
+    ap_poller_stats before = {0}, after = {0};
+    peer_say(l, 1, 0, 100);
+    arrived(l, 100);
+    CHECK(request(l, 1) > 0);
+    take(l, 0, 100);
+    CHECK_EQ(request(l, 0), -EAGAIN);
+    CHECK_EQ(ap_hub_statistics(w->hub, &before), 0);
+    CHECK_EQ(request(l, 0), -EAGAIN);
+    CHECK_EQ(ap_hub_statistics(w->hub, &after), 0);
+    CHECK_EQ(after.blocks_free, before.blocks_free + 1);
+}
+
 /* An idle connection gives its block back at once, and not after a second. */
 LINK_TEST(request_gives_the_block_back, TCP, HIGH)
 {
