@@ -241,13 +241,13 @@ static Drive *next_worker(walk *walk)
 {
     struct due_walk *due = (struct due_walk *)walk;
     for (; due->pool; next_pool(due)) {
-        if (!has_need(due->pool))
-            continue;
-        Drive *worker = take_idle(due->pool);
-        if (worker)
-            return worker;
-        if (start_worker(due->pool) < 0)
-            hub_keep_exception(walk->left);
+        while (has_need(due->pool)) { /* a worker that begins at once may leave some */
+            Drive *worker = take_idle(due->pool);
+            if (worker)
+                return worker;
+            if (start_worker(due->pool) < 0)
+                hub_keep_exception(walk->left);
+        }
     }
     return NULL;
 }
