@@ -95,7 +95,8 @@ def configure(
         applies to connections created from then on
     :param direct_resume: whether a server's handler that waits for its connection is resumed
         directly when its input has come, initially True, or by the event loop's scheduler like any
-        task. Applies to handlers that start from then on
+        task. The same for calls of request mode. Applies to tasks that start from then on: a
+        handler's, or one of those that make the calls, each of which makes many
     :param driver: who does a poller's work. ``"auto"``, initially: the event loop itself, as long
         as it is the only one that uses anypoll and there is one poller; the poller's thread then
         only looks after timeouts and unsent output while Python is busy. That saves the switch of
