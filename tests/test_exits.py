@@ -8,10 +8,12 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from peers import holds, opened, reset
 from serving import client, local
 
 import anypoll
+from anypoll._loop.runtime import current_hub
 from anypoll.mux import ShardQueue
 from anypoll.nocopy import wrap_writer
 
@@ -220,3 +222,25 @@ def test_it_ends(
     assert ["has failed" in message for message in logged] == [True] * (place is on_error)
     caplog.clear()  # records hold connections
     end.__traceback__ = end.__context__ = None
+
+
+def test_a_deadline_of_the_main_task_expires_with_it() -> None:
+    """It is in the midst of a step that its coroutine of before takes, whichever goes first."""
+    end = KeyboardInterrupt()
+
+    async def main() -> None:
+        deadline = trio.current_time() + 0.01
+
+        async def leave() -> None:
+            await trio.sleep_until(deadline)
+            raise end
+
+        assert current_hub().spawn(leave)
+        await trio.sleep_until(deadline)
+        await trio.sleep_forever()
+
+    for _ in range(20):  # Trio chooses who goes first
+        with pytest.raises(KeyboardInterrupt) as caught:
+            trio.run(main)
+        assert caught.value is end
+        end.__traceback__ = end.__context__ = end.__cause__ = None

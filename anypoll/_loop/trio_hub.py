@@ -153,11 +153,11 @@ Function = Callable[[], Coroutine[Any, Any, None]]
 class _Doomed(Coroutine[Any, Any, Any]):
     """The main task's coroutine, wrapped to end with another exception."""
 
-    __slots__ = ("_coroutine", "_end", "ended")
+    __slots__ = ("_coroutine", "end", "ended")
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], end: BaseException) -> None:
         self._coroutine = coroutine
-        self._end = end
+        self.end = end
         self.ended = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -174,8 +174,8 @@ class _Doomed(Coroutine[Any, Any, Any]):
             self.ended = True
         except BaseException as exc:
             self.ended = True
-            raise self._end from exc
-        raise self._end
+            raise self.end from exc
+        raise self.end
 
     def send(self, value: Any) -> Any:
         return self._step(self._coroutine.send, value)
@@ -197,19 +197,25 @@ def _end_run(end: BaseException) -> None:
         for main in innermost.child_tasks:
             if not isinstance(main.coro, _Doomed):
                 main.coro = doomed = _Doomed(main.coro, end)
-                innermost.cancel_scope.cancel()
-                trio.lowlevel.spawn_system_task(_look_after, doomed, end)
+                trio.lowlevel.spawn_system_task(_cancel, innermost.cancel_scope, doomed)
                 return
     _log_too_late(end)
 
 
-async def _look_after(doomed: _Doomed, end: BaseException) -> None:
-    """Covers a main task that was about to take its last step, with its original coroutine."""
+async def _cancel(scope: trio.CancelScope, doomed: _Doomed) -> None:
+    """Cancels the main task once it can be resumed by its new coroutine alone.
+
+    A task that is scheduled already takes one more step with its original coroutine, in this batch
+    or the next. It must not be cancelled before: the `Cancelled` of a deadline that has just
+    expired would pass its own scope, and end the task in that very step.
+    """
     try:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        scope.cancel()
         await trio.sleep_forever()
     finally:
         if not doomed.ended:
-            _log_too_late(end)
+            _log_too_late(doomed.end)
 
 
 def _log_too_late(end: BaseException) -> None:
