@@ -8,6 +8,7 @@
  */
 #include "epoch.h"
 
+#include "gate.h"
 #include "sysio.h"
 
 _Atomic uint32_t ap_epoch = 1;
@@ -16,6 +17,7 @@ _Atomic uint32_t ap_epoch = 1;
 static void in_child(void)
 {
     atomic_fetch_add_explicit(&ap_epoch, 1, memory_order_relaxed);
+    ap_gate_reset(); /* gate.c waits for others before a fork */
 }
 
 static _Atomic bool watched; /* (a) relaxed: twice does no harm, the epoch moves on by two */
@@ -24,7 +26,7 @@ int ap_epoch_watch(void)
 {
     if (atomic_load_explicit(&watched, memory_order_relaxed))
         return 0;
-    int rc = ap_sys_atfork(in_child);
+    int rc = ap_sys_atfork(ap_gate_shut, ap_gate_open, in_child);
     if (rc == 0)
         atomic_store_explicit(&watched, true, memory_order_relaxed);
     return rc;

@@ -445,10 +445,10 @@ void ap_sys_unmap(void *memory, size_t size)
         madvise(memory, size, MADV_DONTNEED);
 }
 
-int ap_sys_atfork(void (*in_child)(void))
+int ap_sys_atfork(void (*before)(void), void (*in_parent)(void), void (*in_child)(void))
 {
     int error = ap_fault_error(AP_CALL_ATFORK);
-    return error ? -error : -pthread_atfork(NULL, NULL, in_child);
+    return error ? -error : -pthread_atfork(before, in_parent, in_child);
 }
 
 /* Signals are blocked before the thread exists, so that not even its first instruction

@@ -72,7 +72,8 @@ AP_MUST_CHECK void *ap_sys_alloc(size_t size);
 AP_MUST_CHECK void *ap_sys_map(size_t size);
 void ap_sys_unmap(void *memory, size_t size);
 
-AP_MUST_CHECK int ap_sys_atfork(void (*in_child)(void));
+AP_MUST_CHECK int ap_sys_atfork(void (*before)(void), void (*in_parent)(void),
+                                void (*in_child)(void));
 /* The thread takes no signals. */
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 

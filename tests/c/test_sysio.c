@@ -122,7 +122,7 @@ TEST(sysio_every_call_can_fail)
     CHECK(ap_sys_alloc(1) == NULL);
     CHECK(ap_sys_map(4096) == NULL);
     CHECK_EQ(ap_sys_thread(&thread, NULL, NULL), -EMFILE);
-    CHECK_EQ(ap_sys_atfork(NULL), -EMFILE);
+    CHECK_EQ(ap_sys_atfork(NULL, NULL, NULL), -EMFILE);
     CHECK_EQ(ap_sys_shutdown(0, SHUT_WR), -EMFILE);
     CHECK_EQ(ap_sys_unread(0), -EMFILE);
     CHECK_EQ(ap_sys_unsent(0), -EMFILE);
