@@ -7,13 +7,14 @@
  *   (l) the loop's thread only
  *   (h) under the hub's mutex
  *   (s) under the mutex of the slot table
+ *   (j) under the mutex of the poller's jobs
  *   (a) atomic; the comment says which order pairs with what
  *   (o) the thread that owns the pool: the driver for a poller's, the loop for a hub's
  *
  * Locks are taken in this order: lease, account, slot, hub. The mutexes of the slot
- * table and of the list of pools are leaves, and atomics need no order. Nobody takes a
- * slot's mutex while holding a hub's: a dying hub unlinks its slots under its mutex, and
- * closes them afterwards.
+ * table, of the list of pools and of a poller's jobs are leaves, as is the gate (gate.c),
+ * and atomics need no order. Nobody takes a slot's mutex while holding a hub's: a dying
+ * hub unlinks its slots under its mutex, and closes them afterwards.
  *
  * docs/internals/README.md shows which file may include which, and
  * scripts/check-includes.py enforces it.

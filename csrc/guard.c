@@ -32,6 +32,7 @@
 #include "driver.h"
 #include "epoch.h"
 #include "inbox.h"
+#include "jobs.h"
 #include "poller.h"
 #include "runlist.h"
 #include "sysio.h"
@@ -168,6 +169,7 @@ int ap_poller_start(ap_poller *poller)
         return ap_state(poller);
     if (atomic_load_explicit(&poller->started, memory_order_relaxed))
         return -EALREADY;
+    ap_jobs_allow(poller);
     int rc = ap_sys_thread(&poller->thread, run, poller);
     if (rc == 0)
         atomic_store_explicit(&poller->started, true, memory_order_relaxed);
@@ -178,6 +180,7 @@ int ap_poller_stop(ap_poller *poller)
 {
     if (poller->epoch != ap_epoch_now())
         return -ECHILD;
+    ap_jobs_stop(poller); /* first: the last step, below, takes what its jobs have pushed */
     if (!atomic_exchange_explicit(&poller->started, false, memory_order_relaxed))
         return 0;
     atomic_store_explicit(&poller->borrower, NULL, memory_order_seq_cst);

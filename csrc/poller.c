@@ -57,6 +57,9 @@ int ap_poller_new(ap_poller **out)
     poller->epoch = ap_epoch_now();
     atomic_init(&poller->refs, 1);
     pthread_mutex_init(&poller->lease, NULL);
+    pthread_mutex_init(&poller->jobs.mutex, NULL);
+    pthread_cond_init(&poller->jobs.wake, NULL);
+    poller->jobs.tail = &poller->jobs.head;
     poller->run_tail = &poller->run_head;
     poller->now = ap_now();
     poller->sweep_at = AP_FOREVER;
@@ -92,6 +95,9 @@ void ap_poller_unref(ap_poller *poller)
     ap_sys_close(poller->efd);
     ap_sys_close(poller->epfd);
     ap_context_free(&poller->context);
+    AP_ASSERT(!poller->jobs.head && !poller->jobs.has_thread);
+    pthread_cond_destroy(&poller->jobs.wake);
+    pthread_mutex_destroy(&poller->jobs.mutex);
     pthread_mutex_destroy(&poller->lease);
     free(poller);
 }

@@ -15,12 +15,21 @@
 
 typedef struct ap_slot ap_slot; /* slot.h: only lists of slots are known here */
 
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;   /* something is queued, or stopped */
+    ap_slot *head, **tail; /* (j) slots whose job is to be called */
+    pthread_t thread;      /* (j) if it has_thread */
+    bool has_thread;       /* (j) which is to be joined */
+    bool stopped;          /* (j) */
+} ap_jobs;
+
 struct ap_poller {
     int epfd;                      /* (c) */
     int efd;                       /* (c) wakes whoever watches epfd */
     int gfd;                       /* (c) wakes the guard: the thread while it does not drive */
     uint32_t epoch;                /* (c) */
-    _Atomic int32_t refs;          /* (a) acq_rel: the creator, and each open slot */
+    _Atomic int32_t refs;          /* (a) acq_rel: the creator, each open slot, the jobs' thread */
     pthread_mutex_t lease;         /* held by the driver; most only try it */
     pthread_t thread;              /* (c) once started */
     _Atomic bool started;          /* (a) relaxed: start and stop come from one place */
@@ -37,6 +46,7 @@ struct ap_poller {
     bool busy;                     /* (d) the last epoll_wait found something */
     int64_t sweep_at;              /* (d) when to trim the pool; AP_FOREVER: nothing to do */
     int failures;                  /* (d) of epoll_wait, in a row */
+    ap_jobs jobs;                  /* see jobs.c */
     _Atomic int state;             /* (a) see ending.c: AP_ACTIVE ..., or why it has ended */
     ap_counter connections, waits, polls, events, reads, writes, again, accepts, bytes_received,
         bytes_sent, wakeups, wakeups_coalesced, stale_tokens, stalls, timeouts, slots, looks, spins,

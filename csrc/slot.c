@@ -8,6 +8,7 @@
  *   - the driver, until it has taken AP_BOX_CLOSED from its inbox, which it does
  *     between two batches of events,
  *   - a mailbox in which the slot is queued,
+ *   - the jobs in which it is queued, until that job is over,
  *   - a kill of the hub, while it closes the slot,
  *   - each block that only views keep alive (pool.c).
  *

@@ -32,6 +32,7 @@ typedef struct {
     bool (*serve)(ap_slot *slot, struct ap_context *context); /* the driver's; true: work is left */
     void (*close)(ap_slot *slot, bool keep_fd);               /* if it is open */
     void (*drop)(ap_slot *slot);                              /* the last reference is gone */
+    void (*job)(ap_slot *slot); /* the jobs' thread's, open or not; NULL: never pushed (jobs.c) */
     /* These are called under it, while the slot is open. */
     int64_t (*expire)(ap_slot *slot, int64_t now); /* returns the next deadline */
     void (*fail)(ap_slot *slot, int error);        /* its poller has failed */
@@ -51,7 +52,7 @@ struct ap_slot {
     bool watched;                /* (m) epoll knows it */
     bool orphaned;               /* (m) its poller has failed; see ending.c */
     int fd;                      /* (m) -1 once closed */
-    _Atomic int32_t refs;        /* (a) acq_rel down: the handle, the driver, the mailbox, a kill */
+    _Atomic int32_t refs;        /* (a) acq_rel down: the handle, the driver, a queue, a kill */
     uint64_t id;                 /* (c) */
     ap_poller *poller;           /* (c) */
     ap_hub *hub;                 /* (c) */
@@ -72,6 +73,8 @@ struct ap_slot {
     _Atomic uint32_t mail_bits;   /* (a) see hub.c */
     ap_slot *hub_prev, *hub_next; /* (h) the hub's open slots */
     bool hub_linked;              /* (h) */
+    bool job_queued;              /* (j) */
+    ap_slot *job_next;            /* (j) */
     ap_slot *free_next;           /* (s) */
 };
 
