@@ -464,6 +464,21 @@ AP_API int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out);
 /* Returns the handle, closing the connection if it is open. Thread: any. */
 AP_API void ap_conn_release(ap_conn *conn);
 
+/* ---- TLS --------------------------------------------------------------- */
+
+/* Finds the OpenSSL that the shared object at path, which must have been loaded, calls: the file
+ * of Python's module _ssl; or NULL, the program itself. version is what OpenSSL_version_num() says
+ * to _ssl. Idempotent. Thread: any. Returns 0; -ENOENT: not loaded; -ENOSYS: a function is missing,
+ * or this is a 32-bit system; -EPROTO: another version, one that is not known here (1.1.1 to 3.x
+ * are), or not OpenSSL. */
+AP_API int ap_tls_load(const char *path, unsigned long version) AP_MUST_CHECK;
+
+/* Whether ssl, an SSL *, belongs to ctx, an SSL_CTX *, and that has these options, and of the
+ * verify mode these two bits, SSL_VERIFY_PEER and SSL_VERIFY_FAIL_IF_NO_PEER_CERT. Both are
+ * dereferenced. Thread: any, while nobody uses the two. Returns 1; 0; -ENOSYS: nothing is loaded.
+ */
+AP_API int ap_tls_check(const void *ssl, const void *ctx, unsigned long options, int verify_mode);
+
 /* ---- blocks ----------------------------------------------------------- */
 
 AP_API void ap_block_unref(ap_block *block);

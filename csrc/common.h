@@ -12,9 +12,10 @@
  *   (o) the thread that owns the pool: the driver for a poller's, the loop for a hub's
  *
  * Locks are taken in this order: lease, account, slot, hub. The mutexes of the slot
- * table, of the list of pools and of a poller's jobs are leaves, as is the gate (gate.c),
- * and atomics need no order. Nobody takes a slot's mutex while holding a hub's: a dying
- * hub unlinks its slots under its mutex, and closes them afterwards.
+ * table, of the list of pools, of a poller's jobs and of the binding to OpenSSL are
+ * leaves, as is the gate (gate.c), and atomics need no order. Nobody takes a slot's mutex
+ * while holding a hub's: a dying hub unlinks its slots under its mutex, and closes them
+ * afterwards.
  *
  * docs/internals/README.md shows which file may include which, and
  * scripts/check-includes.py enforces it.

@@ -5,6 +5,7 @@
  */
 #include "anypoll.h"
 
+#include "openssl.h"
 #include "owned.h"
 #include "pool.h"
 #include "slot.h"
@@ -15,6 +16,7 @@ int ap_fork_child(void)
     ap_fd_disown_all(ap_sys_close);
     ap_slot_table_reset();
     ap_pools_reset();
+    ap_tls_reset();
     return 0;
 }
 

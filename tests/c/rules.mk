@@ -17,6 +17,9 @@ C_FLAGS_asan  := -O1 -DAP_DEBUG=1 -DCHECK_TIMEOUT=180 -fno-omit-frame-pointer \
                  -fsanitize=address,undefined -fno-sanitize-recover=all
 C_FLAGS_tsan  := -O1 -DAP_DEBUG=1 -DCHECK_TIMEOUT=180 -fno-omit-frame-pointer -fsanitize=thread
 
+# dlopen() is in a library of its own before glibc 2.34. Exported, this test's functions can be found.
+C_LINK_test_openssl_builtin := -rdynamic
+
 .PHONY: test-c $(C_VARIANTS:%=test-c-%)
 test-c: $(C_VARIANTS:%=test-c-%)
 
@@ -31,7 +34,7 @@ build/c/$(1)/%.o: tests/c/%.c tests/c/rules.mk | check-c
 	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) -MMD -MP -c $$< -o $$@
 
 build/c/$(1)/test_%: build/c/$(1)/test_%.o $(C_SOURCES:csrc/%.c=build/c/$(1)/csrc/%.o)
-	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) $$^ -o $$@
+	@$$(CC) $$(C_FLAGS) $$(C_FLAGS_$(1)) $$^ $$(C_LINK_$$(@F)) -ldl -o $$@
 
 .PHONY: build-c-$(1)
 build-c-$(1): $(C_TESTS:%=build/c/$(1)/%)
