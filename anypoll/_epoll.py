@@ -16,7 +16,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import ECANCELED
-from struct import Struct
+from struct import Struct, calcsize
 from typing import TYPE_CHECKING, TypeVar
 
 from ._buffers.chain import Piece
@@ -280,6 +280,8 @@ def hub_fd(hub: Hub) -> int:
 
 Handle = TypeVar("Handle")
 _CONN = ffi.typeof("ap_conn *")
+_POINTER = ffi.typeof("void *")
+_WORDS = ffi.typeof("uintptr_t *")
 
 
 def address(handle: object) -> int:
@@ -514,6 +516,31 @@ def peer_address(record: bytes) -> tuple[str, int] | str | None:
         host = socket.inet_ntop(socket.AF_INET6, address)
         return (f"{host}%{scope}" if scope else host), port
     return None if port else ""
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+def words(thing: object, count: int) -> list[int]:
+    """The first machine words of an object's own memory.
+
+    :raises ValueError: if it has fewer
+    """
+    if count * calcsize("P") > type(thing).__basicsize__:
+        raise ValueError(f"{type(thing).__name__} has no {count} words")
+    memory: list[int] = ffi.unpack(ffi.cast(_WORDS, id(thing)), count)
+    return memory
+
+
+def tls_load(path: bytes | None, version: int) -> int:
+    """Finds the functions of OpenSSL. 0, or a negative errno; see csrc/anypoll.h."""
+    return lib.ap_tls_load(NULL if path is None else path, version)
+
+
+def tls_check(ssl: int, ctx: int, options: int, verify_mode: int) -> bool:
+    """Whether these addresses are an ``SSL`` and its ``SSL_CTX``, which has such settings."""
+    pointers = ffi.cast(_POINTER, ssl), ffi.cast(_POINTER, ctx)
+    return lib.ap_tls_check(*pointers, options, verify_mode) == 1
 
 
 # --- fault injection, for tests ------------------------------------------------------------------
