@@ -10,6 +10,8 @@ import trustme
 #: What the servers' certificate is for.
 NAMES = ("127.0.0.1", "anypoll.test")
 
+IGNORE_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # since OpenSSL 3
+
 
 @functools.cache
 def authority() -> trustme.CA:
@@ -25,15 +27,14 @@ def server_context(*, lenient: bool = True) -> ssl.SSLContext:
     """:param lenient: OpenSSL takes an end without close_notify for one; so do some Pythons"""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     certificate().configure_cert(context)
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~IGNORE_EOF
     if lenient:
-        context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+        context.options |= IGNORE_EOF
     return context
 
 
 def client_context() -> ssl.SSLContext:
     # with an authority given, those of the system are not loaded, which takes long
     context = ssl.create_default_context(cadata=authority().cert_pem.bytes().decode())
-    if hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~IGNORE_EOF
     return context

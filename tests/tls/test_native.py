@@ -125,15 +125,15 @@ def callback(*args: Any) -> None:
 
 
 def set_psk_client(context: ssl.SSLContext) -> None:
-    context.set_psk_client_callback(lambda hint: (None, b""))  # type: ignore[attr-defined,unused-ignore]
+    context.set_psk_client_callback(lambda hint: (None, b""))
 
 
 def set_psk_server(context: ssl.SSLContext) -> None:
-    context.set_psk_server_callback(lambda name: b"")  # type: ignore[attr-defined,unused-ignore]
+    context.set_psk_server_callback(lambda name: b"")
 
 
 def drop_psk(context: ssl.SSLContext) -> None:
-    context.set_psk_client_callback(None)  # type: ignore[attr-defined,unused-ignore]
+    context.set_psk_client_callback(None)
 
 
 def set_keylog(context: ssl.SSLContext) -> None:
@@ -149,7 +149,7 @@ def set_message(context: ssl.SSLContext) -> None:
 
 
 def set_wrap_bio(context: ssl.SSLContext) -> None:
-    context.wrap_bio = context.wrap_bio  # type: ignore[method-assign]
+    context.wrap_bio = context.wrap_bio
 
 
 def set_class(context: ssl.SSLContext) -> None:
@@ -191,7 +191,7 @@ def test_what_is_set_later_is_noticed_and_recorded_once(
 
 def test_a_hidden_callback_is_found() -> None:
     context = Hiding(ssl.PROTOCOL_TLS_SERVER)
-    ssl.SSLContext.sni_callback.__set__(context, callback)  # type: ignore[attr-defined]
+    ssl.SSLContext.sni_callback.__set__(context, callback)
     assert why_not(context) == "sni_callback is set"
 
 
@@ -316,7 +316,7 @@ def test_a_forged_object_is_refused(
 def test_an_object_of_another_context_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     one, other = client_context(), client_context()
     assert why_not(one) is why_not(other) is None
-    around: Any = SimpleNamespace(_sslobj=made_by(one)._sslobj, context=other)  # type: ignore[attr-defined]
+    around: Any = SimpleNamespace(_sslobj=made_by(one)._sslobj, context=other)
     with caplog.at_level(logging.DEBUG, "anypoll.tls"):
         assert ssl_pointer(around) == 0
         assert ssl_pointer(around) == 0
@@ -331,7 +331,7 @@ def test_an_object_with_a_socket_is_refused() -> None:
     with one, other:
         wrapped = context.wrap_socket(one, do_handshake_on_connect=False, server_hostname=NAME)
         with wrapped:
-            around: Any = SimpleNamespace(_sslobj=wrapped._sslobj, context=context)  # type: ignore[attr-defined]
+            around: Any = SimpleNamespace(_sslobj=wrapped._sslobj, context=context)
             assert around._sslobj is None or ssl_pointer(around) == 0
 
 
