@@ -41,6 +41,8 @@ enum {
     AP_EDELIM = -5003,  /* no delimiter within the first max_bytes */
     AP_EIDLE = -5004,   /* the idle timeout has ended the connection */
     AP_ELATE = -5005,   /* the call's deadline has passed; -ETIMEDOUT is the socket's */
+    AP_ETLS = -5006,    /* the TLS session has failed: ap_conn_tls_status says why */
+    AP_ECUT = -5007,    /* the peer has ended the connection, but not the TLS session */
     AP_EPOLLER = -7000  /* AP_EPOLLER - errno: the poller has failed with that errno;
                          * AP_EPOLLER - ECANCELED: it has ended as requested */
 };
@@ -464,7 +466,34 @@ AP_API int ap_conn_statistics(ap_conn *conn, uint32_t pos, ap_conn_stats *out);
 /* Returns the handle, closing the connection if it is open. Thread: any. */
 AP_API void ap_conn_release(ap_conn *conn);
 
-/* ---- TLS --------------------------------------------------------------- */
+/* ---- TLS -------------------------------------------------------------- */
+
+/* Flags of ap_conn_start_tls. */
+enum {
+    AP_TLS_SERVER = 1, /* the peer speaks first */
+    AP_TLS_RAGGED = 2  /* its FIN is as good as a close_notify */
+};
+
+/* What a session does. */
+enum {
+    AP_TLS_NONE,
+    AP_TLS_SHAKING, /* the handshake */
+    AP_TLS_OPEN,    /* data goes in both directions */
+    AP_TLS_ENDED,   /* the peer has sent a close_notify */
+    AP_TLS_FAILED
+};
+
+typedef struct {
+    int phase;             /* AP_TLS_NONE ... */
+    int begun;             /* part of a record has come, but not all of it */
+    int resumed;           /* the session was resumed, without certificates */
+    int kind;              /* of AP_TLS_FAILED: SSL_ERROR_SSL or the like; 0: no memory */
+    unsigned long code;    /* likewise: from OpenSSL's error queue */
+    long verify;           /* likewise: X509_V_OK, or why the peer's certificate is refused */
+    int64_t lasted;        /* the handshake, in nanoseconds; 0: it is not done */
+    char reason[160];      /* likewise: OpenSSL's text for code */
+    char certificate[160]; /* likewise: OpenSSL's text for verify */
+} ap_tls_status;
 
 /* Finds the OpenSSL that the shared object at path, which must have been loaded, calls: the file
  * of Python's module _ssl; or NULL, the program itself. version is what OpenSSL_version_num() says
@@ -478,6 +507,41 @@ AP_API int ap_tls_load(const char *path, unsigned long version) AP_MUST_CHECK;
  * dereferenced. Thread: any, while nobody uses the two. Returns 1; 0; -ENOSYS: nothing is loaded.
  */
 AP_API int ap_tls_check(const void *ssl, const void *ctx, unsigned long options, int verify_mode);
+
+/* From now on the socket carries a TLS session, and all reads and writes are of plaintext. ssl is
+ * an SSL object of OpenSSL's (ap_tls_load), new, with its role set; a reference is taken, and
+ * nobody else may use it, but for ap_conn_hold_tls. What is unread is the session's. The handshake
+ * begins. Thread: loop. Returns 0; -EBUSY: it has one, a wait is armed, or output is queued;
+ * -EBADF; -ENOMEM; -ENOSYS. */
+AP_API int ap_conn_start_tls(ap_conn *conn, uint32_t pos, void *ssl, int flags) AP_MUST_CHECK;
+
+/* Waits for the end of the handshake. Thread: loop. Returns 0: it is done; -EAGAIN (armed as a
+ * read wait is); AP_ETLS; AP_ECUT; AP_EEOF; AP_ELATE; -EBADF; the socket's error. */
+AP_API int ap_conn_shake(ap_conn *conn, int64_t deadline);
+
+/* Ends this side with a close_notify; sending is over. Idempotent. Thread: loop. Returns the bytes
+ * queued; -EBUSY: there is output that is not encrypted yet; AP_ETLS; -EBADF; the socket's error.
+ */
+AP_API int64_t ap_conn_say_goodbye(ap_conn *conn);
+
+/* Both sides have ended the session, and all is read and sent: the socket carries plain bytes
+ * again, and what came after the peer's close_notify is unread. Thread: loop. Returns 0; -EBUSY if
+ * that is not so; -EBADF; -ENOMEM. */
+AP_API int ap_conn_end_tls(ap_conn *conn, uint32_t pos);
+
+/* The SSL object may be asked, until it is released, and the session stands still meanwhile. Nests.
+ * Thread: any, briefly. Returns 0; -EBADF: the session is no longer used, so it may be asked
+ * anyway, and is not to be released. */
+AP_API int ap_conn_hold_tls(ap_conn *conn);
+AP_API int ap_conn_release_tls(ap_conn *conn);
+
+/* After the close: waits, for a second at most, until no thread is inside of OpenSSL for the
+ * connection. What the SSL object works with may go then. Thread: any. Returns 0; -EBUSY: the
+ * connection is open, or that has taken longer. */
+AP_API int ap_conn_settle_tls(ap_conn *conn);
+
+/* Thread: loop. Returns 0. After the close there is no session. */
+AP_API int ap_conn_tls_status(ap_conn *conn, ap_tls_status *out);
 
 /* ---- blocks ----------------------------------------------------------- */
 

@@ -74,7 +74,8 @@ bool ap_is_of_peer(int error)
 static bool peer_gone(const ap_conn *conn)
 {
     bool hung_up = conn->slot.ready & (AP_RDHUP | AP_HUP);
-    bool ended = conn->read_end == AP_EEOF || ap_is_of_peer(conn->read_end);
+    bool ended =
+        conn->read_end == AP_EEOF || conn->read_end == AP_ECUT || ap_is_of_peer(conn->read_end);
     return conn->peer_gone || (!conn->cut && (hung_up || ended || conn->was_reset));
 }
 
@@ -151,7 +152,7 @@ int ap_conn_status(ap_conn *conn)
         status |= AP_IS_BROKEN;
     if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)
         status |= AP_IS_IDLE_END | AP_IS_BROKEN;
-    if (conn->shut)
+    if (ap_conn_is_shut(conn))
         status |= AP_IS_SHUT;
     if (peer_gone(conn))
         status |= AP_IS_GONE;

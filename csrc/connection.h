@@ -22,11 +22,21 @@
 #define AP_WINDOW (64u * 1024) /* shown beyond a request, initially */
 #define AP_DELIMITER_INLINE 16
 
-enum ap_want { AP_WANT_NOTHING, AP_WANT_BYTES, AP_WANT_DELIMITER, AP_WANT_READABLE, AP_WANT_END };
+enum ap_want {
+    AP_WANT_NOTHING,
+    AP_WANT_BYTES,
+    AP_WANT_DELIMITER,
+    AP_WANT_READABLE,
+    AP_WANT_END,
+    AP_WANT_SESSION /* of TLS: the end of its handshake */
+};
+
+typedef struct ap_tls ap_tls;
 
 struct ap_conn {
     ap_slot slot;
     uint8_t type; /* (c) AP_TCP, AP_UNIX or AP_SEQPACKET */
+    ap_tls *tls;  /* (m) NULL: input and output are the socket's */
 
     /* input, all (m) */
     ap_chain input;
@@ -80,6 +90,7 @@ struct ap_conn {
     bool held;         /* between ap_conn_hold and ap_conn_requeue */
     bool owed;         /* AP_MAIL_SENT must follow */
     bool shut;         /* SHUT_WR was done */
+    bool goodbye;      /* a close_notify was made: nothing follows it */
     bool watching_out; /* not on AP_TCP: EPOLLOUT is in the mask */
     int send_error;    /* the errno of sendmsg (on AP_SEQPACKET also of recvmsg), which has
                         * taken the socket's error */
@@ -97,6 +108,12 @@ struct ap_conn {
 static inline ap_conn *ap_conn_of(ap_slot *slot)
 {
     return AP_CONTAINER(slot, ap_conn, slot);
+}
+
+/* Whether this side has ended. */
+static inline bool ap_conn_is_shut(const ap_conn *conn)
+{
+    return conn->shut || conn->goodbye;
 }
 
 /* Makes sure that the slot is looked at when the deadline comes. */

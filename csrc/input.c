@@ -31,8 +31,11 @@
 #include "inbox.h"
 #include "poller.h"
 #include "pool.h"
+#include "receive.h"
 #include "slot.h"
 #include "sysio.h"
+#include "tls.h"
+#include "tls_input.h"
 
 #define STRAIGHT_FROM (64u * 1024) /* the size of blocks that have grown so far */
 
@@ -60,6 +63,7 @@ static bool target_met(ap_conn *conn)
     case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
     case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
     case AP_WANT_READABLE: return (conn->slot.ready & AP_READABLE) || conn->input.size > 0;
+    case AP_WANT_SESSION: return conn->tls && conn->tls->phase != AP_TLS_SHAKING;
     default: return false;
     }
 }
@@ -121,6 +125,8 @@ bool ap_input_wanted(ap_conn *conn)
     bool waits = waiting(conn);
     if (conn->type == AP_SEQPACKET || (conn->carried && !waits))
         return false;
+    if (conn->tls && !conn->discarding && !ap_tls_is_open(conn->tls))
+        return false;
     if (conn->straight && !(conn->slot.ready & AP_NO_SHORT_READ) && !conn->discarding)
         return false;
     return conn->read_end == 0 && (!conn->paused || waits || conn->discarding) &&
@@ -147,20 +153,6 @@ static size_t most(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* Restarts a last block that was read to its end and that no view needs. */
-void ap_input_rewind(ap_conn *conn)
-{
-    ap_block *tail = conn->input.tail;
-    if (!tail || tail->start != tail->end || conn->input.size > 0)
-        return;
-    /* acquire; pairs with the release of the last view */
-    if (atomic_load_explicit(&tail->refs, memory_order_acquire) > 1)
-        return;
-    tail->start = tail->end = AP_BLOCK_HEADER;
-    if (conn->shown == tail)
-        conn->shown = NULL;
-}
-
 /* The size of a block to read into directly; 0: the scratch buffer will do. */
 static size_t fresh_size(const ap_conn *conn, size_t tail_room, size_t max)
 {
@@ -184,7 +176,7 @@ static void add(target *into, void *base, size_t size)
 static void choose_target(ap_context *context, ap_conn *conn, size_t max, target *into)
 {
     *into = (target){0};
-    ap_input_rewind(conn);
+    ap_receive_rewind(conn);
     ap_block *tail = conn->discarding ? NULL : conn->input.tail;
     if (tail)
         into->tail_room = least(ap_block_room(tail), max);
@@ -219,74 +211,13 @@ static bool file_received(ap_context *context, ap_conn *conn, target *into, size
         memcpy(ap_block_at(into->fresh, AP_BLOCK_HEADER), context->scratch, rest);
     }
     into->fresh->end += (uint32_t)rest;
-    ap_chain_append(&conn->input, into->fresh);
-    ap_chain_consume(&conn->input, 0, &conn->pins); /* removes an empty head in front of it */
-    if (conn->shown != conn->input.head)
-        conn->shown = NULL;
+    ap_receive_append(conn, into->fresh);
     into->fresh = NULL;
     conn->input.size += rest;
     return true;
 }
 
-/* The next block is as large as what arrives at once, so that a message fits in one
- * block if possible; it shrinks more slowly than it grows. */
-static void adapt(ap_conn *conn, size_t got)
-{
-    conn->recent = (uint32_t)got;
-    size_t bound = most(conn->high, AP_BLOCK_MIN);
-    while (conn->grow < got + AP_BLOCK_HEADER && conn->grow * 2 <= bound)
-        conn->grow *= 2;
-    if (got < conn->grow / 8 && conn->grow > conn->base)
-        conn->grow /= 2;
-}
-
 /* ---- reading ---------------------------------------------------------- */
-
-/* An error that is not known to be the peer's may be all the same: a timeout reports the last
- * ICMP error, of which there are many. The caller tells the hub. */
-void ap_input_fail(ap_conn *conn, int error)
-{
-    conn->read_end = error;
-    if (!conn->cut && !ap_is_of_peer(error))
-        conn->peer_gone |= ap_sys_hung_up(conn->slot.fd);
-}
-
-/* Read first, and ask for SO_ERROR only if that yields nothing: asking clears the
- * error, and an RST would then look like a FIN. What was received before the RST
- * is still readable. */
-void ap_input_nothing(ap_conn *conn)
-{
-    ap_slot *slot = &conn->slot;
-    ap_count(&slot->poller->again, 1);
-    slot->ready &= (uint8_t)~AP_READABLE;
-    if (!(slot->ready & AP_ERR))
-        return;
-    slot->ready &= (uint8_t)~AP_ERR;
-    int error = ap_sys_socket_error(slot->fd);
-    if (error)
-        ap_input_fail(conn, -error);
-    else
-        ap_sys_drain_error_queue(slot->fd);
-}
-
-void ap_input_note(ap_conn *conn, size_t got)
-{
-    ap_poller *poller = conn->slot.poller;
-    ap_count(&conn->reads, 1);
-    ap_count(&poller->reads, 1);
-    ap_count(&conn->bytes_received, got);
-    ap_count(&poller->bytes_received, got);
-    ap_conn_note_activity(conn);
-    adapt(conn, got);
-}
-
-/* A failed write takes the socket's error with it, or ends the socket itself: recv then
- * returns 0. */
-int ap_input_end(const ap_conn *conn)
-{
-    int error = conn->send_error;
-    return error && error != -EPIPE ? error : AP_EEOF;
-}
 
 /* Reads and files. Returns the bytes, or -errno. */
 static ssize_t receive_into(ap_context *context, ap_conn *conn, target *into)
@@ -303,49 +234,29 @@ static ssize_t receive_into(ap_context *context, ap_conn *conn, target *into)
     return got;
 }
 
-/* Draws the conclusions of one system call. Returns the bytes received, 0 when that was all for
- * now. */
-static size_t conclude(ap_conn *conn, ssize_t got, size_t offered)
-{
-    ap_slot *slot = &conn->slot;
-    if (got > 0) {
-        ap_input_note(conn, (size_t)got);
-        if ((size_t)got < offered && conn->type == AP_TCP && !(slot->ready & AP_NO_SHORT_READ))
-            slot->ready &= (uint8_t)~AP_READABLE;
-        return (size_t)got;
-    }
-    if (got == -EAGAIN)
-        ap_input_nothing(conn);
-    else if (got < 0)
-        ap_input_fail(conn, (int)got);
-    else
-        conn->read_end = ap_input_end(conn);
-    return 0;
-}
-
 /* One system call. */
 static size_t receive(ap_context *context, ap_conn *conn, size_t max)
 {
+    if (conn->tls && !conn->discarding)
+        return ap_tls_receive(context, conn, max);
     target into;
     choose_target(context, conn, max, &into);
     ssize_t got = receive_into(context, conn, &into);
     if (into.fresh)
         ap_block_unref(into.fresh);
-    return conclude(conn, got, into.offered);
+    return ap_receive_conclude(conn, got, into.offered);
 }
 
 bool ap_input_may_go_straight(const ap_conn *conn)
 {
     const ap_slot *slot = &conn->slot;
-    return conn->grow >= STRAIGHT_FROM && conn->type == AP_TCP &&
+    return conn->grow >= STRAIGHT_FROM && conn->type == AP_TCP && !conn->tls &&
            !(slot->ready & AP_NO_SHORT_READ) && ap_borrower(slot->poller) == slot->hub;
 }
 
 size_t ap_input_receive(ap_conn *conn, void *memory, size_t size)
 {
-    struct iovec iov = {.iov_base = memory, .iov_len = size};
-    ssize_t got = ap_sys_recv(conn->slot.fd, &iov, 1, &size);
-    size_t n = conclude(conn, got, size);
+    size_t n = ap_receive(conn, memory, size);
     conn->consumed += n;
     return n;
 }

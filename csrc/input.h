@@ -13,18 +13,11 @@ bool ap_input_wanted(ap_conn *conn);
 bool ap_input_read(ap_context *context, ap_conn *conn);
 /* Whether input may go straight from the socket to who asks for it. */
 bool ap_input_may_go_straight(const ap_conn *conn);
-/* Receives into memory of the caller's. Returns the bytes; 0: none, or nothing more will come. */
+/* Receives plain input into memory of the caller's, which consumes it. Returns the bytes; 0: none,
+ * or nothing more will come. */
 size_t ap_input_receive(ap_conn *conn, void *memory, size_t size);
 /* Nothing is to be received now: checks what only events show. */
 void ap_input_probe(ap_conn *conn);
-/* Handles EAGAIN from recvmsg. */
-void ap_input_nothing(ap_conn *conn);
-/* Handles an error (-errno) of recvmsg, or of the socket. */
-void ap_input_fail(ap_conn *conn, int error);
-/* Handles 0 from recvmsg: AP_EEOF, or the error that another call was told. */
-int ap_input_end(const ap_conn *conn);
-/* Counts received bytes, and adapts the size of blocks. */
-void ap_input_note(ap_conn *conn, size_t got);
 
 /* Arms a wait for input. */
 void ap_input_arm(ap_conn *conn, enum ap_want want, size_t n, int64_t deadline);
@@ -36,8 +29,6 @@ void ap_input_consume(ap_conn *conn, size_t n);
 /* The loop has read the block that is shown up to pos, and has no views of it: restarts it if
  * nothing else is unread. It stays shown. False: it stays as it is. */
 bool ap_input_restart(ap_conn *conn, uint32_t pos);
-/* Restarts a last block that was read to its end, and that no view needs. */
-void ap_input_rewind(ap_conn *conn);
 /* Whether there is memory that nobody needs: an empty block. */
 bool ap_input_idle(const ap_conn *conn);
 /* Discards unread input, with its descriptors, and the wait. */

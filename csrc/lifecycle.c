@@ -17,10 +17,13 @@
 #include "owned.h"
 #include "poller.h"
 #include "pool.h"
+#include "queue.h"
 #include "read.h"
 #include "serve.h"
 #include "slot.h"
 #include "sysio.h"
+#include "tls.h"
+#include "tls_shake.h"
 #include "window.h"
 
 #include <stdlib.h>
@@ -41,7 +44,8 @@ static void drop(ap_slot *slot)
     ap_conn *conn = ap_conn_of(slot);
     ap_slot_lock(slot);
     AP_ASSERT(!conn->input.head);
-    ap_output_drop(conn);
+    ap_queue_drop(conn);
+    ap_tls_drop(conn);
     if (conn->delimiter != conn->delimiter_inline)
         free(conn->delimiter);
     conn->delimiter = conn->delimiter_inline;
@@ -56,6 +60,7 @@ static const ap_slot_ops operations = {
     .expire = ap_conn_expire,
     .fail = ap_conn_fail,
     .resolve = ap_conn_resolve,
+    .job = ap_tls_job,
 };
 
 /* ---- pinned blocks ---------------------------------------------------- */
@@ -117,7 +122,7 @@ static int register_one(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    rc = ap_endpoint_watch(&conn->slot, ap_output_events(conn));
+    rc = ap_endpoint_watch(&conn->slot, ap_queue_events(conn));
     ap_slot_unlock(&conn->slot);
     return rc;
 }
@@ -139,7 +144,8 @@ int ap_conn_register(ap_conn **conns, int *results, int count)
 static bool may_close(const ap_conn *conn)
 {
     int fd = conn->slot.fd;
-    if (conn->type != AP_TCP || conn->read_end || conn->write_error)
+    bool ended = conn->read_end && !(conn->tls && conn->tls->phase == AP_TLS_ENDED);
+    if (conn->type != AP_TCP || ended || conn->write_error)
         return true;
     return conn->input.size == 0 && !conn->discarding && ap_sys_unread(fd) == 0 &&
            ap_sys_unsent(fd) == 0;
@@ -159,6 +165,8 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
         }
     }
     conn->discarding = true;
+    if (conn->tls && conn->tls->phase == AP_TLS_ENDED && conn->read_end == AP_EEOF)
+        conn->read_end = 0; /* so far only of the session */
     ap_input_drop(conn);
     return (int)ap_read_wait(conn, AP_WANT_END, 0, 0, deadline, NULL, 0);
 }
@@ -180,7 +188,8 @@ int ap_conn_close(ap_conn *conn, int reset, int keep_fd)
     if (rc < 0)
         return rc;
     ap_input_drop(conn);
-    ap_output_drop(conn);
+    ap_queue_drop(conn);
+    ap_tls_drop(conn);
     int fd = ap_endpoint_close(&conn->slot);
     ap_conn_unlock(conn);
     return ap_endpoint_closed(&conn->slot, fd, reset != 0, keep_fd != 0);
@@ -191,7 +200,7 @@ int ap_conn_detach(ap_conn *conn, uint32_t pos)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    if (conn->out_bytes) {
+    if (conn->out_bytes || conn->tls) {
         ap_slot_unlock(&conn->slot);
         return -EBUSY;
     }

@@ -33,6 +33,9 @@ enum {
     AP_OSSL_MODE_RELEASE_BUFFERS = 0x10
 };
 
+/* An option: a peer that asks for another handshake is refused (RFC 5246, 7.2.2). */
+#define AP_OSSL_OP_NO_RENEGOTIATION ((uint64_t)1 << 30)
+
 /* Bits of a verify mode. */
 enum { AP_OSSL_VERIFY_PEER = 1, AP_OSSL_VERIFY_REQUIRE = 2 };
 

@@ -17,6 +17,7 @@
 #include "output.h"
 #include "poller.h"
 #include "pool.h"
+#include "receive.h"
 #include "slot.h"
 #include "sysio.h"
 #include "window.h"
@@ -44,8 +45,10 @@ int64_t ap_read_wait(ap_conn *conn, enum ap_want want, size_t n, int flags, int6
         return AP_ELATE;
     }
     int64_t queued = 0;
-    bool handed_over = output_size && !conn->shut && ap_output_hand_over(conn, output, output_size);
-    if (output_size && !conn->shut && !handed_over) {
+    if (ap_conn_is_shut(conn))
+        output_size = 0;
+    bool handed_over = output_size && ap_output_hand_over(conn, output, output_size);
+    if (output_size && !handed_over) {
         ap_piece piece = {.data = output, .size = output_size};
         queued = ap_output_send(conn, &piece, 1);
         if (queued == -ENOMEM)
@@ -78,7 +81,7 @@ static void read_now(ap_conn *conn, int flags)
 static void make_room(ap_conn *conn, size_t n)
 {
     ap_chain *chain = &conn->input;
-    ap_input_rewind(conn);
+    ap_receive_rewind(conn);
     ap_block *block = chain->head;
     if (!block || block != chain->tail || chain->size > AP_BLOCK_MIN / 4)
         return;
@@ -238,9 +241,9 @@ static int64_t request_locked(ap_conn *conn, bool fresh, const char *output, siz
 static int64_t message_end(ap_conn *conn, int waiting)
 {
     if (!conn->read_end && waiting == 0) {
-        ap_input_nothing(conn); /* an RST's error may still be the socket's */
+        ap_receive_nothing(conn); /* an RST's error may still be the socket's */
         if (!conn->read_end)
-            conn->read_end = ap_input_end(conn);
+            conn->read_end = ap_receive_end(conn);
         ap_conn_learn(conn);
     }
     return conn->read_end ? conn->read_end : AP_EEOF;

@@ -15,8 +15,10 @@
 #include "output.h"
 #include "poller.h"
 #include "pool.h"
+#include "queue.h"
 #include "slot.h"
 #include "sysio.h"
+#include "tls_shake.h"
 #include "window.h"
 
 /* ---- serving and telling ---------------------------------------------- */
@@ -24,6 +26,10 @@
 static bool serve(ap_context *context, ap_conn *conn)
 {
     bool more = false;
+    if (conn->tls && ap_tls_wants_step(conn))
+        ap_tls_step_later(conn);
+    if (conn->slot.closed)
+        return false;
     if (conn->type == AP_SEQPACKET) /* whatever has come, looking is harmless */
         conn->slot.ready |= AP_READABLE;
     if ((conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
@@ -32,6 +38,8 @@ static bool serve(ap_context *context, ap_conn *conn)
         ap_input_probe(conn);
     if (conn->out_bytes || conn->drain_armed || conn->watching_out)
         more |= ap_output_write(conn);
+    if (conn->tls && (conn->slot.ready & AP_READABLE) && ap_input_wanted(conn))
+        more = true; /* it did not read for all that it had to answer */
     if (ap_input_over(conn))
         ap_hub_post(&conn->slot, AP_MAIL_READ);
     ap_conn_learn(conn);
@@ -59,7 +67,7 @@ uint32_t ap_conn_resolve(ap_slot *slot, uint32_t bits, int32_t *value)
         conn->want = AP_WANT_NOTHING;
         told |= AP_MAIL_READ;
     }
-    if (conn->drain_armed && ap_output_over(conn)) {
+    if (conn->drain_armed && ap_queue_over(conn)) {
         conn->drain_armed = false;
         told |= AP_MAIL_WRITE;
     }
@@ -127,7 +135,7 @@ static void end_idle(ap_conn *conn)
     (void)rc; /* no longer connected: just as good */
     if (!conn->read_end)
         conn->read_end = AP_EIDLE;
-    ap_output_fail(conn, AP_EIDLE);
+    ap_queue_fail(conn, AP_EIDLE);
     ap_hub_post(&conn->slot, AP_MAIL_IDLE | AP_MAIL_READ);
 }
 
@@ -182,7 +190,7 @@ void ap_conn_fail(ap_slot *slot, int error)
     ap_conn_cut(conn);
     if (!conn->read_end)
         conn->read_end = error;
-    ap_output_fail(conn, error);
+    ap_queue_fail(conn, error);
     ap_hub_post(&conn->slot, AP_MAIL_FAILED | AP_MAIL_READ | AP_MAIL_WRITE);
 }
 

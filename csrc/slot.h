@@ -40,7 +40,7 @@ typedef struct {
 } ap_slot_ops;
 
 /* Room for what a connection (the larger one) or a listener has after its slot. */
-#define AP_SLOT_ROOM 408
+#define AP_SLOT_ROOM 424
 
 struct ap_slot {
     uint32_t index;              /* (c) forever */

@@ -429,6 +429,11 @@ void *ap_sys_alloc(size_t size)
     return ap_fault_error(AP_CALL_ALLOC) ? NULL : calloc(1, size);
 }
 
+void *ap_sys_alloc_dirty(size_t size)
+{
+    return ap_fault_error(AP_CALL_ALLOC) ? NULL : malloc(size);
+}
+
 void *ap_sys_map(size_t size)
 {
     if (ap_fault_error(AP_CALL_MAP))

@@ -69,6 +69,8 @@ void ap_sys_close(int fd);
 
 /* Zeroed; NULL: no memory. */
 AP_MUST_CHECK void *ap_sys_alloc(size_t size);
+/* The same with any contents. */
+AP_MUST_CHECK void *ap_sys_alloc_dirty(size_t size);
 AP_MUST_CHECK void *ap_sys_map(size_t size);
 void ap_sys_unmap(void *memory, size_t size);
 

@@ -17,7 +17,9 @@
 #include "output.h"
 #include "owned.h"
 #include "pool.h"
+#include "queue.h"
 #include "read.h"
+#include "receive.h"
 #include "slot.h"
 #include "sysio.h"
 #include "window.h"
@@ -102,11 +104,11 @@ static int64_t send_now(ap_conn *conn, const char *data, size_t size, const int 
     size_t offered = conn->type == AP_UNIX && size > AP_BOUND ? AP_BOUND : size;
     ssize_t took = ap_sys_send_rights(conn->slot.fd, data, &offered, fds, count);
     if (took >= 0) {
-        ap_output_took(conn, (size_t)took, offered);
+        ap_queue_took(conn, (size_t)took, offered);
     } else if (took == -EAGAIN) {
-        ap_output_again(conn);
+        ap_queue_again(conn);
     } else if (!is_of_message((int)-took)) {
-        ap_output_break(conn, (int)took);
+        ap_queue_break(conn, (int)took);
     }
     return took;
 }
@@ -130,7 +132,7 @@ int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int
 static int64_t nothing_in_it(ap_conn *conn)
 {
     if (!conn->read_end && ap_sys_at_end(conn->slot.fd))
-        conn->read_end = ap_input_end(conn);
+        conn->read_end = ap_receive_end(conn);
     conn->request_at = UINT64_MAX; /* it was taken, although nothing is counted */
     return conn->read_end ? conn->read_end : AP_EEOF;
 }
@@ -160,9 +162,9 @@ static ssize_t receive_or_reset(ap_conn *conn, struct iovec *into, ap_rights *ri
 static int64_t not_received(ap_conn *conn, ssize_t error)
 {
     if (error != -EAGAIN)
-        ap_input_fail(conn, (int)error);
+        ap_receive_fail(conn, (int)error);
     else
-        ap_input_nothing(conn);
+        ap_receive_nothing(conn);
     return conn->read_end ? conn->read_end : -EAGAIN;
 }
 
@@ -174,7 +176,7 @@ static int64_t receive_block(ap_conn *conn, ap_block *block, size_t room, ap_rig
         return not_received(conn, got);
     if (got == 0 && rights->count == 0 && !rights->truncated)
         return nothing_in_it(conn);
-    ap_input_note(conn, (size_t)got);
+    ap_receive_note(conn, (size_t)got);
     block->end += (uint32_t)got;
     return got;
 }

@@ -186,12 +186,27 @@ int ap_conn_consume(ap_conn *conn, uint32_t pos, size_t n)
     return rc;
 }
 
+/* Of what is in the socket only decrypting tells how much it is. */
+static void look(ap_conn *conn)
+{
+    conn->slot.ready |= AP_READABLE;
+    if (ap_input_read(&conn->slot.hub->context, conn))
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
+    if (ap_input_over(conn))
+        ap_hub_post(&conn->slot, AP_MAIL_READ);
+    ap_conn_learn(conn);
+}
+
 int64_t ap_conn_arrived(ap_conn *conn, uint32_t pos)
 {
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    int in_kernel = ap_sys_unread(conn->slot.fd);
+    int in_kernel = 0;
+    if (conn->tls)
+        look(conn);
+    else
+        in_kernel = ap_sys_unread(conn->slot.fd);
     int64_t n = (int64_t)ap_conn_left(conn, pos) + (in_kernel > 0 ? in_kernel : 0);
     ap_slot_unlock(&conn->slot);
     return n;

@@ -6,6 +6,7 @@
 #include "inbox.h"
 #include "output.h"
 #include "poller.h"
+#include "queue.h"
 #include "slot.h"
 #include "sysio.h"
 
@@ -14,7 +15,7 @@ int64_t ap_conn_send(ap_conn *conn, const ap_piece *pieces, int count)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    int64_t left = conn->shut ? -EPIPE : ap_output_send(conn, pieces, count);
+    int64_t left = ap_conn_is_shut(conn) ? -EPIPE : ap_output_send(conn, pieces, count);
     ap_slot_unlock(&conn->slot);
     return left;
 }
@@ -29,7 +30,7 @@ static int drain_locked(ap_conn *conn, int64_t deadline)
 {
     if (conn->write_error)
         return conn->write_error;
-    if (ap_output_over(conn))
+    if (ap_queue_over(conn))
         return 0;
     if (deadline && ap_now() >= deadline) {
         ap_count(&conn->slot.poller->timeouts, 1);
@@ -43,7 +44,7 @@ static int drain_locked(ap_conn *conn, int64_t deadline)
     if (deadline)
         ap_conn_note_deadline(conn, deadline);
     if (!(conn->slot.ready & AP_WRITABLE))
-        ap_output_watch(conn, true);
+        ap_queue_watch(conn, true);
     return -EAGAIN;
 }
 
@@ -96,7 +97,7 @@ int ap_conn_disarm_write(ap_conn *conn)
     if (rc < 0)
         return rc;
     conn->drain_armed = false;
-    ap_output_unwatch(conn);
+    ap_queue_unwatch(conn);
     ap_slot_unlock(&conn->slot);
     return 0;
 }
@@ -122,16 +123,16 @@ int64_t ap_conn_requeue(ap_conn *conn, const ap_piece *pieces, int count)
     conn->out_bytes = conn->own_bytes;
     int64_t left = conn->write_error;
     if (!left && count > 0 &&
-        !ap_output_queue(conn, (const struct iovec *)pieces, (size_t)count, 0)) {
+        !ap_queue_append(conn, (const struct iovec *)pieces, (size_t)count, 0)) {
         left = -ENOMEM;
-        ap_output_fail(conn, -ENOMEM);
+        ap_queue_fail(conn, -ENOMEM);
     }
     size_t given = conn->out_bytes - conn->own_bytes;
     conn->owed = given > 0;
     if (conn->given_up > given)
         conn->given_up = given;
-    ap_output_count(conn);
-    ap_output_unwatch(conn);
+    ap_queue_count(conn);
+    ap_queue_unwatch(conn);
     if (conn->out_bytes && (conn->slot.ready & AP_WRITABLE))
         ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
     if (!left)

@@ -104,6 +104,7 @@ class Core:
     writer: Any
     _over: bool
     callbacks: Any
+    session: Any
     handle: Any
     held: bool
     idle_timeout: float | None

@@ -105,7 +105,18 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(core->requests);
     Py_VISIT(core->watcher);
     Py_VISIT(core->callbacks);
+    Py_VISIT(core->session);
     return 0;
+}
+
+/* A thread may be computing a handshake with what the session keeps: rather lose it than free it
+ * too early. */
+static void drop_session(Core *core)
+{
+    PyObject *session = core->session;
+    core->session = NULL;
+    if (session && (!core->conn || ap_conn_settle_tls(core->conn) == 0))
+        Py_DECREF(session);
 }
 
 static int clear(PyObject *self)
@@ -131,6 +142,7 @@ static int clear(PyObject *self)
     Py_CLEAR(core->requests);
     Py_CLEAR(core->watcher);
     Py_CLEAR(core->callbacks);
+    drop_session(core);
     return 0;
 }
 
@@ -218,6 +230,7 @@ static PyMemberDef members[] = {
     OBJECT("requests", requests),
     OBJECT("watcher", watcher),
     OBJECT("callbacks", callbacks),
+    OBJECT("session", session),
     OBJECT("read_timeout", read_timeout),
     OBJECT("write_timeout", write_timeout),
     {NULL, 0, 0, 0, NULL},

@@ -69,6 +69,7 @@ struct Core {
     PyObject *handle;                     /* for cffi, once it was asked for */
     PyObject *poller, *peer, *raw, *name; /* Python's alone, as are these: */
     PyObject *requests, *watcher, *callbacks;
+    PyObject *session;  /* what OpenSSL works with for it; or None */
     PyObject *trap;     /* what Trio's scheduler is given while an operation waits */
     Operation *waiting; /* armed, and listed with the hub */
     Core *next, *prev;  /* in the hub's list */
