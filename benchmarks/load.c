@@ -1,5 +1,8 @@
 /* A load generator: one thread, epoll, every byte that comes back is verified.
  *
+ * It is compiled twice: with LOAD_TLS it speaks TLS. What differs is how a connection's bytes
+ * travel, its channel, in plain.h and tls.h.
+ *
  * Model. Each connection owns a ring of `outstanding` frames. A frame is written into the ring once
  * and stays there until its answer has come, so the ring is at the same time the output queue and
  * the expectation: the bytes [sent, filled) are still to be written, the bytes [received, sent) are
@@ -29,7 +32,11 @@
 #include "histogram.h"
 #include "options.h"
 #include "pattern.h"
-#include "sockets.h"
+#ifdef LOAD_TLS
+#include "tls.h"
+#else
+#include "plain.h"
+#endif
 
 #include <errno.h>
 #include <sys/epoll.h>
@@ -51,9 +58,10 @@ enum phase { WARMUP, MEASURE, DRAIN };
 
 /* Positions are bytes since the connection was opened, `begun` and `done` are frames. */
 struct connection {
-    int fd;
+    struct channel channel; /* closed unless is_open; it may keep something for the next one */
+    int fd;                 /* the channel's */
     uint32_t index;
-    bool wants_write;
+    bool is_open, wants_write;
     uint64_t begun, done;
     uint64_t filled, sent, received;
     uint64_t sequence; /* frames of this index, also over reconnects */
@@ -73,7 +81,7 @@ struct run {
     uint64_t allowed;  /* frames that may still be begun in this phase */
     uint64_t answered; /* since the measurement began, those of the drain included */
     uint64_t begun;    /* by the timer of --rate */
-    uint64_t moved;    /* bytes, both ways: what counts as progress */
+    uint64_t events;   /* of the sockets: what counts as progress */
     uint64_t measure_at, drain_at, measured_ns;
     double cpu_seconds;
     struct histogram latencies;
@@ -163,14 +171,20 @@ static int ring_pieces(const struct run *run, const struct connection *conn, uin
 
 /* ---- connections ---- */
 
+static void close_connection(struct connection *conn)
+{
+    if (conn->is_open)
+        channel_close(&conn->channel);
+    conn->is_open = false;
+}
+
 static void fail_connection(struct run *run, struct connection *conn, const char *why)
 {
     if (run->errors++ < REPORTED_ERRORS)
         fprintf(stderr, "load: connection %u, request %llu: %s\n", conn->index,
                 (unsigned long long)conn->done, why);
     run->in_flight -= conn->begun - conn->done;
-    close(conn->fd);
-    conn->fd = -1;
+    close_connection(conn);
 }
 
 static void open_connection(struct run *run, struct connection *conn)
@@ -182,6 +196,8 @@ static void open_connection(struct run *run, struct connection *conn)
         fail_connection(run, conn, strerror(errno));
         return;
     }
+    channel_open(&conn->channel, conn->fd);
+    conn->is_open = true;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
     if (epoll_ctl(run->epoll, EPOLL_CTL_ADD, conn->fd, &event) < 0)
         die("epoll_ctl: %s", strerror(errno));
@@ -202,19 +218,18 @@ static void send_frames(struct run *run, struct connection *conn)
     while (conn->sent < conn->filled) {
         struct iovec pieces[2];
         int count = ring_pieces(run, conn, conn->sent, conn->filled, pieces);
-        ssize_t n = send_pieces(conn->fd, pieces, count);
+        ssize_t n = channel_send(&conn->channel, pieces, count);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN) {
-            fail_connection(run, conn, strerror(errno));
+            fail_connection(run, conn, channel_error());
             return;
         }
         if (n < 0)
             break;
         conn->sent += (uint64_t)n;
-        run->moved += (uint64_t)n;
     }
-    watch_writing(run, conn, conn->sent < conn->filled);
+    watch_writing(run, conn, conn->sent < conn->filled && channel_wants_room(&conn->channel));
 }
 
 /* Returns NULL, or what is wrong with the bytes. */
@@ -229,40 +244,46 @@ static const char *verify(struct run *run, struct connection *conn, size_t n)
         memcmp(got + pieces[0].iov_len, pieces[1].iov_base, pieces[1].iov_len) != 0)
         return "an answer differs from its request";
     conn->received += n;
-    run->moved += n;
     return NULL;
 }
 
 /* Returns false when nothing was there, or the connection has failed. */
 static bool receive_frames(struct run *run, struct connection *conn)
 {
-    ssize_t n = recv(conn->fd, run->receive_buffer, run->receive_size, 0);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return false;
-    const char *wrong = n < 0    ? strerror(errno)
-                        : n == 0 ? "closed by the server"
-                                 : verify(run, conn, (size_t)n);
-    if (wrong != NULL)
-        fail_connection(run, conn, wrong);
-    return wrong == NULL;
+    bool found = false;
+    do {
+        ssize_t n = channel_receive(&conn->channel, run->receive_buffer, run->receive_size);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            break;
+        const char *wrong = n < 0    ? channel_error()
+                            : n == 0 ? "closed by the server"
+                                     : verify(run, conn, (size_t)n);
+        if (wrong != NULL) {
+            fail_connection(run, conn, wrong);
+            return false;
+        }
+        found = true;
+    } while (channel_has_more(&conn->channel));
+    return found;
 }
 
 static void replace_if_used_up(struct run *run, struct connection *conn)
 {
     if (!run->options.reconnect || conn->done < run->options.requests || run->phase == DRAIN)
         return;
-    close(conn->fd);
+    close_connection(conn);
     open_connection(run, conn);
 }
 
 static void handle_event(struct run *run, struct connection *conn, uint32_t events)
 {
     uint64_t now = now_ns();
+    run->events++;
     if ((events & ~(uint32_t)EPOLLOUT) != 0 && receive_frames(run, conn)) {
         finish_frames(run, conn, now);
         replace_if_used_up(run, conn);
     }
-    if (conn->fd < 0)
+    if (!conn->is_open)
         return;
     begin_frames(run, conn, now);
     send_frames(run, conn);
@@ -289,7 +310,7 @@ static void handle_ticks(struct run *run)
         die("timerfd: %s", strerror(errno));
     for (uint64_t now = now_ns(); ticks > 0 && run->phase != DRAIN; ticks--) {
         struct connection *conn = &run->connections[run->begun++ % run->options.connections];
-        if (conn->fd < 0)
+        if (!conn->is_open)
             continue;
         if (!may_begin(run, conn)) {
             fail_connection(run, conn, "too many unanswered requests at this rate");
@@ -340,7 +361,7 @@ static void fail_unfinished(struct run *run)
 {
     for (uint32_t i = 0; i < run->options.connections; i++) {
         struct connection *conn = &run->connections[i];
-        if (conn->fd >= 0 && conn->done < conn->begun)
+        if (conn->is_open && conn->done < conn->begun)
             fail_connection(run, conn, "stalled");
     }
 }
@@ -370,7 +391,7 @@ static void begin_all(struct run *run)
     run->allowed = run->options.counted ? run->options.counted : UINT64_MAX;
     for (uint32_t i = 0; i < run->options.connections; i++) {
         struct connection *conn = &run->connections[i];
-        if (conn->fd >= 0) {
+        if (conn->is_open) {
             begin_frames(run, conn, now_ns());
             send_frames(run, conn);
         }
@@ -388,7 +409,7 @@ static void exchange(struct run *run)
 {
     struct epoll_event events[EVENT_BATCH];
     begin_all(run);
-    uint64_t moved = 0, progress_at = now_ns();
+    uint64_t seen = run->events, progress_at = now_ns();
     while (is_running(run)) {
         int n = wait_events(run, events, run->timer < 0 ? TICK_MS : OPEN_TICK_MS);
         uint64_t now = now_ns();
@@ -398,8 +419,8 @@ static void exchange(struct run *run)
                 handle_ticks(run);
             else
                 handle_event(run, events[i].data.ptr, events[i].events);
-        if (run->moved != moved) {
-            moved = run->moved;
+        if (run->events != seen) {
+            seen = run->events;
             progress_at = now;
         } else if (now > progress_at + (uint64_t)(run->options.stall * 1e9)) {
             fail_unfinished(run);
@@ -468,6 +489,7 @@ static void run_counted(struct run *run)
 static void prepare(struct run *run)
 {
     const struct options *opt = &run->options;
+    channel_prepare(opt);
     run->frame = opt->size + (opt->framed ? HEADER_SIZE : 0);
     run->ring_size = run->frame * opt->outstanding;
     /* One byte more than can be owed, so that a byte too many is seen at once. */
@@ -504,5 +526,7 @@ int main(int argc, char **argv)
         run_counted(&run);
     else
         run_by_time(&run);
+    for (uint32_t i = 0; i < run.options.connections; i++)
+        close_connection(&run.connections[i]);
     return run.errors == 0 ? 0 : 1;
 }

@@ -16,6 +16,7 @@ struct options {
     struct sockaddr_in address;
     bool framed;    /* rpc: every payload has a header; echo: it has none */
     bool reconnect; /* a connection that has made its requests is replaced by a new one */
+    bool resume;    /* which resumes its session */
     uint32_t connections, outstanding;
     uint64_t requests; /* per connection; 0 = no limit */
     uint64_t counted;  /* over all connections, in the warm-up and in a measurement; 0 = by time */
@@ -27,12 +28,14 @@ struct options {
 static const char USAGE[] =
     "usage: load --port P [--host 127.0.0.1] [--workload rpc|echo] [--connections 1]\n"
     "            [--size 64] [--outstanding 1] [--seconds 1.5] [--warmup 0.3]\n"
-    "            [--requests N] [--reconnect] [--rate R] [--idle S] [--counted N] [--stall 10]\n"
+    "            [--requests N] [--reconnect [--resume]] [--rate R] [--idle S] [--counted N]\n"
+    "            [--stall 10]\n"
     "\n"
     "  --size         bytes of payload; rpc puts a header of 4 bytes before them\n"
     "  --outstanding  requests that every connection keeps in flight\n"
     "  --requests     per connection; the run ends when all are made, or when the time is up\n"
     "  --reconnect    after its requests a connection is closed and a new one takes its place\n"
+    "  --resume       which resumes the TLS session of the one before; load_tls only\n"
     "  --rate         requests a second, begun at fixed times and by each connection in turn,\n"
     "                 whatever the server does; it has failed when `outstanding` are unanswered\n"
     "  --idle         afterwards stay connected and silent for so long; the result is printed "
@@ -106,6 +109,7 @@ static void parse_option(struct options *opt, int letter, const char *name, cons
     case 'u': opt->warmup = parse_seconds(name, text); break;
     case 'n': opt->requests = parse_count(name, text, 1, UINT32_MAX); break;
     case 'r': opt->reconnect = true; break;
+    case 'R': opt->resume = true; break;
     case 'a': opt->rate = parse_rate(name, text); break;
     case 'C': opt->counted = parse_count(name, text, 1, UINT32_MAX); break;
     case 'i': opt->idle = parse_seconds(name, text); break;
@@ -117,14 +121,12 @@ static void parse_option(struct options *opt, int letter, const char *name, cons
 static struct options parse_options(int argc, char **argv)
 {
     static const struct option names[] = {
-        {"host", 1, NULL, 'h'},     {"port", 1, NULL, 'p'},
-        {"workload", 1, NULL, 'w'}, {"connections", 1, NULL, 'c'},
-        {"size", 1, NULL, 's'},     {"outstanding", 1, NULL, 'k'},
-        {"seconds", 1, NULL, 't'},  {"warmup", 1, NULL, 'u'},
-        {"requests", 1, NULL, 'n'}, {"reconnect", 0, NULL, 'r'},
-        {"idle", 1, NULL, 'i'},     {"stall", 1, NULL, 'l'},
-        {"rate", 1, NULL, 'a'},     {"counted", 1, NULL, 'C'},
-        {"help", 0, NULL, 'H'},     {NULL, 0, NULL, 0},
+        {"host", 1, NULL, 'h'},        {"port", 1, NULL, 'p'},    {"workload", 1, NULL, 'w'},
+        {"connections", 1, NULL, 'c'}, {"size", 1, NULL, 's'},    {"outstanding", 1, NULL, 'k'},
+        {"seconds", 1, NULL, 't'},     {"warmup", 1, NULL, 'u'},  {"requests", 1, NULL, 'n'},
+        {"reconnect", 0, NULL, 'r'},   {"idle", 1, NULL, 'i'},    {"stall", 1, NULL, 'l'},
+        {"rate", 1, NULL, 'a'},        {"counted", 1, NULL, 'C'}, {"resume", 0, NULL, 'R'},
+        {"help", 0, NULL, 'H'},        {NULL, 0, NULL, 0},
     };
     struct options opt = {
         .address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)},
@@ -145,6 +147,8 @@ static struct options parse_options(int argc, char **argv)
         die("--port is needed");
     if (opt.reconnect && opt.requests == 0)
         die("--reconnect needs --requests");
+    if (opt.resume && !opt.reconnect)
+        die("--resume needs --reconnect");
     if (opt.rate > 0 && (opt.requests != 0 || opt.idle > 0))
         die("--rate takes neither --requests nor --idle");
     if (opt.counted != 0 && (opt.rate > 0 || opt.idle > 0))

@@ -1,4 +1,4 @@
-/* The load generator's client sockets. Both functions return what the system call does. */
+/* The load generator's client sockets. */
 #ifndef BENCH_SOCKETS_H
 #define BENCH_SOCKETS_H
 
@@ -10,7 +10,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* A connected, non-blocking socket. */
+/* A connected, non-blocking socket; -1 and errno if there is none. */
 static int connect_socket(const struct sockaddr_in *address)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -28,14 +28,6 @@ static int connect_socket(const struct sockaddr_in *address)
         return -1;
     }
     return fd;
-}
-
-static ssize_t send_pieces(int fd, struct iovec *pieces, int count)
-{
-    if (count == 1) /* the usual case, and the cheaper call */
-        return send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL);
-    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)count};
-    return sendmsg(fd, &message, MSG_NOSIGNAL);
 }
 
 #endif
