@@ -5,6 +5,8 @@ HOST   ?= 127.0.0.1
 PORT   ?= 6380
 # More options for pytest: make test-py ARGS="-k reader -x"
 ARGS   ?=
+# What is measured: make bench WORKLOADS=tls
+WORKLOADS ?=
 # The interpreters for `make test-pythons`; if empty, all that are found.
 PYTHONS ?=
 # How many processes build and test at a time.
@@ -45,7 +47,7 @@ help:
 	@echo 'make soak-asan     the same with ASan+UBSan'
 	@echo 'make soak-tsan     the same with TSan'
 	@echo 'make test-pythons  one wheel, tested on every CPython >= 3.11 found here (PYTHONS=...)'
-	@echo 'make bench         a short comparison with others (ARGS="--help")'
+	@echo 'make bench         a short comparison with others (WORKLOADS=tls, ARGS="--help")'
 	@echo 'make bench-instructions  instructions per request, by valgrind, however busy the machine is'
 	@echo 'make bench-check   whether the committed ratios hold, in minutes'
 	@echo 'make bench-all     everything, in hours, and from it the charts and tables of the docs'
@@ -112,11 +114,13 @@ serve: .venv/.core
 	@echo 'Stop it:     Ctrl-C'
 	@exec .venv/bin/anypoll serve examples/kv.py:handler --host $(HOST) --port $(PORT)
 
-bench: .venv/.core
-	@exec .venv/bin/python benchmarks/run.py $(ARGS)
+# TLS needs a package for its certificate, and a peer that is one.
+CHOSEN = $(if $(WORKLOADS),--workloads $(WORKLOADS))
+bench: .venv/.core $(if $(WORKLOADS),.venv/.bench)
+	@exec .venv/bin/python benchmarks/run.py $(CHOSEN) $(ARGS)
 
-bench-instructions: .venv/.core
-	@exec .venv/bin/python benchmarks/instructions.py $(ARGS)
+bench-instructions: .venv/.core $(if $(WORKLOADS),.venv/.bench)
+	@exec .venv/bin/python benchmarks/instructions.py $(CHOSEN) $(ARGS)
 
 bench-check: .venv/.core
 	@exec .venv/bin/python benchmarks/check.py $(ARGS)

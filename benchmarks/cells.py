@@ -12,22 +12,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import procfs
-from catalog import BUILD, EPOLL_SERVER, GO_SERVER, HERE, Cell, Workload
-from processes import CellError, check_alive, read_line, read_port, running, text_of, time_limit
+from catalog import (
+    BUILD,
+    CERTIFICATE,
+    EPOLL_SERVER,
+    GO_SERVER,
+    HERE,
+    LOAD,
+    LOAD_TLS,
+    WORKLOADS,
+    Cell,
+    Workload,
+)
+from processes import (
+    CellError,
+    ask,
+    check_alive,
+    read_line,
+    read_port,
+    running,
+    text_of,
+    time_limit,
+)
 from procfs import BUSY_THREAD, LOOP_THREAD
 from rounds import NO_LOOP, Measurement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-LOAD = str(BUILD / "load")
+COMPILE = [*os.environ.get("CC", "cc").split(), "-std=c11", "-O2", "-Wall", "-Wextra"]
 
 START_LIMIT = 20.0  # seconds a server may take until it listens
 STALL_LIMIT = 10.0  # seconds without progress after which the load generator gives up
+_FIRST = 20  # connections before those that may stall the loop
 
 
 @dataclass(frozen=True)
@@ -39,24 +60,41 @@ class Result:
     """What the programs wrote to their standard error."""
 
 
-def build() -> None:
-    """Compile what is not Python, or end the program. Go's server only where there is a Go."""
+def build(workloads: Iterable[str]) -> None:
+    """Compile what is not Python, or end the program. Go's server only where there is a Go; what
+    TLS needs only if one of the workloads is of that kind, and OpenSSL is there.
+    """
     try:
         _build()
+        if any(WORKLOADS[name].is_tls for name in workloads):
+            _build_tls()
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks: a C compiler is needed (cc, or $CC): {error}")
 
 
 def _build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CC", "cc").split()
-    for source in (HERE / "load.c", HERE / "peers" / "epoll_server.c"):
-        options = ["-std=c11", "-O2", "-Wall", "-Wextra"]
-        subprocess.run([*compiler, *options, "-o", BUILD / source.stem, source], check=True)
+    for program, source in ((LOAD, "load.c"), (EPOLL_SERVER, "peers/epoll_server.c")):
+        subprocess.run([*COMPILE, "-o", program, HERE / source], check=True)
     if shutil.which("go"):
         environment = os.environ | {"GO111MODULE": "off", "GOCACHE": str(BUILD / "go-cache")}
         source = HERE / "peers" / "go_server.go"
         subprocess.run(["go", "build", "-o", GO_SERVER, source], check=True, env=environment)
+
+
+def _build_tls() -> None:
+    """Where something is missing its file is, too: see machine.reason_to_skip."""
+    for file in (LOAD_TLS, CERTIFICATE):
+        file.unlink(missing_ok=True)
+    source = ["-DLOAD_TLS", HERE / "load.c", "-lssl", "-lcrypto"]
+    subprocess.run([*COMPILE, "-o", LOAD_TLS, *source], check=False)
+    try:
+        import trustme  # noqa: PLC0415 - needed for these workloads only
+    except ModuleNotFoundError:
+        return
+    # Its ECDSA is of the curve P-256.
+    issued = trustme.CA().issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
+    issued.private_key_and_cert_chain_pem.write_to_path(CERTIFICATE)
 
 
 def measure(cell: Cell, *, seconds: float, warmup: float) -> Result:
@@ -80,8 +118,10 @@ def _measure_server(
 ) -> Result:
     workload = cell.workload
     command = cell.peer.command(workload, cell.key.loop, lifetime=int(limit + START_LIMIT) + 1)
-    with running([*command, "--workload", workload.kind], log) as server:
+    with running(command, log) as server:
         port = read_port(server, START_LIMIT)
+        if workload.stalls:
+            _begin_stalls(server, port, workload, limit, log)
         memory = procfs.resident_kib(server.pid)
         # With a number of requests, the first is already one of those that count.
         warmup = 0.0 if workload.requests and not workload.reconnect else warmup
@@ -93,11 +133,33 @@ def _measure_server(
             return _watch(cell, server, load, memory)
 
 
+def _begin_stalls(
+    server: subprocess.Popen[str], port: int, workload: Workload, limit: float, log: IO[str]
+) -> None:
+    """What happens only with the first connections of a process is over."""
+    few = load_command(port, replace(workload, connections=_FIRST), {"stall": STALL_LIMIT})
+    with running(few, log) as load, time_limit(load, limit):
+        while read_line(load):
+            pass
+        if load.wait() != 0:
+            raise CellError(f"the load generator has ended with status {load.returncode}")
+    _longest_stall(server)
+
+
+def _longest_stall(server: subprocess.Popen[str]) -> float:
+    """In ms, since it was last asked."""
+    with time_limit(server, STALL_LIMIT):
+        answer = ask(server)
+    if not answer:
+        raise CellError("the server does not say how long its loop has stalled")
+    return float(answer)
+
+
 def load_command(port: int, workload: Workload, limits: Mapping[str, float]) -> list[str]:
     """``limits`` are those options that say how long it takes."""
     options = {
         "port": port,
-        "workload": workload.kind,
+        "workload": "rpc" if workload.is_tls else workload.kind,
         "connections": workload.connections,
         "size": workload.size,
         "outstanding": workload.outstanding,
@@ -108,8 +170,13 @@ def load_command(port: int, workload: Workload, limits: Mapping[str, float]) -> 
         options["requests"] = workload.requests
     if workload.rate:
         options["rate"] = workload.rate
-    command = [LOAD, *(f"--{name}={value}" for name, value in options.items())]
-    return [*command, "--reconnect"] if workload.reconnect else command
+    program = str(LOAD_TLS if workload.is_tls else LOAD)
+    command = [program, *(f"--{name}={value}" for name, value in options.items())]
+    if workload.reconnect:
+        command.append("--reconnect")
+    if workload.resume:
+        command.append("--resume")
+    return command
 
 
 def _watch(
@@ -120,6 +187,7 @@ def _watch(
     before = _times(server)
     line = read_line(load)
     after = _times(server)
+    stalls = {"stall_ms": _longest_stall(server)} if line and cell.workload.stalls else {}
     idle = _watch_idle(server.pid, cell.workload, memory) if line and cell.workload.idle else {}
     if load.wait() != 0 or not started or not line:
         raise CellError(f"the load generator has ended with status {load.returncode}")
@@ -137,7 +205,7 @@ def _watch(
         name: (used * uses[name].user_share, used * (1 - uses[name].user_share))
         for name, used in microseconds.items()
     }
-    return Result(figures | idle, threads)
+    return Result(figures | idle | stalls, threads)
 
 
 def _times(server: subprocess.Popen[str]) -> procfs.ProcessTimes:

@@ -26,9 +26,10 @@ from runner import Outcome, Plan, announce, drop_unavailable, prepare_process, r
 def main() -> int:
     options = parse_arguments()
     prepare_process()
-    build()
     ratios = load(FILE.read_text("utf-8"))
-    cells = drop_unavailable(find(needed(ratios)))
+    keys = needed(ratios)
+    build(key.workload for key in keys)
+    cells = drop_unavailable(find(keys))
     plan = Plan(cells, options.rounds, options.seconds, warmup=0.3, seed=options.seed)
     print(format_machine(describe()), file=sys.stderr)
     announce(plan)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from catalog import LOOPS, PEERS, VARIANTS, WORKLOADS, Cell, Peer, find_cells, find_peer
+from catalog import GROUPS, LOOPS, PEERS, VARIANTS, WORKLOADS, Cell, Peer, find_cells, find_peer
 from machine import commit, probe
 
 DEFAULT_WORKLOADS = "rpc1,rpc100,pipe,echo100"
@@ -19,16 +19,18 @@ ALL = "all"
 def choice_parser(
     description: str, servers: str, workloads: Collection[str] = tuple(WORKLOADS)
 ) -> argparse.ArgumentParser:
-    """:param servers: what is measured if nothing is said
+    """:param servers: what is measured if nothing is said, and the workload does not say it either
     :param workloads: those that there are
     """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"workloads: {', '.join(workloads)}. servers: {', '.join(PEERS)}; one of anypoll "
-        "may have settings: anypoll/pollers=2+block_size=4096. Each of these may be 'all'.",
+        epilog=f"workloads: {', '.join(workloads)}; {', '.join(GROUPS)} for all of that kind. "
+        f"servers: {', '.join(PEERS)}; one of anypoll may have settings: "
+        "anypoll/pollers=2+block_size=4096. Each of these may be 'all'.",
     )
     parser.add_argument("--workloads", type=_names(workloads), default=DEFAULT_WORKLOADS)
-    parser.add_argument("--servers", type=_peers, default=servers)
+    parser.add_argument("--servers", type=_peers)
+    parser.set_defaults(default_servers=_peers(servers))
     parser.add_argument("--loops", type=_names(LOOPS), default=LOOPS)
     parser.add_argument(
         "--against",
@@ -53,13 +55,17 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def choose_cells(options: argparse.Namespace) -> list[Cell]:
-    chosen: list[Peer] = []
-    for peer in options.servers:
-        chosen.append(peer)
-        if options.against and peer.is_ours:
-            name = f"{peer.name}@{options.before}"
-            chosen.append(replace(peer, name=name, python=_interpreter(options.against)))
-    return list(find_cells(options.workloads, chosen, options.loops))
+    cells: list[Cell] = []
+    for name in options.workloads:
+        own = [find_peer(server) for server in WORKLOADS[name].servers]
+        chosen: list[Peer] = []
+        for peer in options.servers or own or options.default_servers:
+            chosen.append(peer)
+            if options.against and peer.is_ours:
+                other = f"{peer.name}@{options.before}"
+                chosen.append(replace(peer, name=other, python=_interpreter(options.against)))
+        cells += find_cells([name], chosen, options.loops)
+    return cells
 
 
 def _interpreter(checkout: Path) -> str:
@@ -68,11 +74,15 @@ def _interpreter(checkout: Path) -> str:
 
 def _names(known: Collection[str]) -> Any:
     def parse_names(text: str) -> tuple[str, ...]:
-        given = tuple(known) if text == ALL else tuple(text.split(","))
-        for name in given:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return given
+        if text == ALL:
+            return tuple(known)
+        names: list[str] = []
+        for given in text.split(","):
+            meant = [name for name in GROUPS.get(given, (given,)) if name in known]
+            if not meant:
+                raise argparse.ArgumentTypeError(f"{given!r} is none of {', '.join(known)}")
+            names += meant
+        return tuple(dict.fromkeys(names))
 
     return parse_names
 

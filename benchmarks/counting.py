@@ -78,8 +78,7 @@ def count(cell: Cell) -> Count:
 def _count(cell: Cell, callgrind: Callgrind, log: IO[str]) -> list[Profile]:
     workload = cell.workload
     command = cell.peer.command(workload, cell.key.loop, lifetime=int(START_LIMIT + LOAD_LIMIT) + 1)
-    command = callgrind.command([*command, "--workload", workload.kind])
-    with running(command, log) as server:
+    with running(callgrind.command(command), log) as server:
         port = read_port(server, START_LIMIT)
         command = load_command(port, workload, {"counted": workload.counted, "stall": STALL_LIMIT})
         with running(command, log) as load, time_limit(load, LOAD_LIMIT):

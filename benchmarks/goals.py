@@ -10,7 +10,9 @@ from rounds import FIGURES, Key, Rounds
 LOOPS = ("asyncio", "uvloop", "trio")
 
 PROTOCOL = ("protocol", "uvloop")
+AIOFASTNET = ("aiofastnet", "uvloop")
 ANYIO = ("anyio", "")
+READER = ("anypoll", "")
 """The server and the loop of a reference; no loop: the same as that of the cell."""
 
 
@@ -93,6 +95,24 @@ GOALS = (
     Goal("connect", "anypoll", "cpu_us", 1.9, PROTOCOL),
     Goal("trickle", "anypoll", "cpu_us", 1.2, PROTOCOL),
     Goal("busy100", "anypoll", "rps", 2.0, ANYIO),
+    Goal("tls1", "anypoll", "cpu_us", 1.2, AIOFASTNET),
+    Goal("tls1", "anypoll", "p50_us", 1.0, ANYIO),
+    Goal("tls50", "anypoll", "cpu_us", 1.1, AIOFASTNET),
+    Goal("tls50", "anypoll", "cpu_us", 0.6, ANYIO),
+    Goal("tls50_16k", "anypoll", "cpu_us", 1.1, AIOFASTNET),
+    Goal("tls1", "anypoll-streams", "cpu_us", 1.25, READER),
+    Goal("tls1", "anypoll-streams", "cpu_us", 1.0, ANYIO),
+    Goal("tls50", "anypoll-streams", "cpu_us", 1.25, READER),
+    Goal("tls50", "anypoll-streams", "cpu_us", 1.0, ANYIO),
+    Goal("tls50_16k", "anypoll-streams", "cpu_us", 1.25, READER),
+    Goal("tls50_16k", "anypoll-streams", "cpu_us", 1.0, ANYIO),
+    Goal("handshake", "anypoll", "cpu_us", 1.0, PROTOCOL),
+    Goal("handshake", "anypoll/pollers=2", "loop_us", 30),
+    Goal("handshake_resumed", "anypoll", "cpu_us", 1.0, PROTOCOL),
+    Goal("handshake_resumed", "anypoll/pollers=2", "loop_us", 30),
+    Goal("tls_stall", "anypoll", "stall_ms", 10),
+    Goal("tls_stall", "anypoll/driver=thread", "stall_ms", 5),
+    Goal("tls_idle", "anypoll", "kib", 0.7, ANYIO),
 )
 
 

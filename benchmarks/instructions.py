@@ -46,7 +46,7 @@ def main() -> int:
     if not callgrind.is_installed():
         sys.exit("benchmarks: valgrind is needed (Debian: apt install valgrind)")
     prepare_process()
-    build()
+    build(options.workloads)
     # Which strings collide in a dict is a matter of chance otherwise, and costs instructions.
     os.environ.setdefault("PYTHONHASHSEED", "0")
     machine = describe() | {"valgrind": callgrind.version()}

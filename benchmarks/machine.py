@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catalog import CERTIFICATE, LOAD_TLS
+
 if TYPE_CHECKING:
     from catalog import Cell, Peer
 
@@ -53,6 +55,10 @@ def probe(python: str) -> Interpreter:
 
 def reason_to_skip(cell: Cell) -> str | None:
     """Why a cell cannot be measured here, or None."""
+    if cell.workload.is_tls and not LOAD_TLS.exists():
+        return "TLS: OpenSSL's headers are needed (Debian: apt install libssl-dev)"
+    if cell.workload.is_tls and not CERTIFICATE.exists():
+        return "TLS: the package trustme is not installed"
     peer = cell.peer
     if peer.python is None:
         program = peer.programs[cell.workload.kind][0]

@@ -76,6 +76,13 @@ TABLES = {
     "connect": Table("connect", ("cpu_us", "rps")),
     "idle": Table("idle", ("kib",)),
     "busy100": Table("busy100", ("rps", "p50_us")),
+    "tls1": Table("tls1", ("cpu_us", "p50_us")),
+    "tls50": Table("tls50", ("cpu_us", "rps")),
+    "tls50_16k": Table("tls50_16k", ("cpu_us", "rps")),
+    "handshake": Table("handshake", ("cpu_us", "loop_us", "rps")),
+    "handshake_resumed": Table("handshake_resumed", ("cpu_us", "loop_us", "rps")),
+    "tls_stall": Table("tls_stall", ("stall_ms",)),
+    "tls_idle": Table("tls_idle", ("kib",)),
 }
 
 

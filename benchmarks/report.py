@@ -7,7 +7,7 @@ from statistics import median
 
 from catalog import WORKLOADS
 from cells import Result
-from goals import ANYIO, PROTOCOL, reference_of
+from goals import AIOFASTNET, ANYIO, PROTOCOL, reference_of
 from rounds import Key, Rounds, format_figure
 
 Column = tuple[str, Callable[[Key], str]]
@@ -55,9 +55,12 @@ def _request_columns(rounds: Rounds, keys: Sequence[Key], before: str) -> list[C
         ("spread", _spread(rounds, "cpu_us")),
         ("of loop", _median(rounds, "loop_us")),
         ("load cpu", _median(rounds, "load_percent")),
+        ("stall ms", _median(rounds, "stall_ms")),
         *_ratios(rounds, "Protocol", lambda key: reference_of(key, PROTOCOL)),
         *_ratios(rounds, "AnyIO", lambda key: reference_of(key, ANYIO)),
     ]
+    if all(WORKLOADS[key.workload].is_tls for key in keys):
+        columns += _ratios(rounds, "aiofastnet", lambda key: reference_of(key, AIOFASTNET))
     if before:
         columns += _ratios(rounds, before, lambda key: earlier(rounds.cells, key, before))
     return [column for column in columns if any(column[1](key) for key in keys)]

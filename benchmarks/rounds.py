@@ -43,6 +43,7 @@ FIGURES = {
     "cpu_us": Figure("CPU per request", "µs", 2),
     "loop_us": Figure("CPU per request, loop's thread", "µs", 2),
     "load_percent": Figure("load generator's CPU", "%", 0),
+    "stall_ms": Figure("longest stall of the loop", "ms", 1),
     "kib": Figure("memory per connection", "KiB", 1),
     "wakeups": Figure("wake-ups while idle", "/s", 1),
     "idle_percent": Figure("CPU while idle", "%", 1),

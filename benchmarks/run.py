@@ -3,6 +3,7 @@
     python benchmarks/run.py
     python benchmarks/run.py --workloads rpc100,pipe --servers anypoll,anyio --loops trio --threads
     python benchmarks/run.py --servers anypoll,anypoll/pollers=2 --against ../before
+    python benchmarks/run.py --workloads tls
 
 See README.md in this folder for what is measured and how to read it.
 """
@@ -30,7 +31,7 @@ DEFAULT_SERVERS = "anypoll,anyio,protocol,epoll"
 def main() -> int:
     options = parse_arguments()
     prepare_process()
-    build()
+    build(options.workloads)
     cells = drop_unavailable(choose_cells(options))
     plan = Plan(cells, options.rounds, options.seconds, options.warmup, options.seed)
     machine = describe()

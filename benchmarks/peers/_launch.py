@@ -1,7 +1,8 @@
 """The launcher shared by the benchmark programs: options, event loop, and readiness message.
 
 Every server takes the same options, listens on an ephemeral port of 127.0.0.1, says ``PORT n`` on
-its standard output as soon as it accepts, and serves until it is killed.
+its standard output as soon as it accepts, and serves until it is killed. One that watches for
+stalls says how long the longest was since the last time, in ms, for each line of its input.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import argparse
 import ast
 import signal
+import ssl
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,6 +38,8 @@ def server_parser() -> argparse.ArgumentParser:
     parser = loop_parser()
     parser.add_argument("--workload", choices=("rpc", "echo"), required=True)
     parser.add_argument("--busy", action="store_true", help="another thread computes all the time")
+    parser.add_argument("--certificate", help="a file with its key: serve over TLS")
+    parser.add_argument("--watch-stalls", action="store_true")
     return parser
 
 
@@ -69,12 +75,63 @@ def launch(
     signal.alarm(options.lifetime)
     if getattr(options, "busy", False):
         threading.Thread(target=_compute, daemon=True).start()
+    if getattr(options, "watch_stalls", False):
+        main = _watched(main)
     backend, backend_options = _BACKENDS[options.loop]
     anyio.run(main, options, backend=backend, backend_options=backend_options)
 
 
 def announce(port: int) -> None:
     print(f"PORT {port}", flush=True)
+
+
+def tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """For a server that has a certificate."""
+    if options.certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(options.certificate)
+    return context
+
+
+class StallWatch:
+    """How much too late the loop resumes a task that sleeps for a millisecond, at the worst."""
+
+    _PERIOD = 0.001
+
+    def __init__(self) -> None:
+        self._longest = 0.0
+
+    async def run(self) -> NoReturn:
+        before = time.perf_counter()
+        while True:
+            await anyio.sleep(self._PERIOD)
+            now = time.perf_counter()
+            self._longest = max(self._longest, now - before - self._PERIOD)
+            before = now
+
+    def take(self) -> float:
+        """In seconds, since the last time."""
+        longest, self._longest = self._longest, 0.0
+        return longest
+
+
+def _watched(
+    main: Callable[[argparse.Namespace], Awaitable[None]],
+) -> Callable[[argparse.Namespace], Awaitable[None]]:
+    watch = StallWatch()
+
+    def answer() -> None:
+        for _ in sys.stdin:
+            print(1e3 * watch.take(), flush=True)
+
+    async def run(options: argparse.Namespace) -> None:
+        threading.Thread(target=answer, daemon=True).start()
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch.run)
+            await main(options)
+
+    return run
 
 
 def _compute() -> NoReturn:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import anyio
-from _launch import BACKLOG, HEADER_SIZE, HOST, announce, launch
-from anyio.abc import SocketAttribute, SocketStream
+from _launch import BACKLOG, HEADER_SIZE, HOST, announce, launch, tls_context
+from anyio.abc import ByteStream, Listener, SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.tls import TLSListener
 
 # What a client that closes, also in the middle of a frame or with a reset, ends a handler with.
 DISCONNECTED = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError)
 
 
-async def handle_rpc(stream: SocketStream) -> None:
+async def handle_rpc(stream: ByteStream) -> None:
     reader = BufferedByteReceiveStream(stream)
     async with stream:
         try:
@@ -25,7 +27,7 @@ async def handle_rpc(stream: SocketStream) -> None:
             pass
 
 
-async def handle_echo(stream: SocketStream) -> None:
+async def handle_echo(stream: ByteStream) -> None:
     async with stream:
         try:
             async for chunk in stream:
@@ -36,9 +38,14 @@ async def handle_echo(stream: SocketStream) -> None:
 
 async def serve(options: argparse.Namespace) -> None:
     handler = handle_rpc if options.workload == "rpc" else handle_echo
-    listener = await anyio.create_tcp_listener(local_host=HOST, local_port=0, backlog=BACKLOG)
+    listener: Listener[Any] = await anyio.create_tcp_listener(
+        local_host=HOST, local_port=0, backlog=BACKLOG
+    )
+    port = listener.extra(SocketAttribute.local_port)
+    if context := tls_context(options):
+        listener = TLSListener(listener, context, standard_compatible=False)
     async with listener:
-        announce(listener.extra(SocketAttribute.local_port))
+        announce(port)
         await listener.serve(handler)
 
 

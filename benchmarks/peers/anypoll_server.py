@@ -13,7 +13,16 @@ from typing import Any
 
 import anyio
 from _frames import Splitter
-from _launch import BACKLOG, HEADER_SIZE, HOST, add_settings, announce, launch, server_parser
+from _launch import (
+    BACKLOG,
+    HEADER_SIZE,
+    HOST,
+    add_settings,
+    announce,
+    launch,
+    server_parser,
+    tls_context,
+)
 from anyio.streams.buffered import BufferedByteStream
 
 import anypoll
@@ -70,7 +79,9 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
 async def serve(options: argparse.Namespace) -> None:
     anypoll.configure(**dict(options.configure))
     handling = WAYS[options.way][options.workload]
-    async with anypoll.serve(**handling, host=HOST, port=0, backlog=BACKLOG) as server:
+    async with anypoll.serve(
+        **handling, host=HOST, port=0, backlog=BACKLOG, ssl_context=tls_context(options)
+    ) as server:
         announce(server.port)
         await anyio.sleep_forever()
 

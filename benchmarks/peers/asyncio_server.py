@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from _launch import BACKLOG, HEADER_SIZE, HOST, READ_SIZE, announce, launch
+from _launch import BACKLOG, HEADER_SIZE, HOST, READ_SIZE, announce, launch, tls_context
 
 
 async def handle_rpc(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,7 +34,7 @@ async def handle_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 async def serve(options: argparse.Namespace) -> None:
     handler = handle_rpc if options.workload == "rpc" else handle_echo
-    server = await asyncio.start_server(handler, HOST, 0, backlog=BACKLOG)
+    server = await asyncio.start_server(handler, HOST, 0, backlog=BACKLOG, ssl=tls_context(options))
     async with server:
         announce(server.sockets[0].getsockname()[1])
         await server.serve_forever()

@@ -11,7 +11,16 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
-from _launch import BACKLOG, HEADER_SIZE, HOST, READ_SIZE, announce, launch, server_parser
+from _launch import (
+    BACKLOG,
+    HEADER_SIZE,
+    HOST,
+    READ_SIZE,
+    announce,
+    launch,
+    server_parser,
+    tls_context,
+)
 
 
 class EchoProtocol(asyncio.Protocol):
@@ -83,13 +92,15 @@ async def serve(options: argparse.Namespace) -> None:
         protocol = RpcProtocol if options.workload == "rpc" else EchoProtocol
     else:
         protocol = BufferedRpcProtocol if options.workload == "rpc" else BufferedEchoProtocol
-    loop = asyncio.get_running_loop()
+    loop, context = asyncio.get_running_loop(), tls_context(options)
     if options.aiofastnet:
         import aiofastnet  # noqa: PLC0415 - needed for this peer only
 
-        server = await aiofastnet.create_server(loop, protocol, HOST, 0, backlog=BACKLOG)
+        server = await aiofastnet.create_server(
+            loop, protocol, HOST, 0, backlog=BACKLOG, ssl=context
+        )
     else:
-        server = await loop.create_server(protocol, HOST, 0, backlog=BACKLOG)
+        server = await loop.create_server(protocol, HOST, 0, backlog=BACKLOG, ssl=context)
     async with server:
         announce(server.sockets[0].getsockname()[1])
         await server.serve_forever()

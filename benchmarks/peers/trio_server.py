@@ -1,4 +1,4 @@
-"""A benchmark server on Trio's own SocketStream: frames split by hand, one send_all per batch."""
+"""A benchmark server on Trio's own streams: frames split by hand, one send_all per batch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 
 import trio
 from _frames import Splitter
-from _launch import BACKLOG, HOST, READ_SIZE, announce, launch
+from _launch import BACKLOG, HOST, READ_SIZE, announce, launch, tls_context
+
+Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 
-async def handle_rpc(stream: trio.SocketStream) -> None:
+async def handle_rpc(stream: Stream) -> None:
     splitter = Splitter()
     try:
         while data := await stream.receive_some(READ_SIZE):
@@ -19,7 +21,7 @@ async def handle_rpc(stream: trio.SocketStream) -> None:
         pass
 
 
-async def handle_echo(stream: trio.SocketStream) -> None:
+async def handle_echo(stream: Stream) -> None:
     try:
         while data := await stream.receive_some(READ_SIZE):
             await stream.send_all(data)
@@ -31,7 +33,11 @@ async def serve(options: argparse.Namespace) -> None:
     handler = handle_rpc if options.workload == "rpc" else handle_echo
     listeners = await trio.open_tcp_listeners(0, host=HOST, backlog=BACKLOG)
     announce(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(handler, listeners)
+    if context := tls_context(options):
+        secured = [trio.SSLListener(listener, context) for listener in listeners]
+        await trio.serve_listeners(handler, secured)
+    else:
+        await trio.serve_listeners(handler, listeners)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from catalog import HERE, LOOPS, PEERS, VARIANTS, WORKLOADS, find_cells, find_peer
+from catalog import (
+    CERTIFICATE,
+    GROUPS,
+    HERE,
+    LOOPS,
+    PEERS,
+    VARIANTS,
+    WORKLOADS,
+    find_cells,
+    find_peer,
+)
 from rounds import Key
 
 
@@ -54,3 +64,32 @@ def test_busy_servers_are_told_so() -> None:
     peer = find_peer("anypoll")
     assert "--busy" in peer.command(WORKLOADS["busy100"], "trio", 30)
     assert "--busy" not in peer.command(WORKLOADS["rpc100"], "trio", 30)
+
+
+def test_servers_of_tls_have_a_certificate_and_answer_frames() -> None:
+    command = find_peer("protocol").command(WORKLOADS["handshake"], "uvloop", 30)
+    assert command[command.index("--workload") + 1] == "rpc"
+    assert command[command.index("--certificate") + 1] == str(CERTIFICATE)
+    assert "--certificate" not in find_peer("protocol").command(WORKLOADS["rpc1"], "uvloop", 30)
+
+
+def test_servers_watch_for_stalls_where_these_are_taken() -> None:
+    peer = find_peer("anypoll")
+    watching = {n for n, w in WORKLOADS.items() if "--watch-stalls" in peer.command(w, "trio", 1)}
+    assert watching == {"tls_stall"}
+
+
+def test_clients_are_told_nothing_of_servers() -> None:
+    command = find_peer("anypoll").command(WORKLOADS["client"], "trio", 30)
+    assert "--workload" not in command
+
+
+def test_a_group_has_every_workload_of_its_kind() -> None:
+    assert set(GROUPS["tls"]) == {name for name, w in WORKLOADS.items() if w.kind == "tls"}
+    assert not {*GROUPS} & {*WORKLOADS}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_servers_of_a_workload_can_do_it(name: str) -> None:
+    for server in WORKLOADS[name].servers:
+        assert find_peer(server).serves(WORKLOADS[name])

@@ -73,4 +73,9 @@ def test_every_goal_can_be_measured(goal: Goal) -> None:
         peers = [find_peer(key.server) for key in wanted]
         cells = find_cells([goal.workload], peers, ("asyncio", "uvloop", "trio"))
         assert wanted <= {cell.key for cell in cells}
-    assert goal.figure != "kib" or WORKLOADS[goal.workload].idle
+    workload = WORKLOADS[goal.workload]
+    assert goal.figure != "kib" or workload.idle
+    assert goal.figure != "stall_ms" or workload.stalls
+    if workload.servers:
+        wanted = {goal.server} | ({goal.reference[0]} if goal.reference else set())
+        assert wanted <= set(workload.servers)

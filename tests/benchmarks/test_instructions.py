@@ -64,7 +64,14 @@ def test_the_lowest_part_counts() -> None:
 
 def test_what_cannot_be_counted_is_not_offered() -> None:
     assert {"rpc1", "pipe", "bulk", "connect"} <= set(instructions.COUNTED)
-    assert set(WORKLOADS) - set(instructions.COUNTED) == {"idle", "trickle", "busy100", "client"}
+    assert set(WORKLOADS) - set(instructions.COUNTED) == {
+        "idle",
+        "trickle",
+        "busy100",
+        "client",
+        "tls_stall",
+        "tls_idle",
+    }
 
 
 # ---- the run ----

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from catalog import HERE
 
@@ -36,3 +38,18 @@ def test_settings_are_literals_or_strings(text: str, value: object) -> None:
     module.add_settings(parser)
     options = parser.parse_args(["--loop=trio", "--workload=rpc", f"--configure={text}"])
     assert dict(options.configure) == {text.partition("=")[0]: value}
+
+
+@pytest.mark.anyio
+async def test_a_stall_of_the_loop_is_seen() -> None:
+    watch = launch().StallWatch()
+    longest = 0.0
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch.run)
+        while watch.take() == 0:  # every sleep takes a little longer than it should
+            await anyio.sleep(0)
+        time.sleep(0.05)
+        while longest < 0.049:
+            await anyio.sleep(0)
+            longest = max(longest, watch.take())
+        group.cancel_scope.cancel()

@@ -57,3 +57,20 @@ def test_threads() -> None:
         ["rpc100", "anypoll", "uvloop", "loop", "3.50", "2.50", "1.00"],
         ["rpc100", "anypoll", "uvloop", "poller", "4.00", "0.50", "3.50"],
     ]
+
+
+def tls(server: str) -> Key:
+    return Key("tls_stall", server, "uvloop")
+
+
+def test_tls_is_compared_with_aiofastnet_too() -> None:
+    rounds = Rounds(
+        {
+            tls("anypoll"): [{"rps": 100.0, "cpu_us": 300.0, "stall_ms": 7.25}],
+            tls("aiofastnet"): [{"rps": 50.0, "cpu_us": 400.0, "stall_ms": 900.0}],
+        }
+    )
+    title, _, header, ours, *_ = report.format_tables(rounds).splitlines()
+    assert title == "tls_stall: rpc over TLS, 1000 connections, 64 B, 1 request each, then silence"
+    assert " ".join(header.split()).endswith("stall ms req/s x aiofastnet cpu x aiofastnet")
+    assert ours.split()[-3:] == ["7.2", "2.00", "0.75"]

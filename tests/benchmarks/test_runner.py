@@ -10,7 +10,7 @@ import choices
 import machine
 import pytest
 import runner
-from catalog import LOOPS, Cell, find_cells, find_peer
+from catalog import GROUPS, LOOPS, Cell, find_cells, find_peer
 from cells import Result
 from machine import Interpreter
 from processes import CellError
@@ -136,6 +136,61 @@ def test_what_is_not_there_is_left_out(
     monkeypatch.setattr(machine, "probe", lambda _: installed)
     [cell] = find_cells(["rpc1"], [find_peer(server)], [loop])
     assert machine.reason_to_skip(cell) == (reason and f"{server}: {reason}")
+
+
+def chosen(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    return choices.choose_cells(choices.parse(choices.choice_parser("", "anypoll,epoll")))
+
+
+def test_a_workload_may_say_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = chosen("--workloads=rpc1,tls_idle", "--loops=trio", monkeypatch=monkeypatch)
+    assert [cell.key for cell in cells] == [
+        ("rpc1", "anypoll", "trio"),
+        ("rpc1", "epoll", "-"),
+        ("tls_idle", "anypoll", "trio"),
+        ("tls_idle", "anyio", "trio"),
+    ]
+
+
+def test_what_the_command_line_says_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--workloads=tls_idle", "--servers=protocol", "--loops=uvloop"]
+    cells = chosen(*arguments, monkeypatch=monkeypatch)
+    assert [cell.key for cell in cells] == [("tls_idle", "protocol", "uvloop")]
+
+
+def test_a_group_stands_for_its_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--workloads=tls50,tls", "--servers=anypoll", "--loops=trio"]
+    cells = chosen(*arguments, monkeypatch=monkeypatch)
+    assert sorted(cell.key.workload for cell in cells) == sorted(GROUPS["tls"])
+
+
+def test_of_a_group_there_is_what_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = choices.choice_parser("", "anypoll", ["rpc1", "tls1"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--workloads=tls"])
+    assert choices.parse(parser).workloads == ("tls1",)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--workloads=tls50"])
+    with pytest.raises(SystemExit):
+        choices.parse(parser)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "TLS: OpenSSL's headers are needed (Debian: apt install libssl-dev)"),
+        (["load_tls"], "TLS: the package trustme is not installed"),
+        (["load_tls", "certificate.pem"], None),
+    ],
+)
+def test_what_tls_needs(
+    files: list[str], reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "LOAD_TLS", tmp_path / "load_tls")
+    monkeypatch.setattr(machine, "CERTIFICATE", tmp_path / "certificate.pem")
+    for file in files:
+        (tmp_path / file).touch()
+    [cell] = find_cells(["tls1"], [find_peer("anypoll")], ["asyncio"])
+    assert machine.reason_to_skip(cell) == reason
 
 
 def test_the_options_of_configure_are_found() -> None:
