@@ -5,14 +5,16 @@
  * is not known here: the slot has an operation for it.
  *
  *   push    Any thread, under the slot's mutex: the slot is queued, with a reference,
- *           unless it is already.
+ *           unless it is already. What has begun goes before what has not: of a thousand
+ *           new clients the first are served while the last wait, and few have memory for
+ *           a handshake at a time.
  *   a turn  The thread takes the first slot, and calls its job without any lock. The job
  *           takes the slot's mutex, finds what there is to do, and may let go of it while
  *           it computes. The slot may have been closed, or orphaned, at any moment.
  *
  * No push is lost: a slot leaves the queue before its job begins, so whoever finds it
- * queued knows that the job will still look; and a push during the job queues it again,
- * behind all others. Jobs of one slot do not overlap, because there is one thread.
+ * queued knows that the job will still look; and a push during the job queues it again. Jobs of one
+ * slot do not overlap, because there is one thread.
  *
  * The thread begins with the first push, since most pollers never need it. Then it sleeps,
  * without a timeout, while there is nothing to do. It could end instead: but handshakes
@@ -47,6 +49,8 @@ static ap_slot *take_first(ap_jobs *jobs)
     jobs->head = slot->job_next;
     if (!jobs->head)
         jobs->tail = &jobs->head;
+    if (!jobs->head || jobs->begun == &slot->job_next)
+        jobs->begun = &jobs->head;
     slot->job_queued = false;
     return slot;
 }
@@ -89,7 +93,16 @@ static int need_thread(ap_poller *poller)
 
 /* ---- pushing ---------------------------------------------------------- */
 
-int ap_jobs_push(ap_slot *slot)
+static void insert(ap_jobs *jobs, ap_slot *slot, ap_slot **at)
+{
+    slot->job_queued = true;
+    slot->job_next = *at;
+    *at = slot;
+    if (jobs->tail == at)
+        jobs->tail = &slot->job_next;
+}
+
+int ap_jobs_push(ap_slot *slot, bool begun)
 {
     AP_ASSERT_LOCKED(slot);
     AP_ASSERT(slot->ops->job);
@@ -98,10 +111,9 @@ int ap_jobs_push(ap_slot *slot)
     int rc = jobs->stopped ? -ECANCELED : need_thread(slot->poller);
     if (rc == 0 && !slot->job_queued) {
         ap_slot_ref(slot);
-        slot->job_queued = true;
-        slot->job_next = NULL;
-        *jobs->tail = slot;
-        jobs->tail = &slot->job_next;
+        insert(jobs, slot, begun ? jobs->begun : jobs->tail);
+        if (begun)
+            jobs->begun = &slot->job_next;
     }
     pthread_mutex_unlock(&jobs->mutex);
     if (rc == 0)

@@ -5,9 +5,10 @@
 #include "poller.h"
 
 /* The slot's operation `job` will be called, when its turn comes; once more, if it is running now.
+ * begun: before those that have not.
  * Under the slot's mutex, by whoever has a reference; the slot may be closed.
  * 0; -ECANCELED after ap_poller_stop; -EAGAIN, -EPERM: there can be no thread. */
-AP_MUST_CHECK int ap_jobs_push(ap_slot *slot);
+AP_MUST_CHECK int ap_jobs_push(ap_slot *slot, bool begun);
 
 /* Pushes are accepted (again). */
 void ap_jobs_allow(ap_poller *poller);

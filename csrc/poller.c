@@ -59,7 +59,7 @@ int ap_poller_new(ap_poller **out)
     pthread_mutex_init(&poller->lease, NULL);
     pthread_mutex_init(&poller->jobs.mutex, NULL);
     pthread_cond_init(&poller->jobs.wake, NULL);
-    poller->jobs.tail = &poller->jobs.head;
+    poller->jobs.tail = poller->jobs.begun = &poller->jobs.head;
     poller->run_tail = &poller->run_head;
     poller->now = ap_now();
     poller->sweep_at = AP_FOREVER;

@@ -19,6 +19,7 @@ typedef struct {
     pthread_mutex_t mutex;
     pthread_cond_t wake;   /* something is queued, or stopped */
     ap_slot *head, **tail; /* (j) slots whose job is to be called */
+    ap_slot **begun;       /* (j) the end of those that have begun, which come first */
     pthread_t thread;      /* (j) if it has_thread */
     bool has_thread;       /* (j) which is to be joined */
     bool stopped;          /* (j) */

@@ -139,7 +139,7 @@ void ap_tls_job(ap_slot *slot)
 
 void ap_tls_step_later(ap_conn *conn)
 {
-    if (ap_jobs_push(&conn->slot) < 0)
+    if (ap_jobs_push(&conn->slot, conn->tls->stepped) < 0)
         shake(conn);
 }
 

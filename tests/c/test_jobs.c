@@ -49,12 +49,17 @@ static struct work *employ(struct link *l, void (*body)(struct work *k))
     return k;
 }
 
-static int push(struct work *k)
+static int push_as(struct work *k, bool begun)
 {
     ap_slot_lock(k->slot);
-    int rc = ap_jobs_push(k->slot);
+    int rc = ap_jobs_push(k->slot, begun);
     ap_slot_unlock(k->slot);
     return rc;
+}
+
+static int push(struct work *k)
+{
+    return push_as(k, false);
 }
 
 static void wait_until(struct work *k)
@@ -113,6 +118,29 @@ LINKS_TEST(jobs_have_turns, UNIX, HIGH, 5)
     }
     CHECK_EQ(refs(k[0]), 2);
     for (int i = 0; i < 5; i++)
+        free(k[i]);
+}
+
+LINKS_TEST(jobs_that_have_begun_come_first, UNIX, HIGH, 7)
+{
+    static const int order[] = {2, 3, 5, 1, 4, 6}; /* 2, 3 and 5 have begun */
+    struct work *k[7];
+    for (int i = 0; i < 7; i++)
+        k[i] = employ(&l[i], i == 0 ? wait_until : NULL);
+    block(k[0]);
+    for (int i = 1; i < 7; i++)
+        CHECK_OK(push_as(k[i], i == 2 || i == 3 || i == 5));
+    CHECK_OK(push_as(k[1], true)); /* it is in the queue already */
+    atomic_store(&k[0]->let_go, true);
+    for (int i = 0; i < 6; i++) {
+        struct work *one = k[order[i]];
+        AWAIT(refs(one) == 2);
+        CHECK_EQ(atomic_load(&one->turn), i + 2);
+    }
+    CHECK_OK(push_as(k[1], true)); /* and into an empty one */
+    AWAIT(refs(k[1]) == 2);
+    CHECK_EQ(atomic_load(&k[1]->calls), 2);
+    for (int i = 0; i < 7; i++)
         free(k[i]);
 }
 
@@ -187,7 +215,7 @@ static int push_one(struct work *k)
 {
     ap_slot_lock(k->slot);
     k->wanted++;
-    int rc = ap_jobs_push(k->slot);
+    int rc = ap_jobs_push(k->slot, false);
     ap_slot_unlock(k->slot);
     return rc;
 }
