@@ -16,8 +16,9 @@ from .. import _epoll
 if TYPE_CHECKING:
     from .._epoll import Account
 
-#: Connections per listener that may be accepted but not yet started.
-_IN_FLIGHT = 64
+#: Connections per listener that may be accepted but not yet started. Those with TLS take several
+#: times as long to start, and all of a batch start in one round of the event loop.
+_IN_FLIGHT, _IN_FLIGHT_TLS = 64, 16
 
 _MAPPED = "::ffff:"  # prefix of an IPv4 address on an IPv6 socket
 
@@ -25,17 +26,18 @@ _MAPPED = "::ffff:"  # prefix of an IPv4 address on an IPv6 socket
 class Admission:
     """Admission control of one server; see the module. A limit of ``None`` means no limit."""
 
-    def __init__(self, most: int | None, most_per_peer: int | None) -> None:
+    def __init__(self, most: int | None, most_per_peer: int | None, *, tls: bool) -> None:
         self.account: Account = _epoll.open_account()
         self._most = most
         self._most_per_peer = most_per_peer
+        self._per_listener = _IN_FLIGHT_TLS if tls else _IN_FLIGHT
         self._ahead = 0
         self._granted = 0  # unspent credits, plus connections accepted but not yet taken over
         self._peers: Counter[str] = Counter()
 
     def open(self, listeners: int) -> None:
         """Starts accepting on that many listeners."""
-        self._ahead = listeners * _IN_FLIGHT
+        self._ahead = listeners * self._per_listener
         self.grant(0)
 
     def taken(self, connections: int, active: int) -> None:

@@ -35,6 +35,9 @@ __all__ = ("Server", "ServerStatistics")
 
 logger = logging.getLogger("anypoll.server")
 
+#: Connections that begin in one round of the event loop, before others have a turn.
+_MANY = 8
+
 
 class Server:
     """A running server, as ``async with anypoll.serve(...)`` returns it."""
@@ -43,7 +46,11 @@ class Server:
         if not isinstance(options, Options):
             raise TypeError(f"a server is made by serve(), not of {type(options).__name__}")
         self._options = options
-        admission = Admission(options.max_connections, options.max_connections_per_peer)
+        admission = Admission(
+            options.max_connections,
+            options.max_connections_per_peer,
+            tls=options.ssl_context is not None,
+        )
         self._admission = admission
         self._hub = runtime.current_hub()
         self._lifecycle = Lifecycle(self, options, admission, self._hub)
@@ -145,6 +152,8 @@ class Server:
                 batch = await listener.accept_batch()
                 self._lifecycle.begin(listener, batch)
                 self._admission.taken(len(batch), len(self._lifecycle.connections))
+                if len(batch) >= _MANY:
+                    await listener._hub.checkpoint()  # a storm: others have a turn in between
         except ClosedResourceError:
             if not self.shutting_down:
                 logger.error("A listener was closed while its server was running")

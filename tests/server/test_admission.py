@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+from certificates import server_context
 from anyio import EndOfStream
 from peers import holds, read_all, read_to_end, send_all, within
 from serving import (
@@ -364,3 +365,26 @@ async def test_limits_and_pauses_together(
     assert peak.most == 2
     assert server.statistics().accepted == 18
     assert 1 <= len(errors(log)) <= 3
+
+
+# --- storms --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_a_storm_of_clients_leaves_others_their_turns(tls: bool) -> None:
+    begun: list[int] = []
+
+    def prepare(_: anypoll.Connection) -> None:
+        begun.append(1)
+
+    context = server_context() if tls else None
+    async with local(greet, on_prepare=prepare, ssl_context=context) as server:
+        socks = [connected(server) for _ in range(200)]  # while the event loop stands still
+        most = last = 0
+        with anyio.fail_after(60):
+            while len(begun) < 200:
+                await anyio.lowlevel.checkpoint()
+                most, last = max(most, len(begun) - last), len(begun)
+        assert most <= (16 if tls else 64) * 2
+        for sock in socks:
+            sock.close()
