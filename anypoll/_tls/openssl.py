@@ -27,7 +27,8 @@ a server, is plain C over memory of the ``_SSLContext``: therefore whoever lets 
 The verification of certificates has none.
 
 A context is asked about for each connection, because a callback may have been set meanwhile. Where
-the attributes are concerned, it is ``_ssl``'s own that are looked at, not those of a subclass.
+the attributes are concerned, it is ``_ssl``'s own that are looked at, not those of a subclass. The
+first ``SSL`` of a context is looked at with OpenSSL's own functions; they say the same of the next.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ _PURE = next(c for c in ssl.SSLContext.__mro__ if _ssl._SSLContext in c.__bases_
 """``ssl.SSLContext``, unless another package has put a subclass in its place"""
 _SOCKET: type = _ssl._SSLSocket  # type: ignore[attr-defined]
 _RAW: dict[str, Any] = dict(vars(_ssl._SSLContext))
-_CALLBACKS = "sni_callback", "_msg_callback", "keylog_filename"
+_CALLBACKS = tuple(
+    (name, _RAW[name].__get__) for name in ("sni_callback", "_msg_callback", "keylog_filename")
+)
+_WRAPPING = tuple((name, getattr(_PURE, name)) for name in ("wrap_bio", "_wrap_bio"))
 _VERIFY = {ssl.CERT_NONE: 0, ssl.CERT_OPTIONAL: 1, ssl.CERT_REQUIRED: 3}  # as OpenSSL's two bits
 
 
@@ -89,6 +93,7 @@ def _attribute(context: ssl.SSLContext, name: str) -> Any:
 # --- contexts ------------------------------------------------------------------------------------
 
 _told: dict[int, weakref.ref[ssl.SSLContext]] = {}  # the contexts that a record was made for
+_known: dict[int, weakref.ref[ssl.SSLContext]] = {}  # and those whose first SSL was as it should be
 
 
 def why_not(context: ssl.SSLContext) -> str | None:
@@ -100,21 +105,25 @@ def why_not(context: ssl.SSLContext) -> str | None:
 
 
 def _tell(context: ssl.SSLContext, reason: str) -> None:
-    key = id(context)
-    if key in _told:
+    if id(context) in _told:
         return
     try:
-        _told[key] = weakref.ref(context, lambda _: _told.pop(key, None))
+        _remember(_told, context)
     except TypeError:  # nothing of ssl's: it will fail anyway
         return
     logger.debug("%s is used through memory buffers: %s", repr(context), reason)
 
 
+def _remember(where: dict[int, weakref.ref[ssl.SSLContext]], context: ssl.SSLContext) -> None:
+    key = id(context)
+    where[key] = weakref.ref(context, lambda _: where.pop(key, None))
+
+
 def _why_not_this_class(context: ssl.SSLContext) -> str | None:
     if not isinstance(context, _PURE):
         return "it is not one of ssl's"
-    for name in ("wrap_bio", "_wrap_bio"):
-        if getattr(type(context), name) is not getattr(_PURE, name) or name in vars(context):
+    for name, own in _WRAPPING:
+        if getattr(type(context), name) is not own or name in context.__dict__:
             return f"its {name}() is not that of ssl"
     if context.sslobject_class is not ssl.SSLObject:
         return "it makes objects of a class of its own"
@@ -122,8 +131,8 @@ def _why_not_this_class(context: ssl.SSLContext) -> str | None:
 
 
 def _why_not_as_set(context: ssl.SSLContext) -> str | None:
-    for name in _CALLBACKS:
-        if _attribute(context, name) is not None:
+    for name, get in _CALLBACKS:
+        if get(context) is not None:
             return f"{name} is set"
     psk = _layout().psk
     if psk:
@@ -204,10 +213,14 @@ def _pointer(ssl_object: ssl.SSLObject) -> int:
     memory = words(inner, layout.context + 1)
     if memory[layout.socket] != 0 or memory[layout.context] != id(context):
         return 0
-    pointer, ctx = memory[layout.ssl], words(context, layout.ctx + 1)[layout.ctx]
+    pointer = memory[layout.ssl]
+    if id(context) in _known:
+        return pointer
+    ctx = words(context, layout.ctx + 1)[layout.ctx]
     options, verify = _attribute(context, "options"), _attribute(context, "verify_mode")
     if not (pointer and ctx and tls_check(pointer, ctx, options, _VERIFY[verify])):
         return 0
+    _remember(_known, context)
     return pointer
 
 

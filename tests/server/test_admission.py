@@ -13,8 +13,8 @@ from typing import Any
 
 import anyio
 import pytest
-from certificates import server_context
 from anyio import EndOfStream
+from certificates import server_context
 from peers import holds, read_all, read_to_end, send_all, within
 from serving import (
     HOST,
