@@ -134,6 +134,7 @@ bool ap_tls_push(ap_conn *conn)
 static void fail(ap_conn *conn)
 {
     conn->tls->phase = AP_TLS_FAILED;
+    ap_tls_end(conn);
     if (!conn->read_end)
         conn->read_end = AP_ETLS;
     ap_queue_fail(conn, AP_ETLS);
