@@ -145,11 +145,20 @@ def _excluded(item: pytest.Item) -> bool:
     return marker is not None and _loop_of(item) not in marker.args
 
 
+def _takes_any_loop(item: pytest.Item) -> bool:
+    """By `@pytest.mark.any_loop`."""
+    return item.get_closest_marker("any_loop") is not None
+
+
 @pytest.hookimpl(trylast=True)  # behind -m and -k: a group is what would run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     out = {item for item in items if _excluded(item)}
-    if config.getoption("--one-loop"):
-        out.update(_unwanted_loops([item for item in items if item not in out]))
+    every = config.getoption("--one-loop")
+    out.update(
+        _unwanted_loops(
+            [item for item in items if item not in out and (every or _takes_any_loop(item))]
+        )
+    )
     if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
         items[:] = [item for item in items if item not in out]

@@ -19,16 +19,25 @@ NAME = "anypoll.test"
 
 
 class Peer:
-    """A TLS client over a non-blocking socket: it sends what, when, and in which pieces the test
-    wants.
+    """A TLS client, or a server, over a non-blocking socket: it sends what, when, and in which
+    pieces the test wants.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext | None = None,
+        *,
+        server_side: bool = False,
+        name: str | None = NAME,
+        **options: Any,
+    ) -> None:
         self.sock = sock
         self.sock.setblocking(False)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        context = context or client_context()
-        self.ssl = context.wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+        self.context = context or (server_context() if server_side else client_context())
+        options["server_hostname"] = None if server_side else name
+        self.ssl = self.context.wrap_bio(self.incoming, self.outgoing, server_side, **options)
 
     async def more(self) -> None:
         while True:
