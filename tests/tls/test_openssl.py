@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import EndOfStream
+from anyio import BrokenResourceError, EndOfStream
 from anyio.streams.tls import TLSAttribute
 from certificates import authority, certificate, client_context, server_context
 from peers import MIB, holds, within
@@ -52,6 +52,7 @@ def program(foreign_env: dict[str, str], files: Callable[..., list[str]]) -> Pro
             process = subprocess.Popen([path, *args, *files()], env=foreign_env, **streams)
         try:
             async with await Connection.from_socket(ours) as conn:
+                conn.state = process.kill
                 with anyio.fail_after(60):
                     yield conn
         finally:
@@ -95,6 +96,11 @@ async def server(
         ) as tls:
             await conn.until(b"Secure Renegotiation IS supported\n")
             yield conn, tls
+
+
+def kill(conn: Connection) -> None:
+    """The program at the other end."""
+    conn.state()
 
 
 async def settled(conn: Connection) -> None:
@@ -172,6 +178,73 @@ async def test_a_client(run: Program, version: str) -> None:
         await both(send, arrives, partial(conn.send, DATA), partial(takes, tls, DATA))
         assert await within(tls.unwrap()) == (tls.connection, b"")
         await conn.until(b"DONE\n")
+
+
+@pytest.mark.any_loop
+@pytest.mark.parametrize(
+    "options",
+    [
+        "-tls1_2 -cipher ECDHE-ECDSA-AES128-SHA256",  # CBC
+        "-tls1_2 -cipher ECDHE-ECDSA-CHACHA20-POLY1305",
+        "-tls1_2 -no_etm -cipher ECDHE-ECDSA-AES256-SHA384",
+        "-tls1_2 -no_ticket",
+        "-tls1_2 -maxfraglen 512",
+        "-tls1_2 -max_send_frag 512",
+        "-tls1_3 -ciphersuites TLS_CHACHA20_POLY1305_SHA256",
+        "-tls1_3 -ciphersuites TLS_AES_128_GCM_SHA256 -no_middlebox",
+        "-tls1_3 -groups P-521:X25519",
+        "-tls1_3 -maxfraglen 512",
+        "-tls1_3 -max_send_frag 512",
+        "-tls1_3 -status",
+    ],
+)
+async def test_what_a_client_may_choose(run: Program, options: str) -> None:
+    size = 100_000
+
+    async def handler(stream: TLSConnection) -> None:
+        await both(partial(stream.send, DATA[:size]), partial(takes, stream, DATA[:size]))
+
+    async with (
+        local(handler, ssl_context=server_context()) as ours,
+        client(run, ours, "-quiet", "-no_ign_eof", *options.split()) as conn,
+    ):
+        await conn.until(b"verify return:1\n")
+        while (await conn.peek(1))[0] not in b"0123456789":
+            await conn.until(b"\n")
+        await both(partial(conn.send, DATA[:size]), partial(takes, conn, DATA[:size]))
+        await holds(lambda: ours.statistics().closed == {"done": 1})
+
+
+@pytest.mark.any_loop
+@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_program_that_is_killed(run: Program, version: str, role: str) -> None:
+    """There is no close_notify: the stream may have been cut."""
+    seen: list[BaseException] = []
+
+    async def handler(stream: TLSConnection) -> None:
+        await stream.send(b"hello\n")
+        try:
+            await stream.receive()
+        except BrokenResourceError as exc:
+            seen.append(exc)
+
+    if role == "server":
+        async with local(handler, ssl_context=server_context()) as ours:
+            async with client(run, ours, f"-{version}") as conn:
+                await conn.until(b"hello\n")
+                kill(conn)
+            await holds(lambda: ours.statistics().closed == {"done": 1})
+    else:
+        async with server(run, f"-{version}") as (conn, tls):
+            await tls.send(b"hello\n")
+            await conn.until(b"hello\n")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(handler, tls)
+                await conn.until(b"hello\n")
+                kill(conn)
+    [exc] = seen
+    assert isinstance(exc.__cause__, ssl.SSLEOFError)
 
 
 @pytest.mark.parametrize(
