@@ -263,9 +263,9 @@ FIRST = {
     "a version that there is not": plain(hello()[5:], version=0x0909),
     "a version long gone": plain(hello()[5:], version=0x0002),
     "an unknown type": plain(bytes(100), kind=64),
-    "a record of 64 KiB": b"\x16\3\1\xff\xff" + bytes(8 * MIB),
-    "a record of a byte too much": b"\x16\3\1\x40\x01" + bytes(8 * MIB),
-    "a message of 16 MB": plain(b"\1\xff\xff\xff" + bytes(16000)) * 512,
+    "a record of 64 KiB": b"\x16\3\1\xff\xff" + bytes(MIB),
+    "a record of a byte too much": b"\x16\3\1\x40\x01" + bytes(MIB),
+    "a message of 16 MB": plain(b"\1\xff\xff\xff" + bytes(16_000)) * 100,
     "a message of a server": plain(message(2, bytes(100))),
     "a Finished": plain(message(FINISHED, bytes(32))),
     "application data": plain(b"hello", DATA) * 1000,
@@ -279,7 +279,7 @@ FIRST = {
     "heartbeats": plain(b"\1\xff\xff", HEARTBEAT) * 100,
     "hellos": hello() * 1000,
     "hellos that are cut short": plain(hello()[5:-20]) * 1000,
-    "zeros": bytes(8 * MIB),
+    "zeros": bytes(MIB),
 }
 
 
