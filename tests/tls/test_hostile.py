@@ -17,7 +17,7 @@ from anyio import BrokenResourceError
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 from certificates import authority, certificate, client_context, server_context
-from peers import KIB, MIB, holds, read_all, resident, send_all, stalled, within
+from peers import KIB, MIB, holds, opened, read_all, reset, resident, send_all, stalled, within
 from serving import all_is_accounted_for, connected, ends, local  # noqa: F401
 from tls_peers import NAME, Peer, both
 from tls_records import (
@@ -252,6 +252,77 @@ async def test_progress_earns_no_more_time() -> None:
                 await anyio.sleep(0.001)
             pytest.fail("it was never cut off")
         await is_over(server, tls_handshake=1)
+
+
+async def one_after_the_other(server: anypoll.Server, first: bytes) -> None:
+    """Clients that connect, say something, and are gone before anybody can answer."""
+    for n in range(100):
+        sock = connected(server)
+        if n % 4:
+            await send_all(sock, first[: None if n % 2 else n])
+        if n % 8 == 1:
+            await anyio.sleep(0)
+        reset(sock) if n % 3 else sock.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_clients_that_vanish(mode: str) -> None:
+    first = hello()
+    async with target(mode) as server:
+        await one_after_the_other(server, first)
+        await holds(lambda: server.statistics().accepted >= 101 and len(server.connections) == 1)
+        assert set(server.statistics().closed) == {"tls_handshake"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 20])
+async def test_a_server_that_ends_amid_handshakes(mode: str, turns: int) -> None:
+    """By force, wherever they are."""
+    first = hello()
+    async with secure(**echo(mode)) as server:
+        with sockets(server, 20) as socks:
+            for sock in socks:
+                await send_all(sock, first)
+            for _ in range(turns):
+                await anyio.sleep(0)
+            await within(server.shutdown(0))
+            for sock in socks:
+                await heard(sock)
+        told = server.statistics()
+        assert sum(told.closed.values()) == told.accepted
+        assert told.handler_errors == 0
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+async def test_a_handshake_that_is_given_up_anywhere(version: str) -> None:
+    """After any number of turns. What waits for it then finds the connection as it was, or closed
+    by its owner.
+    """
+    context, ours = client_context(), server_context()
+    context.maximum_version = getattr(ssl.TLSVersion, version)
+    done = 0
+    for turns in range(40):
+        async with opened() as (conn, sock):
+            peer = Peer(sock, context)
+
+            async def wrap() -> None:
+                nonlocal done
+                await TLSConnection.wrap(conn, server_side=True, ssl_context=ours)
+                done += 1
+
+            async def shake_hands() -> None:
+                with suppress(ssl.SSLError, ConnectionError):
+                    await peer.shake_hands()  # noqa: B023
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wrap)
+                tasks.start_soon(shake_hands)
+                for _ in range(turns):
+                    await anyio.sleep(0)
+                tasks.cancel_scope.cancel()
+            conn.abort()
+            assert conn.fileno() == -1
+    assert done < 40  # the first ones had no time
 
 
 # --- handshakes that are none --------------------------------------------------------------------
