@@ -425,7 +425,7 @@ async def test_a_chain_of_a_server_that_is_too_long(chain: Path) -> None:
 
 
 def told(server_saw: list[BaseException]) -> Function:
-    """A handler that keeps why it has ended."""
+    """A handler that echoes lines, and keeps why it has ended."""
 
     async def handler(stream: TLSConnection) -> None:
         try:
@@ -443,7 +443,7 @@ BAD = {
     "a record of a byte too much": lambda s: s.seal(bytes((1 << 14) + 1)),
     "padding beyond the limit": lambda s: s.seal(b"x", padding=(1 << 14) + 256),
     "no authentication": lambda s: b"\x17\3\3\0\x05hello",
-    "a wrong one": lambda s: plain(bytes(40), DATA),
+    "a wrong code": lambda s: plain(bytes(40), DATA),
     "a repeated record": lambda s: (again := s.seal(b"x")) + again,
     "a lost record": lambda s: (s.seal(b"x"), s.seal(b"x"))[1],
     "no type": lambda s: s.seal_inner(bytes(20)),
@@ -482,7 +482,7 @@ BAD = {
 #: The only ones with a wrong code, or else this would test nothing but that.
 UNAUTHENTIC = {
     "no authentication",
-    "a wrong one",
+    "a wrong code",
     "a repeated record",
     "a lost record",
     "a KeyUpdate, and the old key",
@@ -511,8 +511,9 @@ async def test_what_breaks_a_session(mode: str) -> None:
                 await heard(peer.sock)
         assert server.statistics().closed == {"broken": len(BAD)}
         assert others.statistics().closed == {}
-    for name, exc in zip(BAD, saw, strict=False):
-        is_a_breach(name, exc)
+    if mode == "handler":
+        for name, exc in zip(BAD, saw, strict=True):
+            is_a_breach(name, exc)
 
 
 OLD = {
@@ -830,7 +831,8 @@ async def test_a_server_that_speaks_something_else(name: str) -> None:
 
         async def serve() -> None:
             await pushed(sock, SERVED[name])
-            sock.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # not connected any more
+                sock.shutdown(socket.SHUT_WR)
 
         async def dial() -> None:
             with pytest.raises((ssl.SSLError, BrokenResourceError)):
@@ -849,17 +851,17 @@ async def test_a_server_that_never_finishes(share: int) -> None:
             sock, _ = listening.accept()
             with sock:
                 peer = Peer(sock, server_side=True)
-                await within(peer.more())
-                with pytest.raises(ssl.SSLWantReadError):
+                await peer.more()
+                with suppress(ssl.SSLError):
                     peer.ssl.do_handshake()
                 await pushed(sock, peer.outgoing.read()[:share])
-                await heard(sock)  # until the other gives up
+                await anyio.sleep_forever()
 
-        async def dial() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop)
             host, port = listening.getsockname()
             with pytest.raises(ConnectTimeout):
                 await anypoll.connect_tcp(
                     host, port, tls_hostname=NAME, ssl_context=client_context(), timeout=0.1
                 )
-
-        await both(stop, dial)
+            tasks.cancel_scope.cancel()
