@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Coroutine
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
+from anyio import BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.tls import TLSStream
 
-from .._buffers.arguments import flat_view, positive, seconds
-from .._buffers.errors import ORIGIN, REASON, IdleTimeout, ReadTimeout
-from .._connection.endpoint import LONG
+from .. import _native
+from .._buffers.arguments import seconds
+from .._buffers.errors import ORIGIN, REASON, ReadTimeout
 from .._connection.stream import Connection
 from .._epoll import SEQPACKET, ConnectionStatistics
 from .._loop.callbacks import Callback, _needs_an_argument
-from .engine import Engine
-from .input import Source
-from .output import Sink, within
+from .memory.session import MemorySession
+from .session import within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Self
-
-    from typing_extensions import Buffer
 
     from .._connection.sockets import Address
     from ..nocopy import Reader, Writer
+    from .session import Session
 
 __all__ = ("TLSConnection",)
 
 #: Seconds that a closing handshake may take if there is no ``write_timeout``.
 CLOSE_TIMEOUT = 10.0
 
-#: Errors that end a closing handshake early: the peer has gone, or someone else has closed.
-_GONE = (BrokenResourceError, ClosedResourceError, EndOfStream, IdleTimeout, ssl.SSLError)
 
-
-class TLSConnection(TLSStream):
+class TLSConnection(_native.Stream, TLSStream):
     """An AnyIO ``TLSStream`` over a :class:`Connection`, made by :meth:`wrap`.
 
     It has a nocopy ``reader`` and ``writer`` over the decrypted bytes, and timeouts around its
     operations, like a :class:`Connection`. One task may read while another writes. It owns the
     connection below: nobody else may read or write there.
 
-    Unlike AnyIO's, a session survives cancelled and timed-out calls, including ``send()``. A
-    protocol violation by the peer after the handshake raises ``BrokenResourceError``, with the
-    ``ssl.SSLError`` as its cause.
+    ``receive()``, ``send()`` and the calls of the reader raise what a connection's raise. The peer
+    has ended its side when it has sent a ``close_notify``; or in any way, if the session is not
+    ``standard_compatible``. An end without it, or anything that is not TLS, after the handshake
+    raises ``BrokenResourceError``, with the ``ssl.SSLError`` as its cause.
+
+    Unlike AnyIO's, a session survives cancelled and timed-out calls, including ``send()``: if that
+    is abandoned before any of its item was encrypted, none of it will be sent; otherwise the rest
+    still goes out, before anything sent later.
     """
+
+    _reader: Reader
 
     def __init__(
         self,
@@ -63,11 +62,10 @@ class TLSConnection(TLSStream):
         connection = _connection(transport_stream)
         super().__init__(connection, standard_compatible, _ssl_object, _read_bio, _write_bio)
         self._connection = connection
-        self._engine = Engine(
-            connection._core, _ssl_object, _read_bio, _write_bio, standard_compatible
+        self._session: Session = MemorySession(
+            connection._core, self, _ssl_object, _read_bio, _write_bio, standard_compatible
         )
-        self._sink = Sink(self._engine, self)
-        self._source = Source(self._engine, self._sink, self)
+        self._reader = self._session.reader
         self._closing = False
         self._unwrapped = False
 
@@ -128,15 +126,12 @@ class TLSConnection(TLSStream):
             if hasattr(exc, ORIGIN) and not isinstance(exc, (ClosedResourceError, EndOfStream)):
                 exc.__dict__[REASON] = "tls_handshake"
             raise
-        stream._engine.established = True
-        stream._source.timeout, stream._sink.timeout = timeouts
+        stream.read_timeout, stream.write_timeout = timeouts
         return stream  # type: ignore[no-any-return]
 
-    async def _call_sslobject_method(self, func: Callable[..., Any], *args: object) -> Any:
+    async def _call_sslobject_method(self, *_: object) -> Any:
         """AnyIO's ``wrap()`` performs its handshake with this."""
-        result = await self._engine.run(func, *args)
-        await self._connection._core.flush()
-        return result
+        await self._session.shake_hands()
 
     def __repr__(self) -> str:
         return f"<anypoll.{type(self).__name__} over {self._connection!r}>"
@@ -151,64 +146,19 @@ class TLSConnection(TLSStream):
     @property
     def reader(self) -> Reader:
         """The nocopy input: decrypted bytes. ``receive()`` takes from the same buffer."""
-        return self._source.reader
+        return self._reader
 
     @property
     def writer(self) -> Writer:
         """The nocopy output: bytes to be encrypted. Like a connection's, it is flushed by itself
         when the reader has to wait, when a server's handler ends, and in ``aclose()``.
         """
-        return self._sink.writer
-
-    def peek(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.peek`."""
-        return self.reader.peek(n)
-
-    def next(self, n: SupportsIndex, /) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.next`."""
-        return self.reader.next(n)
-
-    def skip(self, n: SupportsIndex, /) -> Coroutine[Any, Any, None]:
-        """:meth:`anypoll.nocopy.Reader.skip`."""
-        return self.reader.skip(n)
-
-    def until(
-        self, delimiter: bytes, *, max_bytes: SupportsIndex = 65536
-    ) -> Coroutine[Any, Any, memoryview]:
-        """:meth:`anypoll.nocopy.Reader.until`."""
-        return self.reader.until(delimiter, max_bytes=max_bytes)
+        return self._session.writer
 
     # --- AnyIO's stream --------------------------------------------------------------------------
+    # receive() and send() are native
 
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Receives at least one and at most ``max_bytes`` bytes, as soon as there are any. A
-        checkpoint.
-
-        :raises EndOfStream: when the peer has ended its side with a ``close_notify``, or in any
-            way, if this is not ``standard_compatible``
-        :raises ReadTimeout: after ``read_timeout`` seconds; nothing is lost
-        :raises BrokenResourceError: after a reset, an end without ``close_notify``, or data that is
-            not TLS; with the ``OSError`` or ``ssl.SSLError`` as its cause
-        :raises ClosedResourceError, BusyResourceError: as :meth:`Connection.receive`
-        :raises ValueError, TypeError: if ``max_bytes`` is below 1, or not an integer
-        """
-        return await self._source.receive(positive(max_bytes, "max_bytes"))
-
-    async def send(self, item: Buffer) -> None:
-        """Sends the writer's pending output, then ``item``. A checkpoint.
-
-        Returns when the kernel has everything; ``item`` may be changed then. If the call is
-        cancelled or times out before any of ``item`` was encrypted, none of it will be sent;
-        otherwise the rest still goes out, before anything sent later.
-
-        :param item: bytes, or anything bytes-like
-        :raises WriteTimeout: after ``write_timeout`` seconds
-        :raises BrokenResourceError, ClosedResourceError, BusyResourceError: as
-            :meth:`Connection.send`
-        :raises TypeError: if ``item`` is not bytes-like
-        :raises ValueError: if ``item`` is not contiguous
-        """
-        await self._sink.send(item if type(item) is bytes else flat_view(item, "item"))
+    _next_message = TLSStream.__anext__
 
     async def send_eof(self) -> None:
         """Flushes, and ends this side with a ``close_notify``; the peer's data can still be read.
@@ -217,11 +167,11 @@ class TLSConnection(TLSStream):
         :raises NotImplementedError: below TLS 1.3, where the peer would end its side too
             (RFC 5246, section 7.2.1)
         """
-        version = self._engine.ssl.version()
+        version = self._ssl_object.version()
         if version != "TLSv1.3":
             text = f"send_eof() requires at least TLSv1.3; current session uses {version}"
             raise self._connection._core._own(NotImplementedError(text))  # the peer has chosen it
-        await self._sink.send_eof()
+        await self._session.send_eof()
 
     async def unwrap(self) -> tuple[Connection, bytes]:
         """Flushes, and performs the closing handshake. The connection stays open, and gets its
@@ -232,16 +182,16 @@ class TLSConnection(TLSStream):
         :raises BusyResourceError: while another task is reading or sending
         :raises MessageTooLarge: if the peer sends more than ``read_limit`` bytes without ending
         """
-        if self._source.is_busy:
+        if self._session.is_reading:
             raise BusyResourceError("reading from")
-        await self._sink.send_eof()
-        core, to_the_end = self._connection._core, self._source.to_the_end
+        await self._session.send_eof()
+        core, to_the_end = self._connection._core, self._session.to_the_end
         await within(core, self.read_timeout, to_the_end, ReadTimeout, "no closing handshake")
+        timeouts = self.read_timeout, self.write_timeout
+        rest = self._session.part()
         self._unwrapped = True
-        self._connection._core.draining = self._engine.ending
-        self._connection.read_timeout = self.read_timeout
-        self._connection.write_timeout = self.write_timeout
-        return self._connection, self._engine.leftover()
+        self._connection.read_timeout, self._connection.write_timeout = timeouts
+        return self._connection, rest
 
     async def aclose(self) -> None:
         """Closes the session and the connection. A checkpoint.
@@ -259,30 +209,20 @@ class TLSConnection(TLSStream):
         try:
             if first and not self._unwrapped and not self._connection._core.closed:
                 timeout = CLOSE_TIMEOUT if self.write_timeout is None else self.write_timeout
-                await self._say_goodbye(timeout, wait=self.standard_compatible)
+                await self._session.say_goodbye(timeout, wait=self.standard_compatible)
         finally:
-            self._shut()
+            self._session.shut()
             if not self._unwrapped:
                 self._connection._core.close()
             await self._connection.aclose()
-
-    async def _say_goodbye(self, timeout: float, *, wait: bool) -> None:
-        self._engine.closed = self._sink.writer._shut = True
-        with anyio.move_on_after(min(timeout, LONG)), suppress(*_GONE):
-            await self._sink.close(wait=wait)
-
-    def _shut(self) -> None:
-        self._engine.closed = True
-        self._source.shut()
-        self._sink.writer._close()
 
     async def _finish(self, timeout: float) -> None:
         """Ends a connection whose handler has returned: like ``Core.finish()``, with a
         ``close_notify``.
         """
         deadline = anyio.current_time() + timeout
-        if not self._engine.closed:
-            await self._say_goodbye(timeout, wait=False)
+        if not self._session.closed:
+            await self._session.say_goodbye(timeout, wait=False)
         await self._connection._core.finish(max(deadline - anyio.current_time(), 0))
 
     # --- timeouts --------------------------------------------------------------------------------
@@ -292,22 +232,22 @@ class TLSConnection(TLSStream):
         """Seconds that one read call may take in all, as if in a cancel scope: nothing is lost, and
         the session stays usable after the ``ReadTimeout``. ``None``: forever.
         """
-        return self._source.timeout
+        return self._session.read_timeout
 
     @read_timeout.setter
     def read_timeout(self, value: float | None) -> None:
-        self._source.timeout = seconds(value, "read_timeout")
+        self._session.read_timeout = seconds(value, "read_timeout")
 
     @property
     def write_timeout(self) -> float | None:
         """Seconds that one ``send()`` or ``flush()`` may take; ``None``: forever. After a
         ``WriteTimeout`` the bytes not sent are still pending and go out first.
         """
-        return self._sink.timeout
+        return self._session.write_timeout
 
     @write_timeout.setter
     def write_timeout(self, value: float | None) -> None:
-        self._sink.timeout = seconds(value, "write_timeout")
+        self._session.write_timeout = seconds(value, "write_timeout")
 
     @property
     def idle_timeout(self) -> float | None:
@@ -337,14 +277,14 @@ class TLSConnection(TLSStream):
     @property
     def is_active(self) -> bool:
         """False as soon as the session or its connection is known to be dead or closed."""
-        engine = self._engine
-        return not engine.closed and engine.failure is None and self._connection.is_active
+        session = self._session
+        return not session.closed and not session.is_broken and self._connection.is_active
 
     @property
     def at_eof(self) -> bool:
         """Whether the peer has ended its side and everything has been read."""
         unread = len(self.reader)  # this looks at what has arrived
-        return self._engine.ended and not unread and not self._engine.closed
+        return self._session.has_ended and not unread and not self._session.closed
 
     @property
     def local_address(self) -> Address:
@@ -365,7 +305,7 @@ class TLSConnection(TLSStream):
         if self._connection._core.hands_over(self.abort):
             return
         self._closing = True
-        self._shut()
+        self._session.shut()
         self._connection.abort()
 
     def add_close_callback(self, callback: Callback) -> None:

@@ -13,7 +13,8 @@ from anyio import EndOfStream
 
 from .._buffers.errors import normal_end
 from .handshake import handshake
-from .requests import Calls
+from .memory.requests import Calls
+from .memory.session import MemorySession
 
 if TYPE_CHECKING:
     from .._connection.requests import Function
@@ -59,8 +60,9 @@ class TLSSessions:
                 raise
             raise HandshakeError from exc
         self._streams[connection] = stream
-        if self._on_request is not None:
-            self._calls[connection] = Calls(stream, self._on_request)
+        session = stream._session
+        if self._on_request is not None and isinstance(session, MemorySession):
+            self._calls[connection] = Calls(stream, session, self._on_request)
 
     def is_open(self, connection: Connection) -> bool:
         """Whether user code may see the connection yet."""
@@ -80,7 +82,7 @@ class TLSSessions:
     def has_ended(self, connection: Connection) -> bool:
         """Whether the peer has ended its side in a way that the socket does not show."""
         stream = self._streams.get(connection)
-        return stream is not None and stream._engine.ended
+        return stream is not None and stream._session.has_ended
 
     def explained(self, connection: Connection, exc: BaseException | None) -> BaseException | None:
         """The reason for an end, as the session knows it."""
@@ -102,7 +104,7 @@ class TLSSessions:
     def shut(self, connection: Connection) -> None:
         """From now on no call of the session finds anything."""
         if (stream := self._streams.get(connection)) is not None:
-            stream._shut()
+            stream._session.shut()
 
     def forget(self, connection: Connection) -> None:
         """Forgets a connection that has ended."""

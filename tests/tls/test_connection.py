@@ -50,7 +50,7 @@ from anypoll import Connection, MessageTooLarge, ReadTimeout, TLSConnection, Wri
 from anypoll._buffers.errors import normal_end
 from anypoll._connection.stream import open_socket
 from anypoll._tls.handshake import handshake
-from anypoll._tls.output import CLOSE_MOST
+from anypoll._tls.session import CLOSE_MOST
 from anypoll.nocopy import as_receive_stream, as_send_stream
 
 pytestmark = pytest.mark.anyio
@@ -366,7 +366,7 @@ async def test_unwrap_loses_nothing(version: str) -> None:
 async def test_unwrap_while_another_task_reads() -> None:
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
         tasks.start_soon(tls.next, 1)
-        await holds(lambda: tls._engine.is_pulling)
+        await holds(lambda: tls._session.engine.is_pulling)
         with pytest.raises(BusyResourceError):
             await tls.unwrap()
         await tls.send(b"nothing has ended")
@@ -541,14 +541,14 @@ async def test_reader_limits_a_single_request() -> None:
 async def test_only_one_may_read_and_one_may_write() -> None:
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
         tasks.start_soon(tls.receive)
-        await holds(lambda: tls._engine.is_pulling)
+        await holds(lambda: tls._session.engine.is_pulling)
         for function in (tls.receive, partial(tls.next, 1), partial(tls.until, b"\n")):
             with pytest.raises(BusyResourceError):
                 await function()
         with pytest.raises(BusyResourceError):
             tls.reader.next_nowait(1)
         tasks.start_soon(tls.send, bytes(4 * MIB))
-        await holds(lambda: tls._sink._writing)
+        await holds(lambda: tls._session.sink._writing)
         for send in (partial(tls.send, b"x"), tls.writer.flush, tls.send_eof):
             with pytest.raises(BusyResourceError):
                 await send()
@@ -627,7 +627,7 @@ async def test_what_is_written_while_another_task_sends_keeps_its_place() -> Non
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
         tasks.start_soon(tls.receive)
         tasks.start_soon(tls.send, data)
-        await holds(lambda: tls._sink._writing and tls.connection._core.queued() > 0)
+        await holds(lambda: tls._session.sink._writing and tls.connection._core.queued() > 0)
         tls.writer.write(b"and this")
         assert await peer.receive(len(data) + 8) == data + b"and this"
         await peer.send(b"x")
@@ -636,11 +636,11 @@ async def test_what_is_written_while_another_task_sends_keeps_its_place() -> Non
 async def test_what_is_pending_goes_out_when_a_claim_ends() -> None:
     """As a queue of many tasks makes one: see :mod:`anypoll.mux`."""
     async with tls_and_peer() as (tls, peer):
-        tls._sink.claim()
+        tls._session.sink.claim()
         with pytest.raises(BusyResourceError):
             await tls.send(b"x")
         tls.writer.write(b"pending")
-        tls._sink.release()
+        tls._session.sink.release()
         assert await peer.receive(7) == b"pending"
 
 
@@ -691,11 +691,11 @@ async def test_answers_of_openssl_cannot_grow_while_another_task_sends(
 ) -> None:
     """As to a flood of requests to renegotiate, from a peer that does not read."""
     async with tls_and_peer() as (tls, peer), anyio.create_task_group() as tasks:
-        engine, core = tls._engine, tls.connection._core
+        engine, core = tls._session.engine, tls.connection._core
         high = core.limits.write_high_water
         monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
         tasks.start_soon(tls.send, bytes(8 * MIB))
-        await holds(lambda: tls._sink._writing and core.queued() > 0)
+        await holds(lambda: tls._session.sink._writing and core.queued() > 0)
         tasks.start_soon(tls.next, 2000)
         with anyio.move_on_after(0.3):
             for _ in range(1000):
@@ -722,12 +722,12 @@ async def test_a_write_that_must_read_first(monkeypatch: pytest.MonkeyPatch) -> 
     """As in a renegotiation, which OpenSSL does not do any more by itself."""
     for reading in (False, True):
         async with tls_and_peer() as (tls, peer):
-            wanted = Renegotiating(tls._engine.ssl)
-            monkeypatch.setattr(tls._engine, "ssl", wanted)
+            wanted = Renegotiating(tls._session.engine.ssl)
+            monkeypatch.setattr(tls._session.engine, "ssl", wanted)
             async with anyio.create_task_group() as tasks:
                 if reading:
                     tasks.start_soon(tls.next, 4)
-                    await holds(lambda: tls._engine.is_pulling)
+                    await holds(lambda: tls._session.engine.is_pulling)
                 tasks.start_soon(tls.send, b"answer")
                 await holds(partial(getattr, wanted, "refused"))
                 await peer.send(b"more")
@@ -762,7 +762,7 @@ async def test_a_write_that_must_read_first_finds_the_end(
     compatible: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with tls_and_peer(compatible=compatible) as (tls, peer):
-        monkeypatch.setattr(tls._engine, "ssl", Refusing(tls._engine.ssl))
+        monkeypatch.setattr(tls._session.engine, "ssl", Refusing(tls._session.engine.ssl))
         peer.sock.shutdown(socket.SHUT_WR)
         with pytest.raises(BrokenResourceError) as caught:
             await within(tls.send(b"x"))
@@ -776,13 +776,13 @@ async def test_an_item_that_is_given_up_before_it_was_encrypted_is_not_sent(
     pending: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with tls_and_peer() as (tls, peer):
-        refusing = Refusing(tls._engine.ssl)
-        monkeypatch.setattr(tls._engine, "ssl", refusing)
+        refusing = Refusing(tls._session.engine.ssl)
+        monkeypatch.setattr(tls._session.engine, "ssl", refusing)
         for piece in pending:
             tls.writer.write(piece)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tls.send, bytes(300_000))
-            await holds(lambda: tls._engine.is_pulling)
+            await holds(lambda: tls._session.engine.is_pulling)
             tasks.cancel_scope.cancel()
         refusing.refuses = False
         expected = b"".join(pending) + b"end"
@@ -1235,7 +1235,7 @@ async def test_close_that_is_cancelled_closes(how: str) -> None:
             else:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(tls.aclose)
-                    await holds(lambda: tls._engine.is_pulling)
+                    await holds(lambda: tls._session.engine.is_pulling)
                     tasks.cancel_scope.cancel()
         assert tls.connection.fileno() == -1
         assert ended == ["called"]
@@ -1256,17 +1256,17 @@ async def test_close_ends_the_waits_of_others(how: str) -> None:
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(wait, tls.receive)
-                await holds(lambda: tls._engine.is_pulling)
+                await holds(lambda: tls._session.engine.is_pulling)
                 if how == "second aclose":
                     tasks.start_soon(tls.aclose)  # waits for an answer
-                    await holds(lambda: tls._sink.eof_sent)
+                    await holds(lambda: tls._session.sink.eof_sent)
                     await holds(lambda: raised)
                     for call in (tls.receive, partial(tls.send, b"x")):
                         with pytest.raises(ClosedResourceError):
                             await within(call())
                 else:
                     tasks.start_soon(wait, partial(tls.send, bytes(8 * MIB)))
-                    await holds(lambda: tls._sink._writing)
+                    await holds(lambda: tls._session.sink._writing)
                 if how == "abort":
                     tls.abort()
                     tls.abort()

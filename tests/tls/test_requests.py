@@ -223,7 +223,7 @@ async def test_output_stays_bounded_while_the_peer_does_not_read(
         raw_socket = stream.extra(SocketAttribute.raw_socket)
         raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
         if who != "calls":
-            engine = stream._engine
+            engine = stream._session.engine
             monkeypatch.setattr(engine, "ssl", Answering(engine.ssl, engine._outgoing))
         count = 500 if who == "calls" else 15_000
         await send_all(peer.sock, b"".join([peer.encrypted(b"x") for _ in range(count)]))
@@ -320,7 +320,7 @@ async def test_a_shutdown_leaves_half_a_request_its_time(mode: str, part: str) -
         received = stream.statistics().bytes_received
         await send_all(peer.sock, first)
         await holds(lambda: stream.statistics().bytes_received == received + len(first))
-        await holds(lambda: stream._engine.has_begun)
+        await holds(lambda: stream._session.engine.has_begun)
         if mode == "on_request":
             await is_idle(server)
         tasks.start_soon(server.shutdown)

@@ -9,54 +9,28 @@ comes between the parts of an item, and an item abandoned too late goes out firs
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError
 
-from .. import _epoll
-from .._buffers.errors import IdleTimeout, WriteTimeout
-from .._buffers.reader import SHUT
-from .._buffers.writer import Writer
-from .._connection.endpoint import LONG
-from .._connection.output import is_constant
+from ... import _epoll
+from ..._buffers.errors import IdleTimeout, WriteTimeout
+from ..._buffers.reader import SHUT
+from ..._buffers.writer import Writer
+from ..._connection.output import is_constant
+from ..session import CLOSE_MOST, within
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from anyio.abc import ByteStream
 
-    from .._buffers.chain import Piece
-    from .._buffers.reader import Reader
-    from .._connection.core import Core
+    from ..._buffers.chain import Piece
+    from ..._buffers.reader import Reader
     from .engine import Engine
 
-T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
-
-#: Bytes of ciphertext that a close reads while it waits for the peer's end: a peer that keeps
-#: sending must not keep it until the timeout.
-CLOSE_MOST = 64 * 1024
-
 CHUNK = 128 * 1024  # plaintext to encrypt before the kernel must have taken it
-
-
-async def within(
-    core: Core,
-    timeout: float | None,
-    function: Callable[[], Awaitable[T]],
-    late: type[E],
-    what: str,
-) -> T:
-    """Awaits ``function()`` for at most that many seconds.
-
-    :raises Exception: a ``late``, when they are over
-    """
-    if timeout is None or timeout > LONG:
-        return await function()
-    with anyio.move_on_after(timeout):
-        return await function()
-    raise core._own(late(f"{what} within {timeout} s"))
 
 
 class Sink:

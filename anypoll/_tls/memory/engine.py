@@ -25,14 +25,14 @@ from anyio import (
     WouldBlock,
 )
 
-from .._buffers.chain import EMPTY, Chain
-from .._buffers.errors import IdleTimeout
-from .._epoll import IS_EOF
+from ..._buffers.chain import EMPTY, Chain
+from ..._buffers.errors import IdleTimeout
+from ..._epoll import IS_EOF
 
 if TYPE_CHECKING:
-    from .._buffers.chain import Piece
-    from .._buffers.writer import Writer
-    from .._connection.core import Core
+    from ..._buffers.chain import Piece
+    from ..._buffers.writer import Writer
+    from ..._connection.core import Core
 
 T = TypeVar("T")
 

@@ -13,21 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import BrokenResourceError, EndOfStream
 
-from .._buffers.errors import ReadTimeout, normal_end
-from .._epoll import IS_EOF
-from .output import within
+from ..._buffers.errors import ReadTimeout, normal_end
+from ..._epoll import IS_EOF
+from ..session import within
 
 if TYPE_CHECKING:
-    from .connection import TLSConnection
+    from .session import MemorySession
 
 
 class Calls:
     """The calls for one TLS connection's plaintext."""
 
-    __slots__ = ("_consumed", "_decrypted", "_function", "_stream")
+    __slots__ = ("_consumed", "_decrypted", "_engine", "_function", "_session", "_stream")
 
-    def __init__(self, stream: TLSConnection, function: Callable[[Any], Awaitable[Any]]) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: Any, session: MemorySession, function: Callable[[Any], Awaitable[Any]]
+    ) -> None:
+        self._stream = stream  # the argument of calls
+        self._session = session
+        self._engine = session.engine
         self._function = function
         self._consumed = self._decrypted = -1  # bytes of plaintext when the last call began
 
@@ -39,23 +43,23 @@ class Calls:
         :raises MessageTooLarge: if the last call left more than ``read_limit`` unread
         :raises ReadTimeout: if output above high water did not drain within ``read_timeout``
         """
-        while await self._make_some() and self._stream._sink.stands_high:
+        while await self._make_some() and self._session.sink.stands_high:
             if not await self._drain():  # OpenSSL also answers without any call
                 return
 
     async def _make_some(self) -> bool:
         """Makes the due calls while output is below high water. False: the stream is closed."""
-        stream, engine = self._stream, self._stream._engine
+        session, engine = self._session, self._engine
         budget = engine.core.budget
         while self._is_due():
-            await self._function(stream)
+            await self._function(self._stream)
             budget -= 1
             if not engine.closed:
                 await self._after_call(pause=not budget)
             budget = budget or engine.core.budget
         if engine.closed:
             return False
-        stream._source.consume(0)  # consumed bytes no longer count as begun
+        session.source.consume(0)  # consumed bytes no longer count as begun
         engine.follow_draining()
         if engine.failure:
             raise engine.broken()
@@ -64,16 +68,16 @@ class Calls:
         return True
 
     async def _drain(self) -> bool:
-        stream = self._stream
-        core, drain = stream._engine.core, stream._sink.drain
-        return await within(core, stream.read_timeout, drain, ReadTimeout, "output not drained")
+        session = self._session
+        core, drain = self._engine.core, session.sink.drain
+        return await within(core, session.read_timeout, drain, ReadTimeout, "output not drained")
 
     async def _after_call(self, *, pause: bool) -> None:
         """Encrypts what was written, to go out with the next answer.
 
         :param pause: give other tasks a turn
         """
-        sink, core = self._stream._sink, self._stream._engine.core
+        sink, core = self._session.sink, self._engine.core
         sink.push()
         if core.requests is not None:
             core.requests.carries = core.writer._size > 0
@@ -86,22 +90,22 @@ class Calls:
         """Whether anything is unread; but if the last call consumed nothing, only whether there is
         more than when it began.
         """
-        engine = self._stream._engine
-        unread = len(self._stream.reader)  # this decrypts what has arrived
+        engine = self._engine
+        unread = len(self._session.reader)  # this decrypts what has arrived
         if not unread:
             return False
         consumed = engine.decrypted - unread
         if consumed == self._consumed:
             if engine.decrypted == self._decrypted and not self._is_there_more():
                 return False
-            self._stream._source.check_request(engine.decrypted - consumed)
+            self._session.source.check_request(engine.decrypted - consumed)
         self._consumed, self._decrypted = consumed, engine.decrypted
         return True
 
     def _is_there_more(self) -> bool:
         """Decrypts a record beyond what is read ahead, if there is one."""
-        engine = self._stream._engine
-        while not self._stream._sink.stands_high and engine.arrived():
+        engine = self._engine
+        while not self._session.sink.stands_high and engine.arrived():
             if engine.decrypted > self._decrypted:
                 return True
         return False
@@ -110,7 +114,7 @@ class Calls:
 
     def explained(self, exc: BaseException | None) -> BaseException | None:
         """The connection's end ends the session properly only if the peer announced it."""
-        engine = self._stream._engine
+        engine = self._engine
         core = engine.core
         if exc is None or core.closed or engine.ended or not core.status() & IS_EOF:
             return exc
@@ -124,6 +128,6 @@ class Calls:
 
     def postpone_end(self) -> bool:
         """The server is ending. Returns whether something has begun, which the end waits for."""
-        engine = self._stream._engine
+        engine = self._engine
         engine.ending = engine.ending or engine.has_begun
         return engine.has_begun

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import anyio
 from anyio import BrokenResourceError, BusyResourceError, EndOfStream, WouldBlock
 
-from .._buffers.arguments import shown
-from .._buffers.errors import IdleTimeout, MessageTooLarge, ReadTimeout, about
-from .._buffers.reader import SCATTER, SHUT, Reader
-from .._buffers.wrapped import StreamSource
-from .._connection.endpoint import LONG
+from ..._buffers.arguments import flat_view, positive, shown
+from ..._buffers.errors import IdleTimeout, MessageTooLarge, ReadTimeout, about
+from ..._buffers.reader import SCATTER, SHUT, Reader
+from ..._buffers.wrapped import StreamSource
+from ..._connection.endpoint import LONG
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
+    from typing_extensions import Buffer
 
     from .engine import Engine
     from .output import Sink
@@ -105,8 +106,9 @@ class Source(StreamSource):
                     raise self._missing()
             return result
 
-    async def receive(self, max_bytes: int) -> bytes:
+    async def receive(self, max_bytes: SupportsIndex) -> bytes:
         """At least one byte, copied; always a checkpoint."""
+        most = positive(max_bytes, "max_bytes")
         hub = self._engine.core.hub
         try:
             suspended = await self.fill(1)
@@ -120,9 +122,13 @@ class Source(StreamSource):
             self._open(1)
         reader = self.reader
         start = reader._start
-        stop = min(start + max_bytes, reader._end)
+        stop = min(start + most, reader._end)
         reader._start = stop
         return bytes(reader._view[start:stop])
+
+    async def send(self, item: Buffer) -> None:
+        """See ``Sink``: a stream asks the source of its reader."""
+        await self._sink.send(item if type(item) is bytes else flat_view(item, "item"))
 
     # --- for the reader --------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""The session that needs nothing but :mod:`ssl`: OpenSSL between two memory BIOs."""
