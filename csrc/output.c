@@ -52,6 +52,7 @@ static bool write_sealed(ap_conn *conn)
                 : 0;
         if (n == 0)
             break;
+        conn->tls->abandoned = conn->given_up > 0;
         ap_queue_advance(conn, n);
         ap_tls_push(conn);
         total += n;
@@ -111,6 +112,7 @@ static void send_sealed(ap_conn *conn, rest *r)
            (n = ap_tls_seal(conn, r->iov, r->count, r->skip)) > 0) {
         leave_out(r, n);
         total += n;
+        conn->tls->abandoned = false;
         ap_tls_push(conn);
     }
 }

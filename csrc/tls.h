@@ -25,6 +25,7 @@ struct ap_tls {
     ap_bytes out;      /* records that it has made and the kernel has not */
     size_t counted;    /* of those, in the connection's out_bytes and own_bytes */
     bool no_memory;    /* for them */
+    bool abandoned;    /* nobody waits for them */
     uint8_t header[5]; /* of the record that OpenSSL is seeing */
     uint8_t header_size;
     size_t record_left; /* bytes of it that it has not seen */

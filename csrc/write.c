@@ -9,6 +9,7 @@
 #include "queue.h"
 #include "slot.h"
 #include "sysio.h"
+#include "tls.h"
 
 int64_t ap_conn_send(ap_conn *conn, const ap_piece *pieces, int count)
 {
@@ -76,7 +77,8 @@ int64_t ap_conn_awaited(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    int64_t left = (int64_t)(conn->out_bytes - conn->given_up);
+    size_t sealed = conn->tls && conn->tls->abandoned ? conn->own_bytes : 0;
+    int64_t left = (int64_t)(conn->out_bytes - conn->given_up - sealed);
     ap_slot_unlock(&conn->slot);
     return left;
 }
@@ -87,6 +89,8 @@ int ap_conn_give_up(ap_conn *conn)
     if (rc < 0)
         return rc;
     conn->given_up = conn->out_bytes - conn->own_bytes;
+    if (conn->tls)
+        conn->tls->abandoned = true;
     ap_slot_unlock(&conn->slot);
     return 0;
 }
