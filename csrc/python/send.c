@@ -262,6 +262,10 @@ static int flush_now(Operation *op)
         return -1;
     if (core->failure)
         return write_failed(core, core->failure);
+    if (core->writer->shut && !(op->flags & CLAIMED)) {
+        core_raise_from(core, n_why_unwritable, NULL);
+        return -1;
+    }
     int64_t left;
     if (core->writer->size == 0) /* it waits for what is queued, and learns if that fails */
         left = ap_conn_drain(core->conn, 0, 0);
