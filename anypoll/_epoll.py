@@ -26,9 +26,29 @@ from ._native._core import ffi, lib
 
 if TYPE_CHECKING:
     from ._native import Core
-    from ._native._core import Accepted, Account, Block, Conn, Hub, Listener, Poller, View
+    from ._native._core import (
+        Accepted,
+        Account,
+        Block,
+        Conn,
+        Hub,
+        Listener,
+        Poller,
+        TLSStatus,
+        View,
+    )
 
-    __all__ = ("Accepted", "Account", "Block", "Conn", "Hub", "Listener", "Poller", "View")
+    __all__ = (
+        "Accepted",
+        "Account",
+        "Block",
+        "Conn",
+        "Hub",
+        "Listener",
+        "Poller",
+        "TLSStatus",
+        "View",
+    )
 
 NULL = ffi.NULL
 
@@ -40,6 +60,8 @@ EQUEUED = lib.AP_EQUEUED
 EDELIM = lib.AP_EDELIM
 EIDLE = lib.AP_EIDLE
 ELATE = lib.AP_ELATE
+ETLS = lib.AP_ETLS
+ECUT = lib.AP_ECUT
 TCP = lib.AP_TCP
 UNIX = lib.AP_UNIX
 SEQPACKET = lib.AP_SEQPACKET
@@ -62,6 +84,8 @@ IS_EOF = lib.AP_IS_EOF
 IS_IDLE_END = lib.AP_IS_IDLE_END
 IS_SHUT = lib.AP_IS_SHUT
 IS_GONE = lib.AP_IS_GONE
+TLS_SERVER = lib.AP_TLS_SERVER
+TLS_RAGGED = lib.AP_TLS_RAGGED
 
 conn_read = lib.ap_conn_read
 conn_find = lib.ap_conn_find
@@ -86,6 +110,11 @@ conn_detach = lib.ap_conn_detach
 conn_report = lib.ap_conn_report
 conn_fd = lib.ap_conn_fd
 conn_set_idle = lib.ap_conn_set_idle
+conn_shake = lib.ap_conn_shake
+conn_say_goodbye = lib.ap_conn_say_goodbye
+conn_end_tls = lib.ap_conn_end_tls
+conn_hold_tls = lib.ap_conn_hold_tls
+conn_release_tls = lib.ap_conn_release_tls
 hub_trim = lib.ap_hub_trim
 hub_kill = lib.ap_hub_kill
 listener_close = lib.ap_listener_close
@@ -541,6 +570,26 @@ def tls_check(ssl: int, ctx: int, options: int, verify_mode: int) -> bool:
     """Whether these addresses are an ``SSL`` and its ``SSL_CTX``, which has such settings."""
     pointers = ffi.cast(_POINTER, ssl), ffi.cast(_POINTER, ctx)
     return lib.ap_tls_check(*pointers, options, verify_mode) == 1
+
+
+def conn_start_tls(conn: Conn, pos: int, ssl: int, flags: int) -> int:
+    """Has the connection carry the session of the ``SSL`` at that address. 0, or a negative code;
+    see csrc/anypoll.h.
+    """
+    return lib.ap_conn_start_tls(conn, pos, ffi.cast(_POINTER, ssl), flags)
+
+
+def tls_status(conn: Conn) -> TLSStatus:
+    """The state of the connection's session."""
+    status: TLSStatus = ffi.new("ap_tls_status *")
+    check(lib.ap_conn_tls_status(conn, status))
+    return status
+
+
+def text_of(memory: object) -> str:
+    """The text in a record that a call has filled."""
+    text: bytes = ffi.string(memory)
+    return text.decode("utf-8", "replace")
 
 
 # --- fault injection, for tests ------------------------------------------------------------------

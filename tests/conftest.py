@@ -23,6 +23,7 @@ import pytest
 
 import anypoll
 from anypoll._loop import runtime as _runtime
+from anypoll._tls import openssl
 
 ROOT = Path(__file__).parent.parent
 LOOPS = ("asyncio", "uvloop", "trio")
@@ -80,6 +81,28 @@ def run(anyio_backend: tuple[str, dict[str, Any]]) -> Callable[[Main], Any]:
     """Runs a main function on an event loop of its own, which ends with it."""
     backend, options = anyio_backend
     return lambda main: anyio.run(main, backend=backend, backend_options=options)
+
+
+@pytest.fixture(params=["memory", "native"])
+def tls_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kind of session behind each TLS connection that the test makes: from Python, over memory,
+    or of the core. No other is made.
+    """
+    way: str = request.param
+    if way == "memory":
+        monkeypatch.setattr("anypoll._tls.openssl.why_not", lambda _: "the test wants it so")
+    elif reason := openssl.why_not(certificates.server_context()):
+        pytest.skip(f"the core cannot have sessions: {reason}")
+    made: set[bool] = set()
+    init = anypoll.TLSConnection.__init__
+
+    def noting(self: anypoll.TLSConnection, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.add(self.extra(anypoll.AnypollAttribute.tls_native))
+
+    monkeypatch.setattr(anypoll.TLSConnection, "__init__", noting)
+    yield way
+    assert made <= {way == "native"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import ssl
 import threading
 import time
 from dataclasses import dataclass
+
+import anyio
 
 import anypoll
 from anypoll._loop import runtime as _runtime
@@ -16,6 +19,7 @@ from anypoll._loop import runtime as _runtime
 _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")
 #: What one poller has for as long as the process lives.
 _FDS_OF_A_POLLER = 3
+_THREADS_OF_A_POLLER = 2  # the second one once it has made a TLS handshake
 _ANONYMOUS = "anon_inode:"
 #: Seconds after which what was frozen is looked through as well. A poller gives blocks and slots
 #: back within a few milliseconds; a collection of all that pytest holds takes ten times as long.
@@ -102,7 +106,7 @@ class Snapshot:
             if more <= 0:
                 del new[fd]
         words += [f"descriptor {fd}: {target}" for fd, target in new.items()]
-        if now.native_threads > self.native_threads + new_pollers:
+        if now.native_threads > self.native_threads + new_pollers * _THREADS_OF_A_POLLER:
             words.append(f"native threads: {self.native_threads} before, {now.native_threads} now")
         words += [f"thread: {thread}" for thread in now.python_threads - self.python_threads]
         return words
@@ -118,11 +122,25 @@ def _warm_up_uvloop() -> None:
         loop.run_until_complete(loop.getaddrinfo("127.0.0.1", 0))
 
 
+def _warm_up_tls() -> None:
+    """The first handshake of a poller starts its thread for them."""
+
+    async def shake_hands() -> None:
+        first, second = anypoll.socketpair()
+        async with first, second:
+            await second.send(b"no TLS at all")
+            with contextlib.suppress(ssl.SSLError):
+                await anypoll.TLSConnection.wrap(first, hostname="warm-up.test")
+
+    anyio.run(shake_hands)
+
+
 def start() -> None:
     """Starts once what then stays for the life of the process, so that it is in every snapshot."""
     if not anypoll.statistics().pollers:
         _runtime.pick_poller()
         _warm_up_uvloop()
+        _warm_up_tls()
         gc.collect()
     gc.freeze()  # or each collection would look again at pytest, all libraries and all reports
 

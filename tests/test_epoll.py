@@ -55,6 +55,7 @@ def test_the_stub_has_the_constants() -> None:
     [
         ("ap_view", constants("View")),
         ("ap_accepted", constants("Accepted")),
+        ("ap_tls_status", constants("TLSStatus")),
         ("ap_poller_stats", anypoll.PollerStatistics.__dataclass_fields__),
         ("ap_conn_stats", anypoll.ConnectionStatistics.__dataclass_fields__),
     ],

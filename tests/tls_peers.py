@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
+import pytest
 from certificates import client_context, server_context
 from peers import KIB, send_all
 
-from anypoll import Connection, TLSConnection
+from anypoll import Connection, TLSConnection, _epoll
 
 #: What the certificate is for.
 NAME = "anypoll.test"
@@ -117,6 +118,44 @@ async def accepted(
 
     await both(wrap, peer.shake_hands)
     return made[0]
+
+
+#: For a test of what only a session over memory does in a way of its own.
+over_memory = pytest.mark.parametrize("tls_way", ["memory"], indirect=True)
+
+
+def waits(stream: TLSConnection) -> bool:
+    """Whether a task waits for input."""
+    core = stream.connection._core
+    return core.hub.waits(core.number)
+
+
+def read_ahead(stream: TLSConnection) -> int:
+    """How much is read ahead, encrypted or not; nothing is decrypted for that."""
+    return len(stream.reader if stream._session.native else stream.connection.reader)
+
+
+def sends(stream: TLSConnection) -> bool:
+    """Whether a task is sending."""
+    session: Any = stream._session
+    return stream.connection._core._writing if session.native else session.sink._writing
+
+
+def has_said_goodbye(stream: TLSConnection) -> bool:
+    """Whether a ``close_notify`` was sent."""
+    session: Any = stream._session
+    if not session.native:
+        return bool(session.sink.eof_sent)
+    return bool(_epoll.conn_status(stream.connection._core.handle) & _epoll.IS_SHUT)
+
+
+def has_begun(stream: TLSConnection) -> bool:
+    """Whether part of a record has come, or something is unread."""
+    session: Any = stream._session
+    if not session.native:
+        return bool(session.engine.has_begun)
+    core = stream.connection._core
+    return core.session is not None and (core.session.has_begun or core.has_arrived())
 
 
 class Instead:

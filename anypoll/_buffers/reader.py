@@ -38,7 +38,10 @@ class Source(Protocol):
 
     budget: int
     limits: Limits
-    closed: bool
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is nothing to be had any more."""
 
     @property
     def origin(self) -> int | None:

@@ -152,7 +152,12 @@ class Core(Input):
 
     async def _aclose(self) -> None:
         if not self.closed:
-            if not self._writing and (self.writer._size > 0 or self._own_queued() > 0):
+            if self.session is not None:
+                try:
+                    await self.session.close(self)
+                finally:
+                    self.close()
+            elif not self._writing and (self.writer._size > 0 or self._own_queued() > 0):
                 try:
                     await self._drain_and_close()
                 finally:
@@ -164,17 +169,31 @@ class Core(Input):
 
     async def _drain_and_close(self) -> None:
         deadline = deadline_after(self.write_timeout) if self.write_timeout is not None else 0
+        self._begin_closing()
+        try:
+            await self._drained(deadline)
+        finally:
+            self._flushing = False
+
+    def _begin_closing(self) -> None:
+        """From now on the connection is closed to its user, but may still send."""
         self._flushing = True
         self._mark_closed()
         self.reader._end = SHUT
         self.writer._shut = True
         self.hub.wake_reader(self.number)
-        try:
-            left = self._send_pending() if self.writer._size else 1
-            while left > 0 and _epoll.conn_drain(self.handle, 0, deadline) == AGAIN:
+
+    async def _drained(self, deadline: int) -> bool:
+        """Sends what is pending, and waits until nothing is queued. False: that has failed, or has
+        taken too long.
+        """
+        left = self._send_pending() if self.writer._size else 1
+        while left > 0:
+            left = _epoll.conn_drain(self.handle, 0, deadline)
+            if left == AGAIN:
                 await self.hub.wait_write(self.number)
-        finally:
-            self._flushing = False
+                left = 1
+        return left == 0
 
     def _check_loop(self) -> None:
         """:raises RuntimeError: in another event loop, while the connection's own is alive"""
@@ -191,11 +210,10 @@ class Core(Input):
         if self.closed:
             return
         try:
-            left = self._send_pending() if self.writer._size else 1
-            while left and (result := _epoll.conn_drain(self.handle, 0, deadline)):
-                if result != AGAIN:
-                    return
-                await self.hub.wait_write(self.number)
+            if not await self._drained(deadline):
+                return
+            if self.session is not None and not await self.session.say_goodbye(self, deadline):
+                return
             while _epoll.conn_linger(self.handle, self.reader._start, deadline) == AGAIN:
                 self.reader._end = SHUT
                 await self.hub.wait_read(self.number)
@@ -221,6 +239,8 @@ class Core(Input):
             raise BusyResourceError("reading from")
         if self._writing or self.writer._size or conn_queued(self.handle) > 0:
             raise BusyResourceError("writing to")
+        if self.session is not None:
+            raise BusyResourceError("encrypting")
         raw = self.raw_socket()
         result = _epoll.conn_detach(self.handle, self.reader._start)
         if result < 0:

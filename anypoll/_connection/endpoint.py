@@ -25,7 +25,8 @@ from .._buffers.errors import (
     about,
     stream_error,
 )
-from .._epoll import EEOF, EIDLE, ELATE, conn_buffered
+from .._buffers.reader import SCATTER
+from .._epoll import ECUT, EEOF, EIDLE, ELATE, ETLS, NOWAIT, conn_buffered, conn_read
 from .._loop import runtime
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class RequestMode(Protocol):
 
     taskless: bool
     carries: bool
+    _conn: Any
+    _call: Any
 
     @property
     def idle(self) -> bool:
@@ -76,6 +79,23 @@ class RequestMode(Protocol):
 
     def stop(self) -> None:
         """Lets no further call start."""
+
+
+class Encryption(Protocol):
+    """A session that the core has, as its connection sees it; ``_tls/native.py`` has the theory."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether part of a record has come."""
+
+    def broken(self, code: int) -> Exception:
+        """The exception for ``ETLS`` and ``ECUT``."""
+
+    async def say_goodbye(self, core: Any, deadline: int) -> bool:
+        """Ends this side of the session. Returns whether it could be told."""
+
+    async def close(self, core: Any) -> None:
+        """Marks the connection closed, and performs the closing handshake."""
 
 
 class Endpoint(_native.Core):
@@ -100,6 +120,8 @@ class Endpoint(_native.Core):
     """called once, when the peer has gone"""
     callbacks: Callbacks | None
     """run at the end, if there are any"""
+    session: Encryption | None
+    """the TLS session that the core has, so that all input and output is plaintext"""
     held: bool
     """a handler has the connection, so its server runs the callbacks when that has ended"""
     peer: bytes | None
@@ -264,6 +286,8 @@ class Endpoint(_native.Core):
         self.writer._shut = True
         if code == EIDLE:
             return self._own(IdleTimeout("the connection was idle for too long"))
+        if code in (ETLS, ECUT) and self.session is not None:
+            return self._own(self.session.broken(code))
         return self._own(stream_error(code))
 
     def why_unwritable(self) -> Exception:
@@ -280,8 +304,16 @@ class Endpoint(_native.Core):
             if failed:
                 self._fail(POLLER_ENDED - failed)
             else:
-                self._fail(EIDLE if status & _epoll.IS_IDLE_END else -ECONNRESET)
+                self._fail(EIDLE if status & _epoll.IS_IDLE_END else self._why_broken())
         return status
+
+    def _why_broken(self) -> int:
+        if self.session is None:
+            return -ECONNRESET
+        pos = self.reader._start
+        more = max(conn_buffered(self.handle, pos), 0) + 1
+        code = conn_read(self.handle, pos, more, NOWAIT | SCATTER, 0, b"", 0)
+        return code if code in (ETLS, ECUT) else -ECONNRESET
 
 
 def _notify_closing(sock: socket.socket) -> None:

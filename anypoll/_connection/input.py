@@ -169,9 +169,13 @@ class Input(Output):
         return suspended
 
     def has_arrived(self) -> bool:
-        """Whether any input is unread, including input not yet read from the socket."""
+        """Whether any input is unread, including input not yet read from the socket, and part of
+        what is still to be decrypted.
+        """
         if self.closed:
             return False
+        if self.session is not None and self.session.has_begun:
+            return True
         return self._straight > 0 or _epoll.conn_arrived(self.handle, self.reader._start) > 0
 
     def _end_if_drained(self) -> None:

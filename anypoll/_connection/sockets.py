@@ -69,6 +69,8 @@ class AnypollAttribute(anyio.TypedAttributeSet):
     """the current counters, as from :meth:`Connection.statistics`; also after the close"""
     peer_credentials: PeerCredentials = anyio.typed_attribute()
     """pid, uid and gid of the peer; only on open UNIX connections"""
+    tls_native: bool = anyio.typed_attribute()
+    """whether the core encrypts and decrypts; only on TLS connections. :doc:`/tls` says when not"""
 
 
 def plain_address(address: Any) -> Address:

@@ -110,6 +110,11 @@ class Connection(_native.Stream, SocketSurface):
     # --- timeouts --------------------------------------------------------------------------------
 
     @property
+    def _source(self) -> Any:
+        """Who answers reads and writes: the core, unless that has a TLS session."""
+        return self._reader._core
+
+    @property
     def read_timeout(self) -> float | None:
         """Seconds that one read call may take in all; ``None``: forever.
 
@@ -117,11 +122,11 @@ class Connection(_native.Stream, SocketSurface):
         and the connection stays usable after the ``ReadTimeout``. The time is real time: Trio's
         ``MockClock`` does not move it.
         """
-        return self._core.read_timeout
+        return self._source.read_timeout  # type: ignore[no-any-return]
 
     @read_timeout.setter
     def read_timeout(self, value: float | None) -> None:
-        self._core.read_timeout = seconds(value, "read_timeout")
+        self._source.read_timeout = seconds(value, "read_timeout")
 
     @property
     def write_timeout(self) -> float | None:
@@ -130,11 +135,11 @@ class Connection(_native.Stream, SocketSurface):
         After a ``WriteTimeout`` the bytes not sent are still pending and go out first; ``abort()``
         is the way to give up.
         """
-        return self._core.write_timeout
+        return self._source.write_timeout  # type: ignore[no-any-return]
 
     @write_timeout.setter
     def write_timeout(self, value: float | None) -> None:
-        self._core.write_timeout = seconds(value, "write_timeout")
+        self._source.write_timeout = seconds(value, "write_timeout")
 
     @property
     def idle_timeout(self) -> float | None:
@@ -233,7 +238,7 @@ class Connection(_native.Stream, SocketSurface):
         if core.requests is not None:
             core.requests.replace(function)
             return
-        if core._reading:
+        if core._reading or core.session is not None:
             raise BusyResourceError("reading from")
         server = self._server
         owner = unserved(core.hub) if server is None else server._owner_of_requests()

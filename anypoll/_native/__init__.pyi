@@ -141,6 +141,7 @@ class Workers:
 
 class Requests:
     _before: Any
+    _call: Any
     _conn: Any
     _core: Any
     _fresh: bool

@@ -15,6 +15,17 @@ class View(Protocol):
     start: int
     end: int
 
+class TLSStatus(Protocol):
+    phase: int
+    begun: int
+    resumed: int
+    kind: int
+    code: int
+    verify: int
+    lasted: int
+    reason: Any
+    certificate: Any
+
 class Accepted(Protocol):
     fd: int
     family: int
@@ -28,6 +39,8 @@ class Lib(Protocol):
     AP_EDELIM: int
     AP_EIDLE: int
     AP_ELATE: int
+    AP_ETLS: int
+    AP_ECUT: int
     AP_EPOLLER: int
     AP_TCP: int
     AP_UNIX: int
@@ -53,6 +66,13 @@ class Lib(Protocol):
     AP_IS_IDLE_END: int
     AP_IS_SHUT: int
     AP_IS_GONE: int
+    AP_TLS_SERVER: int
+    AP_TLS_RAGGED: int
+    AP_TLS_NONE: int
+    AP_TLS_SHAKING: int
+    AP_TLS_OPEN: int
+    AP_TLS_ENDED: int
+    AP_TLS_FAILED: int
     AP_CALL_READ: int
     AP_CALL_WRITE: int
     AP_CALL_ACCEPT: int
@@ -177,6 +197,14 @@ class Lib(Protocol):
     def ap_block_unref(self, block: Block, /) -> None: ...
     def ap_tls_load(self, path: Any, version: int, /) -> int: ...
     def ap_tls_check(self, ssl: Any, ctx: Any, options: int, verify_mode: int, /) -> int: ...
+    def ap_conn_start_tls(self, conn: Conn, pos: int, ssl: Any, flags: int, /) -> int: ...
+    def ap_conn_shake(self, conn: Conn, deadline: int, /) -> int: ...
+    def ap_conn_say_goodbye(self, conn: Conn, /) -> int: ...
+    def ap_conn_end_tls(self, conn: Conn, pos: int, /) -> int: ...
+    def ap_conn_hold_tls(self, conn: Conn, /) -> int: ...
+    def ap_conn_release_tls(self, conn: Conn, /) -> int: ...
+    def ap_conn_settle_tls(self, conn: Conn, /) -> int: ...
+    def ap_conn_tls_status(self, conn: Conn, out: Any, /) -> int: ...
     def ap_account_new(self, out: Any, /) -> int: ...
     def ap_account_unref(self, account: Account, /) -> None: ...
     def ap_account_add(self, account: Account, credits: int, /) -> int: ...
@@ -204,6 +232,7 @@ class FFI(Protocol):
     def buffer(self, cdata: Any, size: int = ...) -> Any: ...
     def from_buffer(self, cdecl: str, buffer: Any, require_writable: bool = ...) -> Any: ...
     def typeof(self, cdata: Any) -> Any: ...
+    def string(self, cdata: Any, maxlen: int = ...) -> Any: ...
     def unpack(self, cdata: Any, length: int) -> Any: ...
 
 lib: Lib

@@ -98,6 +98,7 @@ class Lifecycle:
         with self._lock:
             connections, accepted = list(self.connections), self._accepted
             closed, received, sent = dict(self._closed), self._received, self._sent
+            tls = self._sessions.counts
         # A connection that ends meanwhile keeps its counters: no byte is lost or counted twice.
         live = [connection.statistics() for connection in connections]
         return ServerStatistics(
@@ -108,6 +109,10 @@ class Lifecycle:
             closed=MappingProxyType(closed),
             bytes_received=received + sum(s.bytes_received for s in live),
             bytes_sent=sent + sum(s.bytes_sent for s in live),
+            tls_handshakes=tls.handshakes,
+            tls_resumed=tls.resumed,
+            tls_failed=tls.failed,
+            tls_handshake_seconds=tls.seconds,
         )
 
     def faces(self) -> tuple[Any, ...]:
@@ -258,9 +263,16 @@ class Lifecycle:
         if self._options.on_connect is not None:
             await self._options.on_connect(self._sessions.face(connection))
         self._connected(connection)
-        if self._options.ssl_context is not None and self._options.on_request is not None:
+        requests, on_request = connection._core.requests, self._options.on_request
+        if self._options.ssl_context is None or on_request is None or requests is None:
+            return
+        if self._sessions.calls_for_plaintext(connection):
+            requests._conn = self._sessions.face(connection)
+            if not self._options.cancel_on_disconnect:
+                requests._call = None
+        else:
             # Requests may have come along with the handshake: no ciphertext will announce them.
-            await self.call(connection, self._options.on_request)
+            await self.call(connection, on_request)
 
     # --- user code -------------------------------------------------------------------------------
 
@@ -300,8 +312,9 @@ class Lifecycle:
 
     def call(self, conn: Any, function: Function) -> Awaitable[Any]:
         """Calls the function, in a scope that a disconnect cancels if that was asked for."""
-        disconnect = self.connections[conn]
-        awaitable = self._sessions.call(conn, function)
+        connection = self._sessions.below(conn)
+        disconnect = self.connections[connection]
+        awaitable = self._sessions.call(connection, function)
         if disconnect is not None and self._options.cancel_on_disconnect:
             return disconnect.scoped(awaitable)
         return awaitable
@@ -343,15 +356,16 @@ class Lifecycle:
         """Called when the handler or the last call has ended, with its exception."""
         reason: Reason = "cancelled"
         sessions = self._sessions
+        connection = sessions.below(conn)
         try:
-            reason = await self._reason(conn, sessions.explained(conn, exc))
-            disconnect = self.connections[conn]
-            if disconnect is not None and reason != "cancelled" and sessions.is_open(conn):
-                await disconnect.settle(gone=sessions.has_ended(conn))
+            reason = await self._reason(connection, sessions.explained(connection, exc))
+            disconnect = self.connections[connection]
+            if disconnect is not None and reason != "cancelled" and sessions.is_open(connection):
+                await disconnect.settle(gone=sessions.has_ended(connection))
             if reason in GRACEFUL:
-                await self._finish(conn)
+                await self._finish(connection)
         finally:
-            await self._end(conn, reason)
+            await self._end(connection, reason)
 
     async def _finish(self, connection: Connection) -> None:
         """Sends pending output, then ends this side of the connection."""

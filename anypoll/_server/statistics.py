@@ -23,3 +23,11 @@ class ServerStatistics:
     """how many connections ended for each reason; :doc:`/deployment` lists the reasons"""
     bytes_received: int
     bytes_sent: int
+    tls_handshakes: int
+    """done with success, for ``ssl_context``"""
+    tls_resumed: int
+    """how many of them resumed an earlier session, which takes little time"""
+    tls_failed: int
+    """failed or not done in time, by the fault of the peer"""
+    tls_handshake_seconds: float
+    """how long those took that were done, in all, with the time that the peers took"""

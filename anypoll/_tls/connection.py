@@ -6,20 +6,23 @@ import ssl
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anyio
 from anyio import BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.tls import TLSStream
 
 from .. import _native
 from .._buffers.arguments import seconds
 from .._buffers.errors import ORIGIN, REASON, ReadTimeout
+from .._connection.sockets import AnypollAttribute
 from .._connection.stream import Connection
 from .._epoll import SEQPACKET, ConnectionStatistics
 from .._loop.callbacks import Callback, _needs_an_argument
+from . import openssl
 from .memory.session import MemorySession
+from .native import NativeSession
 from .session import within
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Self
 
     from .._connection.sockets import Address
@@ -27,9 +30,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 __all__ = ("TLSConnection",)
-
-#: Seconds that a closing handshake may take if there is no ``write_timeout``.
-CLOSE_TIMEOUT = 10.0
 
 
 class TLSConnection(_native.Stream, TLSStream):
@@ -62,9 +62,17 @@ class TLSConnection(_native.Stream, TLSStream):
         connection = _connection(transport_stream)
         super().__init__(connection, standard_compatible, _ssl_object, _read_bio, _write_bio)
         self._connection = connection
-        self._session: Session = MemorySession(
-            connection._core, self, _ssl_object, _read_bio, _write_bio, standard_compatible
-        )
+        self._session: Session
+        pointer = openssl.ssl_pointer(_ssl_object) if _is_for_the_core(_ssl_object) else 0
+        if pointer:
+            self._session = NativeSession(
+                connection, _ssl_object, pointer, standard_compatible=standard_compatible
+            )
+        else:
+            self._session = MemorySession(
+                connection._core, self, _ssl_object, _read_bio, _write_bio, standard_compatible
+            )
+        self._ssl_object = self._session.ssl
         self._reader = self._session.reader
         self._closing = False
         self._unwrapped = False
@@ -182,13 +190,16 @@ class TLSConnection(_native.Stream, TLSStream):
         :raises BusyResourceError: while another task is reading or sending
         :raises MessageTooLarge: if the peer sends more than ``read_limit`` bytes without ending
         """
+        if self._unwrapped:
+            await self._connection._core.hub.checkpoint()
+            return self._connection, b""
         if self._session.is_reading:
             raise BusyResourceError("reading from")
         await self._session.send_eof()
         core, to_the_end = self._connection._core, self._session.to_the_end
         await within(core, self.read_timeout, to_the_end, ReadTimeout, "no closing handshake")
         timeouts = self.read_timeout, self.write_timeout
-        rest = self._session.part()
+        rest = await self._session.part()
         self._unwrapped = True
         self._connection.read_timeout, self._connection.write_timeout = timeouts
         return self._connection, rest
@@ -208,22 +219,12 @@ class TLSConnection(_native.Stream, TLSStream):
         first, self._closing = not self._closing, True
         try:
             if first and not self._unwrapped and not self._connection._core.closed:
-                timeout = CLOSE_TIMEOUT if self.write_timeout is None else self.write_timeout
-                await self._session.say_goodbye(timeout, wait=self.standard_compatible)
+                await self._session.close(wait=self.standard_compatible)
         finally:
             self._session.shut()
             if not self._unwrapped:
                 self._connection._core.close()
             await self._connection.aclose()
-
-    async def _finish(self, timeout: float) -> None:
-        """Ends a connection whose handler has returned: like ``Core.finish()``, with a
-        ``close_notify``.
-        """
-        deadline = anyio.current_time() + timeout
-        if not self._session.closed:
-            await self._session.say_goodbye(timeout, wait=False)
-        await self._connection._core.finish(max(deadline - anyio.current_time(), 0))
 
     # --- timeouts --------------------------------------------------------------------------------
 
@@ -296,6 +297,12 @@ class TLSConnection(_native.Stream, TLSStream):
         """See :attr:`Connection.remote_address`."""
         return self._connection.remote_address
 
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """AnyIO's :class:`~anyio.streams.tls.TLSAttribute`, and those of the connection."""
+        session = self._session
+        return {**super().extra_attributes, AnypollAttribute.tls_native: lambda: session.native}
+
     def statistics(self) -> ConnectionStatistics:
         """The connection's, which count encrypted bytes. Any thread."""
         return self._connection.statistics()
@@ -315,6 +322,11 @@ class TLSConnection(_native.Stream, TLSStream):
         function: Any = callback  # of any type, still unchecked
         wants_it = callable(function) and _needs_an_argument(function)
         self._connection.add_close_callback(partial(function, self) if wants_it else function)
+
+
+def _is_for_the_core(ssl_object: object) -> bool:
+    """Whether the core can have the session."""
+    return isinstance(ssl_object, ssl.SSLObject) and openssl.why_not(ssl_object.context) is None
 
 
 def _connection(stream: object) -> Connection:

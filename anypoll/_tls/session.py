@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
@@ -9,7 +10,6 @@ import anyio
 from .._connection.endpoint import LONG
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Awaitable, Callable
 
     from .._buffers.reader import Reader
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
+
+#: Seconds that a closing handshake may take if there is no ``write_timeout``.
+CLOSE_TIMEOUT = 10.0
 
 #: Bytes of ciphertext that a close reads while it waits for the peer's end: a peer that keeps
 #: sending must not keep it until the timeout.
@@ -81,18 +84,23 @@ class Session(Protocol):
         :raises MessageTooLarge: if that is more than ``read_limit`` bytes
         """
 
-    def part(self) -> bytes:
+    async def part(self) -> bytes:
         """Leaves the connection after both ends; what is unread can still be read. Returns the
         bytes that came after the peer's.
         """
 
-    async def say_goodbye(self, timeout: float, *, wait: bool) -> None:
-        """Sends pending output, then a ``close_notify``, all within that time, and ignores what the
-        peer can cause. Does nothing while another task is sending, or abandoned output is under
-        way.
+    async def close(self, *, wait: bool) -> None:
+        """Makes all other calls find the session closed, sends pending output, then a
+        ``close_notify``. What the peer can cause is ignored. All this may take ``closing_time()``;
+        nothing is done while another task is sending, or if only abandoned output is under way.
 
         :param wait: await the peer's ``close_notify``; discard what comes before, but stop at
-            ``CLOSE_MOST``. From now on all other calls find the session closed
+            ``CLOSE_MOST``
+        """
+
+    async def finish(self, timeout: float) -> None:
+        """Ends a connection whose handler has returned: like ``Core.finish()``, with a
+        ``close_notify``.
         """
 
     def shut(self) -> None:
@@ -115,3 +123,15 @@ async def within(
     with anyio.move_on_after(timeout):
         return await function()
     raise core._own(late(f"{what} within {timeout} s"))
+
+
+def closing_time(write_timeout: float | None) -> float:
+    """Seconds that a closing handshake may take."""
+    return CLOSE_TIMEOUT if write_timeout is None else write_timeout
+
+
+def cut_off() -> ssl.SSLError:
+    """The error that OpenSSL raises for a FIN, if it is told and must not ignore it."""
+    exc = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+    exc.library, exc.reason = "SSL", "UNEXPECTED_EOF_WHILE_READING"
+    return exc

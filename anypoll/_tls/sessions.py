@@ -6,12 +6,15 @@ A server without TLS asks here too, and gets the plain connections: the caller n
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Awaitable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anyio import EndOfStream
 
 from .._buffers.errors import normal_end
+from .connection import TLSConnection
 from .handshake import handshake
 from .memory.requests import Calls
 from .memory.session import MemorySession
@@ -19,11 +22,20 @@ from .memory.session import MemorySession
 if TYPE_CHECKING:
     from .._connection.requests import Function
     from .._connection.stream import Connection
-    from .connection import TLSConnection
 
 
 class HandshakeError(Exception):
     """A peer has failed the TLS handshake; the cause says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSCounts:
+    """What became of the handshakes of one server."""
+
+    handshakes: int = 0
+    resumed: int = 0
+    failed: int = 0
+    seconds: float = 0.0
 
 
 class TLSSessions:
@@ -42,6 +54,8 @@ class TLSSessions:
         self._on_request = on_request
         self._streams: dict[Connection, TLSConnection] = {}
         self._calls: dict[Connection, Calls] = {}
+        self.counts = TLSCounts()
+        """replaced as a whole, so that all are of one moment in any thread"""
 
     async def open(self, connection: Connection) -> None:
         """Performs the handshake, if the server uses TLS.
@@ -51,6 +65,7 @@ class TLSSessions:
         """
         if self._context is None:
             return
+        began = time.monotonic()
         try:
             stream = await handshake(connection, self._context, self._timeout)
         except EndOfStream:
@@ -58,11 +73,22 @@ class TLSSessions:
         except Exception as exc:
             if normal_end(exc, connection._core.number) is None:
                 raise
+            self.counts = replace(self.counts, failed=self.counts.failed + 1)
             raise HandshakeError from exc
+        self._count(stream, time.monotonic() - began)
         self._streams[connection] = stream
         session = stream._session
         if self._on_request is not None and isinstance(session, MemorySession):
             self._calls[connection] = Calls(stream, session, self._on_request)
+
+    def _count(self, stream: TLSConnection, seconds: float) -> None:
+        counts = self.counts
+        self.counts = replace(
+            counts,
+            handshakes=counts.handshakes + 1,
+            resumed=counts.resumed + bool(stream._session.ssl.session_reused),
+            seconds=counts.seconds + seconds,
+        )
 
     def is_open(self, connection: Connection) -> bool:
         """Whether user code may see the connection yet."""
@@ -72,8 +98,20 @@ class TLSSessions:
         """The connection as user code sees it."""
         return self._streams.get(connection, connection)
 
+    def below(self, conn: Any) -> Connection:
+        """The connection that user code sees like this."""
+        return conn.connection if isinstance(conn, TLSConnection) else conn
+
+    def calls_for_plaintext(self, connection: Connection) -> bool:
+        """Whether request mode itself finds out which calls are due: all but the session of a
+        connection works on plaintext.
+        """
+        return connection not in self._calls
+
     def call(self, connection: Connection, function: Function) -> Awaitable[Any]:
-        """Calls the handler once, or the request function as often as is due."""
+        """Calls the handler or the request function; the latter as often as is due, if the
+        connection does not know how often that is.
+        """
         calls = self._calls.get(connection)
         return function(self.face(connection)) if calls is None else calls.make()
 
@@ -99,7 +137,7 @@ class TLSSessions:
     async def finish(self, connection: Connection, timeout: float) -> None:
         """Sends pending output, then ends this side of the connection."""
         stream = self._streams.get(connection)
-        await (connection._core.finish(timeout) if stream is None else stream._finish(timeout))
+        await (connection._core if stream is None else stream._session).finish(timeout)
 
     def shut(self, connection: Connection) -> None:
         """From now on no call of the session finds anything."""

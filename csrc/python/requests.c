@@ -369,17 +369,12 @@ static PyMethodDef methods[] = {
 #define FLAG(name, field, flags) {name, T_BOOL, offsetof(Requests, field), flags, NULL}
 
 static PyMemberDef members[] = {
-    OBJECT("_before", before, 0),
-    OBJECT("_conn", conn, READONLY),
-    OBJECT("_core", core, READONLY),
-    OBJECT("_function", function, 0),
-    OBJECT("_owner", owner, READONLY),
-    FLAG("_fresh", fresh, 0),
-    FLAG("_over", over, 0),
-    FLAG("carries", carries, 0),
-    FLAG("idle", idle, READONLY),
-    FLAG("taskless", taskless, 0),
-    {NULL, 0, 0, 0, NULL},
+    OBJECT("_before", before, 0),     OBJECT("_call", call, 0),
+    OBJECT("_conn", conn, 0),         OBJECT("_core", core, READONLY),
+    OBJECT("_function", function, 0), OBJECT("_owner", owner, READONLY),
+    FLAG("_fresh", fresh, 0),         FLAG("_over", over, 0),
+    FLAG("carries", carries, 0),      FLAG("idle", idle, READONLY),
+    FLAG("taskless", taskless, 0),    {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

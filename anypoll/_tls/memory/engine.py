@@ -28,6 +28,7 @@ from anyio import (
 from ..._buffers.chain import EMPTY, Chain
 from ..._buffers.errors import IdleTimeout
 from ..._epoll import IS_EOF
+from ..session import cut_off
 
 if TYPE_CHECKING:
     from ..._buffers.chain import Piece
@@ -193,7 +194,7 @@ class Engine:
                 self._dry = True
                 return False
             if self._standard_compatible:
-                raise self.failed(_cut_off()) from self.failure
+                raise self.failed(cut_off()) from self.failure
             data = b""
         except ssl.SSLZeroReturnError:  # raised once this side has sent a close_notify
             data = b""
@@ -269,7 +270,7 @@ class Engine:
             self.has_drained()
         self.follow_draining()
         if self._fin:  # so no answer will come either
-            raise self.failed(_cut_off())
+            raise self.failed(cut_off())
         try:
             suspended = await core.fill(1)
         except EndOfStream:
@@ -363,13 +364,6 @@ class Engine:
     def leftover(self) -> bytes:
         """The bytes that came after the end of the session."""
         return self._incoming.read()
-
-
-def _cut_off() -> ssl.SSLError:
-    """The error that OpenSSL raises for a FIN, if it is told and must not ignore it."""
-    exc = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
-    exc.library, exc.reason = "SSL", "UNEXPECTED_EOF_WHILE_READING"
-    return exc
 
 
 def _is_truncation(exc: ssl.SSLError) -> bool:

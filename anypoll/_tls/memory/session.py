@@ -11,6 +11,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 
 from ..._buffers.errors import IdleTimeout
 from ..._connection.endpoint import LONG
+from ..session import closing_time
 from .engine import Engine
 from .input import Source
 from .output import Sink
@@ -113,16 +114,26 @@ class MemorySession:
         """See ``Session``."""
         await self.source.to_the_end()
 
-    def part(self) -> bytes:
+    async def part(self) -> bytes:
         """See ``Session``."""
         self.engine.core.draining = self.engine.ending
         return self.engine.leftover()
 
-    async def say_goodbye(self, timeout: float, *, wait: bool) -> None:
+    async def close(self, *, wait: bool) -> None:
         """See ``Session``."""
+        await self._say_goodbye(closing_time(self.write_timeout), wait=wait)
+
+    async def _say_goodbye(self, timeout: float, *, wait: bool) -> None:
         self.engine.closed = self.sink.writer._shut = True
         with anyio.move_on_after(min(timeout, LONG)), suppress(*_GONE):
             await self.sink.close(wait=wait)
+
+    async def finish(self, timeout: float) -> None:
+        """See ``Session``."""
+        deadline = anyio.current_time() + timeout
+        if not self.engine.closed:
+            await self._say_goodbye(timeout, wait=False)
+        await self.engine.core.finish(max(deadline - anyio.current_time(), 0))
 
     def shut(self) -> None:
         """See ``Session``."""
