@@ -111,6 +111,7 @@ async def test_a_queue_in_a_nursery() -> None:
         assert await second.next(4) == b"sent"
 
 
+@pytest.mark.usefixtures("tls_way")
 async def test_tls() -> None:
     """A cancel scope of AnyIO's limits its calls, in a Trio run too."""
     first, second = anypoll.socketpair()

@@ -92,7 +92,7 @@ class TLSConnection(_native.Stream, TLSStream):
 
         The connection's ``read_timeout`` and ``write_timeout`` become those of the session, and the
         connection then has none. The handshake counts as one read. If it fails, the connection gets
-        its timeouts back, and stays open.
+        its timeouts back, and stays open, but is of no use any more.
 
         :param transport_stream: a :class:`Connection`
         :param server_side: whether this is the server; ``None``: if there is no ``hostname``

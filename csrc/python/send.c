@@ -262,7 +262,7 @@ static int flush_now(Operation *op)
         return -1;
     if (core->failure)
         return write_failed(core, core->failure);
-    if (core->writer->shut && !(op->flags & CLAIMED)) {
+    if (core->writer->shut && core->kind != AP_SEQPACKET && !(op->flags & CLAIMED)) {
         core_raise_from(core, n_why_unwritable, NULL);
         return -1;
     }

@@ -91,8 +91,8 @@ async def test_a_peer_that_has_gone_has_no_address() -> None:
 
 def test_every_attribute_has_a_type() -> None:
     names = set(AnypollAttribute.__annotations__)
-    assert names == {"poller", "statistics", "peer_credentials"}
-    assert len({id(getattr(AnypollAttribute, name)) for name in names}) == 3
+    assert names == {"poller", "statistics", "peer_credentials", "tls_native"}
+    assert len({id(getattr(AnypollAttribute, name)) for name in names}) == 4
 
 
 async def test_statistics_are_the_connections() -> None:

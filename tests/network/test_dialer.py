@@ -402,6 +402,7 @@ async def tls_server() -> AsyncIterator[int]:
         group.cancel_scope.cancel()
 
 
+@pytest.mark.usefixtures("tls_way")
 async def test_tls() -> None:
     async with (
         tls_server() as port,
@@ -442,6 +443,7 @@ async def test_tls_options(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()  # the tracebacks of AnyIO's listener hold connections
 
 
+@pytest.mark.usefixtures("tls_way")
 async def test_a_tls_handshake_within_the_timeout() -> None:
     """A server that says nothing: the timeout covers the handshake too."""
     with listening() as (_, port):
