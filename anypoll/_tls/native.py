@@ -139,6 +139,8 @@ class NativeSession:
     async def _shake(self) -> None:
         core = self._core
         code = await _asked(core, partial(conn_shake, core.handle, 0), self._check_ending)
+        if code < 0 and self._encryption.status.lasted:
+            return  # it was done, and what has come since is for those who read
         if code == ETLS:
             error = self._encryption.reason
             if not isinstance(error, ssl.SSLEOFError):
