@@ -314,7 +314,7 @@ _OTHERS = {
     *("backend", "main", "fork", "fail_after", "move_on_after", "wait_all_tasks_blocked"),
     *("start", "stop", "run_sync_soon", "serve_listeners"),
     *("autojump_threshold", "close_notify", "raw_socket", "receive_until"),
-    *("anypoll.tls", "sni_callback", "keylog_filename"),
+    *("anypoll.tls", "sni_callback", "keylog_filename", "getpeercert"),
 }
 
 
