@@ -85,7 +85,9 @@ enum {
     AP_IS_EOF = 4,      /* the peer's FIN was read */
     AP_IS_IDLE_END = 8, /* broken by the idle timeout */
     AP_IS_SHUT = 16,    /* ap_conn_shutdown was called */
-    AP_IS_GONE = 32     /* the peer has gone, by a FIN or an RST, whether that was read or not */
+    AP_IS_GONE = 32,    /* the peer has gone, by a FIN or an RST, whether that was read or not */
+    AP_IS_FAILED = 64,  /* broken as AP_ETLS says */
+    AP_IS_CUT = 128     /* broken as AP_ECUT says */
 };
 
 /* One entry of the mailbox as the loop sees it. */

@@ -148,6 +148,10 @@ int ap_conn_status(ap_conn *conn)
         status |= AP_IS_EOF;
     else if (conn->read_end)
         status |= AP_IS_BROKEN;
+    if (conn->read_end == AP_ETLS)
+        status |= AP_IS_FAILED;
+    if (conn->read_end == AP_ECUT)
+        status |= AP_IS_CUT;
     if (conn->write_error || conn->was_reset)
         status |= AP_IS_BROKEN;
     if (conn->read_end == AP_EIDLE || conn->write_error == AP_EIDLE)

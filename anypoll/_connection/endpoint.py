@@ -25,8 +25,7 @@ from .._buffers.errors import (
     about,
     stream_error,
 )
-from .._buffers.reader import SCATTER
-from .._epoll import ECUT, EEOF, EIDLE, ELATE, ETLS, NOWAIT, conn_buffered, conn_read
+from .._epoll import ECUT, EEOF, EIDLE, ELATE, ETLS, conn_buffered
 from .._loop import runtime
 
 if TYPE_CHECKING:
@@ -304,16 +303,17 @@ class Endpoint(_native.Core):
             if failed:
                 self._fail(POLLER_ENDED - failed)
             else:
-                self._fail(EIDLE if status & _epoll.IS_IDLE_END else self._why_broken())
+                self._fail(_code_of(status))
         return status
 
-    def _why_broken(self) -> int:
-        if self.session is None:
-            return -ECONNRESET
-        pos = self.reader._start
-        more = max(conn_buffered(self.handle, pos), 0) + 1
-        code = conn_read(self.handle, pos, more, NOWAIT | SCATTER, 0, b"", 0)
-        return code if code in (ETLS, ECUT) else -ECONNRESET
+
+def _code_of(status: int) -> int:
+    """Why a connection of that status is broken."""
+    if status & _epoll.IS_IDLE_END:
+        return EIDLE
+    if status & _epoll.IS_FAILED:
+        return ETLS
+    return ECUT if status & _epoll.IS_CUT else -ECONNRESET
 
 
 def _notify_closing(sock: socket.socket) -> None:

@@ -66,6 +66,8 @@ class Lib(Protocol):
     AP_IS_IDLE_END: int
     AP_IS_SHUT: int
     AP_IS_GONE: int
+    AP_IS_FAILED: int
+    AP_IS_CUT: int
     AP_TLS_SERVER: int
     AP_TLS_RAGGED: int
     AP_TLS_NONE: int

@@ -32,6 +32,7 @@ from peers import (
     KIB,
     MIB,
     arrived,
+    blocked,
     holds,
     opened,
     pattern,
@@ -571,6 +572,18 @@ async def test_only_one_may_read_and_one_may_write() -> None:
                 await send()
         await peer.send(b"enough")
         assert await peer.receive(4 * MIB) == bytes(4 * MIB)
+
+
+async def test_who_asks_how_it_is_takes_no_wait_from_a_reader() -> None:
+    async with tls_and_peer("tcp") as (tls, peer), blocked(tls.receive) as outcome:
+        reset(peer.sock)
+        with anyio.fail_after(60):
+            while tls.is_active:  # asking makes the core look
+                pass
+        await holds(lambda: outcome)
+    [error] = outcome
+    assert isinstance(error, BrokenResourceError)
+    assert isinstance(error.__cause__, ConnectionResetError)
 
 
 async def test_calls_in_a_row_let_others_run() -> None:
