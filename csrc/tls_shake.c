@@ -150,7 +150,7 @@ static int wait(ap_conn *conn, int64_t deadline)
 {
     if (!conn->tls)
         return -EINVAL;
-    if (conn->tls->phase == AP_TLS_OPEN || conn->tls->phase == AP_TLS_ENDED)
+    if (conn->tls->lasted) /* whatever has become of the session since then */
         return 0;
     if (conn->read_end)
         return conn->read_end;

@@ -185,6 +185,12 @@ class Output(Endpoint):
             pass
         return True
 
+    async def flush_all(self) -> None:
+        """Flushes until nothing is pending, though other tasks may write meanwhile."""
+        await self.flush()
+        while self.writer._size:
+            await self.flush()
+
     async def wait_writable(self) -> None:
         """Waits until a send would probably not block."""
         self._enter_writing()

@@ -19,7 +19,7 @@ from .._loop.callbacks import Callback, _needs_an_argument
 from . import openssl
 from .memory.session import MemorySession
 from .native import NativeSession
-from .session import within
+from .session import NO_HANDSHAKE, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -114,32 +114,39 @@ class TLSConnection(_native.Stream, TLSStream):
         check_tls(ssl_context, hostname, "hostname")
         _check_hostname(server_side, hostname, ssl_context)
         _check_idle(connection)
-        timeouts = connection.read_timeout, connection.write_timeout
-        connection.read_timeout = connection.write_timeout = None
-        shake_hands = partial(
-            super().wrap,
-            connection,
-            server_side=server_side,
-            hostname=hostname,
-            ssl_context=ssl_context,
-            standard_compatible=standard_compatible,
-        )
+        core = connection._core
+        timeouts = core.read_timeout, core.write_timeout
+        core.read_timeout = core.write_timeout = None
+        stream: Any
         try:
-            stream: Any = await within(
-                connection._core, timeouts[0], shake_hands, ReadTimeout, "no TLS handshake"
-            )
+            if hostname is None and server_side and type(ssl_context) is ssl.SSLContext:
+                bios = ssl.MemoryBIO(), ssl.MemoryBIO()
+                ssl_object = ssl_context.wrap_bio(*bios, server_side=True)
+                stream = cls(connection, standard_compatible, ssl_object, *bios)
+                await stream._session.shake_hands(timeouts[0])
+            else:
+                shake_hands = partial(
+                    super().wrap,
+                    connection,
+                    server_side=server_side,
+                    hostname=hostname,
+                    ssl_context=ssl_context,
+                    standard_compatible=standard_compatible,
+                )
+                stream = await within(core, timeouts[0], shake_hands, ReadTimeout, NO_HANDSHAKE)
         except BaseException as exc:
-            connection.read_timeout, connection.write_timeout = timeouts
+            core.read_timeout, core.write_timeout = timeouts
             # Not the end of the stream or the server, nor the program's own close.
             if hasattr(exc, ORIGIN) and not isinstance(exc, (ClosedResourceError, EndOfStream)):
                 exc.__dict__[REASON] = "tls_handshake"
             raise
-        stream.read_timeout, stream.write_timeout = timeouts
+        session = stream._session
+        session.read_timeout, session.write_timeout = timeouts
         return stream  # type: ignore[no-any-return]
 
     async def _call_sslobject_method(self, *_: object) -> Any:
         """AnyIO's ``wrap()`` performs its handshake with this."""
-        await self._session.shake_hands()
+        await self._session.shake_hands(None)
 
     def __repr__(self) -> str:
         return f"<anypoll.{type(self).__name__} over {self._connection!r}>"

@@ -28,7 +28,8 @@ async def handshake(
     :raises BrokenResourceError: if the peer has gone, or with the ``ssl.SSLError`` as its cause
     :raises EndOfStream: if the server is ending
     """
-    read_timeout, connection.read_timeout = connection.read_timeout, timeout
+    core = connection._core
+    read_timeout, core.read_timeout = core.read_timeout, timeout
     try:
         stream = await TLSConnection.wrap(
             connection,
@@ -42,5 +43,5 @@ async def handshake(
         if not isinstance(exc, ssl.SSLError):
             raise
         raise connection._core._own(BrokenResourceError()) from exc
-    stream.read_timeout = read_timeout
+    stream._session.read_timeout = read_timeout
     return stream

@@ -28,13 +28,14 @@ from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, E
 
 from .. import _epoll
 from .._buffers.chain import EMPTY
-from .._buffers.errors import stream_error
+from .._buffers.errors import ReadTimeout, stream_error
 from .._buffers.reader import SCATTER, SHUT, Reader
 from .._buffers.writer import Writer
 from .._connection.endpoint import AGAIN, deadline_after
 from .._epoll import (
     ECUT,
     EEOF,
+    ELATE,
     ETLS,
     IS_EOF,
     IS_SHUT,
@@ -47,7 +48,7 @@ from .._epoll import (
 )
 from .held import HeldSSLObject
 from .openssl import ssl_error
-from .session import CLOSE_MOST, closing_time, cut_off
+from .session import CLOSE_MOST, NO_HANDSHAKE, closing_time, cut_off, within
 from .standins import Left, Parked
 
 if TYPE_CHECKING:
@@ -99,15 +100,20 @@ class NativeSession:
 
     # --- beginning -------------------------------------------------------------------------------
 
-    async def shake_hands(self) -> None:
+    async def shake_hands(self, timeout: float | None) -> None:
         """See ``Session``."""
         core = self._core
-        await core.flush()  # this is not encrypted
-        while core.writer._size:  # another task has written meanwhile
-            await core.flush()
+        deadline = deadline_after(timeout)
+        if core.writer._size or core.queued():
+            await within(core, timeout, core.flush_all, ReadTimeout, NO_HANDSHAKE)
         self._begin()
         try:
-            await self._shake()
+            shake = partial(conn_shake, core.handle, deadline)
+            code = await _asked(core, shake, self._check_ending)
+            if code == ELATE:
+                raise core._own(ReadTimeout(f"{NO_HANDSHAKE} within {timeout} s"))
+            if code < 0:
+                raise self._failed(code)
         except BaseException:
             self._change_back()
             raise
@@ -136,19 +142,15 @@ class NativeSession:
         writer._core = parked
         core.reader, core.writer = self.reader, self.writer
 
-    async def _shake(self) -> None:
+    def _failed(self, code: int) -> Exception:
         core = self._core
-        code = await _asked(core, partial(conn_shake, core.handle, 0), self._check_ending)
-        if code < 0 and self._encryption.status.lasted:
-            return  # it was done, and what has come since is for those who read
         if code == ETLS:
             error = self._encryption.reason
             if not isinstance(error, ssl.SSLEOFError):
-                raise core._own(error)
+                return core._own(error)
         if code == EEOF and self._flags & TLS_RAGGED:
-            raise core._own(EndOfStream())
-        if code < 0:
-            raise core._read_error(ECUT if code == EEOF else code)
+            return core._own(EndOfStream())
+        return core._read_error(ECUT if code == EEOF else code)
 
     def _check_ending(self) -> None:
         """The server may be ending: it waits for what has begun."""

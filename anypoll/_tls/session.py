@@ -22,6 +22,9 @@ E = TypeVar("E", bound=Exception)
 #: Seconds that a closing handshake may take if there is no ``write_timeout``.
 CLOSE_TIMEOUT = 10.0
 
+#: What a handshake is that comes too late.
+NO_HANDSHAKE = "no TLS handshake"
+
 #: Bytes of ciphertext that a close reads while it waits for the peer's end: a peer that keeps
 #: sending must not keep it until the timeout.
 CLOSE_MOST = 64 * 1024
@@ -72,8 +75,11 @@ class Session(Protocol):
     def has_ended(self) -> bool:
         """Whether the peer has ended its side, as far as anybody has looked."""
 
-    async def shake_hands(self) -> None:
-        """Performs the handshake."""
+    async def shake_hands(self, timeout: float | None) -> None:
+        """Performs the handshake.
+
+        :raises ReadTimeout: after ``timeout`` seconds
+        """
 
     async def send_eof(self) -> None:
         """Flushes, and sends a ``close_notify``. Idempotent."""

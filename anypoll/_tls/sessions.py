@@ -8,8 +8,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anyio import EndOfStream
 
@@ -28,8 +27,7 @@ class HandshakeError(Exception):
     """A peer has failed the TLS handshake; the cause says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class TLSCounts:
+class TLSCounts(NamedTuple):
     """What became of the handshakes of one server."""
 
     handshakes: int = 0
@@ -73,7 +71,7 @@ class TLSSessions:
         except Exception as exc:
             if normal_end(exc, connection._core.number) is None:
                 raise
-            self.counts = replace(self.counts, failed=self.counts.failed + 1)
+            self.counts = self.counts._replace(failed=self.counts.failed + 1)
             raise HandshakeError from exc
         self._count(stream, time.monotonic() - began)
         self._streams[connection] = stream
@@ -82,13 +80,9 @@ class TLSSessions:
             self._calls[connection] = Calls(stream, session, self._on_request)
 
     def _count(self, stream: TLSConnection, seconds: float) -> None:
-        counts = self.counts
-        self.counts = replace(
-            counts,
-            handshakes=counts.handshakes + 1,
-            resumed=counts.resumed + bool(stream._session.ssl.session_reused),
-            seconds=counts.seconds + seconds,
-        )
+        done, resumed, failed, total = self.counts
+        again = bool(stream._session.ssl.session_reused)
+        self.counts = TLSCounts(done + 1, resumed + again, failed, total + seconds)
 
     def is_open(self, connection: Connection) -> bool:
         """Whether user code may see the connection yet."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 
-from ..._buffers.errors import IdleTimeout
+from ..._buffers.errors import IdleTimeout, ReadTimeout
 from ..._connection.endpoint import LONG
-from ..session import closing_time
+from ..session import NO_HANDSHAKE, closing_time, within
 from .engine import Engine
 from .input import Source
 from .output import Sink
@@ -100,8 +100,12 @@ class MemorySession:
         """See ``Session``."""
         return self.engine.ended
 
-    async def shake_hands(self) -> None:
+    async def shake_hands(self, timeout: float | None) -> None:
         """See ``Session``."""
+        core = self.engine.core
+        await within(core, timeout, self._shake_hands, ReadTimeout, NO_HANDSHAKE)
+
+    async def _shake_hands(self) -> None:
         await self.engine.run(self.engine.ssl.do_handshake)
         await self.engine.core.flush()
         self.engine.established = True
