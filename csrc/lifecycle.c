@@ -139,13 +139,25 @@ int ap_conn_register(ap_conn **conns, int *results, int count)
 
 /* ---- end -------------------------------------------------------------- */
 
+/* Whether only the session has ended so: the connection's input may go on. */
+static bool is_of_session(const ap_conn *conn, int end)
+{
+    return end == AP_ETLS ||
+           (end == AP_EEOF && conn->tls && conn->tls->phase == AP_TLS_ENDED && !conn->discarding);
+}
+
+static bool has_ended(const ap_conn *conn, int end)
+{
+    return end && !is_of_session(conn, end);
+}
+
 /* A close would send an RST if input is unread, or if some arrives while output is
  * still unsent. If the kernel cannot be asked, there may be some. */
 static bool may_close(const ap_conn *conn)
 {
     int fd = conn->slot.fd;
-    bool ended = conn->read_end && !(conn->tls && conn->tls->phase == AP_TLS_ENDED);
-    if (conn->type != AP_TCP || ended || conn->write_error)
+    if (conn->type != AP_TCP || has_ended(conn, conn->read_end) ||
+        has_ended(conn, conn->write_error))
         return true;
     return conn->input.size == 0 && !conn->discarding && ap_sys_unread(fd) == 0 &&
            ap_sys_unsent(fd) == 0;
@@ -164,9 +176,9 @@ static int linger_locked(ap_conn *conn, int64_t deadline)
             return 0; /* no longer connected: nothing to wait for */
         }
     }
+    if (is_of_session(conn, conn->read_end))
+        conn->read_end = 0;
     conn->discarding = true;
-    if (conn->tls && conn->tls->phase == AP_TLS_ENDED && conn->read_end == AP_EEOF)
-        conn->read_end = 0; /* so far only of the session */
     ap_input_drop(conn);
     return (int)ap_read_wait(conn, AP_WANT_END, 0, 0, deadline, NULL, 0);
 }
