@@ -18,6 +18,7 @@
 #include "queue.h"
 #include "slot.h"
 #include "sysio.h"
+#include "tls.h"
 #include "tls_shake.h"
 #include "window.h"
 
@@ -157,7 +158,10 @@ static void trim(ap_conn *conn)
 static bool has_news(const ap_conn *conn)
 {
     const ap_slot *slot = &conn->slot;
-    bool in = conn->type != AP_SEQPACKET && !conn->read_end && !(slot->ready & AP_READABLE);
+    /* a step of a handshake, or who holds the session, may be late as well */
+    bool late = conn->tls && (conn->tls->held || conn->tls->phase == AP_TLS_SHAKING);
+    bool in =
+        conn->type != AP_SEQPACKET && !conn->read_end && (late || !(slot->ready & AP_READABLE));
     bool out = conn->out_bytes && !(slot->ready & AP_WRITABLE);
     return (in && ap_sys_readable(slot->fd)) || (out && ap_sys_writable(slot->fd));
 }

@@ -95,6 +95,8 @@ static bool is_of_message(int error)
 
 static int64_t send_now(ap_conn *conn, const char *data, size_t size, const int *fds, int count)
 {
+    if (conn->tls)
+        return -EBUSY;
     if (conn->shut)
         return -EPIPE;
     if (conn->write_error)
