@@ -42,6 +42,7 @@ static bool write_plain(ap_conn *conn)
 static bool write_sealed(ap_conn *conn)
 {
     size_t total = 0, n;
+    bool given_up;
     while (conn->out_bytes && !conn->tls->held && (conn->slot.ready & AP_WRITABLE)) {
         if (total >= AP_BOUND)
             return true;
@@ -52,9 +53,11 @@ static bool write_sealed(ap_conn *conn)
                 : 0;
         if (n == 0)
             break;
-        conn->tls->abandoned = conn->given_up > 0;
+        given_up = conn->own_bytes == 0 && n <= conn->given_up;
         ap_queue_advance(conn, n);
         ap_tls_push(conn);
+        if (given_up)
+            conn->tls->given_up = conn->tls->counted;
         total += n;
     }
     return false;
@@ -112,7 +115,6 @@ static void send_sealed(ap_conn *conn, rest *r)
            (n = ap_tls_seal(conn, r->iov, r->count, r->skip)) > 0) {
         leave_out(r, n);
         total += n;
-        conn->tls->abandoned = false;
         ap_tls_push(conn);
     }
 }

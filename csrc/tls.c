@@ -116,7 +116,7 @@ static ap_ossl_method *method(void)
     return none;
 }
 
-static bool attach(ap_tls *tls, ap_ossl_ssl *ssl)
+static bool attach_inside(ap_tls *tls, ap_ossl_ssl *ssl)
 {
     ap_ossl_bio *bio = method() ? ap_ssl.bio_new(method()) : NULL;
     if (!bio)
@@ -129,8 +129,18 @@ static bool attach(ap_tls *tls, ap_ossl_ssl *ssl)
     }
     ap_ssl.set_bio(ssl, bio, bio); /* one reference for both directions */
     ap_ssl.set_options(ssl, AP_OSSL_OP_NO_RENEGOTIATION);
+    /* a read goes on behind a message of the handshake's kind, as it does by default */
+    ap_ssl.ctrl(ssl, AP_OSSL_CTRL_MODE, AP_OSSL_MODE_AUTO_RETRY, NULL);
     tls->ssl = ssl;
     return true;
+}
+
+static bool attach(ap_tls *tls, ap_ossl_ssl *ssl)
+{
+    ap_gate_enter();
+    bool attached = attach_inside(tls, ssl);
+    ap_gate_leave();
+    return attached;
 }
 
 ap_tls *ap_tls_new(ap_ossl_ssl *ssl, int flags)
@@ -204,7 +214,7 @@ void ap_tls_release(ap_conn *conn)
 void ap_tls_forget_output(ap_conn *conn)
 {
     ap_tls *tls = conn->tls;
-    tls->counted = 0;
+    tls->counted = tls->given_up = 0;
     if (!tls->held) /* otherwise whoever holds it may be writing there */
         ap_bytes_clear(&tls->out);
 }
@@ -225,11 +235,14 @@ void ap_tls_describe(const ap_tls *tls, ap_tls_status *out)
                            .code = tls->code,
                            .verify = tls->verify,
                            .lasted = tls->lasted};
+    ap_gate_enter();
     copy_text(out->reason, sizeof out->reason, ap_ssl.err_reason(tls->code));
+    ap_gate_leave();
     copy_text(out->certificate, sizeof out->certificate, ap_ssl.verify_text(tls->verify));
 }
 
+/* While a step is computed of what has come, that is still there, and the rest is changing. */
 bool ap_tls_has_begun(const ap_tls *tls)
 {
-    return tls->header_size || tls->record_left || ap_bytes_size(&tls->ahead);
+    return ap_bytes_size(&tls->ahead) || tls->header_size || tls->record_left;
 }

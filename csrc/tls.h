@@ -14,6 +14,8 @@ struct ap_tls {
     bool stepped;      /* (m) OpenSSL has begun with the handshake */
     bool counted_open; /* (m) by ap_jobs_opened, as under way */
     bool resumed;      /* (m) once the handshake is done */
+    bool computing;    /* (m) one of those who hold it: a step of the handshake is made */
+    bool blocked;      /* (m) nothing can be encrypted before more has come */
     uint32_t held;     /* (m) who uses ssl, with out and in, without the mutex; see tls.c */
     int64_t began;     /* (c) */
     int64_t lasted;    /* (m) the handshake, in nanoseconds */
@@ -23,9 +25,9 @@ struct ap_tls {
     const uint8_t *in; /* what it sees */
     size_t in_size;
     ap_bytes out;      /* records that it has made and the kernel has not */
-    size_t counted;    /* of those, in the connection's out_bytes and own_bytes */
+    size_t counted;    /* (m) of those, in the connection's out_bytes and own_bytes */
+    size_t given_up;   /* (m) of those, the first: nobody waits for them */
     bool no_memory;    /* for them */
-    bool abandoned;    /* nobody waits for them */
     uint8_t header[5]; /* of the record that OpenSSL is seeing */
     uint8_t header_size;
     size_t record_left; /* bytes of it that it has not seen */

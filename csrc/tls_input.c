@@ -14,6 +14,7 @@
 #include "bytes.h"
 #include "connection.h"
 #include "gate.h"
+#include "inbox.h"
 #include "openssl.h"
 #include "pool.h"
 #include "receive.h"
@@ -44,7 +45,7 @@ static bool find_place(ap_context *context, ap_conn *conn, size_t expected, plac
     ap_block *tail = conn->input.tail;
     size_t room = tail ? ap_block_room(tail) : 0;
     *out = (place){.block = tail};
-    if (room >= expected || room >= TAIL_LEAST)
+    if (room && (room >= expected || room >= TAIL_LEAST))
         return true;
     size_t usual = conn->grow - AP_BLOCK_HEADER;
     *out = (place){.block = ap_pool_take(context->pool, expected > usual ? expected : usual),
@@ -116,6 +117,9 @@ static void decrypt(ap_context *context, ap_conn *conn, const uint8_t *data, siz
     tls->in_size = 0;
     if (ap_bytes_size(&tls->out) > tls->counted && !conn->write_error)
         ap_tls_push(conn); /* it has answered */
+    if (tls->blocked && conn->out_count)
+        ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
+    tls->blocked = false;
 }
 
 /* ---- receiving -------------------------------------------------------- */

@@ -5,6 +5,9 @@
  * waiting here, and the rest stands in the queue as it was given: it can still be taken back. A
  * record that was made has to go out, because it is numbered.
  *
+ * OpenSSL encrypts nothing while it has a part of a message that belongs to the handshake's kind (a
+ * ticket, say, in several records). The queue waits until more input has been decrypted.
+ *
  * Records that wait count as the connection's own output (own_bytes), which precedes what Python
  * has given.
  */
@@ -26,7 +29,7 @@
 static bool may_seal(const ap_conn *conn)
 {
     const ap_tls *tls = conn->tls;
-    return !tls->held && !conn->goodbye && tls->phase != AP_TLS_SHAKING &&
+    return !tls->held && !tls->blocked && !conn->goodbye && tls->phase != AP_TLS_SHAKING &&
            tls->phase != AP_TLS_FAILED && ap_bytes_size(&tls->out) == 0;
 }
 
@@ -88,6 +91,9 @@ size_t ap_tls_seal(ap_conn *conn, const struct iovec *iov, size_t count, size_t 
         int rc = ap_ssl.write(tls->ssl, data, (int)size);
         ap_gate_leave();
         if (rc <= 0) {
+            tls->blocked = ap_ssl.get_error(tls->ssl, rc) == AP_OSSL_ERROR_WANT_READ;
+            if (tls->blocked)
+                break;
             ap_tls_fail(conn, rc);
             return 0;
         }
@@ -112,7 +118,7 @@ bool ap_tls_push(ap_conn *conn)
 {
     ap_tls *tls = conn->tls;
     bool all = true;
-    if (conn->write_error) {
+    if (conn->write_error || conn->shut) { /* an answer to the peer, who need not have it */
         ap_tls_forget_output(conn);
         return false;
     }
@@ -124,8 +130,10 @@ bool ap_tls_push(ap_conn *conn)
         if (conn->write_error) /* that has dropped it */
             return false;
         ap_bytes_consume(&tls->out, sent);
+        tls->given_up -= sent < tls->given_up ? sent : tls->given_up;
     }
     count(conn);
+    ap_queue_tell(conn);
     return ap_bytes_size(&tls->out) == 0;
 }
 

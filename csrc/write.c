@@ -77,8 +77,8 @@ int64_t ap_conn_awaited(ap_conn *conn)
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    size_t sealed = conn->tls && conn->tls->abandoned ? conn->own_bytes : 0;
-    int64_t left = (int64_t)(conn->out_bytes - conn->given_up - sealed);
+    size_t records = conn->tls ? conn->tls->given_up : 0;
+    int64_t left = (int64_t)(conn->out_bytes - conn->given_up - records);
     ap_slot_unlock(&conn->slot);
     return left;
 }
@@ -90,7 +90,7 @@ int ap_conn_give_up(ap_conn *conn)
         return rc;
     conn->given_up = conn->out_bytes - conn->own_bytes;
     if (conn->tls)
-        conn->tls->abandoned = true;
+        conn->tls->given_up = conn->tls->counted;
     ap_slot_unlock(&conn->slot);
     return 0;
 }
