@@ -532,8 +532,9 @@ AP_API int64_t ap_conn_say_goodbye(ap_conn *conn);
 AP_API int ap_conn_end_tls(ap_conn *conn, uint32_t pos);
 
 /* The SSL object may be asked, until it is released, and the session stands still meanwhile. Nests.
- * Thread: any, briefly. Returns 0; -EBADF: the session is no longer used, so it may be asked
- * anyway, and is not to be released. */
+ * Waits for a step of the handshake that is being made. Thread: any, briefly. Returns 0; -EBUSY: it
+ * has taken a second; -EBADF: the session is no longer used, so it may be asked anyway, and is not
+ * to be released. */
 AP_API int ap_conn_hold_tls(ap_conn *conn);
 AP_API int ap_conn_release_tls(ap_conn *conn);
 

@@ -11,6 +11,7 @@
 #include "inbox.h"
 #include "input.h"
 #include "openssl.h"
+#include "poller.h"
 #include "pool.h"
 #include "slot.h"
 #include "tls.h"
@@ -20,8 +21,8 @@
 
 #include <unistd.h>
 
-#define SETTLE_PAUSE 200 /* microseconds */
-#define SETTLE_TRIES 5000
+#define PAUSE 200 /* microseconds */
+#define TRIES 5000
 
 /* ---- beginning and end ------------------------------------------------ */
 
@@ -34,7 +35,7 @@ static bool take_input(ap_conn *conn, ap_tls *tls)
             return false;
     }
     ap_input_drop(conn);
-    conn->lent = false;
+    conn->lent = conn->paused = false;
     return true;
 }
 
@@ -51,6 +52,8 @@ static int start(ap_conn *conn, ap_ossl_ssl *ssl, int flags)
         return -ENOMEM;
     }
     conn->straight = false;
+    if (conn->read_end)
+        ap_tls_cut_off(conn);
     if (ap_tls_wants_step(conn))
         ap_tls_step_later(conn);
     return 0;
@@ -75,6 +78,8 @@ static int end_locked(ap_conn *conn)
     if (!tls || tls->held || tls->phase != AP_TLS_ENDED || !conn->goodbye || conn->out_bytes ||
         conn->input.size || conn->want != AP_WANT_NOTHING)
         return -EBUSY;
+    if (conn->slot.orphaned)
+        return ap_state(conn->slot.poller);
     size_t size = ap_bytes_size(&tls->ahead);
     ap_block *block = size ? ap_pool_take(conn->slot.hub->context.pool, size) : NULL;
     if (size && !block)
@@ -117,8 +122,8 @@ static int64_t say_goodbye(ap_conn *conn)
     if (!conn->goodbye) {
         if (tls->held || conn->out_count || tls->phase == AP_TLS_SHAKING)
             return -EBUSY;
-        ap_ssl.err_clear();
         ap_gate_enter();
+        ap_ssl.err_clear();
         int rc = ap_ssl.shutdown(tls->ssl); /* once: twice would read the peer's */
         ap_gate_leave();
         if (rc < 0) {
@@ -126,8 +131,9 @@ static int64_t say_goodbye(ap_conn *conn)
             return conn->write_error;
         }
         conn->goodbye = true;
-        if (conn->slot.ready & AP_WRITABLE)
-            ap_tls_push(conn);
+        ap_tls_push(conn);
+        if (conn->slot.ready & AP_READABLE)
+            ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW); /* answers have stopped input */
     }
     return conn->write_error ? conn->write_error : (int64_t)conn->out_bytes;
 }
@@ -144,17 +150,34 @@ int64_t ap_conn_say_goodbye(ap_conn *conn)
 
 /* ---- asking ----------------------------------------------------------- */
 
+/* Asks again while the answer is -EAGAIN: a thread computes. That takes milliseconds and is seldom,
+ * so there is nothing to wake. */
+static int patiently(ap_conn *conn, int (*ask)(ap_conn *conn))
+{
+    int rc = -EAGAIN;
+    for (int tries = 0; rc == -EAGAIN && tries < TRIES; tries++) {
+        if (tries > 0)
+            usleep(PAUSE);
+        ap_slot_lock(&conn->slot);
+        rc = ask(conn);
+        ap_slot_unlock(&conn->slot);
+    }
+    return rc == -EAGAIN ? -EBUSY : rc;
+}
+
+static int hold(ap_conn *conn)
+{
+    if (conn->tls && conn->tls->computing)
+        return -EAGAIN;
+    if (!conn->tls || conn->slot.closed)
+        return -EBADF;
+    ap_tls_hold(conn->tls);
+    return 0;
+}
+
 int ap_conn_hold_tls(ap_conn *conn)
 {
-    int rc = ap_slot_enter(&conn->slot);
-    if (rc < 0)
-        return rc;
-    if (conn->tls)
-        ap_tls_hold(conn->tls);
-    else
-        rc = -EBADF;
-    ap_slot_unlock(&conn->slot);
-    return rc;
+    return conn->slot.epoch == ap_epoch_now() ? patiently(conn, hold) : -ECHILD;
 }
 
 /* The connection may be closed by now. */
@@ -170,29 +193,16 @@ int ap_conn_release_tls(ap_conn *conn)
     return 0;
 }
 
-static bool is_settled(ap_conn *conn, bool *may_settle)
+static int settle(ap_conn *conn)
 {
-    ap_slot_lock(&conn->slot);
-    bool settled = !conn->tls;
-    *may_settle = conn->slot.closed;
-    ap_slot_unlock(&conn->slot);
-    return settled;
+    if (!conn->tls)
+        return 0;
+    return conn->slot.closed ? -EAGAIN : -EBUSY;
 }
 
-/* A step of a handshake takes milliseconds, and this is seldom: there is nothing to wake. */
 int ap_conn_settle_tls(ap_conn *conn)
 {
-    bool may_settle = conn->slot.epoch == ap_epoch_now();
-    if (!may_settle)
-        return 0;
-    for (int i = 0; i < SETTLE_TRIES; i++) {
-        if (is_settled(conn, &may_settle))
-            return 0;
-        if (!may_settle)
-            return -EBUSY;
-        usleep(SETTLE_PAUSE);
-    }
-    return -EBUSY;
+    return conn->slot.epoch == ap_epoch_now() ? patiently(conn, settle) : 0;
 }
 
 int ap_conn_tls_status(ap_conn *conn, ap_tls_status *out)

@@ -30,11 +30,12 @@
 #include "tls_output.h"
 
 #define AT_ONCE (16u * 1024) /* bytes received */
+#define STEPS_AT_ONCE 16     /* then others have their turn */
 
 bool ap_tls_wants_step(const ap_conn *conn)
 {
     const ap_tls *tls = conn->tls;
-    if (tls->phase != AP_TLS_SHAKING || conn->read_end)
+    if (tls->phase != AP_TLS_SHAKING || conn->read_end || conn->discarding)
         return false;
     bool begins = !tls->server && !tls->stepped;
     return begins || ap_bytes_size(&tls->ahead) || (conn->slot.ready & AP_READABLE);
@@ -57,6 +58,7 @@ static int compute(ap_conn *conn, int *kind)
     tls->in = ap_bytes_front(&tls->ahead);
     tls->in_size = size;
     ap_tls_begin(conn);
+    tls->computing = true;
     ap_tls_hold(tls);
     ap_slot_unlock(&conn->slot);
     ap_gate_enter();
@@ -67,6 +69,7 @@ static int compute(ap_conn *conn, int *kind)
     ap_slot_lock(&conn->slot);
     ap_bytes_consume(&tls->ahead, size - tls->in_size);
     tls->in_size = 0;
+    tls->computing = false;
     ap_tls_release(conn);
     return rc;
 }
@@ -108,13 +111,18 @@ static void succeed(ap_conn *conn)
 static bool is_shaking(const ap_conn *conn)
 {
     return !conn->slot.closed && conn->tls && conn->tls->phase == AP_TLS_SHAKING &&
-           !conn->tls->held && !conn->read_end;
+           !conn->tls->held && !conn->read_end && !conn->discarding;
 }
 
-/* With the mutex, before and after. */
+/* With the mutex, before and after. A peer may send more than a handshake has: it is pushed again
+ * then, behind all others. */
 static void shake(ap_conn *conn)
 {
-    while (is_shaking(conn)) {
+    for (int steps = 0; is_shaking(conn); steps++) {
+        if (steps == STEPS_AT_ONCE) {
+            ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
+            return;
+        }
         int kind, rc = compute(conn, &kind);
         if (conn->slot.closed)
             return;
@@ -140,7 +148,8 @@ void ap_tls_job(ap_slot *slot)
 
 void ap_tls_step_later(ap_conn *conn)
 {
-    if (ap_jobs_push(&conn->slot, conn->tls->stepped) < 0)
+    int rc = ap_jobs_push(&conn->slot, conn->tls->stepped);
+    if (rc < 0 && rc != -ECANCELED) /* nothing moves any more when the poller is stopped */
         shake(conn);
 }
 
