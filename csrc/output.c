@@ -138,7 +138,9 @@ int64_t ap_output_send(ap_conn *conn, const ap_piece *pieces, int count)
     conn->owed = true;
     if (conn->slot.ready & AP_WRITABLE)
         ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
-    return (int64_t)conn->out_bytes;
+    else
+        ap_queue_watch(conn, true); /* nobody does, if a wait for room was given up */
+    return conn->write_error ? conn->write_error : (int64_t)conn->out_bytes;
 }
 
 /* Who makes the system call for the output of a task that now waits for input?

@@ -120,6 +120,8 @@ static int64_t say_goodbye(ap_conn *conn)
     if (conn->write_error)
         return conn->write_error;
     if (!conn->goodbye) {
+        if (conn->shut)
+            return -EPIPE;
         if (tls->held || conn->out_count || tls->phase == AP_TLS_SHAKING)
             return -EBUSY;
         ap_gate_enter();

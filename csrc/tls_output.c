@@ -132,6 +132,10 @@ bool ap_tls_push(ap_conn *conn)
         ap_bytes_consume(&tls->out, sent);
         tls->given_up -= sent < tls->given_up ? sent : tls->given_up;
     }
+    if (ap_bytes_size(&tls->out) && !(conn->slot.ready & AP_WRITABLE))
+        ap_queue_watch(conn, true);
+    if (conn->write_error)
+        return false;
     count(conn);
     ap_queue_tell(conn);
     return ap_bytes_size(&tls->out) == 0;

@@ -49,6 +49,27 @@ TEST(handshakes_in_single_bytes_with_a_thread)
     each_session(true, 1);
 }
 
+/* There was no room before it began, and nobody watches for it on a UNIX socket. */
+TEST(a_handshake_waits_for_room)
+{
+    static char memory[64 * 1024];
+    tls_load();
+    struct world *w = world_open();
+    struct session s;
+    session_open(&s, w, AP_UNIX, TLS13, false);
+    while (ap_conn_send_fds(s.l.conn, memory, sizeof memory, NULL, 0) > 0)
+        ;
+    CHECK_EQ(ap_conn_drain(s.l.conn, 1, 0), -EAGAIN);
+    CHECK_OK(ap_conn_disarm_write(s.l.conn));
+    session_start(&s, 0);
+    UNTIL(w, ap_conn_queued(s.l.conn) > 0);
+    while (recv(s.l.peer, memory, sizeof memory, MSG_DONTWAIT) > 0)
+        ;
+    shake_hands(&s);
+    session_close(&s);
+    world_close(w);
+}
+
 /* ---- data --------------------------------------------------------------- */
 
 static const size_t sizes[] = {1, 5, 100, 4096, 16384, 16385, 40000, 70000, 200000, 600000};

@@ -108,6 +108,12 @@ SESSION_TEST(goodbye_sends_what_was_queued, TLS13, true)
     free(said);
 }
 
+SESSION_TEST(goodbye_comes_too_late, TLS13, true)
+{
+    CHECK_OK(ap_conn_shutdown(s->l.conn));
+    CHECK_EQ(ap_conn_say_goodbye(s->l.conn), -EPIPE);
+}
+
 /* ---- the connection afterwards --------------------------------------------- */
 
 SESSION_TEST(plain_bytes_follow, TLS13, true)

@@ -318,3 +318,23 @@ TEST(unix_faults_of_messages)
     link_close(&l);
     world_close(w);
 }
+
+/* The wait for room was given up, and nobody watches for it: output that comes then does. */
+LINK_TEST(output_after_a_wait_for_room_was_given_up, UNIX, HIGH)
+{
+    int64_t took, all = 0;
+    static char memory[64 * 1024];
+    while ((took = ap_conn_send_fds(l->conn, memory, sizeof memory, NULL, 0)) > 0)
+        all += took;
+    CHECK_EQ(took, -EAGAIN);
+    settle(w);
+    CHECK_EQ(ap_conn_drain(l->conn, 1, 0), -EAGAIN);
+    CHECK_OK(ap_conn_disarm_write(l->conn));
+    CHECK_EQ(ap_conn_write(l->conn, "abc", 3), 3);
+    settle(w);
+    for (ssize_t got; all > 0; all -= got) {
+        got = recv(l->peer, memory, sizeof memory, MSG_DONTWAIT);
+        CHECK(got > 0);
+    }
+    UNTIL(w, ap_conn_queued(l->conn) == 0);
+}
