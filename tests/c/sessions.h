@@ -34,6 +34,7 @@ enum { SET_MIN = 123, SET_MAX = 124, SET_FRAGMENT = 52, SET_HOSTNAME = 55 }; /* 
     F(int, SSL_is_server, (const ap_ossl_ssl *))                                             \
     F(void, SSL_set_verify, (ap_ossl_ssl *, int, void *))                                    \
     F(void, SSL_set_info_callback, (ap_ossl_ssl *, void (*)(const ap_ossl_ssl *, int, int))) \
+    F(int, SSL_set_fd, (ap_ossl_ssl *, int))                                                 \
     F(int, SSL_key_update, (ap_ossl_ssl *, int))                                             \
     F(int, SSL_renegotiate, (ap_ossl_ssl *))                                                 \
     F(const char *, SSL_get_version, (const ap_ossl_ssl *))                                  \
