@@ -83,7 +83,7 @@ static void wait_until(ap_jobs *jobs, int64_t until)
 /* Waits for it. NULL: the thread is to end. */
 static ap_slot *next(ap_jobs *jobs)
 {
-    int64_t until;
+    int64_t until = 0;
     pthread_mutex_lock(&jobs->mutex);
     while (!jobs->stopped && (!jobs->head || (until = has_to_wait(jobs)) > 0)) {
         if (jobs->head)
