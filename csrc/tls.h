@@ -12,6 +12,7 @@ struct ap_tls {
     bool server;       /* (c) */
     bool ragged;       /* (c) a FIN is as good as a close_notify */
     bool stepped;      /* (m) OpenSSL has begun with the handshake */
+    bool endless;      /* (m) more has come at once than a handshake has */
     bool counted_open; /* (m) by ap_jobs_opened, as under way */
     bool resumed;      /* (m) once the handshake is done */
     bool computing;    /* (m) one of those who hold it: a step of the handshake is made */

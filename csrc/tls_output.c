@@ -180,6 +180,8 @@ void ap_tls_cut_off(ap_conn *conn)
     ap_tls *tls = conn->tls;
     if (conn->read_end == AP_EEOF && !tls->ragged)
         conn->read_end = AP_ECUT;
-    if (tls->phase == AP_TLS_SHAKING)
-        ap_queue_fail(conn, conn->read_end); /* there is no answer that could be sent */
+    if (tls->phase != AP_TLS_SHAKING || !conn->read_end)
+        return;
+    ap_tls_end(conn);
+    ap_queue_fail(conn, conn->read_end); /* there is no answer that could be sent */
 }

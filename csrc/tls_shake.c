@@ -114,12 +114,13 @@ static bool is_shaking(const ap_conn *conn)
            !conn->tls->held && !conn->read_end && !conn->discarding;
 }
 
-/* With the mutex, before and after. A peer may send more than a handshake has: it is pushed again
- * then, behind all others. */
+/* With the mutex, before and after. A peer may send more than a handshake has: from then on it is
+ * pushed behind all others. */
 static void shake(ap_conn *conn)
 {
     for (int steps = 0; is_shaking(conn); steps++) {
         if (steps == STEPS_AT_ONCE) {
+            conn->tls->endless = true;
             ap_inbox_push(&conn->slot, AP_BOX_WORK, AP_DUE_NOW);
             return;
         }
@@ -148,7 +149,8 @@ void ap_tls_job(ap_slot *slot)
 
 void ap_tls_step_later(ap_conn *conn)
 {
-    int rc = ap_jobs_push(&conn->slot, conn->tls->stepped);
+    const ap_tls *tls = conn->tls;
+    int rc = ap_jobs_push(&conn->slot, tls->stepped && !tls->endless);
     if (rc < 0 && rc != -ECANCELED) /* nothing moves any more when the poller is stopped */
         shake(conn);
 }

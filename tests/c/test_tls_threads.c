@@ -290,3 +290,52 @@ TEST(whoever_asks_wakes_a_loop_that_drives)
 {
     sleep_and_exchange(true, true);
 }
+
+/* ---- a peer without end --------------------------------------------------------- */
+
+struct flood {
+    int fd;
+    _Atomic bool over;
+};
+
+/* Sends messages that a handshake skips, faster than they can be. */
+static void *flood(void *arg)
+{
+    static const uint8_t hello_request[] = {22, 3, 3, 0, 4, 0, 0, 0, 0};
+    struct flood *f = arg;
+    uint8_t memory[9000];
+    for (size_t i = 0; i < sizeof memory; i++)
+        memory[i] = hello_request[i % sizeof hello_request];
+    for (size_t at = 0; !atomic_load(&f->over);) {
+        ssize_t n = send(f->fd, memory + at, sizeof memory - at, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n > 0)
+            at = (at + (size_t)n) % sizeof memory;
+        else
+            sched_yield();
+    }
+    return NULL;
+}
+
+TEST(an_endless_handshake_does_not_keep_others_out)
+{
+    tls_load();
+    struct world *w = world_open();
+    struct session endless, s;
+    pthread_t thread;
+    world_start(w);
+    session_open(&endless, w, AP_TCP, TLS12, false);
+    struct flood f = {.fd = endless.l.peer};
+    CHECK(pthread_create(&thread, NULL, flood, &f) == 0);
+    session_start(&endless, 0);
+    for (int i = 0; i < 5; i++) {
+        session_open(&s, w, AP_TCP, TLS13, i & 1);
+        session_start(&s, 0);
+        shake_hands(&s);
+        session_close(&s);
+    }
+    CHECK_EQ(status_of(&endless).phase, AP_TLS_SHAKING);
+    atomic_store(&f.over, true);
+    CHECK(pthread_join(thread, NULL) == 0);
+    session_close(&endless);
+    world_close(w);
+}
