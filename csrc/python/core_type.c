@@ -110,12 +110,19 @@ static int traverse(PyObject *self, visitproc visit, void *arg)
 }
 
 /* A thread may be computing a handshake with what the session keeps: rather lose it than free it
- * too early. */
+ * too early. That thread may be in a callback that waits for Python. */
 static void drop_session(Core *core)
 {
     PyObject *session = core->session;
+    int rc = 0;
     core->session = NULL;
-    if (session && (!core->conn || ap_conn_settle_tls(core->conn) == 0))
+    if (!session)
+        return;
+    if (core->conn) {
+        Py_BEGIN_ALLOW_THREADS rc = ap_conn_settle_tls(core->conn);
+        Py_END_ALLOW_THREADS
+    }
+    if (rc == 0)
         Py_DECREF(session);
 }
 
