@@ -409,7 +409,8 @@ AP_API int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_
 /* Sends as much of data as one system call takes (a message: all), with copies
  * of the descriptors; the rest of a stream's data goes out without them.
  * Nothing is queued. Thread: loop. Returns the bytes taken; -EAGAIN with queued output or
- * without room (ap_conn_drain waits for both to end); errors as ap_conn_send, and
+ * without room (ap_conn_drain waits for both to end); -EBUSY: there is a TLS session, which
+ * carries none; errors as ap_conn_send, and
  * those of the arguments (EMSGSIZE, EBADF, ETOOMANYREFS, ...), after which the
  * connection goes on. */
 AP_API int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int *fds,
