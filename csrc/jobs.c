@@ -12,12 +12,6 @@
  *           takes the slot's mutex, finds what there is to do, and may let go of it while
  *           it computes. The slot may have been closed, or orphaned, at any moment.
  *
- * What has begun may have to wait for a peer, and has its memory meanwhile: a handshake
- * 40 KiB, in pieces, of which the system gets little back afterwards (measured: of 2000
- * clients that came at once each had cost twice what it needed). So while AP_JOBS_OPEN are
- * under way, others begin later: when one of them is over, or when all of the last
- * AP_JOBS_OPEN began more than PATIENCE ago, for their peers may never go on.
- *
  * No push is lost: a slot leaves the queue before its job begins, so whoever finds it
  * queued knows that the job will still look; and a push during the job queues it again. Jobs of one
  * slot do not overlap, because there is one thread.
@@ -42,12 +36,9 @@
  */
 #include "jobs.h"
 
-#include "clock.h"
 #include "poller.h"
 #include "slot.h"
 #include "sysio.h"
-
-#define PATIENCE ((int64_t)50 * 1000 * 1000)
 
 /* ---- the thread ------------------------------------------------------- */
 
@@ -64,33 +55,12 @@ static ap_slot *take_first(ap_jobs *jobs)
     return slot;
 }
 
-/* With the mutex: until when the first in the queue has to wait; 0: it need not. */
-static int64_t has_to_wait(ap_jobs *jobs)
-{
-    bool has_begun = jobs->begun != &jobs->head;
-    if (has_begun || atomic_load_explicit(&jobs->open, memory_order_relaxed) < AP_JOBS_OPEN)
-        return 0;
-    int64_t oldest = jobs->begun_at[(jobs->last + 1) % AP_JOBS_OPEN];
-    return ap_now() - oldest < PATIENCE ? oldest + PATIENCE : 0;
-}
-
-static void wait_until(ap_jobs *jobs, int64_t until)
-{
-    struct timespec at = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
-    pthread_cond_timedwait(&jobs->wake, &jobs->mutex, &at);
-}
-
 /* Waits for it. NULL: the thread is to end. */
 static ap_slot *next(ap_jobs *jobs)
 {
-    int64_t until = 0;
     pthread_mutex_lock(&jobs->mutex);
-    while (!jobs->stopped && (!jobs->head || (until = has_to_wait(jobs)) > 0)) {
-        if (jobs->head)
-            wait_until(jobs, until);
-        else
-            pthread_cond_wait(&jobs->wake, &jobs->mutex);
-    }
+    while (!jobs->head && !jobs->stopped)
+        pthread_cond_wait(&jobs->wake, &jobs->mutex);
     ap_slot *slot = jobs->stopped ? NULL : take_first(jobs);
     pthread_mutex_unlock(&jobs->mutex);
     return slot;
@@ -149,24 +119,6 @@ int ap_jobs_push(ap_slot *slot, bool begun)
     if (rc == 0)
         pthread_cond_signal(&jobs->wake); /* no system call unless it sleeps */
     return rc;
-}
-
-/* ---- how many are under way ------------------------------------------- */
-
-void ap_jobs_opened(ap_poller *poller)
-{
-    ap_jobs *jobs = &poller->jobs;
-    atomic_fetch_add_explicit(&jobs->open, 1, memory_order_relaxed);
-    pthread_mutex_lock(&jobs->mutex);
-    jobs->last = (jobs->last + 1) % AP_JOBS_OPEN;
-    jobs->begun_at[jobs->last] = ap_now();
-    pthread_mutex_unlock(&jobs->mutex);
-}
-
-/* Mostly that is the thread itself. If it waits, it does so for a moment only. */
-void ap_jobs_closed(ap_poller *poller)
-{
-    atomic_fetch_sub_explicit(&poller->jobs.open, 1, memory_order_relaxed);
 }
 
 /* ---- beginning and end ------------------------------------------------ */

@@ -10,10 +10,6 @@
  * 0; -ECANCELED after ap_poller_stop; -EAGAIN, -EPERM: there can be no thread. */
 AP_MUST_CHECK int ap_jobs_push(ap_slot *slot, bool begun);
 
-/* A computation that takes several jobs has begun, or is over. */
-void ap_jobs_opened(ap_poller *poller);
-void ap_jobs_closed(ap_poller *poller);
-
 /* Pushes are accepted (again). */
 void ap_jobs_allow(ap_poller *poller);
 /* Refuses pushes, forgets what is queued, and joins the thread once it has finished the job that

@@ -58,7 +58,7 @@ int ap_poller_new(ap_poller **out)
     atomic_init(&poller->refs, 1);
     pthread_mutex_init(&poller->lease, NULL);
     pthread_mutex_init(&poller->jobs.mutex, NULL);
-    ap_sys_cond_init(&poller->jobs.wake);
+    pthread_cond_init(&poller->jobs.wake, NULL);
     poller->jobs.tail = poller->jobs.begun = &poller->jobs.head;
     poller->run_tail = &poller->run_head;
     poller->now = ap_now();

@@ -15,19 +15,14 @@
 
 typedef struct ap_slot ap_slot; /* slot.h: only lists of slots are known here */
 
-#define AP_JOBS_OPEN 32 /* computations under way at a time, unless they take long */
-
 typedef struct {
     pthread_mutex_t mutex;
-    pthread_cond_t wake;            /* something is queued, or stopped */
-    ap_slot *head, **tail;          /* (j) slots whose job is to be called */
-    ap_slot **begun;                /* (j) the end of those that have begun, which come first */
-    pthread_t thread;               /* (j) if it has_thread */
-    bool has_thread;                /* (j) which is to be joined */
-    bool stopped;                   /* (j) */
-    _Atomic int32_t open;           /* (a) relaxed: a hint; see jobs.c */
-    unsigned last;                  /* (j) of begun_at */
-    int64_t begun_at[AP_JOBS_OPEN]; /* (j) when the last ones began */
+    pthread_cond_t wake;   /* something is queued, or stopped */
+    ap_slot *head, **tail; /* (j) slots whose job is to be called */
+    ap_slot **begun;       /* (j) the end of those that have begun, which come first */
+    pthread_t thread;      /* (j) if it has_thread */
+    bool has_thread;       /* (j) which is to be joined */
+    bool stopped;          /* (j) */
 } ap_jobs;
 
 struct ap_poller {

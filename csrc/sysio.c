@@ -456,15 +456,6 @@ int ap_sys_atfork(void (*before)(void), void (*in_parent)(void), void (*in_child
     return error ? -error : -pthread_atfork(before, in_parent, in_child);
 }
 
-void ap_sys_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-}
-
 /* Signals are blocked before the thread exists, so that not even its first instruction
  * can take one from Python's main thread. */
 int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)

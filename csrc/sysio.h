@@ -76,8 +76,6 @@ void ap_sys_unmap(void *memory, size_t size);
 
 AP_MUST_CHECK int ap_sys_atfork(void (*before)(void), void (*in_parent)(void),
                                 void (*in_child)(void));
-/* Its times are those of ap_now. */
-void ap_sys_cond_init(pthread_cond_t *cond);
 /* The thread takes no signals. */
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 

@@ -31,7 +31,6 @@
 #include "clock.h"
 #include "connection.h"
 #include "gate.h"
-#include "jobs.h"
 #include "openssl.h"
 #include "slot.h"
 #include "sysio.h"
@@ -171,28 +170,10 @@ static void free_tls(ap_tls *tls)
     free(tls);
 }
 
-void ap_tls_begin(ap_conn *conn)
-{
-    ap_tls *tls = conn->tls;
-    if (tls->stepped)
-        return;
-    tls->stepped = tls->counted_open = true;
-    ap_jobs_opened(conn->slot.poller);
-}
-
-void ap_tls_end(ap_conn *conn)
-{
-    if (!conn->tls->counted_open)
-        return;
-    conn->tls->counted_open = false;
-    ap_jobs_closed(conn->slot.poller);
-}
-
 void ap_tls_drop(ap_conn *conn)
 {
     if (!conn->tls || conn->tls->held)
         return;
-    ap_tls_end(conn);
     free_tls(conn->tls);
     conn->tls = NULL;
 }

@@ -7,19 +7,18 @@
 #include "openssl.h"
 
 struct ap_tls {
-    ap_ossl_ssl *ssl;  /* see held */
-    uint8_t phase;     /* (m) AP_TLS_SHAKING ... */
-    bool server;       /* (c) */
-    bool ragged;       /* (c) a FIN is as good as a close_notify */
-    bool stepped;      /* (m) OpenSSL has begun with the handshake */
-    bool endless;      /* (m) more has come at once than a handshake has */
-    bool counted_open; /* (m) by ap_jobs_opened, as under way */
-    bool resumed;      /* (m) once the handshake is done */
-    bool computing;    /* (m) one of those who hold it: a step of the handshake is made */
-    bool blocked;      /* (m) nothing can be encrypted before more has come */
-    uint32_t held;     /* (m) who uses ssl, with out and in, without the mutex; see tls.c */
-    int64_t began;     /* (c) */
-    int64_t lasted;    /* (m) the handshake, in nanoseconds */
+    ap_ossl_ssl *ssl; /* see held */
+    uint8_t phase;    /* (m) AP_TLS_SHAKING ... */
+    bool server;      /* (c) */
+    bool ragged;      /* (c) a FIN is as good as a close_notify */
+    bool stepped;     /* (m) OpenSSL has begun with the handshake */
+    bool endless;     /* (m) more has come at once than a handshake has */
+    bool resumed;     /* (m) once the handshake is done */
+    bool computing;   /* (m) one of those who hold it: a step of the handshake is made */
+    bool blocked;     /* (m) nothing can be encrypted before more has come */
+    uint32_t held;    /* (m) who uses ssl, with out and in, without the mutex; see tls.c */
+    int64_t began;    /* (c) */
+    int64_t lasted;   /* (m) the handshake, in nanoseconds */
 
     /* between OpenSSL and the socket: (m), or of who holds it */
     ap_bytes ahead;    /* ciphertext that has come and that OpenSSL has not seen */
@@ -45,9 +44,6 @@ struct ap_tls {
 AP_MUST_CHECK ap_tls *ap_tls_new(ap_ossl_ssl *ssl, int flags);
 /* Frees the session of a connection that is closed, or has ended it; or whoever holds it will. */
 void ap_tls_drop(ap_conn *conn);
-/* The handshake begins to need memory, and no longer does. */
-void ap_tls_begin(ap_conn *conn);
-void ap_tls_end(ap_conn *conn);
 /* Nobody else uses it until it is released. */
 void ap_tls_hold(ap_tls *tls);
 /* The connection may have been closed meanwhile. */

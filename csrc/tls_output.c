@@ -146,7 +146,6 @@ bool ap_tls_push(ap_conn *conn)
 static void fail(ap_conn *conn)
 {
     conn->tls->phase = AP_TLS_FAILED;
-    ap_tls_end(conn);
     if (!conn->read_end)
         conn->read_end = AP_ETLS;
     ap_queue_fail(conn, AP_ETLS);
@@ -182,6 +181,5 @@ void ap_tls_cut_off(ap_conn *conn)
         conn->read_end = AP_ECUT;
     if (tls->phase != AP_TLS_SHAKING || !conn->read_end)
         return;
-    ap_tls_end(conn);
     ap_queue_fail(conn, conn->read_end); /* there is no answer that could be sent */
 }

@@ -57,7 +57,7 @@ static int compute(ap_conn *conn, int *kind)
     size_t size = ap_bytes_size(&tls->ahead);
     tls->in = ap_bytes_front(&tls->ahead);
     tls->in_size = size;
-    ap_tls_begin(conn);
+    tls->stepped = true;
     tls->computing = true;
     ap_tls_hold(tls);
     ap_slot_unlock(&conn->slot);
@@ -100,7 +100,6 @@ static void succeed(ap_conn *conn)
     tls->lasted = lasted > 0 ? lasted : 1;
     tls->resumed = ap_ssl.session_reused(tls->ssl) != 0;
     tls->phase = AP_TLS_OPEN;
-    ap_tls_end(conn);
     if (ap_bytes_size(&tls->ahead))
         conn->slot.ready |= AP_READABLE; /* this is read first */
     if ((conn->slot.ready & AP_READABLE) || conn->out_bytes)
