@@ -148,6 +148,7 @@ static void *run(void *arg)
 {
     guard g = {.poller = arg};
     ap_poller *poller = arg;
+    ap_sys_thread_name("anypoll-poller");
     /* acquire; pairs with the release in ap_poller_stop */
     for (int failures = 0; !atomic_load_explicit(&poller->stopping, memory_order_acquire);) {
         int rc = ap_borrower(poller) ? turn(&g) : ap_poller_step(poller, -1, AP_THREAD_BUDGET);

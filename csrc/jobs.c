@@ -70,6 +70,7 @@ static void *run(void *arg)
 {
     ap_poller *poller = arg;
     ap_slot *slot;
+    ap_sys_thread_name("anypoll-jobs");
     while ((slot = next(&poller->jobs)) != NULL) {
         slot->ops->job(slot);
         ap_slot_unref(slot);

@@ -456,6 +456,11 @@ int ap_sys_atfork(void (*before)(void), void (*in_parent)(void), void (*in_child
     return error ? -error : -pthread_atfork(before, in_parent, in_child);
 }
 
+void ap_sys_thread_name(const char *name)
+{
+    pthread_setname_np(pthread_self(), name);
+}
+
 /* Signals are blocked before the thread exists, so that not even its first instruction
  * can take one from Python's main thread. */
 int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg)

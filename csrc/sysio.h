@@ -76,7 +76,8 @@ void ap_sys_unmap(void *memory, size_t size);
 
 AP_MUST_CHECK int ap_sys_atfork(void (*before)(void), void (*in_parent)(void),
                                 void (*in_child)(void));
-/* The thread takes no signals. */
+/* The thread takes no signals. It may name itself, in 15 bytes: what top and debuggers show. */
+void ap_sys_thread_name(const char *name);
 AP_MUST_CHECK int ap_sys_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 
 #endif

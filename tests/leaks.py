@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from anypoll._loop import runtime as _runtime
 _GAUGES = ("connections", "slots", "blocks_in_use", "bytes_in_use", "bytes_pinned")
 #: What one poller has for as long as the process lives.
 _FDS_OF_A_POLLER = 3
-_THREADS_OF_A_POLLER = 2  # the second one once it has made a TLS handshake
 _ANONYMOUS = "anon_inode:"
 #: Seconds after which what was frozen is looked through as well. A poller gives blocks and slots
 #: back within a few milliseconds; a collection of all that pytest holds takes ten times as long.
 _THAW_AFTER = 0.25
 #: Worker threads that libraries keep for a while, or for ever.
 _OTHERS_THREADS = ("Trio thread", "libuv-worker")
+#: A poller's own, from its first TLS handshake on.
+_JOBS = "anypoll-jobs"
 
 
 def _descriptors() -> dict[int, str]:
@@ -38,10 +38,10 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
-def native_threads() -> set[int]:
-    """Threads that Python does not know of: the pollers', and those of libraries."""
+def _native_names() -> dict[int, str]:
+    """Names of the threads that Python does not know of."""
     python = {thread.native_id for thread in threading.enumerate()}
-    found = set()
+    found = {}
     for number in os.listdir("/proc/self/task"):
         try:
             with open(f"/proc/self/task/{number}/comm") as comm:
@@ -49,8 +49,17 @@ def native_threads() -> set[int]:
         except OSError:  # it has ended
             continue
         if int(number) not in python and not name.startswith(_OTHERS_THREADS):
-            found.add(int(number))
+            found[int(number)] = name
     return found
+
+
+def native_threads() -> set[int]:
+    """Those threads: the pollers', without those for handshakes, and those of libraries."""
+    return {n for n, name in _native_names().items() if not name.startswith(_JOBS)}
+
+
+def _jobs_threads() -> int:
+    return sum(name.startswith(_JOBS) for name in _native_names().values())
 
 
 def _python_threads() -> set[threading.Thread]:
@@ -106,8 +115,10 @@ class Snapshot:
             if more <= 0:
                 del new[fd]
         words += [f"descriptor {fd}: {target}" for fd, target in new.items()]
-        if now.native_threads > self.native_threads + new_pollers * _THREADS_OF_A_POLLER:
+        if now.native_threads > self.native_threads + new_pollers:
             words.append(f"native threads: {self.native_threads} before, {now.native_threads} now")
+        if (jobs := _jobs_threads()) > now.pollers:
+            words.append(f"threads for handshakes: {jobs}, of {now.pollers} pollers")
         words += [f"thread: {thread}" for thread in now.python_threads - self.python_threads]
         return words
 
@@ -122,25 +133,11 @@ def _warm_up_uvloop() -> None:
         loop.run_until_complete(loop.getaddrinfo("127.0.0.1", 0))
 
 
-def _warm_up_tls() -> None:
-    """The first handshake of a poller starts its thread for them."""
-
-    async def shake_hands() -> None:
-        first, second = anypoll.socketpair()
-        async with first, second:
-            await second.send(b"no TLS at all")
-            with contextlib.suppress(ssl.SSLError):
-                await anypoll.TLSConnection.wrap(first, hostname="warm-up.test")
-
-    anyio.run(shake_hands)
-
-
 def start() -> None:
     """Starts once what then stays for the life of the process, so that it is in every snapshot."""
     if not anypoll.statistics().pollers:
         _runtime.pick_poller()
         _warm_up_uvloop()
-        _warm_up_tls()
         gc.collect()
     gc.freeze()  # or each collection would look again at pytest, all libraries and all reports
 
