@@ -89,7 +89,7 @@ async def test_input_that_comes_with_the_end_is_answered(mode: str, end: str) ->
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("end", ["FIN", "RST", "a record cut off", "no TLS", "half a request"])
 async def test_ends_that_a_peer_can_cause(mode: str, end: str) -> None:
-    async with secure(**echo(mode)) as server, talking(server) as peer:
+    async with secure(write_timeout=3600, **echo(mode)) as server, talking(server) as peer:
         await peer.send(b"one\n")
         assert await peer.receive(4) == b"one\n"
         if end == "RST":
