@@ -42,6 +42,7 @@ from .._epoll import (
     TLS_RAGGED,
     TLS_SERVER,
     conn_buffered,
+    conn_queued,
     conn_read,
     conn_say_goodbye,
     conn_shake,
@@ -380,8 +381,7 @@ class CoreEncryption:
     async def close(self, core: Core, *, wait: bool | None = None) -> None:
         """Marks the core closed, and performs the closing handshake; see ``Session``."""
         wait = self._compatible if wait is None else wait
-        abandoned = _epoll.conn_queued(self._handle) > 0
-        if core._writing or (abandoned and not core.writer._size and not core._own_queued()):
+        if core._writing or self._has_given_up(core):
             return
         deadline = deadline_after(closing_time(core.write_timeout))
         core._begin_closing()
@@ -393,6 +393,11 @@ class CoreEncryption:
                 await self._discard(core, deadline)
         finally:
             core._flushing = False
+
+    def _has_given_up(self, core: Core) -> bool:
+        """Whether nobody waits for what is being sent."""
+        awaited = core._own_queued()  # asked first, for it may all be sent meanwhile
+        return not awaited and not core.writer._size and conn_queued(self._handle) > 0
 
     async def _discard(self, core: Core, deadline: int) -> None:
         """Awaits the peer's ``close_notify``."""

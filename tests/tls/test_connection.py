@@ -1325,6 +1325,26 @@ async def test_close_does_not_wait_for_what_was_given_up() -> None:
             await peer.receive(8 * MIB)
 
 
+async def test_close_waits_for_what_was_written_behind_what_was_given_up() -> None:
+    """Also when the same records carry both."""
+    data = pattern(100_000)
+    async with tls_and_peer(compatible=False) as (tls, peer):
+        core = tls.connection._core
+        core.raw_socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
+        await give_up(tls, data)
+        tls.writer.write(b"end")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tls.receive)
+            await holds(lambda: waits(tls))  # which sends what is pending
+            tasks.cancel_scope.cancel()
+        while core.queued() > 30_000:  # less than all that follows the first 64 KiB
+            with suppress(BlockingIOError):
+                peer.incoming.write(peer.sock.recv(KIB))
+            await anyio.lowlevel.checkpoint()
+        assert core.queued() > 0
+        assert await received(peer, len(data) + 4, tls.aclose) == data + b"end"
+
+
 async def test_close_callbacks_are_given_the_stream() -> None:
     async with tls_and_peer() as (tls, _peer):
         called: list[Any] = []
