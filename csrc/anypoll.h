@@ -402,7 +402,7 @@ AP_API int ap_conn_report(ap_conn *conn, uint32_t pos);
  * and the next byte is one, it moves the descriptors into fds, and the caller
  * owns them: *count is the room, and on return their number. Others are closed.
  * Afterwards no window is handed out.
- * Thread: loop. Returns the number of bytes; -EBADF. */
+ * Thread: loop. Returns the number of bytes; -EBADF; -EBUSY with a TLS session. */
 AP_API int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size, int *fds,
                                 int *count);
 
@@ -412,7 +412,7 @@ AP_API int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_
  * without room (ap_conn_drain waits for both to end); -EBUSY: there is a TLS session, which
  * carries none; errors as ap_conn_send, and
  * those of the arguments (EMSGSIZE, EBADF, ETOOMANYREFS, ...), after which the
- * connection goes on. */
+ * connection goes on, and -EBUSY with a TLS session. */
 AP_API int64_t ap_conn_send_fds(ap_conn *conn, const char *data, size_t size, const int *fds,
                                 int count);
 
@@ -427,7 +427,7 @@ AP_API int64_t ap_conn_receive(ap_conn *conn, size_t max, int64_t deadline, ap_v
 /* ---- the end of a connection ------------------------------------------ */
 
 /* shutdown(SHUT_WR). Idempotent. Thread: loop. Returns 0; -EBADF; -EBUSY with
- * queued output; the socket's error. */
+ * queued output, or with a TLS session; the socket's error. */
 AP_API int ap_conn_shutdown(ap_conn *conn);
 
 /* After the last byte of a handler: SHUT_WR, then input is read and discarded

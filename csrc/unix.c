@@ -64,6 +64,10 @@ int64_t ap_conn_take_fds(ap_conn *conn, uint32_t pos, char *buffer, size_t size,
     int rc = ap_slot_enter(&conn->slot), given = 0;
     if (rc < 0)
         return rc;
+    if (conn->tls) {
+        ap_slot_unlock(&conn->slot);
+        return -EBUSY;
+    }
     ap_window_to(conn, pos);
     size_t n = size < AP_BOUND ? size : AP_BOUND;
     if (n > conn->input.size)
@@ -96,7 +100,7 @@ static bool is_of_message(int error)
 static int64_t send_now(ap_conn *conn, const char *data, size_t size, const int *fds, int count)
 {
     if (conn->tls)
-        return -EBUSY;
+        return -EBUSY; /* it would not be encrypted */
     if (conn->shut)
         return -EPIPE;
     if (conn->write_error)

@@ -152,7 +152,7 @@ int ap_conn_shutdown(ap_conn *conn)
         return rc;
     if (conn->write_error)
         rc = conn->write_error;
-    else if (conn->out_bytes)
+    else if (conn->out_bytes || conn->tls)
         rc = -EBUSY;
     else if (!conn->shut) {
         rc = ap_sys_shutdown(conn->slot.fd, SHUT_WR);

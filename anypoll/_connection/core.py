@@ -235,12 +235,11 @@ class Core(Input):
         :raises BusyResourceError: with pending output or a waiting task
         """
         self._check_usable()
+        self._check_plain("encrypting")
         if self._reading and not (self.requests is not None and self.requests.idle):
             raise BusyResourceError("reading from")
         if self._writing or self.writer._size or conn_queued(self.handle) > 0:
             raise BusyResourceError("writing to")
-        if self.session is not None:
-            raise BusyResourceError("encrypting")
         raw = self.raw_socket()
         result = _epoll.conn_detach(self.handle, self.reader._start)
         if result < 0:

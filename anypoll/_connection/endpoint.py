@@ -13,7 +13,7 @@ from errno import EAGAIN, EBADF, ECONNRESET, EPIPE
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
-from anyio import ClosedResourceError, EndOfStream, IncompleteRead
+from anyio import BusyResourceError, ClosedResourceError, EndOfStream, IncompleteRead
 
 from .. import _epoll, _native
 from .._buffers.arguments import BLOCK_SIZE
@@ -245,6 +245,15 @@ class Endpoint(_native.Core):
         if self.closed:
             raise self._own(ClosedResourceError())
         self.hub.check()
+
+    def _check_plain(self, action: str) -> None:
+        """For what goes past the reader and the writer.
+
+        :raises BusyResourceError: while the core has a TLS session, which alone may use the socket
+        """
+        if self.session is not None:
+            self._check_usable()
+            raise BusyResourceError(action)
 
     def _own(self, exc: _E) -> _E:
         """Marks an exception as this connection's, so that a server can tell a disconnected peer

@@ -202,6 +202,7 @@ class Output(Endpoint):
 
     async def send_eof(self) -> None:
         """Flushes, then ends this side. Idempotent."""
+        self._check_plain("writing to")
         self._enter_writing()
         try:
             await self.hub.checkpoint()

@@ -235,10 +235,11 @@ class Connection(_native.Stream, SocketSurface):
             raise TypeError(f"function must be a coroutine function, not {function!r}")
         core._check_usable()
         core._check_loop()
+        core._check_plain("reading from")
         if core.requests is not None:
             core.requests.replace(function)
             return
-        if core._reading or core.session is not None:
+        if core._reading:
             raise BusyResourceError("reading from")
         server = self._server
         owner = unserved(core.hub) if server is None else server._owner_of_requests()

@@ -90,6 +90,7 @@ class UNIXCore(Core):
         """Takes the available bytes, and the descriptors that came with them. Always a checkpoint,
         before anything is taken.
         """
+        self._check_plain("reading from")
         try:
             suspended = await self.fill(1)
         except EndOfStream:
@@ -112,6 +113,7 @@ class UNIXCore(Core):
 
     async def send_fds(self, message: Piece, fds: list[int]) -> None:
         """Sends the writer's pending output, then ``message`` with the descriptors."""
+        self._check_plain("writing to")
         self._enter_writing()
         try:
             deadline = await self._begin_sending()

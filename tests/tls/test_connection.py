@@ -1246,7 +1246,8 @@ async def test_close_does_not_listen_for_ever(reads: bool) -> None:
         before = tls.statistics().bytes_received
         await within(tls.aclose())
         high = tls.connection._core.limits.read_high_water
-        assert tls.statistics().bytes_received - before <= high + 2 * CLOSE_MOST
+        # A thread may read up to the mark before anything is discarded, and once more after that.
+        assert tls.statistics().bytes_received - before <= 2 * (high + CLOSE_MOST)
 
 
 async def test_close_without_waiting_if_that_is_allowed() -> None:
