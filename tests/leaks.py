@@ -9,8 +9,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import anyio
-
 import anypoll
 from anypoll._loop import runtime as _runtime
 
