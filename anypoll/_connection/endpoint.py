@@ -30,6 +30,7 @@ from .._loop import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
 
     from .._buffers.arguments import Limits
     from .._buffers.reader import Reader
@@ -72,6 +73,9 @@ class RequestMode(Protocol):
 
     def on_close(self) -> None:
         """The connection was closed."""
+
+    def closing(self) -> AbstractContextManager[None]:
+        """For an ``aclose()`` that has to read."""
 
     def on_draining(self) -> None:
         """The server is ending."""

@@ -14,7 +14,8 @@ tasks calls run, and what happens when no more will come.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -108,6 +109,17 @@ class Requests(_native.Requests):
             self._submit()
         elif not hub.spawn(self._submit_there):
             self.abandon()
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """For an ``aclose()`` that has to read: meanwhile the connection is not idle."""
+        self._begin_closing()
+        try:
+            yield
+        finally:
+            self._end_closing()
+            if self._core._over:
+                self.on_close()
 
     async def _submit_there(self) -> None:
         self._submit()

@@ -49,7 +49,7 @@ from .._epoll import (
 )
 from .held import HeldSSLObject
 from .openssl import ssl_error
-from .session import CLOSE_MOST, NO_HANDSHAKE, closing_time, cut_off, within
+from .session import CLOSE_MOST, NO_HANDSHAKE, closing_time, cut_off, reads_to_close, within
 from .standins import Left, Parked
 
 if TYPE_CHECKING:
@@ -386,11 +386,11 @@ class CoreEncryption:
         deadline = deadline_after(closing_time(core.write_timeout))
         core._begin_closing()
         try:
-            idle = core.requests is not None and core.requests.idle
-            while core._reading and not idle:  # until it has found the core closed
-                await core.hub.checkpoint()
-            if await self.say_goodbye(core, deadline) and wait and not idle:
-                await self._discard(core, deadline)
+            with reads_to_close(core):
+                while core._reading:  # until it has found the core closed
+                    await core.hub.checkpoint()
+                if await self.say_goodbye(core, deadline) and wait:
+                    await self._discard(core, deadline)
         finally:
             core._flushing = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
@@ -11,6 +12,7 @@ from .._connection.endpoint import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
 
     from .._buffers.reader import Reader
     from .._buffers.writer import Writer
@@ -134,6 +136,11 @@ async def within(
 def closing_time(write_timeout: float | None) -> float:
     """Seconds that a closing handshake may take."""
     return CLOSE_TIMEOUT if write_timeout is None else write_timeout
+
+
+def reads_to_close(core: Core) -> AbstractContextManager[None]:
+    """For a closing handshake, which reads: an idle connection in request mode then does not."""
+    return nullcontext() if core.requests is None else core.requests.closing()
 
 
 def cut_off() -> ssl.SSLError:

@@ -103,7 +103,11 @@ static int open_window(Core *core, int64_t result)
 static int look(Requests *requests)
 {
     Core *core = requests->core;
-    if (core->closed && core->flushing) { /* in another task's aclose(), which reports its end */
+    if (requests->closing) { /* in another task's aclose(), which reads, and reports the end */
+        requests->parked = true;
+        return 0;
+    }
+    if (core->closed && core->flushing) { /* in one that does not read */
         core->reading = true;
         hub_list_idle(requests);
         return 0;
@@ -286,6 +290,26 @@ static PyObject *leave_idle(PyObject *self, PyObject *unused)
     return PyBool_FromLong(listed != NULL);
 }
 
+static PyObject *begin_closing(PyObject *self, PyObject *unused)
+{
+    Requests *requests = (Requests *)self, *listed = hub_take_idle(requests);
+    requests->closing = true;
+    requests->parked = listed != NULL;
+    Py_XDECREF((PyObject *)listed);
+    Py_RETURN_NONE;
+}
+
+static PyObject *end_closing(PyObject *self, PyObject *unused)
+{
+    Requests *requests = (Requests *)self;
+    if (requests->parked && !requests->over) {
+        requests->core->reading = true;
+        hub_list_idle(requests);
+    }
+    requests->closing = requests->parked = false;
+    Py_RETURN_NONE;
+}
+
 static PyObject *send_carried(PyObject *self, PyObject *unused)
 {
     if (requests_suspended((Requests *)self) < 0)
@@ -361,6 +385,9 @@ static PyMethodDef methods[] = {
      ":raises ClosedResourceError, BrokenResourceError, IdleTimeout: likewise\n"
      ":raises MessageTooLarge: if the last call left more than ``read_limit`` unread"},
     {"_leave_idle", leave_idle, METH_NOARGS, "Idle no longer; returns whether it was. Any thread."},
+    {"_begin_closing", begin_closing, METH_NOARGS,
+     "An ``aclose()`` is about to read: until its end the connection does not become idle."},
+    {"_end_closing", end_closing, METH_NOARGS, "It is idle, if it is between two calls."},
     {"_send_carried", send_carried, METH_NOARGS, "Sends the answers of earlier calls."},
     {NULL, NULL, 0, NULL},
 };

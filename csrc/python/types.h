@@ -206,6 +206,8 @@ struct Requests {
     Requests *next, *prev; /* in the hub's list of idle ones; next: in the queue of the pool */
     uint8_t phase;
     bool idle, queued;
+    bool closing; /* an aclose() reads; whoever would become idle is parked */
+    bool parked;
     char fresh;    /* the unread input is new to the function */
     char due;      /* as far as the core knows, a call has begun */
     char over;     /* no call will begin any more */

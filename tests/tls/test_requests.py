@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import ClosedResourceError
 from anyio.abc import SocketAttribute
 from peers import KIB, MIB, holds, pattern, read_all, reset, send_all, stalled, within
 from serving import all_is_accounted_for, connected, ends, errors, local  # noqa: F401
@@ -337,3 +338,49 @@ async def test_a_shutdown_leaves_half_a_request_its_time(mode: str, part: str) -
         await send_all(peer.sock, second)
         assert await rest(peer) == b"two\n"
     assert dict(server.statistics().closed) == {"eof": 1}
+
+
+@pytest.mark.parametrize("when", ["idle", "in a call"])
+async def test_a_close_awaits_the_end_of_the_peer(when: str) -> None:
+    """Also if no task has the connection, or a call that is running does not take it amiss."""
+    called, go_on, gone_on = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def function(stream: TLSConnection) -> None:
+        await stream.next(1)
+        called.set()
+        if when != "idle":
+            await go_on.wait()
+            with suppress(ClosedResourceError):
+                await stream.next(1)
+            gone_on.set()
+
+    async with secure(on_request=function) as server, talking(server) as peer:
+        await is_idle(server)
+        stream = server.connections[0]
+        stream.write_timeout = 3600
+        if when != "idle":
+            await peer.send(b"x")
+            await holds(called.is_set)
+        stream.writer.write(b"last words")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream.aclose)
+            assert await rest(peer) == b"last words"
+            if when != "idle":
+                go_on.set()
+                await within(gone_on.wait())
+            await anyio.wait_all_tasks_blocked()
+            assert server.statistics().active == 1
+            await send_all(peer.sock, peer.encrypted(b"too late") + peer.close_notify())
+        await ends(server, closed=1)
+
+
+async def test_the_end_of_an_idle_connection_can_be_cut_short() -> None:
+    async with secure(**echo("on_request")) as server, talking(server) as peer:
+        await is_idle(server)
+        stream = server.connections[0]
+        stream.write_timeout = 3600
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream.aclose)
+            assert await rest(peer) == b""
+            await stream.aclose()
+        await ends(server, closed=1)

@@ -51,7 +51,7 @@ class Calls:
         """Makes the due calls while output is below high water. False: the stream is closed."""
         session, engine = self._session, self._engine
         budget = engine.core.budget
-        while self._is_due():
+        while not engine.closed and self._is_due():
             await self._function(self._stream)
             budget -= 1
             if not engine.closed:

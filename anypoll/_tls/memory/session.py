@@ -11,7 +11,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 
 from ..._buffers.errors import IdleTimeout, ReadTimeout
 from ..._connection.endpoint import LONG
-from ..session import NO_HANDSHAKE, closing_time, within
+from ..session import NO_HANDSHAKE, closing_time, reads_to_close, within
 from .engine import Engine
 from .input import Source
 from .output import Sink
@@ -125,7 +125,8 @@ class MemorySession:
 
     async def close(self, *, wait: bool) -> None:
         """See ``Session``."""
-        await self._say_goodbye(closing_time(self.write_timeout), wait=wait)
+        with reads_to_close(self.engine.core):
+            await self._say_goodbye(closing_time(self.write_timeout), wait=wait)
 
     async def _say_goodbye(self, timeout: float, *, wait: bool) -> None:
         self.engine.closed = self.sink.writer._shut = True
