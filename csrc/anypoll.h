@@ -523,7 +523,7 @@ AP_API int ap_conn_start_tls(ap_conn *conn, uint32_t pos, void *ssl, int flags) 
 AP_API int ap_conn_shake(ap_conn *conn, int64_t deadline);
 
 /* Ends this side with a close_notify; sending is over. Idempotent. Thread: loop. Returns the bytes
- * queued; -EBUSY: there is output that is not encrypted yet; -EPIPE after ap_conn_shutdown;
+ * queued; -EBUSY: there is output that is not encrypted yet; -EPIPE after ap_conn_linger;
  * AP_ETLS; -EBADF; the socket's error. */
 AP_API int64_t ap_conn_say_goodbye(ap_conn *conn);
 

@@ -118,7 +118,7 @@ bool ap_tls_push(ap_conn *conn)
 {
     ap_tls *tls = conn->tls;
     bool all = true;
-    if (conn->write_error || conn->shut) { /* an answer to the peer, who need not have it */
+    if (conn->write_error) { /* an answer to the peer, who need not have it */
         ap_tls_forget_output(conn);
         return false;
     }

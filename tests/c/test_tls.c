@@ -303,23 +303,6 @@ TEST(output_waits_for_the_rest_of_a_message)
     world_close(w);
 }
 
-/* There is nowhere to answer to, which is no reason to stop reading. */
-SESSION_TEST(nothing_is_answered_after_a_fin, TLS12, true)
-{
-    peer_encrypt(s, 1, 0, 100);
-    CHECK_EQ(ossl.SSL_renegotiate(s->peer), 1);
-    ap_ssl.do_handshake(s->peer);
-    CHECK_OK(ap_conn_shutdown(s->l.conn));
-    peer_flush(s);
-    settle(w);
-    CHECK_EQ(ap_conn_status(s->l.conn) & AP_IS_BROKEN, 0);
-    hear(s, 1, 0, 100);
-    CHECK_EQ(want(&s->l, 1), -EAGAIN);
-    peer_close(&s->l);
-    await(w, s->l.id, AP_MAIL_READ);
-    CHECK_EQ(want(&s->l, 1), AP_ECUT);
-}
-
 SESSION_TEST(another_handshake_is_refused, TLS12, true)
 {
     CHECK_EQ(ossl.SSL_renegotiate(s->peer), 1);
