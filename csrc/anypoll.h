@@ -518,9 +518,10 @@ AP_API int ap_tls_check(const void *ssl, const void *ctx, unsigned long options,
  * -EBADF; -ENOMEM; -ENOSYS. */
 AP_API int ap_conn_start_tls(ap_conn *conn, uint32_t pos, void *ssl, int flags) AP_MUST_CHECK;
 
-/* Waits for the end of the handshake. Thread: loop. Returns 0: it is done; -EAGAIN (armed as a
- * read wait is); AP_ETLS; AP_ECUT; AP_EEOF; AP_ELATE; -EBADF; the socket's error. */
-AP_API int ap_conn_shake(ap_conn *conn, int64_t deadline);
+/* Waits for the end of the handshake; with until_pause also until nothing of it has begun and the
+ * peer is to go on. Thread: loop. Returns 0: it is done; -EAGAIN (armed as a read wait is);
+ * AP_ETLS; AP_ECUT; AP_EEOF; AP_ELATE; -EBADF; the socket's error. */
+AP_API int ap_conn_shake(ap_conn *conn, int until_pause, int64_t deadline);
 
 /* Ends this side with a close_notify; sending is over. Idempotent. Thread: loop. Returns the bytes
  * queued; -EBUSY: there is output that is not encrypted yet; -EPIPE after ap_conn_linger;

@@ -63,7 +63,7 @@ static bool target_met(ap_conn *conn)
     case AP_WANT_BYTES: return conn->input.size >= conn->want_bytes;
     case AP_WANT_DELIMITER: return delimiter_found(conn) || conn->input.size >= conn->want_bytes;
     case AP_WANT_READABLE: return (conn->slot.ready & AP_READABLE) || conn->input.size > 0;
-    case AP_WANT_SESSION: return conn->tls && conn->tls->phase != AP_TLS_SHAKING;
+    case AP_WANT_SESSION: return conn->tls && !ap_tls_is_awaited(conn->tls, conn->want_bytes);
     default: return false;
     }
 }

@@ -227,3 +227,8 @@ bool ap_tls_has_begun(const ap_tls *tls)
 {
     return ap_bytes_size(&tls->ahead) || tls->header_size || tls->record_left;
 }
+
+bool ap_tls_is_awaited(const ap_tls *tls, bool until_pause)
+{
+    return tls->phase == AP_TLS_SHAKING && (!until_pause || tls->computing || ap_tls_has_begun(tls));
+}

@@ -52,6 +52,9 @@ void ap_tls_release(ap_conn *conn);
 void ap_tls_forget_output(ap_conn *conn);
 /* Whether part of a record has come. */
 bool ap_tls_has_begun(const ap_tls *tls);
+/* Whether the handshake is not done; if only a pause is awaited, whether part of it is under way.
+ */
+bool ap_tls_is_awaited(const ap_tls *tls, bool until_pause);
 void ap_tls_describe(const ap_tls *tls, ap_tls_status *out);
 
 #endif

@@ -132,8 +132,10 @@ static void shake(ap_conn *conn)
         else if (kind != AP_OSSL_ERROR_WANT_READ)
             ap_tls_fail(conn, rc);
         else if (!receive_more(conn))
-            return;
+            break;
     }
+    if (!conn->slot.closed)
+        tell(conn); /* it may wait for a pause only */
 }
 
 /* ---- jobs ------------------------------------------------------------- */
@@ -156,7 +158,7 @@ void ap_tls_step_later(ap_conn *conn)
 
 /* ---- the loop's wait -------------------------------------------------- */
 
-static int wait(ap_conn *conn, int64_t deadline)
+static int wait(ap_conn *conn, bool until_pause, int64_t deadline)
 {
     if (!conn->tls)
         return -EINVAL;
@@ -168,16 +170,16 @@ static int wait(ap_conn *conn, int64_t deadline)
         ap_count(&conn->slot.poller->timeouts, 1);
         return AP_ELATE;
     }
-    ap_input_arm(conn, AP_WANT_SESSION, 0, deadline);
+    ap_input_arm(conn, AP_WANT_SESSION, until_pause, deadline);
     return -EAGAIN;
 }
 
-int ap_conn_shake(ap_conn *conn, int64_t deadline)
+int ap_conn_shake(ap_conn *conn, int until_pause, int64_t deadline)
 {
     int rc = ap_slot_enter(&conn->slot);
     if (rc < 0)
         return rc;
-    rc = wait(conn, deadline);
+    rc = wait(conn, until_pause != 0, deadline);
     ap_slot_unlock(&conn->slot);
     return rc;
 }

@@ -109,8 +109,9 @@ class NativeSession:
             await within(core, timeout, core.flush_all, ReadTimeout, NO_HANDSHAKE)
         self._begin()
         try:
-            shake = partial(conn_shake, core.handle, deadline)
-            code = await _asked(core, shake, self._check_ending)
+            code = await _asked(
+                core, lambda: conn_shake(core.handle, core.draining, deadline), self._check_ending
+            )
             if code == ELATE:
                 raise core._own(ReadTimeout(f"{NO_HANDSHAKE} within {timeout} s"))
             if code < 0:

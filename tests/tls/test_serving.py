@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,21 @@ async def test_an_end_during_a_handshake(mode: str, force: bool) -> None:
                 assert await read_to_end(silent) == b""
     assert sum(server.statistics().closed.values()) == 1
     assert server.statistics().handler_errors == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_end_while_handshakes_are_computed(mode: str) -> None:
+    """What has come is worked on, but nobody waits for more."""
+    async with secure(**echo(mode), shutdown_timeout=1000) as server, AsyncExitStack() as stack:
+        peers = [Peer(stack.enter_context(connected(server))) for _ in range(20)]
+        for peer in peers:
+            with suppress(ssl.SSLWantReadError):
+                peer.ssl.do_handshake()
+            await send_all(peer.sock, peer.outgoing.read())
+        await holds(lambda: len(server.connections) == len(peers))
+        await within(server.shutdown())
+    assert server.statistics().closed == {"eof": len(peers)}
+    assert server.statistics().tls_failed == 0
 
 
 # --- hooks and handlers --------------------------------------------------------------------------
