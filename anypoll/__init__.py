@@ -40,6 +40,7 @@ from ._network.listener import (
 )
 from ._server.serve import serve as serve, serve_forever as serve_forever
 from ._server.server import Server as Server, ServerStatistics as ServerStatistics
+from ._tls.session import TLSHandshake as TLSHandshake
 from .streams import (
     Connection as Connection,
     SocketListener as SocketListener,
@@ -142,6 +143,7 @@ __all__ = (
     "Statistics",
     "TCPConnectable",
     "TLSConnection",
+    "TLSHandshake",
     "UNIXConnectable",
     "UNIXConnection",
     "WriteTimeout",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .._connection.sockets import Address
     from ..nocopy import Reader, Writer
-    from .session import Session
+    from .session import Session, TLSHandshake
 
 __all__ = ("TLSConnection",)
 
@@ -283,6 +283,11 @@ class TLSConnection(_native.Stream, TLSStream):
         return self._connection.server
 
     @property
+    def handshake(self) -> TLSHandshake:
+        """How long the handshake has taken, and whether it has resumed a session."""
+        return self._session.handshake
+
+    @property
     def is_active(self) -> bool:
         """False as soon as the session or its connection is known to be dead or closed."""
         session = self._session
@@ -339,7 +344,10 @@ def _is_for_the_core(ssl_object: object) -> bool:
 def _connection(stream: object) -> Connection:
     if not isinstance(stream, Connection):
         kind = type(stream).__name__
-        raise TypeError(f"transport_stream must be an anypoll Connection, not {kind}")
+        text = f"transport_stream must be an anypoll Connection, not {kind}"
+        if isinstance(stream, TLSConnection):
+            text += "; for TLS in TLS there is anyio.streams.tls.TLSStream.wrap()"
+        raise TypeError(text)
     if stream._core.kind == SEQPACKET:
         raise ValueError("transport_stream must be a stream of bytes: TLS has no messages")
     return stream

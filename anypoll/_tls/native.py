@@ -49,7 +49,15 @@ from .._epoll import (
 )
 from .held import HeldSSLObject
 from .openssl import ssl_error
-from .session import CLOSE_MOST, NO_HANDSHAKE, closing_time, cut_off, reads_to_close, within
+from .session import (
+    CLOSE_MOST,
+    NO_HANDSHAKE,
+    TLSHandshake,
+    closing_time,
+    cut_off,
+    reads_to_close,
+    within,
+)
 from .standins import Left, Parked
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ class NativeSession:
         "_encryption",
         "_flags",
         "_pointer",
+        "handshake",
         "reader",
         "ssl",
         "writer",
@@ -116,6 +125,8 @@ class NativeSession:
                 raise core._own(ReadTimeout(f"{NO_HANDSHAKE} within {timeout} s"))
             if code < 0:
                 raise self._failed(code)
+            status = self._encryption.status
+            self.handshake = TLSHandshake(status.lasted / 1e9, bool(status.resumed))
         except BaseException:
             self._change_back()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
@@ -32,6 +33,16 @@ NO_HANDSHAKE = "no TLS handshake"
 CLOSE_MOST = 64 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class TLSHandshake:
+    """What there is to tell of a connection's handshake."""
+
+    seconds: float
+    """from its beginning to its end, most of which is spent waiting for the peer"""
+    resumed: bool
+    """whether an earlier session went on, without certificates"""
+
+
 class Session(Protocol):
     """A TLS session over one connection.
 
@@ -40,6 +51,8 @@ class Session(Protocol):
     between two memory BIOs, driven from Python.
     """
 
+    handshake: TLSHandshake
+    """what :meth:`shake_hands` has found"""
     read_timeout: float | None
     """seconds for one reader call in all"""
     write_timeout: float | None

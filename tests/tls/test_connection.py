@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -275,6 +276,25 @@ async def test_a_handshake_is_one_read() -> None:
             await TLSConnection.wrap(conn, hostname=NAME, ssl_context=client_context())
         assert conn.read_timeout == 0.05
         assert arrived(peer) > 0
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+async def test_what_there_is_to_tell_of_a_handshake(version: str) -> None:
+    """Also when the connection has been closed."""
+    server = server_context()
+    server.maximum_version = getattr(ssl.TLSVersion, version.replace(".", "_"))
+    client, session, before = client_context(), None, time.monotonic()
+    for resumed in (False, True):
+        async with opened() as (conn, sock):
+            peer = Peer(sock, client, session=session)
+            tls = await accepted(conn, peer, server)
+            await tls.send(b"x")
+            assert await peer.receive(1) == b"x"
+            session = peer.ssl.session
+            assert tls.handshake.resumed is resumed
+            tls.abort()
+            assert tls.handshake.resumed is resumed
+            assert 0 < tls.handshake.seconds < time.monotonic() - before
 
 
 async def test_the_peer_is_told_why_a_handshake_has_failed() -> None:

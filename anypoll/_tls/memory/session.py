@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 
 from ..._buffers.errors import IdleTimeout, ReadTimeout
 from ..._connection.endpoint import LONG
-from ..session import NO_HANDSHAKE, closing_time, reads_to_close, within
+from ..session import NO_HANDSHAKE, TLSHandshake, closing_time, reads_to_close, within
 from .engine import Engine
 from .input import Source
 from .output import Sink
@@ -30,7 +31,7 @@ _GONE = (BrokenResourceError, ClosedResourceError, EndOfStream, IdleTimeout, ssl
 class MemorySession:
     """OpenSSL between two memory BIOs; see ``Session``."""
 
-    __slots__ = ("engine", "sink", "source")
+    __slots__ = ("engine", "handshake", "sink", "source")
 
     native = False
 
@@ -106,9 +107,11 @@ class MemorySession:
         await within(core, timeout, self._shake_hands, ReadTimeout, NO_HANDSHAKE)
 
     async def _shake_hands(self) -> None:
-        await self.engine.run(self.engine.ssl.do_handshake)
-        await self.engine.core.flush()
-        self.engine.established = True
+        engine, began = self.engine, time.monotonic()
+        await engine.run(engine.ssl.do_handshake)
+        await engine.core.flush()
+        engine.established = True
+        self.handshake = TLSHandshake(time.monotonic() - began, bool(engine.ssl.session_reused))
 
     async def send_eof(self) -> None:
         """See ``Session``."""
