@@ -323,6 +323,7 @@ def library(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("compatible", [True, False])
+@pytest.mark.usefixtures("tls_way")
 async def test_connect_tcp_with_tls(library: Any, compatible: bool) -> None:
     async with tls_echo(anypoll, standard_compatible=compatible) as (_, port):
         for options in ({}, {"tls": True, "tls_hostname": "anypoll.test"}):
@@ -340,6 +341,7 @@ async def test_connect_tcp_with_tls(library: Any, compatible: bool) -> None:
                 assert await receive_exactly(stream, 100_000) == pattern(100_000)
 
 
+@pytest.mark.usefixtures("tls_way")
 async def test_connect_tcp_refuses_wrong_certificates(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

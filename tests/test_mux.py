@@ -35,6 +35,7 @@ from peers import (
     suspends,
     within,
 )
+from tls_peers import plain_or_tls
 
 import anypoll
 from anypoll import IdleTimeout, WriteTimeout, mux
@@ -1201,18 +1202,18 @@ async def run_the_model(steps: list[Any], how: str, contexts: Any) -> None:
             assert how == "closed" or exc.__cause__ is not None
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@plain_or_tls
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, how=st.sampled_from(ENDS))
 def test_any_callers_and_an_end(
     anyio_backend: tuple[str, dict[str, Any]],
     tls_contexts: Any,
-    tls: bool,
+    tls_way: str,
     steps: list[Any],
     how: str,
 ) -> None:
     name, options = anyio_backend
-    contexts = tls_contexts if tls else None
+    contexts = None if tls_way == "plain" else tls_contexts
     anyio.run(run_the_model, steps, how, contexts, backend=name, backend_options=options)
 
 

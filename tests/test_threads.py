@@ -13,6 +13,7 @@ import pytest
 from anyio import ClosedResourceError
 from peers import KIB, holds, settle, within
 from serving import all_is_accounted_for, local  # noqa: F401 -- a fixture
+from tls_peers import plain_or_tls
 
 import anypoll
 
@@ -90,11 +91,11 @@ class Monitor:
             assert poller.connections >= 0
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@plain_or_tls
 @pytest.mark.usefixtures("often")
-async def test_looking_while_connections_come_and_go(tls: bool, tls_contexts: Any) -> None:
+async def test_looking_while_connections_come_and_go(tls_way: str, tls_contexts: Any) -> None:
     """Pollers, too."""
-    rounds, clients = (4, 4) if tls else (10, 8)
+    rounds, clients = (10, 8) if tls_way == "plain" else (4, 4)
 
     async def echo(conn: Any) -> None:
         async for chunk in conn:
@@ -106,7 +107,7 @@ async def test_looking_while_connections_come_and_go(tls: bool, tls_contexts: An
                 await conn.send(b"x" * 100)
                 assert await conn.receive() == b"x" * 100
 
-    server_context, client_context = tls_contexts if tls else (None, None)
+    server_context, client_context = (None, None) if tls_way == "plain" else tls_contexts
     try:
         async with local(echo, ssl_context=server_context) as server:
             first, second = Monitor(server), Monitor(server)
@@ -132,9 +133,9 @@ async def waits_to_write(conn: Any) -> None:
     await conn.send(bytes(16 * 1024 * KIB))
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@plain_or_tls
 @pytest.mark.parametrize("does", [waits_to_read, waits_to_write])
-async def test_abort(tls: bool, does: Any, tls_contexts: Any) -> None:
+async def test_abort(tls_way: str, does: Any, tls_contexts: Any) -> None:
     """The handler is told, wherever it waits; but not in the middle of what it is doing."""
     begun, told = anyio.Event(), anyio.Event()
 
@@ -144,7 +145,7 @@ async def test_abort(tls: bool, does: Any, tls_contexts: Any) -> None:
             await does(conn)
         told.set()
 
-    server_context, client_context = tls_contexts if tls else (None, None)
+    server_context, client_context = (None, None) if tls_way == "plain" else tls_contexts
     async with (
         local(handler, ssl_context=server_context) as server,
         await dial(server, client_context),

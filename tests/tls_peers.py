@@ -123,6 +123,9 @@ async def accepted(
 #: For a test of what only a session over memory does in a way of its own.
 over_memory = pytest.mark.parametrize("tls_way", ["memory"], indirect=True)
 
+#: For a test of connections with and without TLS.
+plain_or_tls = pytest.mark.parametrize("tls_way", ["plain", "memory", "native"], indirect=True)
+
 #: For a test of what only a session of the core does in a way of its own.
 in_core = pytest.mark.parametrize("tls_way", ["native"], indirect=True)
 

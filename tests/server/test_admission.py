@@ -29,6 +29,7 @@ from serving import (
     local,
     turned_away,
 )
+from tls_peers import plain_or_tls
 
 import anypoll
 from anypoll import Connection, _epoll
@@ -370,13 +371,14 @@ async def test_limits_and_pauses_together(
 # --- storms --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-async def test_a_storm_of_clients_leaves_others_their_turns(tls: bool) -> None:
+@plain_or_tls
+async def test_a_storm_of_clients_leaves_others_their_turns(tls_way: str) -> None:
     begun: list[int] = []
 
     def prepare(_: anypoll.Connection) -> None:
         begun.append(1)
 
+    tls = tls_way != "plain"
     context = server_context() if tls else None
     async with local(greet, on_prepare=prepare, ssl_context=context) as server:
         socks = [connected(server) for _ in range(200)]  # while the event loop stands still
