@@ -230,5 +230,6 @@ bool ap_tls_has_begun(const ap_tls *tls)
 
 bool ap_tls_is_awaited(const ap_tls *tls, bool until_pause)
 {
-    return tls->phase == AP_TLS_SHAKING && (!until_pause || tls->computing || ap_tls_has_begun(tls));
+    return tls->phase == AP_TLS_SHAKING &&
+           (!until_pause || tls->computing || ap_tls_has_begun(tls));
 }

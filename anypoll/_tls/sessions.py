@@ -6,7 +6,6 @@ A server without TLS asks here too, and gets the plain connections: the caller n
 from __future__ import annotations
 
 import ssl
-import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from .memory.session import MemorySession
 if TYPE_CHECKING:
     from .._connection.requests import Function
     from .._connection.stream import Connection
+    from .session import TLSHandshake
 
 
 class HandshakeError(Exception):
@@ -63,7 +63,6 @@ class TLSSessions:
         """
         if self._context is None:
             return
-        began = time.monotonic()
         try:
             stream = await handshake(connection, self._context, self._timeout)
         except EndOfStream:
@@ -73,16 +72,15 @@ class TLSSessions:
                 raise
             self.counts = self.counts._replace(failed=self.counts.failed + 1)
             raise HandshakeError from exc
-        self._count(stream, time.monotonic() - began)
+        self._count(stream.handshake)
         self._streams[connection] = stream
         session = stream._session
         if self._on_request is not None and isinstance(session, MemorySession):
             self._calls[connection] = Calls(stream, session, self._on_request)
 
-    def _count(self, stream: TLSConnection, seconds: float) -> None:
-        done, resumed, failed, total = self.counts
-        again = bool(stream._session.ssl.session_reused)
-        self.counts = TLSCounts(done + 1, resumed + again, failed, total + seconds)
+    def _count(self, made: TLSHandshake) -> None:
+        done, resumed, failed, seconds = self.counts
+        self.counts = TLSCounts(done + 1, resumed + made.resumed, failed, seconds + made.seconds)
 
     def is_open(self, connection: Connection) -> bool:
         """Whether user code may see the connection yet."""

@@ -229,7 +229,7 @@ static inline uint32_t told(struct session *s, uint32_t bits)
 static inline int shake(struct session *s)
 {
     int rc;
-    while ((rc = ap_conn_shake(s->l.conn, 0)) == -EAGAIN)
+    while ((rc = ap_conn_shake(s->l.conn, 0, 0)) == -EAGAIN)
         MEANWHILE(s, told(s, AP_MAIL_READ));
     return rc;
 }

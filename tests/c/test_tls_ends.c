@@ -240,7 +240,7 @@ static void fin_in_the_handshake(int flags, int result)
         char memory[300];
         session_open(&s, w, AP_TCP, TLS13, true);
         session_start(&s, flags);
-        CHECK_EQ(ap_conn_shake(s.l.conn, 0), -EAGAIN);
+        CHECK_EQ(ap_conn_shake(s.l.conn, 0, 0), -EAGAIN);
         ap_ssl.do_handshake(s.peer);
         int n = ossl.BIO_read(s.out, memory, (int)cut);
         if (n > 0)
@@ -249,7 +249,7 @@ static void fin_in_the_handshake(int flags, int result)
         UNTIL(w, (bool)status_of(&s).begun == (cut > 0 && cut < 200) || cut >= 200);
         CHECK_OK(shutdown(s.l.peer, SHUT_WR));
         await(w, s.l.id, AP_MAIL_READ);
-        CHECK_EQ(ap_conn_shake(s.l.conn, 0), result);
+        CHECK_EQ(ap_conn_shake(s.l.conn, 0, 0), result);
         CHECK_EQ(want(&s.l, 1), result);
         session_close(&s);
     }
@@ -272,7 +272,7 @@ static void fin_before(struct session *s, int flags, int result)
     CHECK_OK(shutdown(s->l.peer, SHUT_WR));
     UNTIL(s->l.w, ap_conn_status(s->l.conn) & AP_IS_EOF);
     session_start(s, flags);
-    CHECK_EQ(ap_conn_shake(s->l.conn, 0), result);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, 0), result);
     CHECK(ap_conn_write(s->l.conn, "a", 1) < 0);
 }
 
@@ -289,8 +289,8 @@ NEW_SESSION_TEST(a_fin_before_the_handshake_may_be_as_good, TLS13, false)
 NEW_SESSION_TEST(a_reset_in_the_handshake, TLS13, true)
 {
     session_start(s, 0);
-    CHECK_EQ(ap_conn_shake(s->l.conn, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, 0), -EAGAIN);
     peer_reset(&s->l);
     await(w, s->l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_shake(s->l.conn, 0), -ECONNRESET);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, 0), -ECONNRESET);
 }

@@ -17,10 +17,10 @@ static bool peer_got_alert(struct session *s)
 NEW_SESSION_TEST(garbage_is_no_handshake, TLS13, true)
 {
     session_start(s, 0);
-    CHECK_EQ(ap_conn_shake(s->l.conn, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, 0), -EAGAIN);
     peer_send(&s->l, "GET / HTTP/1.1\r\n\r\n", 18);
     await(w, s->l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_shake(s->l.conn, 0), AP_ETLS);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, 0), AP_ETLS);
     ap_tls_status status = status_of(s);
     CHECK_EQ(status.phase, AP_TLS_FAILED);
     CHECK_EQ(status.kind, AP_OSSL_ERROR_SSL);
@@ -67,13 +67,13 @@ NEW_SESSION_TEST(an_alert_survives_the_close, TLS13, true)
     ossl.SSL_set_verify(s->ssl, AP_OSSL_VERIFY_PEER, NULL);
     s->mute = true;
     session_start(s, 0);
-    CHECK_EQ(ap_conn_shake(l->conn, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(l->conn, 0, 0), -EAGAIN);
     MEANWHILE(s, s->result == 1);
     peer_encrypt(s, 1, 0, 100000);
     s->mute = false;
     peer_flush(s);
     await(w, l->id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_shake(l->conn, 0), AP_ETLS);
+    CHECK_EQ(ap_conn_shake(l->conn, 0, 0), AP_ETLS);
     CHECK(unread_in_kernel(l->fd) > 0);
     CHECK_EQ(ap_conn_linger(l->conn, 0, 0), -EAGAIN);
     UNTIL(w, unread_in_kernel(l->fd) == 0);
@@ -86,10 +86,10 @@ NEW_SESSION_TEST(an_alert_survives_the_close, TLS13, true)
 NEW_SESSION_TEST(a_handshake_has_a_deadline, TLS13, true)
 {
     session_start(s, 0);
-    CHECK_EQ(ap_conn_shake(s->l.conn, ap_now() + 20 * MS), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, ap_now() + 20 * MS), -EAGAIN);
     peer_send(&s->l, "\x16\x03", 2);
     await(w, s->l.id, AP_MAIL_READ);
-    CHECK_EQ(ap_conn_shake(s->l.conn, ap_now() - 1), AP_ELATE);
+    CHECK_EQ(ap_conn_shake(s->l.conn, 0, ap_now() - 1), AP_ELATE);
     CHECK(status_of(s).begun);
     CHECK_EQ(status_of(s).lasted, 0);
 }
@@ -137,7 +137,7 @@ NEW_SESSION_TEST(a_session_needs_a_quiet_connection, TLS13, true)
     CHECK_EQ(want(&s->l, 1), -EAGAIN);
     CHECK_EQ(ap_conn_start_tls(conn, 0, s->ssl, 0), -EBUSY);
     CHECK_OK(ap_conn_disarm_read(conn));
-    CHECK_EQ(ap_conn_shake(conn, 0), -EINVAL);
+    CHECK_EQ(ap_conn_shake(conn, 0, 0), -EINVAL);
     CHECK_EQ(ap_conn_say_goodbye(conn), -EINVAL);
     CHECK_EQ(ap_conn_hold_tls(conn), -EBADF);
     CHECK(ap_conn_write(conn, (char *)much(), MUCH) > 0);

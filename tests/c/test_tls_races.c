@@ -29,7 +29,7 @@ static void leave_after(size_t pieces, enum leave way, bool threaded, bool serve
         world_start(w);
     session_open(&s, w, AP_TCP, pieces & 1 ? TLS12 : TLS13, server);
     session_start(&s, 0);
-    CHECK_EQ(ap_conn_shake(s.l.conn, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(s.l.conn, 0, 0), -EAGAIN);
     s.cut = sizeof memory;
     for (size_t i = 0; i < pieces; i++)
         peer_turn(&s);
@@ -83,7 +83,7 @@ TEST(a_handshake_is_closed_by_another_thread)
         session_open(&s, w, AP_TCP, TLS13, round & 1);
         session_start(&s, 0);
         CHECK(pthread_create(&thread, NULL, close_soon, &s) == 0);
-        while (ap_conn_shake(s.l.conn, 0) == -EAGAIN)
+        while (ap_conn_shake(s.l.conn, 0, 0) == -EAGAIN)
             peer_turn(&s);
         CHECK(pthread_join(thread, NULL) == 0);
         session_close(&s);
@@ -152,7 +152,7 @@ SESSION_TEST(the_child_of_a_fork_leaves_sessions_alone, TLS13, true)
         ap_tls_status status;
         ap_conn *conn = s->l.conn;
         CHECK_EQ(ap_conn_start_tls(conn, 0, s->ssl, 0), -ECHILD);
-        CHECK_EQ(ap_conn_shake(conn, 0), -ECHILD);
+        CHECK_EQ(ap_conn_shake(conn, 0, 0), -ECHILD);
         CHECK_EQ(ap_conn_say_goodbye(conn), -ECHILD);
         CHECK_EQ(ap_conn_end_tls(conn, 0), -ECHILD);
         CHECK_EQ(ap_conn_hold_tls(conn), -ECHILD);

@@ -57,7 +57,7 @@ static void exchange(struct session *s, size_t size, int requests)
     uint8_t *request = pattern_make(1, 0, size);
     int64_t rc;
     session_start(s, 0);
-    while ((rc = ap_conn_shake(l->conn, 0)) == -EAGAIN)
+    while ((rc = ap_conn_shake(l->conn, 0, 0)) == -EAGAIN)
         sleep_for(s, AP_MAIL_READ);
     CHECK_EQ(rc, 0);
     for (int i = 0; i < requests; i++) {
@@ -218,7 +218,7 @@ TEST(a_handshake_that_is_held_stands_still)
     session_open(&s, w, AP_TCP, TLS13, true);
     session_start(&s, 0);
     CHECK_OK(ap_conn_hold_tls(s.l.conn));
-    CHECK_EQ(ap_conn_shake(s.l.conn, 0), -EAGAIN);
+    CHECK_EQ(ap_conn_shake(s.l.conn, 0, 0), -EAGAIN);
     peer_turn(&s);
     settle(w);
     CHECK_EQ(unread_in_kernel(s.l.peer), 0);
