@@ -844,6 +844,7 @@ RECORDS = [
     "ReadTimeout",
     "ServerStatistics",
     "Statistics",
+    "TLSHandshake",
     "WriteTimeout",
 ]
 #: Arguments that are not in the table, and why not.

@@ -299,6 +299,13 @@ async def test_the_scope_of_all_is_cancelled() -> None:
         team.submit(nothing)
         await holds(lambda: team.parked == 1)
         late = team.submit(anyio.sleep_forever)
+
+        async def stay() -> None:
+            """Or the group might end before anybody has looked at the queue."""
+            with anyio.CancelScope(shield=True):
+                await holds(lambda: late.failure is not None)
+
+        group.start_soon(stay)
         group.cancel_scope.cancel()
     assert all(step.failure is not None and step.begun == 1 for step in [*steps, late])
     assert team.at_rest
