@@ -1231,7 +1231,7 @@ async def test_a_signal_handler_that_closes_before_the_task_is_blocked(
 
     async with anypoll.serve(handler, host="127.0.0.1", port=0) as server:
         with connected(server) as sock:
-            await holds(lambda: [conn for conn in server.connections if conn._core._reading])
+            await settle()
             with suppress(ConnectionResetError):
                 sock.send(b"x")
             await holds(lambda: sum(server.statistics().closed.values()) == 1)
