@@ -6,8 +6,7 @@
  *
  *   push    Any thread, under the slot's mutex: the slot is queued, with a reference,
  *           unless it is already. What has begun goes before what has not: of a thousand
- *           new clients the first are served while the last wait, and few have memory for
- *           a handshake at a time.
+ *           new clients the first are served while the last wait.
  *   a turn  The thread takes the first slot, and calls its job without any lock. The job
  *           takes the slot's mutex, finds what there is to do, and may let go of it while
  *           it computes. The slot may have been closed, or orphaned, at any moment.
