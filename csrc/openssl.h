@@ -11,18 +11,7 @@ typedef struct bio_st ap_ossl_bio;
 typedef struct bio_method_st ap_ossl_method;
 
 /* SSL_get_error */
-enum {
-    AP_OSSL_ERROR_NONE = 0,
-    AP_OSSL_ERROR_SSL = 1,
-    AP_OSSL_ERROR_WANT_READ = 2,
-    AP_OSSL_ERROR_WANT_WRITE = 3,
-    AP_OSSL_ERROR_WANT_X509_LOOKUP = 4,
-    AP_OSSL_ERROR_SYSCALL = 5,
-    AP_OSSL_ERROR_ZERO_RETURN = 6
-};
-
-/* SSL_get_shutdown */
-enum { AP_OSSL_SENT_SHUTDOWN = 1, AP_OSSL_RECEIVED_SHUTDOWN = 2 };
+enum { AP_OSSL_ERROR_SSL = 1, AP_OSSL_ERROR_WANT_READ = 2, AP_OSSL_ERROR_ZERO_RETURN = 6 };
 
 /* Commands of SSL_ctrl, and modes: SSL_set_mode(ssl, mode) is SSL_ctrl(ssl, MODE, mode, NULL). */
 enum { AP_OSSL_CTRL_MODE = 33, AP_OSSL_CTRL_CLEAR_MODE = 78 };
@@ -42,28 +31,14 @@ enum { AP_OSSL_VERIFY_PEER = 1, AP_OSSL_VERIFY_REQUIRE = 2 };
 /* BIO_get_new_index() or'ed with this is the type of a BIO that is a source and a sink. */
 enum { AP_OSSL_BIO_SOURCE_SINK = 0x400 };
 
-/* BIO_set_flags: BIO_set_retry_read() is READ | RETRY, BIO_set_retry_write() is WRITE | RETRY, and
+/* BIO_set_flags: BIO_set_retry_read() is READ | RETRY, and
  * BIO_clear_retry_flags() clears all of them. */
-enum {
-    AP_OSSL_BIO_READ = 1,
-    AP_OSSL_BIO_WRITE = 2,
-    AP_OSSL_BIO_SPECIAL = 4,
-    AP_OSSL_BIO_RETRY = 8,
-    AP_OSSL_BIO_RETRY_FLAGS = 15
-};
+enum { AP_OSSL_BIO_READ = 1, AP_OSSL_BIO_RETRY = 8, AP_OSSL_BIO_RETRY_FLAGS = 15 };
 
 /* Commands that a BIO is asked. */
 enum {
-    AP_OSSL_BIO_CTRL_RESET = 1,
-    AP_OSSL_BIO_CTRL_EOF = 2,
-    AP_OSSL_BIO_CTRL_PUSH = 6,
-    AP_OSSL_BIO_CTRL_POP = 7,
-    AP_OSSL_BIO_CTRL_GET_CLOSE = 8,
-    AP_OSSL_BIO_CTRL_SET_CLOSE = 9,
-    AP_OSSL_BIO_CTRL_PENDING = 10,
     AP_OSSL_BIO_CTRL_FLUSH = 11,
     AP_OSSL_BIO_CTRL_DUP = 12,
-    AP_OSSL_BIO_CTRL_WPENDING = 13
 };
 
 /* F(name in the table, result, OpenSSL's name, parameters). All are functions, not macros, from
